@@ -1,0 +1,254 @@
+"""OnlineNorm as modules: parameters, state and input checks around one op."""
+
+import difflib
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
+
+logger = logging.getLogger(__name__)
+
+STATISTICS = ("global", "local")
+
+
+def _one_of(key: str, value, options: tuple[str, ...]) -> str:
+    if value in options:
+        return value
+    near = difflib.get_close_matches(str(value), options, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{key}: {value!r} is not one of {', '.join(options)}{hint}")
+
+
+def _inside(key: str, value: float, low: float, high: float) -> float:
+    """``value`` as a float strictly between the bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+        raise ValueError(f"{key}: {value!r} must be a number with {low:g} < {key} < {high:g}")
+    return float(value)
+
+
+class OnlineNorm(nn.Module):
+    """What OnlineNorm1d and OnlineNorm2d share; use those."""
+
+    fuses_residual = True
+    _dimensions: tuple[int, ...] = ()
+    _layout = ""
+    _announced: set[str] = set()  # noqa: RUF012  (shared on purpose: one log line a process and backend)
+
+    def __init__(
+        self,
+        num_features: int,
+        alpha_fwd: float = 0.999,
+        alpha_bkw: float = 0.99,
+        eps: float = 1e-5,
+        affine: bool = True,
+        error_compensation: str = "clamp",
+        clamp_value: float = 5.0,
+        layer_scaling_eps: float = 1e-5,
+        layer_scaling_group_size: int | None = None,
+        backend: str = "auto",
+        statistics: str = "global",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        infinity = float("inf")
+        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+            raise ValueError(f"num_features: {num_features!r} must be a whole number of channels, at least 1")
+        self.num_features = num_features
+        self.alpha_fwd = _inside("alpha_fwd", alpha_fwd, 0, 1)
+        self.alpha_bkw = _inside("alpha_bkw", alpha_bkw, 0, 1)
+        self.eps = _inside("eps", eps, 0, infinity)
+        self.affine = bool(affine)
+        self.error_compensation = _one_of("error_compensation", error_compensation, ERROR_COMPENSATIONS)
+        self.clamp_value = _inside("clamp_value", clamp_value, 0, infinity)
+        self.layer_scaling_eps = _inside("layer_scaling_eps", layer_scaling_eps, 0, infinity)
+        group = layer_scaling_group_size
+        if group is not None and (not isinstance(group, int) or group < 1 or num_features % group):
+            raise ValueError(
+                f"layer_scaling_group_size: {group!r} must be a whole number that divides num_features={num_features}, "
+                "or None for all channels"
+            )
+        self.layer_scaling_group_size = group
+        self.backend = _one_of("backend", backend, ("auto", *BACKENDS))
+        self.statistics = _one_of("statistics", statistics, STATISTICS)
+        self.gradient_scale = 1.0
+
+        state = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        if affine:
+            self.weight = nn.Parameter(torch.empty(num_features, **state))
+            self.bias = nn.Parameter(torch.empty(num_features, **state))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        for name in ("running_mean", "running_var", "control_u", "control_v"):
+            self.register_buffer(name, torch.empty(num_features, **state))
+        self._replay = None
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Mean 0, variance 1, controls 0: the state before the first sample."""
+        with torch.no_grad():
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.control_u.zero_()
+            self.control_v.zero_()
+
+    def reset_parameters(self) -> None:
+        """State as before the first sample, weight 1 and bias 0."""
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    @property
+    def spec(self) -> NormSpec:
+        """The layer's constants in the form the ops take."""
+        return NormSpec(
+            self.alpha_fwd,
+            self.alpha_bkw,
+            self.eps,
+            self.error_compensation,
+            self.clamp_value,
+            self.layer_scaling_eps,
+            self.layer_scaling_group_size,
+            self.gradient_scale,
+        )
+
+    def resolve_backend(self, device: torch.device) -> str:
+        """The backend that serves tensors on ``device``: the one asked for, or what "auto" stands for there."""
+        if self.backend != "auto":
+            return self.backend
+        return "fused" if device.type == "cuda" else "torch"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        self._check_input(x, residual)
+        backend = self.resolve_backend(x.device)
+        if not torch.compiler.is_compiling():
+            self._announce(backend)
+        ops = backend_module(backend)
+        x_NCHW = self._as_images(x)
+        residual_NCHW = None if residual is None else self._as_images(residual)
+        if self.training:
+            mean, var = self._training_statistics()
+            state = (mean, var, self.control_u, self.control_v)
+            out = ops.train_step(x_NCHW, residual_NCHW, self.weight, self.bias, *state, self.spec, relu)
+        else:
+            state = (self.running_mean, self.running_var)
+            out = ops.evaluate(x_NCHW, residual_NCHW, self.weight, self.bias, *state, self.spec, relu)
+        return out.reshape(x.shape) if out.dim() != x.dim() else out
+
+    def _training_statistics(self) -> tuple[Tensor, Tensor]:
+        """Statistics for this pass to start from and move: the buffers, or copies where nothing may move.
+
+        Under no_grad the batch is normalised as in training but not learned from. When activation checkpointing runs a
+        layer again inside backward, it repeats the pass from the same statistics, without counting the batch twice.
+        """
+        if torch.compiler.is_compiling():
+            return self.running_mean, self.running_var
+        if not torch.is_grad_enabled():
+            return self.running_mean.clone(), self.running_var.clone()
+        inside_backward = torch._C._current_graph_task_id() != -1
+        if inside_backward and self._replay is not None:
+            (mean, var), self._replay = self._replay, None
+            return mean, var
+        if not inside_backward:
+            self._replay = self.running_mean.clone(), self.running_var.clone()
+        return self.running_mean, self.running_var
+
+    def _as_images(self, x: Tensor) -> Tensor:
+        """(N, C), (N, C, L) or (N, C, H, W) as (N, C, H, W)."""
+        return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
+
+    def _check_input(self, x: Tensor, residual: Tensor | None) -> None:
+        name = type(self).__name__
+        if x.dim() not in self._dimensions:
+            raise ValueError(f"{name} takes {self._layout}, got an input of shape {tuple(x.shape)}")
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"{name} was built for {self.num_features} channels, got {x.shape[1]} in an input of shape "
+                f"{tuple(x.shape)}; channels are dimension 1"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"{name} takes floating point, got {x.dtype}; convert images with x.float()")
+        if self.training and x.numel() == 0:
+            raise ValueError(f"{name} cannot take statistics from an empty input of shape {tuple(x.shape)}")
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"{name}: residual {tuple(residual.shape)} must have the input's shape {tuple(x.shape)}")
+
+    def _announce(self, backend: str) -> None:
+        if backend not in OnlineNorm._announced:
+            OnlineNorm._announced.add(backend)
+            logger.info("OnlineNorm runs on the %s backend (asked for: %s)", backend, self.backend)
+
+    def _apply(self, fn, recurse=True):
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            # Decay factors like 0.999 need more than half precision: only the device of such a conversion is followed.
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_replay": None}
+
+    def extra_repr(self) -> str:
+        guard = {
+            "clamp": f", clamp_value={self.clamp_value:g}",
+            "layer_scaling": f", layer_scaling_group_size={self.layer_scaling_group_size}",
+            "none": "",
+        }[self.error_compensation]
+        return (
+            f"{self.num_features}, alpha_fwd={self.alpha_fwd:g}, alpha_bkw={self.alpha_bkw:g}, eps={self.eps:g}, "
+            f"affine={self.affine}, error_compensation={self.error_compensation}{guard}, backend={self.backend}"
+        )
+
+
+_DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the samples that came before.
+
+    y_n = (x_n - m_n) / sqrt(var_n + eps),   out = guard(weight * y_n + bias),   then + residual and ReLU where asked for
+
+    with m and var exponential averages over the stream of samples (per-channel, decay ``alpha_fwd``), so that no sample's
+    output depends on later samples and batches of one work like any other. The backward pass is a control process (decay
+    ``alpha_bkw``) that keeps gradients nearly orthogonal to y and to 1; it is not the derivative of the forward pass.
+
+    Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order; under
+    ``torch.no_grad()`` nothing moves. Eval: the statistics are constants, gradients ordinary, nothing moves, and the guard
+    still applies (``remove_clamping`` takes the clamp away).
+
+    Args:
+        num_features: channels C, at least 1.
+        alpha_fwd: decay of mean and variance, in (0, 1).
+        alpha_bkw: decay of the gradient controls, in (0, 1).
+        eps: added to the variance, > 0.
+        affine: learn ``weight`` (initially 1) and ``bias`` (initially 0) per channel.
+        error_compensation: "clamp" limits outputs to [-clamp_value, clamp_value]; "layer_scaling" divides each sample by
+            its root mean square over channels and positions; "none" lets the error of the running statistics through.
+        clamp_value: limit of "clamp", > 0, in deviations (before residual and ReLU).
+        layer_scaling_eps: added to the mean square of "layer_scaling", > 0.
+        layer_scaling_group_size: channels that share a scale; divides C; None for all.
+        backend: "auto" (fused kernels on CUDA, else torch), "fused", "torch" or "reference".
+        statistics: across processes "global" (the stream of one process with the global batch) or "local".
+        device, dtype: of parameters and state; float32, or float64 when asked for, never half precision.
+
+    Shapes:
+        x, residual and output {layout}; the output has the dtype and memory format of x.
+
+    Raises:
+        ValueError: an argument outside its range; an input of another rank, channel count or integer dtype.
+
+    Sources: Chiley et al. 2019, arXiv:1905.05894; the clamp: Chiley, Activation Clamping in Online Normalization, 2020.
+    """
+
+
+class OnlineNorm1d(OnlineNorm):
+    __doc__ = _DOCUMENTATION.format(layout="(N, C) or (N, C, L)")
+    _dimensions = (2, 3)
+    _layout = "(N, C) or (N, C, L)"
+
+
+class OnlineNorm2d(OnlineNorm):
+    __doc__ = _DOCUMENTATION.format(layout="(N, C, H, W)")
+    _dimensions = (4,)
+    _layout = "(N, C, H, W)"

@@ -1,0 +1,178 @@
+"""OnlineNorm on per-sample moments: the algorithm of ``reference`` without its loop.
+
+All that couples samples are the moments of each (sample, channel), so a training pass is one reduction over the tensor,
+a scan over tables of shape (N, C), and one elementwise pass. With y = (x - m) / s and the moments mu, q of x::
+
+    Y = mean(y) = (mu - m) / s         Q = mean(y^2) = (q + (mu - m)^2) / s^2
+    G = mean(g)                        GY = mean(g y)
+    v <- (1 - k Q) v + GY              u <- (1 - k) u + (G - k v Y) / s           (both with the old v)
+    gx = g / s - (k v / s) y - k u     grad_weight = HW sum_n GY_w                grad_bias = HW sum_n G_w
+
+Both recurrences are linear and are solved by an associative scan of compositions (a, b) of h -> a h + b. The coefficient
+1 - k Q may be zero or negative while statistics warm up, so the scan neither divides by it nor takes logarithms.
+Layer scaling reads its per-sample scale off the same moments: mean(w^2) = weight^2 Q + 2 weight bias Y + bias^2.
+"""
+
+import torch
+from torch import Tensor
+
+from onlinenorm.ops.reference import channel_groups, compute_dtype, evaluate, finish, per_channel
+from onlinenorm.ops.spec import NormSpec
+
+__all__ = ["evaluate", "train_step"]
+
+
+def linear_recurrence(coefficient_NC: Tensor, addend_NC: Tensor, initial_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve h[n + 1] = coefficient[n] h[n] + addend[n] from h[0]; returns (h[0..N-1], h[N]).
+
+    Doubling scan: log2(N) rounds, each composing the maps of twice as many samples.
+    """
+    a, b = coefficient_NC, addend_NC
+    b = torch.cat([(a[:1] * initial_C + b[:1]), b[1:]])
+    reach = 1
+    while reach < len(b):
+        b = torch.cat([b[:reach], b[reach:] + a[reach:] * b[:-reach]])
+        a = torch.cat([a[:reach], a[reach:] * a[:-reach]])
+        reach *= 2
+    return torch.cat([initial_C[None], b[:-1]]), b[-1]
+
+
+@torch.library.custom_op("onlinenorm::scan_statistics", mutates_args=("running_mean", "running_var"))
+def scan_statistics(
+    mean_NC: Tensor, var_NC: Tensor, running_mean: Tensor, running_var: Tensor, alpha_fwd: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Statistics (m, 1 / s), each (N, C), that sample n is normalised with; moves the running statistics past the batch."""
+    decay = torch.full_like(mean_NC, alpha_fwd)
+    m_NC, mean = linear_recurrence(decay, (1 - alpha_fwd) * mean_NC, running_mean.to(mean_NC.dtype))
+    d_NC = mean_NC - m_NC
+    innovation_NC = (1 - alpha_fwd) * (var_NC + alpha_fwd * d_NC * d_NC)
+    before_NC, var = linear_recurrence(decay, innovation_NC, running_var.to(mean_NC.dtype))
+    running_mean.copy_(mean)
+    running_var.copy_(var)
+    return m_NC, torch.rsqrt(before_NC + eps)
+
+
+@scan_statistics.register_fake
+def _(mean_NC, var_NC, running_mean, running_var, alpha_fwd, eps):
+    return torch.empty_like(mean_NC), torch.empty_like(mean_NC)
+
+
+@torch.library.custom_op("onlinenorm::scan_control", mutates_args=("control_u", "control_v"))
+def scan_control(
+    g_NC: Tensor,
+    gy_NC: Tensor,
+    y_NC: Tensor,
+    yy_NC: Tensor,
+    rstd_NC: Tensor,
+    control_u: Tensor,
+    control_v: Tensor,
+    alpha_bkw: float,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Controls (u, v) that sample n is corrected with, in units of the gradient; moves the control state past the batch."""
+    k = 1 - alpha_bkw
+    g_NC, gy_NC = g_NC * gradient_scale, gy_NC * gradient_scale
+    v_NC, v = linear_recurrence(1 - k * yy_NC, gy_NC, control_v.to(g_NC.dtype))
+    drift_NC = (g_NC - k * v_NC * y_NC) * rstd_NC
+    u_NC, u = linear_recurrence(torch.full_like(g_NC, alpha_bkw), drift_NC, control_u.to(g_NC.dtype))
+    control_u.copy_(u)
+    control_v.copy_(v)
+    return u_NC / gradient_scale, v_NC / gradient_scale
+
+
+@scan_control.register_fake
+def _(g_NC, gy_NC, y_NC, yy_NC, rstd_NC, control_u, control_v, alpha_bkw, gradient_scale):
+    return torch.empty_like(g_NC), torch.empty_like(g_NC)
+
+
+def _inverse_layer_scale(yy_NC, y_NC, weight_C, bias_C, spec: NormSpec) -> Tensor:
+    """1 / zeta (N, C) of layer scaling, from the moments Q and Y of the normalised values."""
+    square_NC = weight_C * weight_C * yy_NC + 2 * weight_C * bias_C * y_NC + bias_C * bias_C
+    return torch.rsqrt(channel_groups(square_NC, spec) + spec.layer_scaling_eps)
+
+
+class _OnlineNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, control_u, control_v, spec):
+        dtype = compute_dtype(x, running_mean)
+        x_NCHW = x.to(dtype)
+        weight_C = torch.ones_like(running_mean, dtype=dtype) if weight is None else weight.to(dtype)
+        bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
+        var_NC, mean_NC = torch.var_mean(x_NCHW, (2, 3), correction=0)
+        m_NC, rstd_NC = scan_statistics(mean_NC, var_NC, running_mean, running_var, spec.alpha_fwd, spec.eps)
+        d_NC = mean_NC - m_NC
+        y_NC, yy_NC = d_NC * rstd_NC, (var_NC + d_NC * d_NC) * rstd_NC * rstd_NC
+        scale_NC, shift_NC = weight_C * rstd_NC, bias_C.expand_as(rstd_NC)
+        if spec.error_compensation == "layer_scaling":
+            rzeta_NC = _inverse_layer_scale(yy_NC, y_NC, weight_C, bias_C, spec)
+            scale_NC, shift_NC = scale_NC * rzeta_NC, shift_NC * rzeta_NC
+        else:
+            rzeta_NC = None
+        # Subtracting first keeps precision where the mean is much larger than the deviation.
+        z = torch.addcmul(per_channel(shift_NC), x_NCHW - per_channel(m_NC), per_channel(scale_NC))
+        if spec.error_compensation == "clamp":
+            z = z.clamp(-spec.clamp_value, spec.clamp_value)
+        ctx.save_for_backward(x, weight, bias, m_NC, rstd_NC, y_NC, yy_NC, rzeta_NC)
+        # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
+        ctx.control_u, ctx.control_v, ctx.spec = control_u, control_v, spec
+        return z.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_z):
+        x, weight, bias, m_NC, rstd_NC, y_NC, yy_NC, rzeta_NC = ctx.saved_tensors
+        spec, dtype, k = ctx.spec, m_NC.dtype, 1 - ctx.spec.alpha_bkw
+        weight_C = torch.ones_like(m_NC[0]) if weight is None else weight.to(dtype)
+        bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
+        y = (x.to(dtype) - per_channel(m_NC)) * per_channel(rstd_NC)
+        g = grad_z.to(dtype)
+        if spec.error_compensation == "clamp":
+            w = torch.addcmul(per_channel(bias_C), y, per_channel(weight_C))
+            g = torch.where(w.abs() < spec.clamp_value, g, 0)
+        g_NC, gy_NC = g.mean((2, 3)), (g * y).mean((2, 3))
+        slope_NC, pull_y_NC, pull_NC = weight_C, 0, 0
+        if rzeta_NC is not None:
+            # g_w = (g - kappa z) / zeta with z = (weight y + bias) / zeta and kappa = mean over the group of g z.
+            kappa_NC = channel_groups((weight_C * gy_NC + bias_C * g_NC) * rzeta_NC, spec) * rzeta_NC
+            g_NC = (g_NC - kappa_NC * (weight_C * y_NC + bias_C)) * rzeta_NC
+            gy_NC = (gy_NC - kappa_NC * (weight_C * yy_NC + bias_C * y_NC)) * rzeta_NC
+            slope_NC = weight_C * rzeta_NC
+            pull_y_NC, pull_NC = slope_NC * kappa_NC * weight_C, slope_NC * kappa_NC * bias_C
+        pixels = x.shape[2] * x.shape[3]
+        grad_weight = None if weight is None else (gy_NC.sum(0) * pixels).to(weight.dtype)
+        grad_bias = None if bias is None else (g_NC.sum(0) * pixels).to(bias.dtype)
+        u_NC, v_NC = scan_control(
+            weight_C * g_NC,
+            weight_C * gy_NC,
+            y_NC,
+            yy_NC,
+            rstd_NC,
+            ctx.control_u,
+            ctx.control_v,
+            spec.alpha_bkw,
+            spec.gradient_scale,
+        )
+        grad_x = g * per_channel(slope_NC * rstd_NC)
+        grad_x = torch.addcmul(grad_x, y, per_channel(-(k * v_NC + pull_y_NC) * rstd_NC))
+        grad_x = grad_x - per_channel(k * u_NC + pull_NC * rstd_NC)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None, None, None
+
+
+def train_step(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    control_u: Tensor,
+    control_v: Tensor,
+    spec: NormSpec,
+    relu: bool = False,
+) -> Tensor:
+    """relu(norm(x) + residual) in training mode for (N, C, H, W), all samples at once.
+
+    Same contract as ``reference.train_step``: the forward pass moves ``running_mean`` and ``running_var`` in place, the
+    backward pass ``control_u`` and ``control_v``.
+    """
+    z = _OnlineNorm.apply(x, weight, bias, running_mean, running_var, control_u, control_v, spec)
+    return finish(z, residual, relu)
