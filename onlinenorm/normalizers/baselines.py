@@ -1,7 +1,7 @@
 """The normalizers OnlineNorm is compared with, as callables of the channel count.
 
-Each takes ``num_features`` and returns a fresh layer for (N, C, H, W), so that a network asks for a normalizer in one way.
-BatchNorm and InstanceNorm are torch's own classes and need no adapter.
+Each takes ``num_features`` and returns a fresh layer for (N, C, H, W), so that a network asks for any normalizer in
+the same way. BatchNorm and InstanceNorm are torch's own classes and need no adapter.
 """
 
 from torch import nn

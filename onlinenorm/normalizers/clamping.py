@@ -11,8 +11,8 @@ def remove_clamping(model: nn.Module) -> int:
     """Switch off the activation clamp of every OnlineNorm layer in ``model``, in place; returns the layers changed.
 
     An OnlineNorm layer without clamp is, in eval mode, w = weight (x - mean) / sqrt(var + eps) + bias: what BatchNorm
-    computes. Statistics and parameters stay as they are. Layer scaling is left alone: it couples the channels of a sample
-    and has no such limit. Warns when no layer was clamped.
+    computes. Statistics and parameters stay as they are. Layer scaling is left alone: it couples the channels of a
+    sample and has no such limit. Warns when no layer was clamped.
     """
     clamped = [m for m in model.modules() if isinstance(m, OnlineNorm) and m.error_compensation == "clamp"]
     for layer in clamped:

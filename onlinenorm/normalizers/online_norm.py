@@ -207,15 +207,16 @@ class OnlineNorm(nn.Module):
 
 _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the samples that came before.
 
-    y_n = (x_n - m_n) / sqrt(var_n + eps),   out = guard(weight * y_n + bias),   then + residual and ReLU where asked for
+    y_n = (x_n - m_n) / sqrt(var_n + eps),   out = relu(guard(weight * y_n + bias) + residual)
 
-    with m and var exponential averages over the stream of samples (per-channel, decay ``alpha_fwd``), so that no sample's
-    output depends on later samples and batches of one work like any other. The backward pass is a control process (decay
-    ``alpha_bkw``) that keeps gradients nearly orthogonal to y and to 1; it is not the derivative of the forward pass.
+    with m and var exponential averages over the stream of samples (per channel, decay ``alpha_fwd``), so that no output
+    depends on later samples and batches of one work like any other; residual and ReLU where asked for. The backward
+    pass is a control process (decay ``alpha_bkw``) that keeps gradients nearly orthogonal to y and to 1; it is not the
+    derivative of the forward pass.
 
-    Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order; under
-    ``torch.no_grad()`` nothing moves. Eval: the statistics are constants, gradients ordinary, nothing moves, and the guard
-    still applies (``remove_clamping`` takes the clamp away).
+    Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order;
+    under ``torch.no_grad()`` nothing moves. Eval: the statistics are constants, gradients ordinary, nothing moves, and
+    the guard still applies (``remove_clamping`` takes the clamp away).
 
     Args:
         num_features: channels C, at least 1.
@@ -223,8 +224,8 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
         alpha_bkw: decay of the gradient controls, in (0, 1).
         eps: added to the variance, > 0.
         affine: learn ``weight`` (initially 1) and ``bias`` (initially 0) per channel.
-        error_compensation: "clamp" limits outputs to [-clamp_value, clamp_value]; "layer_scaling" divides each sample by
-            its root mean square over channels and positions; "none" lets the error of the running statistics through.
+        error_compensation: "clamp" limits outputs to [-clamp_value, clamp_value]; "layer_scaling" divides each sample
+            by its root mean square over channels and positions; "none" lets the error of the statistics through.
         clamp_value: limit of "clamp", > 0, in deviations (before residual and ReLU).
         layer_scaling_eps: added to the mean square of "layer_scaling", > 0.
         layer_scaling_group_size: channels that share a scale; divides C; None for all.

@@ -1,20 +1,20 @@
 r"""OnlineNorm as a loop over samples: the definition of correct that the other backends are held to.
 
-For sample n of channel c, with k = 1 - alpha_bkw, s = sqrt(var + eps) and the state (mean m, variance var, controls u, v)
-as the samples before n left it::
+For sample n of channel c, with k = 1 - alpha_bkw, s = sqrt(var + eps) and the state (mean m, variance var, controls
+u and v) as the samples before n left it::
 
     forward    y = (x - m) / s                          d = mean(x) - m
                var <- a var + (1 - a) Var(x) + a (1 - a) d^2          m <- m + (1 - a) d           (a = alpha_fwd)
     affine     w = weight * y + bias
-    guard      clamp: z = min(max(w, -c), c)    layer scaling: z = w / zeta, zeta^2 = mean over group, H, W of w^2 + eps_ls
+    guard      clamp: z = min(max(w, -c), c)    layer scaling: z = w / zeta, zeta^2 = eps_ls + mean of w^2 (group, H, W)
     backward   g = gradient with respect to y (through guard and affine)
                t = g - k v y                            v <- v + mean(t y)
                gx = t / s - k u                         u <- u + mean(gx)
 
 The backward pass is a control process that keeps gradients orthogonal to y and to 1 on average over the stream of
 samples. It is not the derivative of the forward pass, so gradcheck does not apply. At a tie |w| = c the clamp passes no
-gradient. Sources: Chiley et al., Online Normalization for Training Neural Networks, arXiv:1905.05894, and the numpy code
-that accompanies it.
+gradient. Sources: Chiley et al., Online Normalization for Training Neural Networks, arXiv:1905.05894, and the numpy
+code that accompanies it.
 """
 
 import torch
@@ -108,7 +108,7 @@ def forward(
     layer_scaling_group_size: int | None,
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training forward over (N, C, H, W): output z, normalised y and the deviations s (N, C); moves mean and variance."""
+    """Training forward over (N, C, H, W): output z, normalised y, deviations s (N, C); moves mean and variance."""
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size
     )

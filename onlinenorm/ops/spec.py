@@ -9,8 +9,8 @@ ERROR_COMPENSATIONS = ("clamp", "layer_scaling", "none")
 class NormSpec:
     """Hyperparameters of one layer; immutable, so that compiled graphs can treat them as constants.
 
-    ``alpha_fwd`` and ``alpha_bkw`` are the decay factors of the statistics and of the control process, ``eps`` is added to
-    variances. ``error_compensation`` is one of ``ERROR_COMPENSATIONS``; ``clamp_value`` belongs to "clamp",
+    ``alpha_fwd`` and ``alpha_bkw`` are the decay factors of the statistics and of the control process, ``eps`` is added
+    to variances. ``error_compensation`` is one of ``ERROR_COMPENSATIONS``; ``clamp_value`` belongs to "clamp",
     ``layer_scaling_eps`` and ``layer_scaling_group_size`` (channels a group; None: all) to "layer_scaling".
     ``gradient_scale`` gives the unit of the control state: u and v are kept as gradient x gradient_scale.
     """

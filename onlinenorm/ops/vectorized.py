@@ -8,8 +8,8 @@ a scan over tables of shape (N, C), and one elementwise pass. With y = (x - m) /
     v <- (1 - k Q) v + GY              u <- (1 - k) u + (G - k v Y) / s           (both with the old v)
     gx = g / s - (k v / s) y - k u     grad_weight = HW sum_n GY_w                grad_bias = HW sum_n G_w
 
-Both recurrences are linear and are solved by an associative scan of compositions (a, b) of h -> a h + b. The coefficient
-1 - k Q may be zero or negative while statistics warm up, so the scan neither divides by it nor takes logarithms.
+Both recurrences are linear and are solved by an associative scan of compositions (a, b) of h -> a h + b. As the
+coefficient 1 - k Q may be zero or negative during warm-up, the scan neither divides by it nor takes logarithms.
 Layer scaling reads its per-sample scale off the same moments: mean(w^2) = weight^2 Q + 2 weight bias Y + bias^2.
 """
 
@@ -22,17 +22,32 @@ from onlinenorm.ops.spec import NormSpec
 __all__ = ["evaluate", "train_step"]
 
 
-def linear_recurrence(coefficient_NC: Tensor, addend_NC: Tensor, initial_C: Tensor) -> tuple[Tensor, Tensor]:
+def moments(x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and population variance (N, C) of each sample's channels, and x less that mean.
+
+    Two passes: the difference of mean square and squared mean loses all digits where the mean is large.
+    """
+    mean_NC = x_NCHW.mean((2, 3))
+    centered_NCHW = x_NCHW - per_channel(mean_NC)
+    return mean_NC, centered_NCHW.square().mean((2, 3)), centered_NCHW
+
+
+def linear_recurrence(coefficient, addend_NC: Tensor, initial_C: Tensor) -> tuple[Tensor, Tensor]:
     """Solve h[n + 1] = coefficient[n] h[n] + addend[n] from h[0]; returns (h[0..N-1], h[N]).
 
-    Doubling scan: log2(N) rounds, each composing the maps of twice as many samples.
+    ``coefficient`` is a table (N, C) or one number. Doubling scan: log2(N) rounds, each composing the maps of twice as
+    many samples.
     """
-    a, b = coefficient_NC, addend_NC
-    b = torch.cat([(a[:1] * initial_C + b[:1]), b[1:]])
-    reach = 1
+    a, b, reach = coefficient, addend_NC, 1
+    constant = isinstance(a, float)
+    b = torch.cat([(a if constant else a[:1]) * initial_C + b[:1], b[1:]])
     while reach < len(b):
-        b = torch.cat([b[:reach], b[reach:] + a[reach:] * b[:-reach]])
-        a = torch.cat([a[:reach], a[reach:] * a[:-reach]])
+        if constant:
+            b = torch.cat([b[:reach], torch.add(b[reach:], b[:-reach], alpha=a)])
+            a = a * a
+        else:
+            b = torch.cat([b[:reach], torch.addcmul(b[reach:], a[reach:], b[:-reach])])
+            a = torch.cat([a[:reach], a[reach:] * a[:-reach]])
         reach *= 2
     return torch.cat([initial_C[None], b[:-1]]), b[-1]
 
@@ -41,12 +56,11 @@ def linear_recurrence(coefficient_NC: Tensor, addend_NC: Tensor, initial_C: Tens
 def scan_statistics(
     mean_NC: Tensor, var_NC: Tensor, running_mean: Tensor, running_var: Tensor, alpha_fwd: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Statistics (m, 1 / s), each (N, C), that sample n is normalised with; moves the running statistics past the batch."""
-    decay = torch.full_like(mean_NC, alpha_fwd)
-    m_NC, mean = linear_recurrence(decay, (1 - alpha_fwd) * mean_NC, running_mean.to(mean_NC.dtype))
+    """Statistics (m, 1 / s), each (N, C), that each sample is normalised with; moves the state past the batch."""
+    m_NC, mean = linear_recurrence(alpha_fwd, (1 - alpha_fwd) * mean_NC, running_mean.to(mean_NC.dtype))
     d_NC = mean_NC - m_NC
     innovation_NC = (1 - alpha_fwd) * (var_NC + alpha_fwd * d_NC * d_NC)
-    before_NC, var = linear_recurrence(decay, innovation_NC, running_var.to(mean_NC.dtype))
+    before_NC, var = linear_recurrence(alpha_fwd, innovation_NC, running_var.to(mean_NC.dtype))
     running_mean.copy_(mean)
     running_var.copy_(var)
     return m_NC, torch.rsqrt(before_NC + eps)
@@ -69,12 +83,12 @@ def scan_control(
     alpha_bkw: float,
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Controls (u, v) that sample n is corrected with, in units of the gradient; moves the control state past the batch."""
+    """Controls (u, v), each (N, C), in units of the gradient, for each sample; moves the state past the batch."""
     k = 1 - alpha_bkw
     g_NC, gy_NC = g_NC * gradient_scale, gy_NC * gradient_scale
     v_NC, v = linear_recurrence(1 - k * yy_NC, gy_NC, control_v.to(g_NC.dtype))
     drift_NC = (g_NC - k * v_NC * y_NC) * rstd_NC
-    u_NC, u = linear_recurrence(torch.full_like(g_NC, alpha_bkw), drift_NC, control_u.to(g_NC.dtype))
+    u_NC, u = linear_recurrence(alpha_bkw, drift_NC, control_u.to(g_NC.dtype))
     control_u.copy_(u)
     control_v.copy_(v)
     return u_NC / gradient_scale, v_NC / gradient_scale
@@ -98,7 +112,7 @@ class _OnlineNorm(torch.autograd.Function):
         x_NCHW = x.to(dtype)
         weight_C = torch.ones_like(running_mean, dtype=dtype) if weight is None else weight.to(dtype)
         bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
-        var_NC, mean_NC = torch.var_mean(x_NCHW, (2, 3), correction=0)
+        mean_NC, var_NC, centered = moments(x_NCHW)
         m_NC, rstd_NC = scan_statistics(mean_NC, var_NC, running_mean, running_var, spec.alpha_fwd, spec.eps)
         d_NC = mean_NC - m_NC
         y_NC, yy_NC = d_NC * rstd_NC, (var_NC + d_NC * d_NC) * rstd_NC * rstd_NC
@@ -108,10 +122,9 @@ class _OnlineNorm(torch.autograd.Function):
             scale_NC, shift_NC = scale_NC * rzeta_NC, shift_NC * rzeta_NC
         else:
             rzeta_NC = None
-        # Subtracting first keeps precision where the mean is much larger than the deviation.
-        z = torch.addcmul(per_channel(shift_NC), x_NCHW - per_channel(m_NC), per_channel(scale_NC))
+        z = centered.mul_(per_channel(scale_NC)).add_(per_channel(d_NC * scale_NC + shift_NC))
         if spec.error_compensation == "clamp":
-            z = z.clamp(-spec.clamp_value, spec.clamp_value)
+            z = z.clamp_(-spec.clamp_value, spec.clamp_value)
         ctx.save_for_backward(x, weight, bias, m_NC, rstd_NC, y_NC, yy_NC, rzeta_NC)
         # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
         ctx.control_u, ctx.control_v, ctx.spec = control_u, control_v, spec
@@ -123,11 +136,11 @@ class _OnlineNorm(torch.autograd.Function):
         spec, dtype, k = ctx.spec, m_NC.dtype, 1 - ctx.spec.alpha_bkw
         weight_C = torch.ones_like(m_NC[0]) if weight is None else weight.to(dtype)
         bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
-        y = (x.to(dtype) - per_channel(m_NC)) * per_channel(rstd_NC)
+        y = (x.to(dtype) - per_channel(m_NC)).mul_(per_channel(rstd_NC))
         g = grad_z.to(dtype)
         if spec.error_compensation == "clamp":
-            w = torch.addcmul(per_channel(bias_C), y, per_channel(weight_C))
-            g = torch.where(w.abs() < spec.clamp_value, g, 0)
+            w = (y * per_channel(weight_C)).add_(per_channel(bias_C))
+            g = torch.where(w.abs_() < spec.clamp_value, g, 0)
         g_NC, gy_NC = g.mean((2, 3)), (g * y).mean((2, 3))
         slope_NC, pull_y_NC, pull_NC = weight_C, 0, 0
         if rzeta_NC is not None:
@@ -152,8 +165,8 @@ class _OnlineNorm(torch.autograd.Function):
             spec.gradient_scale,
         )
         grad_x = g * per_channel(slope_NC * rstd_NC)
-        grad_x = torch.addcmul(grad_x, y, per_channel(-(k * v_NC + pull_y_NC) * rstd_NC))
-        grad_x = grad_x - per_channel(k * u_NC + pull_NC * rstd_NC)
+        grad_x.sub_(y.mul_(per_channel((k * v_NC + pull_y_NC) * rstd_NC)))
+        grad_x.sub_(per_channel(k * u_NC + pull_NC * rstd_NC))
         return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None, None, None
 
 
