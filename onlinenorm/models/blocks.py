@@ -1,0 +1,134 @@
+"""What both families of networks share: residual blocks around a pluggable normalizer, and its checks.
+
+The blocks are torchvision's with another forward pass, so parameters, names and initialisation stay torchvision's.
+Each norm site is one call that also carries the residual addition and the ReLU, for normalizers that do all three in
+one pass over memory.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet as torchvision_resnet
+
+Normalizer = Callable[[int], nn.Module]
+
+
+def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    """relu(norm(x) + residual): one call where the normalizer has ``fuses_residual = True``, else torch's own ops.
+
+    Args:
+        norm: layer over the channels of x.
+        x: (N, C, H, W), an intermediate result that nothing else reads.
+        residual: same shape as x, or None for no addition.
+        relu: apply the ReLU.
+    """
+    if getattr(norm, "fuses_residual", False):
+        return norm(x, residual=residual, relu=relu)
+    out = norm(x)
+    if residual is not None:
+        out += residual
+    return F.relu(out, inplace=True) if relu else out
+
+
+class BasicBlock(torchvision_resnet.BasicBlock):
+    """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 5 left)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = norm_act(self.bn1, self.conv1(x))
+        return norm_act(self.bn2, self.conv2(out), residual=identity)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn2
+
+
+class Bottleneck(torchvision_resnet.Bottleneck):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the 3x3 carries the stride ("v1.5")."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = norm_act(self.bn1, self.conv1(x))
+        out = norm_act(self.bn2, self.conv2(out))
+        return norm_act(self.bn3, self.conv3(out), residual=identity)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn3
+
+
+class BottleneckStride1x1(Bottleneck):
+    """Bottleneck whose first 1x1 convolution carries the stride ("v1", He et al. 2015)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.conv1.stride, self.conv2.stride = self.conv2.stride, self.conv1.stride
+
+
+def checked(normalizer: Normalizer) -> Normalizer:
+    """The normalizer, held to its contract: each call returns a new nn.Module and draws nothing from torch's generator.
+
+    The second makes all other weights a function of the seed alone, whichever normalizer is plugged in.
+
+    Raises:
+        ValueError: at once, or at the offending call, saying what was returned and what is expected.
+    """
+    if isinstance(normalizer, nn.Module):
+        raise ValueError(
+            f"normalizer: {type(normalizer).__name__} is one built layer, which cannot serve every site; pass a "
+            "callable num_features -> nn.Module (a class or functools.partial; in a config, _partial_: true)"
+        )
+    if not callable(normalizer):
+        raise ValueError(f"normalizer: must be a callable num_features -> nn.Module, got {normalizer!r}")
+    built: list[nn.Module] = []
+
+    def build(num_features: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            layer = normalizer(num_features)
+        if not isinstance(layer, nn.Module):
+            raise ValueError(
+                f"normalizer: must return an nn.Module, but called with {num_features} channels it returned "
+                f"{layer!r} ({type(layer).__name__})"
+            )
+        if any(layer is other for other in built):
+            raise ValueError(
+                f"normalizer: returned the same {type(layer).__name__} twice; each site needs a layer of its own, "
+                "so build it inside the callable"
+            )
+        built.append(layer)
+        return layer
+
+    return build
+
+
+def init_convolutions(module: nn.Module) -> None:
+    """Draw every convolution's weight kaiming_normal (fan_out, relu), as torchvision does."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
+def zero_last_gammas(model: nn.Module) -> None:
+    """Set the last gamma of each residual branch to 0, so that every block starts as its shortcut (Goyal et al. 2017).
+
+    Raises:
+        ValueError: the normalizer has no weight.
+    """
+    for block in model.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            gamma = getattr(block.last_norm, "weight", None)
+            if gamma is None:
+                raise ValueError(
+                    f"zero_init_last_gamma: {type(block.last_norm).__name__} has no weight to set to 0; use "
+                    "zero_init_last_gamma=false or an affine normalizer"
+                )
+            nn.init.zeros_(gamma)
+
+
+def check_sizes(num_classes: int, in_channels: int) -> None:
+    """ValueError unless both are whole numbers of at least 1."""
+    for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key}: must be a whole number of at least 1, got {value!r}")

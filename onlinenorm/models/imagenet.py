@@ -1,0 +1,88 @@
+"""ImageNet ResNets: torchvision's networks and parameter names, with any normalizer."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet as torchvision_resnet
+
+from onlinenorm.models.blocks import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckStride1x1,
+    Normalizer,
+    check_sizes,
+    checked,
+    init_convolutions,
+    norm_act,
+    zero_last_gammas,
+)
+
+STAGE_BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+BOTTLENECKS = {"3x3": Bottleneck, "1x1": BottleneckStride1x1}
+
+
+class ImageNetResNet(torchvision_resnet.ResNet):
+    """torchvision's ResNet with each norm site as one call; build it with ``resnet`` or ``resnet50``."""
+
+    def __init__(self, block: type[nn.Module], stages: tuple[int, ...], normalizer: Normalizer, num_classes: int):
+        super().__init__(block, list(stages), num_classes=num_classes, norm_layer=checked(normalizer))
+        # torchvision keeps the callable, and a closure would keep the network from being pickled.
+        del self._norm_layer
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def resnet(
+    depth: int,
+    normalizer: Normalizer,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    bottleneck_stride: str = "3x3",
+    zero_init_last_gamma: bool = False,
+    compile: bool = False,
+) -> ImageNetResNet:
+    """ResNet for images of about 224 x 224 with torchvision's parameter names, for (N, C, H, W) -> (N, num_classes).
+
+    Convolutions start as kaiming_normal (fan_out, relu), gamma 1, beta 0, the classifier as torch's default; with the
+    same torch seed equal for all normalizers, and equal to torchvision's. ``resnet18`` to ``resnet152`` fix the depth.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        normalizer: callable num_features -> nn.Module; called once a norm site (53 in ResNet-50).
+        num_classes: width of the output, at least 1.
+        in_channels: channels of the images, at least 1.
+        bottleneck_stride: which convolution of a bottleneck carries the stride: "3x3" (torchvision, "v1.5") or "1x1"
+            (He et al. 2015, "v1"). Depths 18 and 34 have no bottlenecks and take only "3x3".
+        zero_init_last_gamma: start the last gamma of each residual branch at 0 (Goyal et al. 2017).
+        compile: compile the network in place with torch.compile at its first call; parameter names stay.
+
+    Raises:
+        ValueError: an argument out of its range, or a normalizer that does not return a new nn.Module at each call.
+
+    Source: He et al. 2015, arXiv 1512.03385.
+    """
+    if depth not in STAGE_BLOCKS:
+        raise ValueError(f"depth: {depth!r} is not one of {', '.join(map(str, STAGE_BLOCKS))}")
+    if bottleneck_stride not in BOTTLENECKS:
+        raise ValueError(f"bottleneck_stride: {bottleneck_stride!r} is not one of {', '.join(BOTTLENECKS)}")
+    if depth < 50 and bottleneck_stride != "3x3":
+        raise ValueError(f"bottleneck_stride: resnet{depth} has no bottleneck blocks; leave it at '3x3'")
+    check_sizes(num_classes, in_channels)
+    block = BasicBlock if depth < 50 else BOTTLENECKS[bottleneck_stride]
+    model = ImageNetResNet(block, STAGE_BLOCKS[depth], normalizer, num_classes)
+    if in_channels != 3:
+        model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        init_convolutions(model.conv1)
+    if zero_init_last_gamma:
+        zero_last_gammas(model)
+    if compile:
+        model.compile()
+    return model
