@@ -1,0 +1,1 @@
+"""Training: recipe rules, the Lightning modules and what a run leaves behind."""

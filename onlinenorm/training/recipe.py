@@ -1,0 +1,240 @@
+"""The optimisation recipe as plain values, and the rules that turn it into groups, optimizer and schedule."""
+
+import difflib
+import itertools
+import math
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
+
+from onlinenorm.normalizers import OnlineNorm
+
+SCALINGS = ("horizon", "linear", "none")
+SCHEDULES = ("step", "plateau")
+AUGMENTATIONS = ("random_resized_crop", "scale_jitter", "pad_crop", "none")
+EVALUATIONS = ("center_crop", "ten_crop")
+
+NORM_TYPES = (
+    OnlineNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides how the weights move, apart from network, normalizer and data.
+
+    Args:
+        epochs: passes over the training set, at least 1.
+        batch_size: images a step over all processes, at least 1.
+        base_batch_size: the batch size that ``lr`` and ``momentum`` are meant for.
+        lr, momentum: of SGD at ``base_batch_size``; lr > 0, 0 <= momentum < 1.
+        scaling: rule to another batch size, see ``scaled_lr_momentum``: "horizon", "linear" or "none".
+        weight_decay: L2 coefficient of the decayed parameters, >= 0.
+        decay_norm_weight, decay_norm_bias: whether gammas and betas of normalizers are decayed.
+        decay_bias: whether biases of other layers are decayed. Weights of convolutions and linear layers always are.
+        schedule: "step" or "plateau", see ``build_schedule``.
+        milestones: for "step": numbers of completed epochs, rising, each in 1..epochs - 1.
+        lr_factor: factor of each drop of the learning rate, in (0, 1).
+        plateau_patience: for "plateau": epochs without improvement that are let pass, >= 0.
+        plateau_threshold: for "plateau": a fall of the error by more than this counts as improvement, a fraction >= 0.
+        augmentation: of training images: "random_resized_crop", "scale_jitter", "pad_crop" or "none".
+        evaluation: views of validation images: "center_crop" or "ten_crop".
+
+    Raises:
+        ValueError: a value of the wrong kind or out of range; the message starts with the key.
+    """
+
+    epochs: int
+    batch_size: int
+    base_batch_size: int = 256
+    lr: float = 0.1
+    momentum: float = 0.9
+    scaling: str = "horizon"
+    weight_decay: float = 1e-4
+    decay_norm_weight: bool = True
+    decay_norm_bias: bool = False
+    decay_bias: bool = True
+    schedule: str = "step"
+    milestones: tuple[int, ...] = ()
+    lr_factor: float = 0.1
+    plateau_patience: int = 5
+    plateau_threshold: float = 0.001
+    augmentation: str = "random_resized_crop"
+    evaluation: str = "center_crop"
+
+    def __post_init__(self):
+        for key in ("epochs", "batch_size", "base_batch_size"):
+            _check_whole(key, getattr(self, key), at_least=1)
+        _check_whole("plateau_patience", self.plateau_patience, at_least=0)
+        _check_number("lr", self.lr, "> 0", lambda value: value > 0)
+        _check_number("momentum", self.momentum, "in [0, 1)", lambda value: 0 <= value < 1)
+        _check_number("weight_decay", self.weight_decay, ">= 0", lambda value: value >= 0)
+        _check_number("lr_factor", self.lr_factor, "in (0, 1)", lambda value: 0 < value < 1)
+        _check_number("plateau_threshold", self.plateau_threshold, ">= 0", lambda value: value >= 0)
+        for key in ("decay_norm_weight", "decay_norm_bias", "decay_bias"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}: must be true or false, got {getattr(self, key)!r}")
+        _check_option("scaling", self.scaling, SCALINGS)
+        _check_option("schedule", self.schedule, SCHEDULES)
+        _check_option("augmentation", self.augmentation, AUGMENTATIONS)
+        _check_option("evaluation", self.evaluation, EVALUATIONS)
+        object.__setattr__(self, "milestones", _checked_milestones(self.milestones, self.epochs, self.schedule))
+
+    @property
+    def scaled_lr(self) -> float:
+        """Initial learning rate at ``batch_size``."""
+        return self._scaled()[0]
+
+    @property
+    def scaled_momentum(self) -> float:
+        """Momentum at ``batch_size``."""
+        return self._scaled()[1]
+
+    def _scaled(self) -> tuple[float, float]:
+        return scaled_lr_momentum(self.lr, self.momentum, self.batch_size, self.base_batch_size, self.scaling)
+
+
+def scaled_lr_momentum(
+    lr: float, momentum: float, batch_size: int, base_batch_size: int, rule: str
+) -> tuple[float, float]:
+    """(lr, momentum) for batches of ``batch_size`` from those for batches of ``base_batch_size``; r is their ratio.
+
+    - "horizon": m' = m^r and lr' = lr r (1 - m') / (1 - m). An image's gradient fades over as many later images at
+      either size, and in total moves the weights as far: by lr / ((1 - m) base_batch_size).
+    - "linear": m' = m and lr' = lr r (Goyal et al. 2017).
+    - "none": both unchanged.
+
+    Source of "horizon": Chiley et al. 2019, arXiv 1905.05894.
+    """
+    ratio = batch_size / base_batch_size
+    if rule == "horizon":
+        scaled = momentum**ratio
+        return lr * ratio * (1 - scaled) / (1 - momentum), scaled
+    if rule == "linear":
+        return lr * ratio, momentum
+    _check_option("scaling", rule, SCALINGS)
+    return lr, momentum
+
+
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """Name -> role of every trained parameter, once each: "weight", "bias", "norm_weight" or "norm_bias".
+
+    The type of the module that owns a parameter decides, so that ``downsample.1`` is a norm whatever it is called.
+    A normalizer outside ``NORM_TYPES`` and its subclasses counts as an ordinary layer.
+    """
+    roles = {}
+    seen = set()
+    for path, module in model.named_modules():
+        prefix = "norm_" if isinstance(module, NORM_TYPES) else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                roles[f"{path}.{name}" if path else name] = prefix + ("bias" if name.endswith("bias") else "weight")
+    return roles
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    """Groups for a torch optimizer: decayed parameters, then those without weight decay; an empty one is left out.
+
+    Each has "params" in the model's order, "weight_decay" and "name" ("decay" or "no_decay").
+    """
+    decays = {
+        "weight": True,
+        "bias": recipe.decay_bias,
+        "norm_weight": recipe.decay_norm_weight,
+        "norm_bias": recipe.decay_norm_bias,
+    }
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    decayed, exempt = [], []
+    for name, role in parameter_roles(model).items():
+        (decayed if decays[role] else exempt).append(parameters[name])
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay, "name": "decay"},
+        {"params": exempt, "weight_decay": 0.0, "name": "no_decay"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
+    """SGD at the scaled learning rate and momentum: b' = m b + g + wd w, then w' = w - lr b'.
+
+    The learning rate stands outside the momentum buffer b, so a drop acts on past gradients too.
+    """
+    groups = parameter_groups(model, recipe)
+    return SGD(groups, lr=recipe.scaled_lr, momentum=recipe.scaled_momentum)
+
+
+def build_schedule(optimizer: Optimizer, recipe: Recipe) -> LRScheduler:
+    """Schedule to be stepped once after each epoch.
+
+    - "step": ``schedule.step()``. After as many completed epochs as a milestone says, the rate is multiplied by
+      ``lr_factor``: with milestone 30, epochs 1 to 30 run at the full rate and epoch 31 is the first at the lower one.
+    - "plateau": ``schedule.step(val_error)`` with the validation error 1 - top-1 as a fraction. When it has not fallen
+      below its best by more than ``plateau_threshold`` for more than ``plateau_patience`` epochs in a row, the rate is
+      multiplied by ``lr_factor``.
+    """
+    if recipe.schedule == "step":
+        return MultiStepLR(optimizer, milestones=list(recipe.milestones), gamma=recipe.lr_factor)
+    return ReduceLROnPlateau(
+        optimizer,
+        mode="min",
+        factor=recipe.lr_factor,
+        patience=recipe.plateau_patience,
+        threshold=recipe.plateau_threshold,
+        threshold_mode="abs",
+        eps=0.0,
+    )
+
+
+def _check_whole(key: str, value, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{key}: must be a whole number of at least {at_least}, got {value!r}")
+
+
+def _check_number(key: str, value, expected: str, holds) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
+        raise ValueError(f"{key}: must be a number {expected}, got {value!r}")
+
+
+def _check_option(key: str, value, options: tuple[str, ...]) -> None:
+    if value in options:
+        return
+    near = difflib.get_close_matches(str(value), options, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{key}: {value!r} is not one of {', '.join(options)}{hint}")
+
+
+def _checked_milestones(milestones, epochs: int, schedule: str) -> tuple[int, ...]:
+    """The milestones as a tuple; ValueError unless whole, strictly rising, within the run and used by the schedule."""
+    if isinstance(milestones, (str, int, float)) or milestones is None:
+        raise ValueError(f"milestones: must be a list of epochs such as [30, 60], got {milestones!r}")
+    milestones = tuple(milestones)
+    if milestones and schedule != "step":
+        raise ValueError(
+            f"milestones: schedule={schedule} has none; use recipe.milestones=[] or recipe.schedule=step, "
+            f"got {list(milestones)}"
+        )
+    advice = "or raise recipe.epochs"
+    advice = f"use values in 1..{epochs - 1} {advice}" if epochs > 1 else f"use recipe.milestones=[] {advice}"
+    for milestone in milestones:
+        if isinstance(milestone, bool) or not isinstance(milestone, int) or milestone < 1:
+            raise ValueError(f"milestones: {milestone!r} is not a whole number of at least 1; {advice}")
+        if milestone > epochs:
+            raise ValueError(f"milestones: {milestone} lies past the last epoch ({epochs}); {advice}")
+        if milestone == epochs:
+            raise ValueError(f"milestones: {milestone} is the last epoch, so nothing runs after it; {advice}")
+    if any(later <= earlier for earlier, later in itertools.pairwise(milestones)):
+        raise ValueError(f"milestones: must rise strictly, got {list(milestones)}")
+    return milestones
