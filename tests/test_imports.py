@@ -1,0 +1,66 @@
+"""Imports go one way: scripts -> training -> models, normalizers, data; normalizers -> ops -> torch; reporting alone."""
+
+import ast
+
+import pytest
+
+ALLOWED = {
+    "ops": {"ops"},
+    "normalizers": {"normalizers", "ops"},
+    "models": {"models"},
+    "data": {"data"},
+    "training": {"training", "models", "normalizers", "data"},
+    "reporting": {"reporting"},
+    "deploy": {"deploy", "training", "models", "normalizers", "data"},
+}
+# Packages outside the project that a part may load when it is imported.
+HEAVY = {"torch", "torchvision", "pytorch_lightning", "hydra", "omegaconf", "triton", "wandb", "PIL", "torchmetrics"}
+ALLOWED_HEAVY = {
+    "ops": {"torch", "triton"},
+    "normalizers": {"torch"},
+    "models": {"torch", "torchvision"},
+    "data": {"torch", "torchvision", "pytorch_lightning", "PIL"},
+    "training": {"torch", "torchmetrics", "pytorch_lightning", "wandb"},
+    "reporting": set(),
+    "deploy": {"torch", "torchvision", "PIL"},
+}
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def parts(root):
+    return sorted(path.name for path in (root / "onlinenorm").iterdir() if (path / "__init__.py").exists())
+
+
+def test_every_part_has_a_rule(root):
+    assert set(parts(root)) <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_part_imports_only_what_lies_below_it(root, part):
+    for path in sorted((root / "onlinenorm" / part).rglob("*.py")):
+        for module in imported_modules(path):
+            names = module.split(".")
+            if names[0] == "onlinenorm":
+                below = names[1] if len(names) > 1 else "normalizers"
+                assert below in ALLOWED[part] | {"checks"}, f"{path}: {module}"
+            elif names[0] in HEAVY:
+                assert names[0] in ALLOWED_HEAVY[part], f"{path}: {module}"
+
+
+def test_triton_is_imported_by_the_fused_backend_only(root):
+    for path in (root / "onlinenorm").rglob("*.py"):
+        if "fused" not in path.parts:
+            assert not any(module.split(".")[0] == "triton" for module in imported_modules(path)), path
+
+
+def test_configuration_library_stays_in_entry_points(root):
+    for path in (root / "onlinenorm").rglob("*.py"):
+        assert not any(module.split(".")[0] in ("hydra", "omegaconf") for module in imported_modules(path)), path
