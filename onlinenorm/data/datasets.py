@@ -1,0 +1,193 @@
+"""Map-style datasets that make whole batches: a list of (epoch, index) in, a tuple of tensors out.
+
+A batch is (images uint8, labels int64, indices int64), and for scale_jitter in training a fourth tensor, the colour
+shifts N x 3. Images are N x C x H x W, for ten_crop N x 10 x C x H x W.
+"""
+
+import functools
+import hashlib
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from onlinenorm.data.arguments import DataError
+from onlinenorm.data.decoders import DECODERS
+from onlinenorm.data.index import FolderIndex
+from onlinenorm.data.randomness import uniforms
+from onlinenorm.data.sampler import Request, split_requests
+from onlinenorm.data.transforms import DRAWS, PLANS, colour_shifts, follow_plan, shift_and_mirror
+
+Batch = tuple[torch.Tensor, ...]
+
+_SEARCH = 1000  # images looked at for a readable replacement; more in a row means the disk is gone, not a file
+
+
+class PixelSource(Protocol):
+    """Images of equal size that are in memory or made on demand."""
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """uint8, N x C x H x W; the caller may keep but not change it."""
+        ...
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """int64, N."""
+        ...
+
+    def update_digest(self, digest: Any) -> None:
+        """Feeds the content to a hashlib object."""
+        ...
+
+
+class ArraySource:
+    """Images and labels held as arrays; `images_NCHW` uint8, `labels_N` any integer type."""
+
+    def __init__(self, images_NCHW: np.ndarray, labels_N: np.ndarray):
+        assert len(images_NCHW) == len(labels_N) and images_NCHW.dtype == np.uint8
+        self._images_NCHW = np.ascontiguousarray(images_NCHW)
+        self._labels_N = labels_N.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labels_N)
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        return self._images_NCHW[indices]
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        return self._labels_N[indices]
+
+    def update_digest(self, digest: Any) -> None:
+        digest.update(repr(self._images_NCHW.shape).encode())
+        digest.update(self._images_NCHW)
+        digest.update(self._labels_N)
+
+
+class InMemoryDataset(Dataset):
+    """Images of one size, augmented a batch at a time.
+
+    pad_crop, none and center_crop keep the native size and work on the whole batch at once (center_crop and none are
+    the image itself). The other plans, made for photographs, are followed image by image at the native size.
+
+    Args:
+        source: the pixels.
+        plan: a key of `transforms.PLANS`.
+        padding: black pixels around the image for pad_crop.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, source: PixelSource, plan: str, padding: int, seed: int):
+        self.source, self.plan, self.padding, self.seed = source, plan, padding, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, requests: list[Request]) -> Batch:
+        epochs, indices = split_requests(requests)
+        images_NCHW = self.source.images(indices)
+        draws_NK = uniforms(self.seed, epochs, indices, DRAWS)
+        if self.plan == "pad_crop":
+            images = torch.from_numpy(shift_and_mirror(images_NCHW, self.padding, draws_NK))
+        elif self.plan in ("none", "center_crop"):
+            images = torch.from_numpy(images_NCHW)
+        else:
+            images = self._planned(images_NCHW, draws_NK)
+        batch = images, torch.from_numpy(self.source.labels(indices)), torch.from_numpy(indices)
+        return (*batch, torch.from_numpy(colour_shifts(draws_NK))) if self.plan == "scale_jitter" else batch
+
+    def _planned(self, images_NCHW: np.ndarray, draws_NK: np.ndarray) -> torch.Tensor:
+        _, _, height, width = images_NCHW.shape
+        crops = [
+            follow_plan(torch.from_numpy(image_CHW), PLANS[self.plan](width, height, width, self.padding, draws_K))
+            for image_CHW, draws_K in zip(images_NCHW, draws_NK, strict=True)
+        ]
+        return _channels_first(torch.from_numpy(np.stack(crops)))
+
+
+class FolderDataset(Dataset):
+    """Encoded images of a `FolderIndex`, decoded, cropped and mirrored in the worker.
+
+    An unreadable image is replaced by the next readable one of the index, so that a batch never shrinks, and reported
+    in the batch itself: its index i becomes -i - 1, and in validation its label becomes -1. What that means
+    (raise or skip) is decided in the main process by `ImageDataModule.on_before_batch_transfer`.
+
+    Args:
+        index: the files.
+        plan: a key of `transforms.PLANS`.
+        crop_size: width and height of the result.
+        padding: of pad_crop.
+        decoder: a key of `decoders.DECODERS`.
+        seed: of the augmentation.
+        training: whether an unreadable image takes its replacement's label (else -1).
+    """
+
+    def __init__(
+        self, index: FolderIndex, plan: str, crop_size: int, padding: int, decoder: str, seed: int, training: bool
+    ):
+        self.index, self.plan, self.crop_size, self.padding = index, plan, crop_size, padding
+        self.decoder, self.seed, self.training = decoder, seed, training
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitems__(self, requests: list[Request]) -> Batch:
+        epochs, indices = split_requests(requests)
+        draws_NK = uniforms(self.seed, epochs, indices, DRAWS)
+        labels = np.empty(len(indices), dtype=np.int64)
+        reported = indices.copy()
+        images = None
+        for n, wanted in enumerate(indices.tolist()):
+            found, crops_KHWC = self._readable(wanted, draws_NK[n])
+            labels[n] = self.index.labels[found]
+            if found != wanted:
+                reported[n] = -wanted - 1
+                labels[n] = labels[n] if self.training else -1
+            if images is None:
+                images = torch.empty((len(indices), *crops_KHWC.shape), dtype=torch.uint8)
+            images[n] = torch.from_numpy(crops_KHWC)
+        assert images is not None
+        batch = _channels_first(images), torch.from_numpy(labels), torch.from_numpy(reported)
+        return (*batch, torch.from_numpy(colour_shifts(draws_NK))) if self.plan == "scale_jitter" else batch
+
+    def decode(self, index: int, draws_K: np.ndarray) -> np.ndarray:
+        """Crops of one image, crops x H x W x 3; raises whatever the file system or the decoder raises."""
+        planner = functools.partial(PLANS[self.plan], crop_size=self.crop_size, padding=self.padding, draws=draws_K)
+        return DECODERS[self.decoder](self.index.read(index), planner)
+
+    def failure(self, index: int) -> str:
+        """Why image `index` cannot be read, in words."""
+        try:
+            self.decode(index, np.zeros(DRAWS))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "it could not be read the first time, and can be now"
+
+    def _readable(self, wanted: int, draws_K: np.ndarray) -> tuple[int, np.ndarray]:
+        for offset in range(min(_SEARCH, len(self))):
+            candidate = (wanted + offset) % len(self)
+            try:
+                return candidate, self.decode(candidate, draws_K)
+            except MemoryError:
+                raise
+            except Exception:  # a damaged file makes decoders raise almost anything
+                continue
+        raise DataError(
+            f"root: none of {min(_SEARCH, len(self))} images in a row can be read, the first being "
+            f"{self.index.path(wanted)} ({self.failure(wanted)}); is the disk still mounted?"
+        )
+
+
+def fingerprint(parts: list[Any]) -> str:
+    """sha256 of what the parts (sources or indexes) feed through `update_digest`, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        part.update_digest(digest)
+    return digest.hexdigest()
+
+
+def _channels_first(images_NKHWC: torch.Tensor) -> torch.Tensor:
+    # a view: memory stays N, H, W, C (channels_last), which is what decoders write and GPUs read
+    images_NKCHW = images_NKHWC.permute(0, 1, 4, 2, 3)
+    return images_NKCHW[:, 0] if images_NKCHW.shape[1] == 1 else images_NKCHW

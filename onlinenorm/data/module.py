@@ -1,0 +1,265 @@
+"""The one interface through which training sees images."""
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from onlinenorm.data.arguments import UnreadableImageError, check_choice, check_fraction, check_int
+from onlinenorm.data.datasets import Batch, FolderDataset, InMemoryDataset, fingerprint
+from onlinenorm.data.decoders import DECODERS
+from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
+from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
+
+log = logging.getLogger(__name__)
+
+AnyDataset = InMemoryDataset | FolderDataset
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ImageDataModule(pl.LightningDataModule):
+    """Batches of images whose order and augmentation depend on (seed, epoch, index) only.
+
+    After the transfer hooks a batch is (images, labels, indices): images float32, normalised, N x C x H x W (N x 10 x C
+    x H x W for ten_crop), labels and indices int64. **A label of -1 means: leave this image out of every sum** (an
+    unreadable validation image under `on_unreadable="skip"`). Loaders themselves yield uint8 images; the conversion
+    to float, upscaling, colour noise and normalisation happen on the device, in `on_after_batch_transfer`.
+
+    The Trainer must be built with `use_distributed_sampler=False`: the samplers here already know the processes.
+
+    Args:
+        root: folder of the dataset, or None where the set has a place of its own.
+        num_workers: loader processes; None chooses 8, or the cores of this process if fewer.
+        limit_train, limit_val: use the first that many images in index order (all, if there are fewer). Class folders
+            are indexed class by class, so there a limit keeps the first classes only.
+        decoder: "pillow" (reference) or "torchvision"; of encoded images, without effect on sets held in memory.
+        on_unreadable: "raise" at an image that cannot be decoded, or "skip": the next readable image takes its place
+            (training) or it is left out (validation), and it is listed in `unreadable`.
+        unreadable_limit: fraction of a split above which skipping raises.
+        image_size: width and height of the network's input, pixels.
+        in_channels: channels of the network's input.
+        batch_size: global batch, the images of one optimiser step over all processes.
+        val_batch_size: images of a validation batch on each process; None chooses the training batch of a process, at
+            least 64 (ten_crop: an eighth).
+        seed: of order and augmentation.
+        augmentation: "random_resized_crop", "scale_jitter", "pad_crop" or "none".
+        evaluation: "center_crop" or "ten_crop".
+        crop_padding: pixels that pad_crop adds on each side.
+
+    Attributes: name, scale, num_classes, in_channels, class_names, train_images, val_images, fingerprint, unreadable
+    (paths of images that this process skipped, in order of appearance; kept in checkpoints).
+    """
+
+    root: str | None = None
+    num_workers: int | None = 0
+    limit_train: int | None = None
+    limit_val: int | None = None
+    decoder: str = "pillow"
+    on_unreadable: str = "raise"
+    unreadable_limit: float = 0.0001
+    image_size: int = 224
+    in_channels: int = 3
+    batch_size: int = 256
+    val_batch_size: int | None = None
+    seed: int = 0
+    augmentation: str = "none"
+    evaluation: str = "center_crop"
+    crop_padding: int = 4
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        check_int("num_workers", self.num_workers, 0, optional=True)
+        check_int("limit_train", self.limit_train, 1, optional=True)
+        check_int("limit_val", self.limit_val, 1, optional=True)
+        check_choice("decoder", self.decoder, tuple(DECODERS))
+        check_choice("on_unreadable", self.on_unreadable, ("raise", "skip"))
+        check_fraction("unreadable_limit", self.unreadable_limit)
+        check_int("image_size", self.image_size, 8)
+        check_int("batch_size", self.batch_size, 1)
+        check_int("val_batch_size", self.val_batch_size, 1, optional=True)
+        check_int("seed", self.seed, 0)
+        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        check_choice("evaluation", self.evaluation, EVALUATIONS)
+        check_int("crop_padding", self.crop_padding, 0)
+        self.name = type(self).__name__
+        self.unreadable: list[str] = []
+        self._resumed = (0, 0)
+        self._train_sampler: GlobalBatchSampler | None = None
+        self._statistics: dict[torch.device, list[torch.Tensor]] = {}
+
+    # what a kind of dataset provides
+
+    def build(self) -> tuple[AnyDataset, AnyDataset]:
+        """Opens the training and the validation set, limits applied; raises DataError if they are missing or broken."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> str:
+        """The results' label: "imagenet", "imagenet-subset", "fashion_mnist", "embedded" or "synthetic"."""
+        raise NotImplementedError
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in label order."""
+        raise NotImplementedError
+
+    @property
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the set's own channels, in units of [0, 1]."""
+        raise NotImplementedError
+
+    # description
+
+    @functools.cached_property
+    def _sets(self) -> tuple[AnyDataset, AnyDataset]:
+        return self.build()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def train_images(self) -> int:
+        return len(self._sets[0])
+
+    @property
+    def val_images(self) -> int:
+        return len(self._sets[1])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the content (class folders: over paths, sizes and labels) of the images in use."""
+        return fingerprint([s.source if isinstance(s, InMemoryDataset) else s.index for s in self._sets])
+
+    def describe(self) -> dict[str, str | int]:
+        """The `dataset` entry of results.json."""
+        return {
+            "name": self.name,
+            "train_images": self.train_images,
+            "val_images": self.val_images,
+            "fingerprint": self.fingerprint,
+        }
+
+    # Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Downloads or indexes what is not there yet; on one process a node."""
+        assert self._sets
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the sets; may be called again at no cost, and before a Trainer exists."""
+        assert self._sets
+
+    def resume(self, epoch: int, step: int) -> None:
+        """Makes the next run begin after `step` optimiser steps of epoch `epoch` (counted from 0)."""
+        self._resumed = (epoch, step)
+        if self._train_sampler is not None:
+            self._train_sampler.start_at(epoch, step)
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world_size = self._process()
+        accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
+        self._train_sampler = GlobalBatchSampler(
+            self.train_images, self.batch_size, self.seed, rank, world_size, accumulate, *self._resumed
+        )
+        return self._loader(self._sets[0], self._train_sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        rank, world_size = self._process()
+        size = self.val_batch_size
+        if size is None:
+            size = max(self.batch_size // world_size, 64) // (8 if self.evaluation == "ten_crop" else 1)
+        return self._loader(self._sets[1], ValidationSampler(self.val_images, size, rank, world_size))
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """Takes reports of unreadable images out of the batch and applies the policy to them."""
+        images, labels, indices, *colour = batch
+        flagged = indices < 0
+        if not flagged.any():
+            return batch
+        indices = torch.where(flagged, -indices - 1, indices)
+        for index, label in zip(indices[flagged].tolist(), labels[flagged].tolist(), strict=True):
+            self._handle_unreadable(index, "val" if label < 0 else "train")
+        return (images, labels, indices, *colour)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """uint8 to normalised float32 of the network's size and channels, on the batch's device."""
+        images, labels, indices, *colour = batch
+        crops = images.shape[1] if images.dim() == 5 else None
+        x_NCHW = images.flatten(0, 1) if crops else images
+        mean_C11, std_C11 = self._mean_std_on(images.device)
+        x_NCHW = x_NCHW.float().div_(255.0)
+        if colour:
+            x_NCHW = x_NCHW.add_(colour[0][:, :, None, None])
+        x_NCHW = x_NCHW.sub_(mean_C11).div_(std_C11)
+        if x_NCHW.shape[-1] != self.image_size:
+            x_NCHW = torch.nn.functional.interpolate(
+                x_NCHW, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
+            )
+        if x_NCHW.shape[1] != self.in_channels:
+            x_NCHW = x_NCHW.repeat(1, self.in_channels, 1, 1)
+        return (x_NCHW.unflatten(0, (-1, crops)) if crops else x_NCHW), labels, indices
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the unreadable images met so far. Order and augmentation need no state."""
+        return {"unreadable": list(self.unreadable)} if self.unreadable else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.unreadable = [str(path) for path in state_dict.get("unreadable", [])]
+
+    def _mean_std_on(self, device: torch.device) -> list[torch.Tensor]:
+        # kept on the device: a copy from the host at every batch would wait for the GPU
+        if device not in self._statistics:
+            self._statistics[device] = [torch.tensor(values, device=device)[:, None, None] for values in self.mean_std]
+        return self._statistics[device]
+
+    def _process(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(self, dataset: AnyDataset, sampler: GlobalBatchSampler | ValidationSampler) -> DataLoader:
+        workers = self.num_workers
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            workers = min(8, cores)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=_ready,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers > 0 else None,
+            # a generator of its own: else each epoch's start would move torch's global one
+            generator=torch.Generator(),
+        )
+
+    def _handle_unreadable(self, index: int, split: str) -> None:
+        dataset = self._sets[0 if split == "train" else 1]
+        assert isinstance(dataset, FolderDataset)
+        cause = f"{dataset.index.path(index)} cannot be decoded ({dataset.failure(index)})"
+        if self.on_unreadable == "raise":
+            raise UnreadableImageError(
+                f"on_unreadable: {cause}. Replace the file, or go on without it with data.on_unreadable=skip, "
+                "which counts and lists such images."
+            )
+        path = f"{split}/{dataset.index.relative_path(index)}"
+        if path in self.unreadable:
+            return
+        self.unreadable.append(path)
+        log.warning("skipped: %s", cause)
+        count = sum(p.startswith(f"{split}/") for p in self.unreadable)
+        if count > self.unreadable_limit * len(dataset):
+            raise UnreadableImageError(
+                f"unreadable_limit: {count} of {len(dataset)} images in {split}/ cannot be decoded, more than the "
+                f"allowed fraction {self.unreadable_limit:g}; the last is {cause}. Repair the dataset, or raise "
+                "data.unreadable_limit."
+            )
+
+
+def _ready(batch: Batch) -> Batch:
+    return batch  # datasets make whole batches; nothing is left to collate

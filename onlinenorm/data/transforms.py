@@ -1,0 +1,175 @@
+"""Geometry and colour of augmentation: pure functions of an image's size and its random numbers.
+
+A `Plan` says what to do with a decoded image: cut `box` out, resize to `size`, cut `crops` of `crop_size` (black
+beyond the border), mirror some. Every decoder follows the same plan, so boxes and flips can't differ between decoders.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from onlinenorm.data.randomness import normals
+
+AUGMENTATIONS = ("random_resized_crop", "scale_jitter", "pad_crop", "none")
+EVALUATIONS = ("center_crop", "ten_crop")
+
+# columns of an image's row of uniform numbers; a purpose keeps its columns whatever the augmentation
+DRAWS = 30
+_AREA, _RATIO, _TOP, _LEFT, _FLIP, _SHORT, _COLOUR = 0, 10, 20, 21, 22, 23, 24
+
+_AREA_RANGE = (0.08, 1.0)
+_RATIO_RANGE = (3.0 / 4.0, 4.0 / 3.0)
+_SHORT_RANGE = (256, 480)  # of a 224 px crop, He et al. 2015
+
+# Principal components of ImageNet's RGB values in [0, 1] and their eigenvalues (AlexNet's colour augmentation)
+_PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+_PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
+_PCA_SIGMA = 0.1
+
+
+class Plan(NamedTuple):
+    """What to do with one decoded image; lengths in pixels.
+
+    box: (left, top, width, height) of the source, or None for all of it. size: (width, height) after resizing.
+    crops: (left, top, mirrored) in the resized image. crop_size: width and height of each crop.
+    """
+
+    box: tuple[int, int, int, int] | None
+    size: tuple[int, int]
+    crops: tuple[tuple[int, int, bool], ...]
+    crop_size: int
+
+
+Planner = Callable[[int, int], Plan]
+
+
+def shorter_side(width: int, height: int, short: int) -> tuple[int, int]:
+    """(width, height) with the shorter side resized to `short` and the ratio kept, rounded as torchvision does."""
+    if width <= height:
+        return short, int(short * height / width)
+    return int(short * width / height), short
+
+
+def _centred(size: tuple[int, int], crop: int) -> tuple[int, int]:
+    return round((size[0] - crop) / 2.0), round((size[1] - crop) / 2.0)
+
+
+def _below(bound: int, uniform: float) -> int:
+    return int(uniform * bound)
+
+
+def plan_random_resized_crop(width: int, height: int, crop_size: int, padding: int, draws: np.ndarray) -> Plan:
+    """A box of 8-100 % of the area, ratio 3/4-4/3 (log-uniform; 10 tries, else centred), resized; mirrored or not."""
+    log_ratio = math.log(_RATIO_RANGE[0]), math.log(_RATIO_RANGE[1])
+    mirrored = bool(draws[_FLIP] < 0.5)
+    for t in range(10):
+        area = width * height * (_AREA_RANGE[0] + (_AREA_RANGE[1] - _AREA_RANGE[0]) * draws[_AREA + t])
+        ratio = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * draws[_RATIO + t])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            box = _below(width - w + 1, draws[_LEFT]), _below(height - h + 1, draws[_TOP]), w, h
+            break
+    else:
+        w, h = width, height
+        if width / height < _RATIO_RANGE[0]:
+            h = round(w / _RATIO_RANGE[0])
+        elif width / height > _RATIO_RANGE[1]:
+            w = round(h * _RATIO_RANGE[1])
+        box = (width - w) // 2, (height - h) // 2, w, h
+    return Plan(box, (crop_size, crop_size), ((0, 0, mirrored),), crop_size)
+
+
+def plan_scale_jitter(width: int, height: int, crop_size: int, padding: int, draws: np.ndarray) -> Plan:
+    """Shorter side uniform over the whole numbers [256, 480] (x crop_size / 224), a random crop, mirrored or not."""
+    low, high = (round(s * crop_size / 224) for s in _SHORT_RANGE)
+    size = shorter_side(width, height, low + _below(high - low + 1, draws[_SHORT]))
+    left, top = _below(size[0] - crop_size + 1, draws[_LEFT]), _below(size[1] - crop_size + 1, draws[_TOP])
+    return Plan(None, size, ((left, top, bool(draws[_FLIP] < 0.5)),), crop_size)
+
+
+def plan_pad_crop(width: int, height: int, crop_size: int, padding: int, draws: np.ndarray) -> Plan:
+    """Shorter side resized to crop_size, the centred crop moved by up to `padding` each way, mirrored or not."""
+    size = shorter_side(width, height, crop_size)
+    left, top = _centred(size, crop_size)
+    dx, dy = (_below(2 * padding + 1, draws[column]) - padding for column in (_LEFT, _TOP))
+    return Plan(None, size, ((left + dx, top + dy, bool(draws[_FLIP] < 0.5)),), crop_size)
+
+
+def plan_center_crop(
+    width: int, height: int, crop_size: int, padding: int = 0, draws: np.ndarray | None = None
+) -> Plan:
+    """Shorter side resized to 256 (times crop_size / 224), the centred crop; nothing is random."""
+    size = shorter_side(width, height, round(crop_size * 256 / 224))
+    return Plan(None, size, ((*_centred(size, crop_size), False),), crop_size)
+
+
+def plan_ten_crop(width: int, height: int, crop_size: int, padding: int = 0, draws: np.ndarray | None = None) -> Plan:
+    """Four corners and centre after `plan_center_crop`'s resize, then the same five of the mirrored image."""
+    w, h = size = shorter_side(width, height, round(crop_size * 256 / 224))
+    right, bottom = w - crop_size, h - crop_size
+    five = [(0, 0), (right, 0), (0, bottom), (right, bottom), _centred(size, crop_size)]
+    # a crop at `left` of the mirrored image is the mirrored crop at `right - left` of the image itself
+    crops = [(left, top, False) for left, top in five] + [(right - left, top, True) for left, top in five]
+    return Plan(None, size, tuple(crops), crop_size)
+
+
+PLANS = {
+    "random_resized_crop": plan_random_resized_crop,
+    "scale_jitter": plan_scale_jitter,
+    "pad_crop": plan_pad_crop,
+    "none": plan_center_crop,
+    "center_crop": plan_center_crop,
+    "ten_crop": plan_ten_crop,
+}
+
+
+def cut_crops(image_HWC: np.ndarray, plan: Plan) -> np.ndarray:
+    """The plan's crops of an image that has been resized already: uint8, crops x crop_size x crop_size x C."""
+    height, width, channels = image_HWC.shape
+    s = plan.crop_size
+    out_KHWC = np.zeros((len(plan.crops), s, s, channels), dtype=np.uint8)
+    for out_HWC, (left, top, mirrored) in zip(out_KHWC, plan.crops, strict=True):
+        x0, x1, y0, y1 = max(left, 0), min(left + s, width), max(top, 0), min(top + s, height)
+        view_HWC = out_HWC[:, ::-1] if mirrored else out_HWC
+        view_HWC[y0 - top : y1 - top, x0 - left : x1 - left] = image_HWC[y0:y1, x0:x1]
+    return out_KHWC
+
+
+def follow_plan(image_CHW: torch.Tensor, plan: Plan) -> np.ndarray:
+    """Follows a plan on a decoded uint8 tensor, with antialiased bilinear resizing: crops x H x W x C, uint8."""
+    if plan.box is not None:
+        left, top, width, height = plan.box
+        image_CHW = image_CHW[:, top : top + height, left : left + width]
+    if (image_CHW.shape[2], image_CHW.shape[1]) != plan.size:
+        image_CHW = torch.nn.functional.interpolate(
+            image_CHW[None], size=plan.size[::-1], mode="bilinear", antialias=True
+        )[0]
+    return cut_crops(image_CHW.permute(1, 2, 0).numpy(), plan)
+
+
+def shift_and_mirror(images_NCHW: np.ndarray, padding: int, draws_NK: np.ndarray) -> np.ndarray:
+    """`plan_pad_crop` for a whole batch of equal images at once: black padding, random crop, mirrored or not."""
+    n, c, h, w = images_NCHW.shape
+    padded = np.zeros((n, c, h + 2 * padding, w + 2 * padding), dtype=images_NCHW.dtype)
+    padded[:, :, padding : padding + h, padding : padding + w] = images_NCHW
+    top_N = (draws_NK[:, _TOP] * (2 * padding + 1)).astype(np.int64)
+    left_N = (draws_NK[:, _LEFT] * (2 * padding + 1)).astype(np.int64)
+    columns_NW = np.broadcast_to(np.arange(w), (n, w))
+    columns_NW = left_N[:, None] + np.where(draws_NK[:, _FLIP, None] < 0.5, columns_NW[:, ::-1], columns_NW)
+    rows_NH = top_N[:, None] + np.arange(h)
+    # flat indices into each image's padded plane, shared by its channels
+    flat_NP = (rows_NH[:, :, None] * (w + 2 * padding) + columns_NW[:, None, :]).reshape(n, 1, h * w)
+    return np.take_along_axis(padded.reshape(n, c, -1), flat_NP, axis=2).reshape(n, c, h, w)
+
+
+def colour_shifts(draws_NK: np.ndarray) -> np.ndarray:
+    """AlexNet's colour noise: for each image one RGB offset in units of [0, 1], N x 3, float32.
+
+    offset = V (a * lambda), a ~ N(0, 0.1), with V, lambda the principal components of ImageNet's RGB values
+    (Krizhevsky et al. 2012, section 4.1).
+    """
+    alphas_N3 = _PCA_SIGMA * normals(draws_NK[:, _COLOUR : _COLOUR + 6])
+    return ((alphas_N3 * _PCA_VALUES) @ _PCA_VECTORS.T).astype(np.float32)
