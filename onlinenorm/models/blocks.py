@@ -7,7 +7,6 @@ one pass over memory.
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
@@ -67,13 +66,21 @@ class BottleneckStride1x1(Bottleneck):
         self.conv1.stride, self.conv2.stride = self.conv2.stride, self.conv1.stride
 
 
-def checked(normalizer: Normalizer) -> Normalizer:
-    """The normalizer, held to its contract: each call returns a new nn.Module and draws nothing from torch's generator.
+class NormSite(nn.Module):
+    """Holds the place of a normalizer over ``num_features`` channels until ``plug_in`` fills it."""
 
-    The second makes all other weights a function of the seed alone, whichever normalizer is plugged in.
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
+def plug_in(model: nn.Module, normalizer: Normalizer) -> None:
+    """Replace every NormSite by ``normalizer(num_features)``, in order of registration.
+
+    By then all other weights are drawn, so they are a function of the seed alone, whichever normalizer is plugged in.
 
     Raises:
-        ValueError: at once, or at the offending call, saying what was returned and what is expected.
+        ValueError: the normalizer is not a callable that returns a new nn.Module at each call.
     """
     if isinstance(normalizer, nn.Module):
         raise ValueError(
@@ -82,25 +89,21 @@ def checked(normalizer: Normalizer) -> Normalizer:
         )
     if not callable(normalizer):
         raise ValueError(f"normalizer: must be a callable num_features -> nn.Module, got {normalizer!r}")
-    built: list[nn.Module] = []
-
-    def build(num_features: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            layer = normalizer(num_features)
+    built = set()
+    for path, site in [(path, site) for path, site in model.named_modules() if isinstance(site, NormSite)]:
+        layer = normalizer(site.num_features)
         if not isinstance(layer, nn.Module):
             raise ValueError(
-                f"normalizer: must return an nn.Module, but called with {num_features} channels it returned "
+                f"normalizer: must return an nn.Module, but called with {site.num_features} channels it returned "
                 f"{layer!r} ({type(layer).__name__})"
             )
-        if any(layer is other for other in built):
+        if layer in built:
             raise ValueError(
                 f"normalizer: returned the same {type(layer).__name__} twice; each site needs a layer of its own, "
                 "so build it inside the callable"
             )
-        built.append(layer)
-        return layer
-
-    return build
+        built.add(layer)
+        model.set_submodule(path, layer)
 
 
 def init_convolutions(module: nn.Module) -> None:

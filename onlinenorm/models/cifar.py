@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from onlinenorm.models.blocks import (
     BasicBlock,
     Normalizer,
+    NormSite,
     check_sizes,
-    checked,
     init_convolutions,
     norm_act,
+    plug_in,
     zero_last_gammas,
 )
 
@@ -41,13 +42,10 @@ class ZeroPadShortcut(nn.Module):
 class CifarResNet(nn.Module):
     """A 3x3 stem, three stages of 16, 32 and 64 channels, global average pool; build it with ``cifar_resnet``."""
 
-    def __init__(
-        self, blocks_per_stage: int, normalizer: Normalizer, num_classes: int, in_channels: int, shortcut: str
-    ):
+    def __init__(self, blocks_per_stage: int, num_classes: int, in_channels: int, shortcut: str):
         super().__init__()
-        build_norm = checked(normalizer)
         self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], kernel_size=3, padding=1, bias=False)
-        self.bn1 = build_norm(WIDTHS[0])
+        self.bn1 = NormSite(WIDTHS[0])
         stages = []
         width_in = WIDTHS[0]
         for width in WIDTHS:
@@ -59,8 +57,8 @@ class CifarResNet(nn.Module):
                     downsample = ZeroPadShortcut(width - width_in, stride)
                 elif stride != 1:
                     projection = nn.Conv2d(width_in, width, kernel_size=1, stride=stride, bias=False)
-                    downsample = nn.Sequential(projection, build_norm(width))
-                blocks.append(BasicBlock(width_in, width, stride, downsample, norm_layer=build_norm))
+                    downsample = nn.Sequential(projection, NormSite(width))
+                blocks.append(BasicBlock(width_in, width, stride, downsample, norm_layer=NormSite))
                 width_in = width
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3 = stages
@@ -107,8 +105,9 @@ def cifar_resnet(
     if shortcut not in SHORTCUTS:
         raise ValueError(f"shortcut: {shortcut!r} is not one of {', '.join(SHORTCUTS)}")
     check_sizes(num_classes, in_channels)
-    model = CifarResNet((depth - 2) // 6, normalizer, num_classes, in_channels, shortcut)
+    model = CifarResNet((depth - 2) // 6, num_classes, in_channels, shortcut)
     init_convolutions(model)
+    plug_in(model, normalizer)
     if zero_init_last_gamma:
         zero_last_gammas(model)
     if compile:

@@ -9,10 +9,11 @@ from onlinenorm.models.blocks import (
     Bottleneck,
     BottleneckStride1x1,
     Normalizer,
+    NormSite,
     check_sizes,
-    checked,
     init_convolutions,
     norm_act,
+    plug_in,
     zero_last_gammas,
 )
 
@@ -28,11 +29,6 @@ BOTTLENECKS = {"3x3": Bottleneck, "1x1": BottleneckStride1x1}
 
 class ImageNetResNet(torchvision_resnet.ResNet):
     """torchvision's ResNet with each norm site as one call; build it with ``resnet`` or ``resnet50``."""
-
-    def __init__(self, block: type[nn.Module], stages: tuple[int, ...], normalizer: Normalizer, num_classes: int):
-        super().__init__(block, list(stages), num_classes=num_classes, norm_layer=checked(normalizer))
-        # torchvision keeps the callable, and a closure would keep the network from being pickled.
-        del self._norm_layer
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
@@ -77,10 +73,11 @@ def resnet(
         raise ValueError(f"bottleneck_stride: resnet{depth} has no bottleneck blocks; leave it at '3x3'")
     check_sizes(num_classes, in_channels)
     block = BasicBlock if depth < 50 else BOTTLENECKS[bottleneck_stride]
-    model = ImageNetResNet(block, STAGE_BLOCKS[depth], normalizer, num_classes)
+    model = ImageNetResNet(block, list(STAGE_BLOCKS[depth]), num_classes=num_classes, norm_layer=NormSite)
     if in_channels != 3:
         model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         init_convolutions(model.conv1)
+    plug_in(model, normalizer)
     if zero_init_last_gamma:
         zero_last_gammas(model)
     if compile:

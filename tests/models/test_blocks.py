@@ -1,0 +1,100 @@
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from onlinenorm.models import cifar_resnet8, resnet18
+from onlinenorm.models.blocks import norm_act
+
+ONE_FOR_ALL = nn.Identity()
+
+
+class FusingBatchNorm(nn.BatchNorm2d):
+    """BatchNorm with the fused call, which notes how it was called."""
+
+    fuses_residual = True
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.calls = []
+
+    def forward(self, x, residual=None, relu=False):
+        self.calls.append((residual is not None, relu))
+        out = super().forward(x)
+        out = out if residual is None else out + residual
+        return F.relu(out) if relu else out
+
+
+class RandomlyStartedNorm(nn.BatchNorm2d):
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        nn.init.normal_(self.bias)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_one_call_equals_three_ops(with_residual, relu):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4)
+    residual = torch.randn_like(x) if with_residual else None
+    plain, fusing = nn.BatchNorm2d(3), FusingBatchNorm(3)
+    expected = plain(x)
+    expected = expected + residual if with_residual else expected
+    expected = expected.clamp(min=0) if relu else expected
+    torch.testing.assert_close(norm_act(nn.BatchNorm2d(3), x, residual, relu), expected, rtol=0, atol=0)
+    torch.testing.assert_close(norm_act(fusing, x, residual, relu), expected, rtol=0, atol=0)
+    assert fusing.calls == [(with_residual, relu)]
+
+
+@pytest.mark.parametrize("build, size", [(resnet18, 32), (cifar_resnet8, 16)])
+def test_every_norm_site_offers_fusion(build, size):
+    torch.manual_seed(0)
+    model = build(FusingBatchNorm)
+    model(torch.randn(2, 3, size, size))
+    for name, module in model.named_modules():
+        if isinstance(module, FusingBatchNorm):
+            shortcut, last_of_block = ".downsample." in name, name.startswith("layer") and name.endswith("bn2")
+            assert module.calls == [(last_of_block, not shortcut)], name
+
+
+def test_fused_and_plain_calls_give_the_same_network():
+    torch.manual_seed(0)
+    plain = cifar_resnet8(nn.BatchNorm2d)
+    fusing = cifar_resnet8(FusingBatchNorm)
+    fusing.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 3, 16, 16)
+    outputs = [model(x) for model in (plain, fusing)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    for out in outputs:
+        out.square().sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), fusing.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("build", [resnet18, cifar_resnet8])
+@pytest.mark.parametrize(
+    "normalizer, message",
+    [
+        ("batch", "normalizer: must be a callable num_features -> nn.Module, got 'batch'"),
+        (nn.BatchNorm2d(64), "normalizer: BatchNorm2d is one built layer.*_partial_: true"),
+        (lambda n: {"num_features": n}, r"normalizer: must return an nn\.Module, but called with .*\(dict\)"),
+        (lambda n: partial(nn.BatchNorm2d, n), r"normalizer: must return an nn\.Module, but called with .*\(partial\)"),
+        (lambda n: nn.BatchNorm2d, r"normalizer: must return an nn\.Module, but called with .*\(type\)"),
+        (lambda n: ONE_FOR_ALL, "normalizer: returned the same Identity twice"),
+    ],
+)
+def test_wrong_normalizers_are_named(build, normalizer, message):
+    with pytest.raises(ValueError, match=message):
+        build(normalizer)
+
+
+def test_a_normalizer_that_draws_leaves_the_other_weights_alone():
+    torch.manual_seed(0)
+    expected = cifar_resnet8(nn.BatchNorm2d).state_dict()
+    torch.manual_seed(0)
+    actual = cifar_resnet8(RandomlyStartedNorm).state_dict()
+    assert not torch.equal(actual["bn1.bias"], expected["bn1.bias"])
+    for name in ("conv1.weight", "layer2.0.downsample.0.weight", "layer3.0.conv2.weight", "fc.weight", "fc.bias"):
+        assert torch.equal(actual[name], expected[name]), name
