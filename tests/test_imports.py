@@ -1,4 +1,4 @@
-"""Imports go one way: scripts -> training -> models, normalizers, data; normalizers -> ops -> torch; reporting alone."""
+"""Imports go one way: training -> models, normalizers, data; normalizers -> ops -> torch; reporting stands alone."""
 
 import ast
 

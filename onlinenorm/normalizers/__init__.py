@@ -1,7 +1,17 @@
 """Normalizers as modules: OnlineNorm, clamp removal, and the baselines it is compared with."""
 
+from onlinenorm.normalizers.across_processes import average_statistics
 from onlinenorm.normalizers.baselines import group_norm, identity, layer_norm
 from onlinenorm.normalizers.clamping import remove_clamping
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
 
-__all__ = ["OnlineNorm", "OnlineNorm1d", "OnlineNorm2d", "group_norm", "identity", "layer_norm", "remove_clamping"]
+__all__ = [
+    "OnlineNorm",
+    "OnlineNorm1d",
+    "OnlineNorm2d",
+    "average_statistics",
+    "group_norm",
+    "identity",
+    "layer_norm",
+    "remove_clamping",
+]

@@ -4,6 +4,7 @@ import difflib
 import logging
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
@@ -104,7 +105,12 @@ class OnlineNorm(nn.Module):
 
     @property
     def spec(self) -> NormSpec:
-        """The layer's constants in the form the ops take."""
+        """The layer's constants in the form the ops take.
+
+        Each of W processes sees the gradient of its own mean loss, W times its share of the global mean: dividing by W
+        keeps the control state in units that do not depend on the number of processes.
+        """
+        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         return NormSpec(
             self.alpha_fwd,
             self.alpha_bkw,
@@ -113,7 +119,8 @@ class OnlineNorm(nn.Module):
             self.clamp_value,
             self.layer_scaling_eps,
             self.layer_scaling_group_size,
-            self.gradient_scale,
+            self.gradient_scale / world_size,
+            world_size if self.statistics == "global" else 1,
         )
 
     def resolve_backend(self, device: torch.device) -> str:
@@ -230,7 +237,9 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
         layer_scaling_eps: added to the mean square of "layer_scaling", > 0.
         layer_scaling_group_size: channels that share a scale; divides C; None for all.
         backend: "auto" (fused kernels on CUDA, else torch), "fused", "torch" or "reference".
-        statistics: across processes "global" (the stream of one process with the global batch) or "local".
+        statistics: across processes "global" (the stream that one process with the global batch would see; one small
+            collective forward and one backward) or "local" (each process its own stream; no communication, to be
+            averaged before validation and checkpoints, see ``average_statistics``).
         device, dtype: of parameters and state; float32, or float64 when asked for, never half precision.
 
     Shapes:

@@ -222,7 +222,13 @@ def train_step(
     """relu(norm(x) + residual) in training mode for (N, C, H, W), one sample after the other.
 
     The forward pass moves ``running_mean`` and ``running_var`` in place, the backward pass ``control_u`` and
-    ``control_v``. Output dtype and memory format are those of x.
+    ``control_v``. Output dtype and memory format are those of x. Raises ValueError across processes: the loop sees the
+    samples of one.
     """
+    if spec.processes > 1:
+        raise ValueError(
+            "backend: 'reference' loops over the samples of one process and cannot form global statistics of "
+            f"{spec.processes}; use backend='torch', or statistics='local'"
+        )
     z = _OnlineNorm.apply(x, weight, bias, running_mean, running_var, control_u, control_v, spec)
     return finish(z, residual, relu)

@@ -12,7 +12,8 @@ class NormSpec:
     ``alpha_fwd`` and ``alpha_bkw`` are the decay factors of the statistics and of the control process, ``eps`` is added
     to variances. ``error_compensation`` is one of ``ERROR_COMPENSATIONS``; ``clamp_value`` belongs to "clamp",
     ``layer_scaling_eps`` and ``layer_scaling_group_size`` (channels a group; None: all) to "layer_scaling".
-    ``gradient_scale`` gives the unit of the control state: u and v are kept as gradient x gradient_scale.
+    ``gradient_scale`` gives the unit of the control state: u and v are kept as gradient x gradient_scale. ``processes``
+    is the number of processes whose batches, in rank order, form one stream of samples.
     """
 
     alpha_fwd: float = 0.999
@@ -23,6 +24,7 @@ class NormSpec:
     layer_scaling_eps: float = 1e-5
     layer_scaling_group_size: int | None = None
     gradient_scale: float = 1.0
+    processes: int = 1
 
     def as_arguments(self) -> tuple:
         """The fields in order: custom operators take numbers and strings, not objects."""

@@ -16,6 +16,7 @@ Layer scaling reads its per-sample scale off the same moments: mean(w^2) = weigh
 import torch
 from torch import Tensor
 
+from onlinenorm.ops.across_processes import gather_samples, own_samples
 from onlinenorm.ops.reference import channel_groups, compute_dtype, evaluate, finish, per_channel
 from onlinenorm.ops.spec import NormSpec
 
@@ -52,51 +53,63 @@ def linear_recurrence(coefficient, addend_NC: Tensor, initial_C: Tensor) -> tupl
     return torch.cat([initial_C[None], b[:-1]]), b[-1]
 
 
+# The scans are custom operators: they move state, and across processes they hold the collective, which torch.compile
+# need not look into. N rows enter; M = processes x N rows, of all samples in rank order, leave.
 @torch.library.custom_op("onlinenorm::scan_statistics", mutates_args=("running_mean", "running_var"))
 def scan_statistics(
-    mean_NC: Tensor, var_NC: Tensor, running_mean: Tensor, running_var: Tensor, alpha_fwd: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Statistics (m, 1 / s), each (N, C), that each sample is normalised with; moves the state past the batch."""
-    m_NC, mean = linear_recurrence(alpha_fwd, (1 - alpha_fwd) * mean_NC, running_mean.to(mean_NC.dtype))
-    d_NC = mean_NC - m_NC
-    innovation_NC = (1 - alpha_fwd) * (var_NC + alpha_fwd * d_NC * d_NC)
-    before_NC, var = linear_recurrence(alpha_fwd, innovation_NC, running_var.to(mean_NC.dtype))
+    mean_NC: Tensor,
+    var_NC: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    alpha_fwd: float,
+    eps: float,
+    processes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tables (M, C) of m, 1 / s, Y and Q for every sample; moves the running statistics past the batch."""
+    mean_MC, var_MC = gather_samples(torch.stack([mean_NC, var_NC]), processes)
+    m_MC, mean = linear_recurrence(alpha_fwd, (1 - alpha_fwd) * mean_MC, running_mean.to(mean_NC.dtype))
+    d_MC = mean_MC - m_MC
+    innovation_MC = (1 - alpha_fwd) * (var_MC + alpha_fwd * d_MC * d_MC)
+    before_MC, var = linear_recurrence(alpha_fwd, innovation_MC, running_var.to(mean_NC.dtype))
     running_mean.copy_(mean)
     running_var.copy_(var)
-    return m_NC, torch.rsqrt(before_NC + eps)
+    rstd_MC = torch.rsqrt(before_MC + eps)
+    return m_MC, rstd_MC, d_MC * rstd_MC, (var_MC + d_MC * d_MC) * rstd_MC * rstd_MC
 
 
 @scan_statistics.register_fake
-def _(mean_NC, var_NC, running_mean, running_var, alpha_fwd, eps):
-    return torch.empty_like(mean_NC), torch.empty_like(mean_NC)
+def _(mean_NC, var_NC, running_mean, running_var, alpha_fwd, eps, processes):
+    samples, channels = mean_NC.shape
+    return tuple(mean_NC.new_empty(samples * processes, channels) for _ in range(4))
 
 
 @torch.library.custom_op("onlinenorm::scan_control", mutates_args=("control_u", "control_v"))
 def scan_control(
     g_NC: Tensor,
     gy_NC: Tensor,
-    y_NC: Tensor,
-    yy_NC: Tensor,
-    rstd_NC: Tensor,
+    y_MC: Tensor,
+    yy_MC: Tensor,
+    rstd_MC: Tensor,
     control_u: Tensor,
     control_v: Tensor,
     alpha_bkw: float,
     gradient_scale: float,
+    processes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Controls (u, v), each (N, C), in units of the gradient, for each sample; moves the state past the batch."""
+    """Controls (u, v), each (M, C), in units of the gradient, for every sample; moves the state past the batch."""
     k = 1 - alpha_bkw
-    g_NC, gy_NC = g_NC * gradient_scale, gy_NC * gradient_scale
-    v_NC, v = linear_recurrence(1 - k * yy_NC, gy_NC, control_v.to(g_NC.dtype))
-    drift_NC = (g_NC - k * v_NC * y_NC) * rstd_NC
-    u_NC, u = linear_recurrence(alpha_bkw, drift_NC, control_u.to(g_NC.dtype))
+    g_MC, gy_MC = gather_samples(torch.stack([g_NC, gy_NC]) * gradient_scale, processes)
+    v_MC, v = linear_recurrence(1 - k * yy_MC, gy_MC, control_v.to(g_NC.dtype))
+    drift_MC = (g_MC - k * v_MC * y_MC) * rstd_MC
+    u_MC, u = linear_recurrence(alpha_bkw, drift_MC, control_u.to(g_NC.dtype))
     control_u.copy_(u)
     control_v.copy_(v)
-    return u_NC / gradient_scale, v_NC / gradient_scale
+    return u_MC / gradient_scale, v_MC / gradient_scale
 
 
 @scan_control.register_fake
-def _(g_NC, gy_NC, y_NC, yy_NC, rstd_NC, control_u, control_v, alpha_bkw, gradient_scale):
-    return torch.empty_like(g_NC), torch.empty_like(g_NC)
+def _(g_NC, gy_NC, y_MC, yy_MC, rstd_MC, control_u, control_v, alpha_bkw, gradient_scale, processes):
+    return torch.empty_like(y_MC), torch.empty_like(y_MC)
 
 
 def _inverse_layer_scale(yy_NC, y_NC, weight_C, bias_C, spec: NormSpec) -> Tensor:
@@ -113,27 +126,28 @@ class _OnlineNorm(torch.autograd.Function):
         weight_C = torch.ones_like(running_mean, dtype=dtype) if weight is None else weight.to(dtype)
         bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
         mean_NC, var_NC, centered = moments(x_NCHW)
-        m_NC, rstd_NC = scan_statistics(mean_NC, var_NC, running_mean, running_var, spec.alpha_fwd, spec.eps)
-        d_NC = mean_NC - m_NC
-        y_NC, yy_NC = d_NC * rstd_NC, (var_NC + d_NC * d_NC) * rstd_NC * rstd_NC
+        tables = scan_statistics(mean_NC, var_NC, running_mean, running_var, spec.alpha_fwd, spec.eps, spec.processes)
+        m_NC, rstd_NC, y_NC, yy_NC = (own_samples(table, spec.processes) for table in tables)
         scale_NC, shift_NC = weight_C * rstd_NC, bias_C.expand_as(rstd_NC)
         if spec.error_compensation == "layer_scaling":
             rzeta_NC = _inverse_layer_scale(yy_NC, y_NC, weight_C, bias_C, spec)
             scale_NC, shift_NC = scale_NC * rzeta_NC, shift_NC * rzeta_NC
         else:
             rzeta_NC = None
-        z = centered.mul_(per_channel(scale_NC)).add_(per_channel(d_NC * scale_NC + shift_NC))
+        z = centered.mul_(per_channel(scale_NC)).add_(per_channel((mean_NC - m_NC) * scale_NC + shift_NC))
         if spec.error_compensation == "clamp":
             z = z.clamp_(-spec.clamp_value, spec.clamp_value)
-        ctx.save_for_backward(x, weight, bias, m_NC, rstd_NC, y_NC, yy_NC, rzeta_NC)
+        ctx.save_for_backward(x, weight, bias, rzeta_NC, *tables)
         # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
         ctx.control_u, ctx.control_v, ctx.spec = control_u, control_v, spec
         return z.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_z):
-        x, weight, bias, m_NC, rstd_NC, y_NC, yy_NC, rzeta_NC = ctx.saved_tensors
-        spec, dtype, k = ctx.spec, m_NC.dtype, 1 - ctx.spec.alpha_bkw
+        x, weight, bias, rzeta_NC, *tables = ctx.saved_tensors
+        spec, k = ctx.spec, 1 - ctx.spec.alpha_bkw
+        m_NC, rstd_NC, y_NC, yy_NC = (own_samples(table, spec.processes) for table in tables)
+        dtype = m_NC.dtype
         weight_C = torch.ones_like(m_NC[0]) if weight is None else weight.to(dtype)
         bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
         y = (x.to(dtype) - per_channel(m_NC)).mul_(per_channel(rstd_NC))
@@ -153,17 +167,17 @@ class _OnlineNorm(torch.autograd.Function):
         pixels = x.shape[2] * x.shape[3]
         grad_weight = None if weight is None else (gy_NC.sum(0) * pixels).to(weight.dtype)
         grad_bias = None if bias is None else (g_NC.sum(0) * pixels).to(bias.dtype)
-        u_NC, v_NC = scan_control(
+        controls = scan_control(
             weight_C * g_NC,
             weight_C * gy_NC,
-            y_NC,
-            yy_NC,
-            rstd_NC,
+            *(tables[2], tables[3], tables[1]),
             ctx.control_u,
             ctx.control_v,
             spec.alpha_bkw,
             spec.gradient_scale,
+            spec.processes,
         )
+        u_NC, v_NC = (own_samples(table, spec.processes) for table in controls)
         grad_x = g * per_channel(slope_NC * rstd_NC)
         grad_x.sub_(y.mul_(per_channel((k * v_NC + pull_y_NC) * rstd_NC)))
         grad_x.sub_(per_channel(k * u_NC + pull_NC * rstd_NC))

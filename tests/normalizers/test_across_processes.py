@@ -1,0 +1,100 @@
+"""Several gloo processes give what one process with the global batch gives."""
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from onlinenorm import OnlineNorm2d
+from onlinenorm.normalizers import average_statistics
+
+STEPS, BATCH = 5, 8
+
+
+def network(guard, statistics="global"):
+    torch.manual_seed(3)
+    norm = {"error_compensation": guard, "clamp_value": 1.0, "statistics": statistics, "alpha_fwd": 0.9}
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), OnlineNorm2d(4, **norm), nn.ReLU(), nn.Conv2d(4, 3, 1), OnlineNorm2d(3, **norm)
+    ).double()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(STEPS, BATCH, 2, 6, 6, generator=generator, dtype=torch.float64) + 1
+
+
+def train(model, parts, accumulate=1):
+    """SGD on the mean of a quadratic loss; each step's batch comes in ``accumulate`` parts."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for batch in parts:
+        optimizer.zero_grad()
+        for micro_batch in batch.chunk(accumulate):
+            output = model(micro_batch)
+            ((output - 1).square().flatten(1).sum(1).mean() / accumulate).backward()
+        optimizer.step()
+
+
+def worker(rank, world_size, port, guard, accumulate, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    model = network(guard)
+    wrapped = DistributedDataParallel(model)
+    # Rank r takes the r-th part of every micro-batch, so that ranks in order give one process's order.
+    own = [torch.cat([m.chunk(world_size)[rank] for m in batch.chunk(accumulate)]) for batch in batches()]
+    train(wrapped, own, accumulate)
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    local = network(guard, statistics="local")
+    with torch.no_grad():
+        local[1].running_mean.fill_(rank)
+    assert average_statistics(local) == 2
+    assert torch.allclose(local[1].running_mean, torch.full((4,), (world_size - 1) / 2, dtype=torch.float64))
+    assert average_statistics(model) == 0
+    dist.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "accumulate", "guard"), [(2, 1, "clamp"), (4, 1, "layer_scaling"), (2, 2, "none")]
+)
+def test_processes_equal_one_process(world_size, accumulate, guard, tmp_path):
+    one = network(guard)
+    train(one, batches(), accumulate)
+    mp.spawn(worker, (world_size, free_port(), guard, accumulate, str(tmp_path)), world_size)
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    for name, expected in one.state_dict().items():
+        for state in states:
+            assert torch.equal(state[name], states[0][name]), f"{name} differs between ranks"
+        scale = expected.abs().max()
+        assert (states[0][name] - expected).abs().max() <= 1e-9 * scale, name
+
+
+def test_compiles_with_a_process_group():
+    """The collectives sit inside custom operators: no graph breaks."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        eager = network("clamp")
+        compiled = copy.deepcopy(eager)
+        x = batches()[0]
+        torch._dynamo.reset()
+        output = torch.compile(compiled, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(output, eager(x))
+        output.sum().backward()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_process_has_nothing_to_average():
+    assert average_statistics(network("clamp", "local")) == 0
