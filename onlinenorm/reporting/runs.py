@@ -1,0 +1,241 @@
+"""Reads run folders (config.yaml, environment.json, metrics.csv, results.json) into `Run` and checks what they say."""
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onlinenorm.reporting.errors import ReportError
+
+REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
+_SCALES = ("imagenet", "imagenet-subset", "fashion_mnist", "embedded", "synthetic")
+_NOT_RUN_FOLDERS = {"checkpoints", "wandb", "tensorboard", "lightning_logs", "node_modules"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run as its folder tells it; `results` is None until the run is done.
+
+    `metrics` maps a column of metrics.csv to float64 values, one an epoch (counted from 1), NaN where a field is empty.
+    """
+
+    folder: Path
+    name: str
+    normalizer: str
+    seed: int
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: dict[str, np.ndarray]
+    results: dict[str, Any] | None
+
+    @property
+    def finished(self) -> bool:
+        return self.results is not None
+
+    @property
+    def epochs_done(self) -> int:
+        epochs = self.metrics.get("epoch", np.empty(0))
+        return int(epochs[-1]) if epochs.size else 0
+
+    @property
+    def epochs_planned(self) -> int | None:
+        """Epochs the configuration asks for, or None when it does not say."""
+        if self.results:
+            return self.results["epochs"]
+        epochs = lookup(self.config, "recipe.epochs")
+        return epochs if isinstance(epochs, int) else None
+
+    @property
+    def status(self) -> str:
+        """ "finished", "running: epoch e of E" (also when it was interrupted), or "diverged: epoch e of E"."""
+        if self.finished:
+            return "finished"
+        losses = [self.metrics[key][-1] for key in ("train_loss", "val_loss") if self.epochs_done]
+        word = "diverged" if any(math.isinf(x) or math.isnan(x) for x in losses) else "running"
+        return f"{word}: epoch {self.epochs_done} of {self.epochs_planned or 'unknown'}"
+
+    def value(self, metric: str) -> float:
+        """A figure of a finished run: "best_loss", "best_top1", "last_loss" or "last_top1" (nats; fractions)."""
+        assert self.results is not None, "only finished runs have figures"
+        part, kind = metric.split("_")
+        entry = self.results["last" if part == "last" else metric]
+        return float(entry[f"val_{kind}"])
+
+
+def lookup(tree: dict[str, Any], dotted: str, default: Any = None) -> Any:
+    """tree["a"]["b"] for "a.b", or `default` where a part is missing."""
+    for part in dotted.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return default
+        tree = tree[part]
+    return tree
+
+
+def load_runs(root: str | Path, read_yaml: Callable[[Path], Any]) -> list[Run]:
+    """All runs in or below `root`, sorted by folder.
+
+    `read_yaml` turns a YAML file into plain Python values. Raises ReportError when `root` holds no run or a file of one
+    is damaged.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ReportError(f"{root}: no such folder. Name the folder that holds runs, e.g. runs/quickstart")
+    runs = [load_run(folder, read_yaml, name=_name(folder, root)) for folder in find_run_folders(root)]
+    if not runs:
+        raise ReportError(
+            f"{root}: holds no run. A run is a folder <normalizer>/seed<k>/ with config.yaml and metrics.csv; "
+            "scripts/quickstart.sh or `python train.py experiment=table1` make some"
+        )
+    return runs
+
+
+def find_run_folders(root: Path) -> Iterator[Path]:
+    """Folders in or below `root` that hold a run's files, in a fixed order; does not look inside a run."""
+    for folder, children, files in os.walk(root):
+        present = set(files)
+        if present & {"metrics.csv", "results.json"} or {"config.yaml", "environment.json"} <= present:
+            children.clear()
+            yield Path(folder)
+        children[:] = sorted(c for c in children if not c.startswith(".") and c not in _NOT_RUN_FOLDERS)
+
+
+def load_run(folder: Path, read_yaml: Callable[[Path], Any], name: str | None = None) -> Run:
+    """The run in `folder`; raises ReportError naming the file that is missing or damaged."""
+    config = _read_config(folder / "config.yaml", read_yaml)
+    environment = _read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
+    results = None
+    if (folder / "results.json").exists():
+        results = _read_json(folder / "results.json")
+        _check_results(results, folder / "results.json")
+    metrics = read_metrics(folder / "metrics.csv") if (folder / "metrics.csv").exists() or results else {}
+    if results:
+        _check_agreement(results, metrics, folder)
+    seed_in_name = re.fullmatch(r"seed(\d+)", folder.name)
+    seed = results["seed"] if results else config.get("seed", seed_in_name and int(seed_in_name[1]))
+    if not isinstance(seed, int):
+        raise ReportError(f"{folder / 'config.yaml'}: key seed is missing")
+    normalizer = results["normalizer"] if results else folder.resolve().parent.name
+    return Run(folder, name or folder.name, normalizer, seed, config, environment, metrics, results)
+
+
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a metrics.csv as float64 arrays, one entry an epoch; empty fields are NaN."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except FileNotFoundError:
+        raise ReportError(f"{path}: missing, although the run is marked as done by its results.json") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ReportError(f"{path}: cannot be read: {error}") from error
+    if not rows:
+        return {}
+    header, body = rows[0], rows[1:]
+    if missing := [column for column in REQUIRED_COLUMNS if column not in header]:
+        raise ReportError(f"{path}: column {', '.join(missing)} is missing from its first line")
+    table = np.empty((len(body), len(header)))
+    for index, fields in enumerate(body):
+        line = f"{path}, line {index + 2}"
+        if len(fields) != len(header):
+            raise ReportError(f"{line}: {len(fields)} fields where the first line names {len(header)}; cut off?")
+        try:
+            table[index] = [float(field) if field.strip() else math.nan for field in fields]
+        except ValueError as error:
+            raise ReportError(f"{line}: {error}") from None
+    metrics = {column: table[:, i] for i, column in enumerate(header)}
+    epochs = metrics["epoch"]
+    whole = np.isfinite(epochs).all() and (epochs == np.floor(epochs)).all() and (epochs >= 1).all()
+    if not whole or (np.diff(epochs) <= 0).any():
+        raise ReportError(f"{path}: epochs must be whole numbers that rise from line to line, got {epochs.tolist()}")
+    return metrics
+
+
+def _name(folder: Path, root: Path) -> str:
+    relative = folder.relative_to(root)
+    return relative.as_posix() if relative.parts else f"{folder.resolve().parent.name}/{folder.resolve().name}"
+
+
+def _read_config(path: Path, read_yaml: Callable[[Path], Any]) -> dict[str, Any]:
+    if not path.exists():
+        raise ReportError(f"{path}: missing. A run folder without its configuration cannot be reported")
+    try:
+        config = read_yaml(path)
+    except Exception as error:  # the reader is the caller's, so its errors are unknown here
+        raise ReportError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ReportError(f"{path}: does not hold a configuration")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ReportError(f"{path}: holds {type(content).__name__} where an object is expected")
+    return content
+
+
+def _check_results(results: dict[str, Any], path: Path) -> None:
+    """Types and ranges of every figure that the report prints."""
+
+    def fail(key: str, problem: str) -> None:
+        raise ReportError(f"{path}: {key} {problem}")
+
+    def number(key: str, low: float, high: float, kind: type | tuple = (int, float)) -> None:
+        value = lookup(results, key)
+        if value is None:
+            fail(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+            fail(key, f"is {value!r}, not a finite {'whole ' if kind is int else ''}number")
+        if not low <= value <= high:
+            fail(
+                key, f"is {value!r}, outside [{low}, {high}]" + (" (accuracies are fractions)" if "top" in key else "")
+            )
+
+    if results.get("schema") != 1:
+        fail("schema", f"is {results.get('schema')!r}; this report reads schema 1")
+    for key in ("experiment", "normalizer", "dataset.name"):
+        if not isinstance(lookup(results, key), str):
+            fail(key, "is missing or not a text")
+    if results.get("scale") not in _SCALES:
+        fail("scale", f"is {results.get('scale')!r}; it must be one of {', '.join(_SCALES)}")
+    for key in ("seed", "dataset.train_images", "dataset.val_images"):
+        number(key, 0, math.inf, int)
+    for key in ("epochs", "last.epoch", "best_loss.epoch", "best_top1.epoch"):
+        number(key, 1, math.inf, int)
+    for key in ("last.val_loss", "best_loss.val_loss"):
+        number(key, 0, math.inf)
+    for key in ("last.val_top1", "best_top1.val_top1"):
+        number(key, 0, 1)
+    if results.get("clamping") is not None:
+        for side in ("with", "without"):
+            number(f"clamping.{side}.val_loss", 0, math.inf)
+            number(f"clamping.{side}.val_top1", 0, 1)
+        number("clamping.layers", 0, math.inf, int)
+        number("clamping.changed_predictions", 0, results["dataset"]["val_images"], int)
+        number("clamping.clamp_value", 0, math.inf)
+        number("clamping.clamped_fraction", 0, 1)
+        number("clamping.max_abs_activation", 0, math.inf)
+
+
+def _check_agreement(results: dict[str, Any], metrics: dict[str, np.ndarray], folder: Path) -> None:
+    """Best epochs of results.json must be those that metrics.csv shows, up to rounding."""
+    if not metrics or not metrics["epoch"].size:
+        raise ReportError(f"{folder / 'metrics.csv'}: holds no epoch, although the run is marked as done")
+    for entry, column, pick in (("best_loss", "val_loss", np.nanmin), ("best_top1", "val_top1", np.nanmax)):
+        if np.isnan(metrics[column]).all():
+            raise ReportError(f"{folder / 'metrics.csv'}: column {column} is empty")
+        seen, said = float(pick(metrics[column])), float(results[entry][column])
+        if abs(seen - said) > 1e-3 * max(1.0, abs(seen)):
+            raise ReportError(
+                f"{folder / 'results.json'}: {entry}.{column} is {said:.6g}, but metrics.csv shows {seen:.6g}; "
+                "one of the two files belongs to another run"
+            )

@@ -1,0 +1,183 @@
+"""Summaries, equivalence tests and verdicts as pure functions of numbers.
+
+The rule is symmetric. Take the interval of a difference at level 1 - 2 alpha. If it lies wholly inside the margin the
+two are equivalent (this is the pair of one-sided t tests, TOST, of Schuirmann 1987); wholly outside, they differ by
+more than the margin; otherwise the seeds at hand cannot tell. A difference is never turned into a ranking.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy.special import stdtrit
+
+EQUIVALENT = "equivalent"
+DIFFERENT = "different"
+INCONCLUSIVE = "inconclusive"
+NOT_COMPARABLE = "not comparable"
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Spread of one figure over seeds; `sd`, `low` and `high` (interval of the mean) are None for a single seed."""
+
+    n: int
+    mean: float
+    sd: float | None
+    low: float | None
+    high: float | None
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference with its interval; `paired` says whether it was taken seed by seed."""
+
+    mean: float
+    low: float
+    high: float
+    level: float
+    paired: bool
+    n: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome (one of this module's constants), the reason in words, and the difference it rests on, if any."""
+
+    outcome: str
+    reason: str
+    difference: Difference | None = None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def _half_width(standard_error: float, freedom: float, level: float) -> float:
+    """Half of a two-sided Student t interval: t_{(1 + level) / 2, freedom} times the standard error."""
+    return float(stdtrit(freedom, (1 + level) / 2)) * standard_error if standard_error > 0 else 0.0
+
+
+def summarize(values: Iterable[float], confidence: float = 0.95) -> Summary | None:
+    """Mean, sample standard deviation, Student t interval of the mean, smallest and largest; None without values.
+
+    Raises ValueError when a value is not finite or confidence lies outside (0, 1).
+    """
+    values = [float(value) for value in values]
+    _check_level(confidence)
+    if not values:
+        return None
+    _check_finite(values)
+    n, mean = len(values), _mean(values)
+    if n == 1:
+        return Summary(1, mean, None, None, None, mean, mean)
+    sd = math.sqrt(_variance(values))
+    half = _half_width(sd / math.sqrt(n), n - 1, confidence)
+    return Summary(n, mean, sd, mean - half, mean + half, min(values), max(values))
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], level: float) -> Difference:
+    """Mean of first[i] - second[i] with its t interval on n - 1 degrees of freedom; needs two pairs or more."""
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(f"a paired difference needs two or more pairs, got {len(first)} and {len(second)} values")
+    return one_sample_difference([a - b for a, b in zip(first, second, strict=True)], 0.0, level, paired=True)
+
+
+def one_sample_difference(values: Sequence[float], target: float, level: float, paired: bool = False) -> Difference:
+    """Mean of `values` minus a fixed target with its t interval; needs two values or more."""
+    summary = summarize((value - target for value in values), level)
+    if summary is None or summary.n < 2:
+        raise ValueError(f"an interval needs two or more values, got {len(values)}")
+    return Difference(summary.mean, summary.low, summary.high, level, paired, summary.n)
+
+
+def welch_difference(first: Sequence[float], second: Sequence[float], level: float) -> Difference:
+    """Difference of two means with unequal variances; degrees of freedom by Welch and Satterthwaite."""
+    _check_level(level)
+    if min(len(first), len(second)) < 2:
+        raise ValueError(f"Welch's interval needs two or more values a side, got {len(first)} and {len(second)}")
+    _check_finite([*first, *second])
+    share_a, share_b = _variance(first) / len(first), _variance(second) / len(second)
+    total, mean = share_a + share_b, _mean(first) - _mean(second)
+    half = 0.0
+    if total > 0:
+        weight = share_a / total
+        freedom = 1 / (weight**2 / (len(first) - 1) + (1 - weight) ** 2 / (len(second) - 1))
+        half = _half_width(math.sqrt(total), freedom, level)
+    return Difference(mean, mean - half, mean + half, level, False, min(len(first), len(second)))
+
+
+def decide(difference: Difference, margin: float) -> str:
+    """EQUIVALENT, DIFFERENT or INCONCLUSIVE by where the interval lies against the open interval (-margin, margin)."""
+    if not (math.isfinite(margin) and margin > 0):
+        raise ValueError(f"margin must be positive and finite, got {margin}")
+    if -margin < difference.low and difference.high < margin:
+        return EQUIVALENT
+    if difference.low > margin or difference.high < -margin:
+        return DIFFERENT
+    return INCONCLUSIVE
+
+
+def compare_rows(
+    first: Mapping[int, float], second: Mapping[int, float], margin: float, alpha: float = 0.05
+) -> Verdict:
+    """Verdict on two rows of one study, each a mapping seed -> figure; paired by seed when both have the same seeds."""
+    if not first or not second:
+        return Verdict(NOT_RUN, "a row has no finished run")
+    n = min(len(first), len(second))
+    if n == 1:
+        return Verdict(INCONCLUSIVE, "n = 1")
+    if first.keys() == second.keys():
+        seeds = sorted(first)
+        difference = paired_difference([first[s] for s in seeds], [second[s] for s in seeds], 1 - 2 * alpha)
+        how = f"paired by seed, n = {n}"
+    else:
+        difference = welch_difference(list(first.values()), list(second.values()), 1 - 2 * alpha)
+        how = f"seeds differ, so unpaired, n = {len(first)} and {len(second)}"
+    return Verdict(decide(difference, margin), how, difference)
+
+
+def compare_published(
+    values: Sequence[float], published: float, margin: float, obstacles: Sequence[str] = (), alpha: float = 0.05
+) -> Verdict:
+    """Verdict on reproduced values against one published figure.
+
+    The published figure is taken as fixed: it is a single run, so its own seed spread is unknown here and has to be
+    covered by the margin. `obstacles` are the reasons (scale, decisive departures) that forbid the comparison.
+    """
+    if not values:
+        return Verdict(NOT_RUN, "no finished run")
+    if obstacles:
+        return Verdict(NOT_COMPARABLE, "; ".join(obstacles))
+    if len(values) == 1:
+        return Verdict(INCONCLUSIVE, "n = 1")
+    difference = one_sample_difference(values, published, 1 - 2 * alpha)
+    return Verdict(decide(difference, margin), f"published value taken as fixed, n = {len(values)}", difference)
+
+
+def removal_outcome(changed_predictions: int, images: int, top1_with: float, top1_without: float) -> str:
+    """Sentence on a network validated with and without its clamps: the claim is identical validation performance."""
+    if changed_predictions == 0:
+        return "identical: no prediction changed"
+    points = 100 * (top1_without - top1_with)
+    share = f" ({100 * changed_predictions / images:.2f} %)" if images else ""
+    changed = f"{changed_predictions:,} of {images:,} predictions changed{share}"
+    return f"not identical: {changed}, accuracy {points:+.2f} points"
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level of an interval must lie between 0 and 1, got {level}")
+
+
+def _check_finite(values: Sequence[float]) -> None:
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"cannot summarise values that are not finite: {values}")

@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Table 1 from run folders: published against reproduced, curves, clamp removal, verdicts.
+
+    scripts/table1.py runs/quickstart                  # writes table1.md, table1.json, curves.png, index.html there
+    scripts/table1.py runs/table1 --output /tmp/report
+
+Reads files only: it works while runs are under way and on a machine without GPU. Exit code 0: written; 1: the runs are
+missing, damaged or of different settings (nothing is written); 2: wrong usage.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+
+try:
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from onlinenorm.reporting.curves import draw_curves
+    from onlinenorm.reporting.errors import ReportError
+    from onlinenorm.reporting.files import write_all
+    from onlinenorm.reporting.markdown import render_markdown
+    from onlinenorm.reporting.page import render_page
+    from onlinenorm.reporting.runs import load_runs
+    from onlinenorm.reporting.spec import parse_spec
+    from onlinenorm.reporting.table import build_report
+    from onlinenorm.reporting.terminal import print_report
+except ModuleNotFoundError:
+    # called as scripts/table1.py from a shell in which the project's environment is not active
+    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
+        raise
+    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+
+
+def read_yaml(path: Path):
+    """Plain Python content of a YAML file."""
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Builds the report; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", metavar="RUNS", type=Path, help="folder with runs below it, e.g. runs/quickstart")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="where to write the report (default: RUNS)")
+    options = parser.parse_args(arguments)
+    output = options.output or options.runs
+    try:
+        spec = parse_spec(read_yaml(ROOT / "configs" / "report.yaml"))
+        runs = load_runs(options.runs, read_yaml)
+        report = build_report(runs, spec)
+        picture = draw_curves(runs, report)
+        files = {
+            "table1.md": render_markdown(report).encode(),
+            "table1.json": (json.dumps(report.as_dict(), indent=2, allow_nan=False, default=str) + "\n").encode(),
+            "curves.png": picture,
+            "index.html": render_page(report, picture, draw_curves(runs, report, narrow=True)).encode(),
+        }
+        write_all(output, files)
+    except ReportError as error:
+        print(f"table1.py: {error}", file=sys.stderr)
+        return 1
+    width = None if sys.stdout.isatty() else 140
+    console = Console(width=width)
+    print_report(report, console)
+    others = ", ".join(name for name in files if name != "index.html")
+    console.print(f"Report: {output / 'index.html'} (with {others})", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
