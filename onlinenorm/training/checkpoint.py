@@ -1,0 +1,212 @@
+"""Checkpoint files: written atomically, verified, read without trusting their content; and where a run resumes."""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import CheckpointIO
+
+from onlinenorm.training.errors import RunError
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+
+
+def verify(path: Path) -> str:
+    """What is wrong with a checkpoint file, or "" when every record of it matches its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"record {damaged} does not match its checksum" if damaged else ""
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """Replaces `path` by a verified file with `state`; the file that was there becomes previous.ckpt if `path` is last.ckpt.
+
+    At any moment, also of a power cut, last.ckpt or previous.ckpt is whole. Raises RunError when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if problem := verify(partial):
+            raise RunError(
+                f"{partial}: what was written cannot be read back ({problem}); {path.name} is left as it was"
+            )
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, RunError):
+            raise
+        raise RunError(
+            f"{path}: could not be saved ({error}). Free some space and run the same command again: "
+            f"it continues from {path.parent}, which still holds the last good checkpoint"
+        ) from error
+    if path.name == LAST and path.exists():
+        os.replace(path, path.with_name(PREVIOUS))
+    os.replace(partial, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint on the CPU: tensors and plain values only."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def resumable(folder: Path) -> tuple[Path | None, list[str]]:
+    """(checkpoint to continue from or None, a line for each damaged one that was passed over).
+
+    Raises RunError when there are checkpoints and all are damaged: starting over is for the user to say.
+    """
+    damaged = []
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if path.exists():
+            problem = verify(path)
+            if not problem:
+                return path, damaged
+            damaged.append(f"{path} is damaged ({problem})")
+    if damaged:
+        raise RunError("; ".join(damaged) + f". Nothing is left to continue from: delete {folder} to start over")
+    return None, damaged
+
+
+class VerifiedIO(CheckpointIO):
+    """Lightning's door to `write` and `read`."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        write(checkpoint, Path(path))
+
+    def load_checkpoint(self, path, map_location=None, weights_only=True) -> dict[str, Any]:
+        return read(Path(path))
+
+    def remove_checkpoint(self, path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Checkpoints(Checkpoint):
+    """Saves last.ckpt after each epoch, every so many steps and when asked to stop; best.ckpt at the best accuracy.
+
+    A checkpoint holds where it was taken as (epoch, step): optimizer steps of epoch `epoch`, counted from 0. Lightning's
+    own loop counters are derived from that on loading, so that accumulation and the number of processes may change.
+
+    Args:
+        folder: of the checkpoint files.
+        every_n_steps: optimizer steps between saves within an epoch; None for none.
+        stop: tells when to save and leave (`interruption.StopSignals`).
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int | None, stop):
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"checkpoint_every_n_steps: {every_n_steps!r} must be at least 1, or null for none")
+        self.folder, self.every_n_steps, self.stop = folder, every_n_steps, stop
+        self.best_top1 = -1.0
+        self._position: tuple[int, int] | None = None
+
+    def setup(self, trainer, module, stage) -> None:
+        if stage == "fit":
+            # Lightning asks rank 0 for its SIGTERM before each step and waits for the device; ours is agreed on below.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+    def on_train_start(self, trainer, module) -> None:
+        self.stop.install()  # again: Lightning has put its own handlers in between
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = (batch_idx + 1) // trainer.accumulate_grad_batches
+        epoch_done = batch_idx + 1 == trainer.num_training_batches
+        stopping = self.stop.agreed(trainer)
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0 and not epoch_done
+        if stopping or due:
+            self.save(trainer, trainer.current_epoch, step)
+        if stopping:
+            self.stop.leave(trainer.current_epoch, step)
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        # One process need not finish a validation before it leaves: it is done again. Several would have to agree.
+        if self.stop.signum and trainer.world_size == 1:
+            epoch, step = trainer.current_epoch, 0
+            if trainer.state.fn == "fit":
+                step = trainer.num_training_batches // trainer.accumulate_grad_batches
+                self.save(trainer, epoch, step)
+            self.stop.leave(epoch, step)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        _, top1, _, images = module.reduced(module.val_sums)
+        top1 = top1 / max(images, 1.0)
+        module.assert_finite()
+        if top1 > self.best_top1:
+            self.best_top1 = top1
+            if trainer.is_global_zero:
+                best = {"epoch": trainer.current_epoch + 1, "val_top1": top1, "network": module.network.state_dict()}
+                write(best, self.folder / BEST)
+        self.save(trainer, trainer.current_epoch + 1, 0)
+        if self.stop.agreed(trainer):
+            self.stop.leave(trainer.current_epoch + 1, 0)
+
+    def save(self, trainer, epoch: int, step: int) -> None:
+        """Writes last.ckpt, unless the weights or the loss have stopped being finite."""
+        trainer.lightning_module.assert_finite()
+        self._position = (epoch, step)
+        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        epoch, step = self._position
+        del checkpoint["loops"]
+        checkpoint["position"] = {"epoch": epoch, "step": step, "global_step": trainer.global_step}
+        checkpoint["best_top1"] = self.best_top1
+
+    def on_load_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        self.best_top1 = checkpoint["best_top1"]
+        position = checkpoint["position"]
+        trainer.datamodule.resume(position["epoch"], position["step"])
+        steps = trainer.datamodule.train_images // module.recipe.batch_size
+        checkpoint["loops"] = {
+            "fit_loop": loop_state(
+                trainer.fit_loop.state_dict(), trainer.accumulate_grad_batches, steps=steps, **position
+            )
+        }
+
+
+def loop_state(fresh: dict[str, Any], accumulate: int, steps: int, epoch: int, step: int, global_step: int) -> dict:
+    """`fresh` (the state of Lightning's fit loop before training) moved to `step` of `steps` in epoch `epoch`.
+
+    step 0: between epochs. 0 < step < steps: within. step = steps: trained, to be validated.
+    """
+
+    def counts(tracker: dict, **values: int) -> dict:
+        return {key: values.get(key, values["all"]) for key in tracker}
+
+    state = dict(fresh)
+    begun = epoch + (step > 0)
+    for part in ("total", "current"):
+        state["epoch_progress"][part] = counts(state["epoch_progress"][part], all=epoch, ready=begun, started=begun)
+    batches = state["epoch_loop.batch_progress"]
+    batches["total"] = counts(batches["total"], all=global_step * accumulate)
+    batches["current"] = counts(batches["current"], all=step * accumulate)
+    batches["is_last_batch"] = False
+    optimizer = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for progress in (optimizer["step"], optimizer["zero_grad"]):
+        progress["total"] = counts(progress["total"], all=global_step)
+        progress["current"] = counts(progress["current"], all=step)
+    state["epoch_loop.state_dict"] = {"_batches_that_stepped": global_step}
+    if step == steps:
+        # what Lightning takes for a validation that was begun and not finished
+        total = state["epoch_loop.val_loop.batch_progress"]["total"]
+        state["epoch_loop.val_loop.batch_progress"]["total"] = counts(total, all=0, ready=1, started=1)
+    return state

@@ -1,0 +1,207 @@
+"""Checks a composed configuration, as plain values, before anything is built from it, and builds its nodes."""
+
+import difflib
+import functools
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from onlinenorm.training.errors import ConfigError, RunError
+
+ALLOWED_TARGETS = (
+    "onlinenorm.",
+    "pytorch_lightning.",
+    "torch.nn.BatchNorm",
+    "torch.nn.GroupNorm",
+    "torch.nn.InstanceNorm",
+    "torch.nn.LayerNorm",
+    "torch.nn.SyncBatchNorm",
+    "torch.nn.Identity",
+    "torch.optim.",
+)
+# What train.py hands to a node itself, so that a config that sets it would not be heard.
+PROVIDED = {
+    "normalizer": ("num_features",),
+    "model": ("normalizer", "num_classes", "in_channels"),
+    "data": ("batch_size", "seed", "augmentation", "evaluation"),
+    "logger": ("folder", "name", "config"),
+    "classifier": ("network", "recipe"),
+    "trainer": ("max_epochs", "folder", "epoch_log", "stop", "loggers"),
+}
+_MARKS = ("_target_", "_partial_")
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """The option that `word` was most likely meant to be, or ""."""
+    options = list(options)
+    near = difflib.get_close_matches(word, options, 1, cutoff=0.6)
+    tail = difflib.get_close_matches(word.split(".")[-1], {o.split(".")[-1] for o in options}, 1, cutoff=0.6)
+    return next(iter(near), None) or next((o for o in options if tail and o.split(".")[-1] == tail[0]), "")
+
+
+def unknown_key(key: str, options: Iterable[str]) -> ConfigError:
+    """The error for a key that does not exist, with the nearest that does or a list of what there is."""
+    options = sorted(options)
+    near = nearest(key, options)
+    if near:
+        return ConfigError(f"{key}: no such key; did you mean {near}?")
+    return ConfigError(f"{key}: no such key; there are {', '.join(options)}")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; empty mappings stay as leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def check_config(config: dict[str, Any], known: Iterable[str]) -> None:
+    """Raises ConfigError for the first unknown key, foreign target or value of the wrong kind.
+
+    `known` are the top-level keys. Every node with a `_target_` is held against the signature of what it names.
+    """
+    known = set(known)
+    for key, value in config.items():
+        if key not in known:
+            raise unknown_key(key, known)
+        if isinstance(value, dict):
+            _check_node(key, value)
+    seed = config.get("seed")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed: {seed!r} is not a whole number of at least 0")
+
+
+def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:
+    """Calls the target of `config[path]` with the node's values and `provided`; a partial for `_partial_` nodes.
+
+    A ValueError of the target whose message starts with one of its arguments becomes a ConfigError naming the full key.
+    """
+    node = config[path]
+    target = _locate(path, node["_target_"])
+    arguments = {key: value for key, value in node.items() if key not in _MARKS}
+    if node.get("_partial_"):
+        return functools.partial(target, **arguments, **provided)
+    with prefixed(path, arguments):
+        return target(**arguments, **provided)
+
+
+class prefixed:  # noqa: N801  (used like a function)
+    """Context in which a ValueError about one of `keys` ("alpha_fwd: ...") is raised as ConfigError ("path.alpha_fwd: ...")."""
+
+    def __init__(self, path: str, keys: Iterable[str]):
+        self.path, self.keys = path, set(keys)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, ValueError) and not isinstance(error, ConfigError):
+            key = re.match(r"(\w+):", str(error))
+            if key and key[1] in self.keys:
+                raise ConfigError(f"{self.path}.{error}") from None
+            if not hasattr(error, "exit_code"):
+                raise RunError(f"{self.path}: {error}") from error
+
+
+def _locate(path: str, name: Any) -> Any:
+    if not isinstance(name, str) or not name.startswith(ALLOWED_TARGETS):
+        raise ConfigError(f"{path}._target_: {name!r} is refused; only {', '.join(ALLOWED_TARGETS)} are built")
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "?"):
+            raise RunError(f"{path}: {name} needs the package {error.name}, which is not installed") from None
+        raise ConfigError(f"{path}._target_: {name!r} does not exist ({error})") from None
+
+
+def _check_node(path: str, node: dict[str, Any]) -> None:
+    if "_target_" not in node:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                _check_node(f"{path}.{key}", value)
+        return
+    target = _locate(path, node["_target_"])
+    parameters = inspect.signature(target).parameters
+    hints = typing.get_type_hints(_function_of(target))
+    provided = PROVIDED.get(path, ())
+    for key, value in node.items():
+        if key in _MARKS:
+            continue
+        if key in provided:
+            raise ConfigError(f"{path}.{key}: is set by train.py itself; leave it out")
+        if key not in parameters:
+            options = [p for p in parameters if p not in provided]
+            raise unknown_key(f"{path}.{key}", [f"{path}.{option}" for option in options])
+        if isinstance(value, dict) and "_target_" in value:
+            raise ConfigError(f"{path}.{key}: a node within a node would be built once and shared; use plain values")
+        if key in hints:
+            _check_type(f"{path}.{key}", value, hints[key])
+    for key, parameter in parameters.items():
+        plain = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if plain and parameter.default is parameter.empty and key not in node and key not in provided:
+            raise ConfigError(f"{path}.{key}: is missing; {node['_target_']} needs it")
+
+
+def _function_of(target: Any) -> Any:
+    while isinstance(target, functools.partial):
+        target = target.func
+    return target.__init__ if inspect.isclass(target) else target
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of the annotated kind; annotations beyond plain values accept anything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple) or hint in (list, tuple):
+        kind = arguments[0] if arguments else Any
+        return isinstance(value, list | tuple) and all(_fits(item, kind) for item in value)
+    if hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    return True
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(part) for part in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (list, tuple):
+        return f"a list of {_describe(arguments[0]).removeprefix('a ')}s" if arguments else "a list"
+    return "null" if hint is type(None) else _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        near = nearest(str(value), map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else ""
+        raise ConfigError(f"{key}: {value!r} is not {_describe(hint)}" + (f"; did you mean {near}?" if near else ""))

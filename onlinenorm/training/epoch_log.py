@@ -1,0 +1,118 @@
+"""metrics.csv: one row an epoch, kept in the checkpoint, mirrored to the loggers."""
+
+import csv
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from onlinenorm.training.run_folder import write_atomically
+
+COLUMNS = (
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "train_top1",
+    "val_loss",
+    "val_top1",
+    "val_top5",
+    "images_per_second",
+    "seconds",
+)
+
+
+def to_csv(rows: list[dict[str, float]]) -> str:
+    """Rows as the text of metrics.csv, at full precision."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+class EpochLog(pl.Callback):
+    """Makes the rows. The checkpoint is their home: the file is written anew from it, so that no row is doubled or lost.
+
+    images_per_second counts training alone; seconds are those of the epoch with its validation, over all interruptions.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+        self._began = time.perf_counter()
+        self._wall_before = 0.0
+        self._training = self._epoch = 0.0  # seconds of this epoch before `_mark`
+        self._mark = self._began
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds spent on this run, over all interruptions."""
+        return self._wall_before + time.perf_counter() - self._began
+
+    @property
+    def images_per_second(self) -> float:
+        """Mean of training over epochs, without the first (which warms up) where there are others."""
+        rates = [row["images_per_second"] for row in self.rows]
+        rates = rates[1:] or rates
+        return len(rates) / sum(1 / rate for rate in rates) if rates else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        elapsed = time.perf_counter() - self._mark
+        return {
+            "rows": [dict(row) for row in self.rows],
+            "wall_seconds": self.wall_seconds,
+            "training_seconds": self._training if self._trained else self._training + elapsed,
+            "epoch_seconds": self._epoch + elapsed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = [dict(row) for row in state["rows"]]
+        self._wall_before = state["wall_seconds"]
+        self._training, self._epoch = state["training_seconds"], state["epoch_seconds"]
+
+    def on_train_start(self, trainer, module) -> None:
+        self._mark = time.perf_counter()
+        self._trained = False
+        self._write(trainer)
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        self._mark = time.perf_counter()
+        self._training = self._epoch = 0.0
+        self._trained = False
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if batch_idx + 1 == trainer.num_training_batches:
+            module.train_sums.sum().item()  # waits for the device, so that the time is that of the work
+            self._training += time.perf_counter() - self._mark
+            self._trained = True
+        elif (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches) == 0:
+            module.assert_finite()
+            for logger in trainer.loggers:
+                logger.log_metrics({"step_loss": float(outputs["loss"])}, step=trainer.global_step)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        loss, top1, _, images = module.reduced(module.train_sums)
+        val_loss, val_top1, val_top5, val_images = module.reduced(module.val_sums)
+        row = {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "lr": module.optimizers().param_groups[0]["lr"],
+            "train_loss": loss / max(images, 1),
+            "train_top1": top1 / max(images, 1),
+            "val_loss": val_loss / max(val_images, 1),
+            "val_top1": val_top1 / max(val_images, 1),
+            "val_top5": val_top5 / max(val_images, 1),
+            "images_per_second": images / self._training,
+            "seconds": self._epoch + time.perf_counter() - self._mark,
+        }
+        self.rows.append(row)
+        self._write(trainer)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+
+    def _write(self, trainer) -> None:
+        if trainer.is_global_zero:
+            write_atomically(self.path, to_csv(self.rows))

@@ -1,0 +1,78 @@
+"""Mirrors of metrics.csv. Each is a logger of Lightning that only rank 0 opens."""
+
+import netrc
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Literal
+
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from onlinenorm.training.run_folder import write_atomically
+
+
+def csv_only(folder: Path, name: str, config: dict[str, Any]) -> list[Logger]:
+    """No mirror: metrics.csv is written by every run."""
+    return []
+
+
+def wandb_logger(
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    project: str = "onlinenorm",
+    entity: str | None = None,
+    mode: Literal["auto", "online", "offline"] = "auto",
+    tags: list[str] | None = None,
+) -> list[Logger]:
+    """Weights & Biases, never asking for a key; the run's id is kept in the run folder, so that a resumed run is one run.
+
+    Args:
+        folder: the run folder.
+        name: of the run as it is shown.
+        config: the run's configuration, shown beside its curves.
+        project, entity, tags: where and how the run is listed.
+        mode: "auto" is online where a key is found (WANDB_API_KEY or netrc), else offline.
+    """
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(identity, secrets.token_hex(4))
+    if mode == "auto":
+        mode = "online" if has_wandb_key() else "offline"
+    logger = WandbLogger(
+        name=name,
+        save_dir=folder,
+        id=identity.read_text(encoding="utf-8").strip(),
+        project=project,
+        entity=entity,
+        tags=tags or None,
+        mode=mode,
+        config=config,
+        settings={"console": "off", "silent": True},
+    )
+    return [logger]
+
+
+def has_wandb_key() -> bool:
+    """Whether a key for wandb's server is at hand."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def tensorboard_logger(folder: Path, name: str, config: dict[str, Any]) -> list[Logger]:
+    """TensorBoard event files in `folder`/tensorboard."""
+    return [TensorBoardLogger(save_dir=folder, name="", version="tensorboard")]
+
+
+def finish(loggers: list[Logger]) -> None:
+    """Ends the mirrors of a run, so that the next run in this process opens its own."""
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger) and getattr(logger, "_experiment", None) is not None:
+            logger.experiment.finish()

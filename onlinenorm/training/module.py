@@ -1,0 +1,142 @@
+"""The LightningModule: what one step of training and one batch of validation do."""
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from onlinenorm.training.errors import RunError
+from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule
+
+IGNORED = -1  # label of an image that could not be read
+
+
+class ImageClassifier(pl.LightningModule):
+    """Cross entropy of a network's logits, stepped as a `Recipe` says.
+
+    Batches are (images, labels, indices); images (N, C, H, W), or (N, K, C, H, W) for K crops whose probabilities are
+    averaged. Labels of -1 are left out. Training and validation add to sums on the device (`train_sums`, `val_sums`:
+    loss in nats, top-1, top-5, images), so that no step waits for the device.
+
+    Args:
+        network: (N, C, H, W) -> (N, classes) logits.
+        recipe: the optimisation.
+        channels_last: keep images and convolutions in that memory format.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, channels_last: bool = True):
+        super().__init__()
+        self.network = network
+        self.recipe = recipe
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network.to(memory_format=self.memory_format)
+        self.train_sums = self.val_sums = torch.zeros(4, dtype=torch.float64)
+        self.bad_step = torch.tensor(-1)
+        self.collected: list[Tensor] | None = None  # a list: validation keeps (index, label, prediction) of each batch
+        self.schedule = None
+        self._schedule_state: dict | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images, or the logarithm of mean probabilities where images come in crops."""
+        if images.dim() == 4:
+            return self.network(images.contiguous(memory_format=self.memory_format))
+        crops = self.network(images.flatten(0, 1).contiguous(memory_format=self.memory_format))
+        log_p_NKC = F.log_softmax(crops.float(), dim=1).unflatten(0, images.shape[:2])
+        return log_p_NKC.logsumexp(1) - torch.tensor(float(images.shape[1]), device=crops.device).log()
+
+    def configure_optimizers(self):
+        # The schedule is stepped in on_train_epoch_end and saved here: Lightning would step one that waits for a metric
+        # only after the end-of-epoch checkpoint has been written.
+        optimizer = build_optimizer(self.network, self.recipe)
+        self.schedule = build_schedule(optimizer, self.recipe)
+        if self._schedule_state is not None:
+            self.schedule.load_state_dict(self._schedule_state)
+        return optimizer
+
+    def on_fit_start(self) -> None:
+        self.train_sums, self.bad_step = self.train_sums.to(self.device), self.bad_step.to(self.device)
+        for layer in self.network.modules():
+            if hasattr(layer, "gradient_scale"):
+                # A rank's loss is the mean over its own images: gradients are world_size times those of the whole batch.
+                layer.gradient_scale = 1.0 / self.trainer.world_size
+
+    def on_train_epoch_start(self) -> None:  # not called where a run continues within an epoch
+        self.train_sums = torch.zeros_like(self.train_sums)
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        images, labels, _ = batch
+        logits = self(images)
+        loss, total = _losses(logits, labels)
+        self._watch(loss.detach())
+        self.train_sums = self.train_sums + _sums(logits.detach(), labels, total.detach())
+        return loss
+
+    def _watch(self, loss: Tensor) -> None:
+        # the step of the first loss that is not finite, found without asking the device
+        first = (self.bad_step < 0) & ~torch.isfinite(loss)
+        self.bad_step = torch.where(first, torch.full_like(self.bad_step, self.global_step + 1), self.bad_step)
+
+    def assert_finite(self) -> None:
+        """Raises RunError, on every process, where a loss or the network has stopped being finite. Waits for the device."""
+        states = [value for value in self.network.state_dict().values() if value.is_floating_point()]
+        healthy = torch.stack([torch.isfinite(value).all() for value in states]).all()
+        bad_step = torch.where((self.bad_step < 0) & ~healthy, self.global_step, self.bad_step).long()
+        if self.trainer.world_size > 1:
+            bad_step = self.trainer.strategy.reduce(bad_step, reduce_op="max")
+        if (step := int(bad_step)) >= 0:
+            what = "the loss" if int(self.bad_step) >= 0 else "a weight or statistic of the network"
+            lr = self.optimizers().param_groups[0]["lr"]
+            raise RunError(
+                f"{what} became NaN or infinite at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
+                "The last good checkpoint is kept. To go on, start over in another run_dir with a lower recipe.lr, with "
+                "trainer.precision=32-true, or with a normalizer that limits activations (normalizer=online_clamp)"
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch, batch_idx: int) -> None:
+        images, labels, indices = batch
+        logits = self(images)
+        self.val_sums = self.val_sums + _sums(logits, labels, _losses(logits, labels)[1])
+        if self.collected is not None:
+            self.collected.append(torch.stack([indices, labels, logits.argmax(1)]).cpu())
+
+    def reduced(self, sums: Tensor) -> list[float]:
+        """Sums over all processes as (loss, top1, top5, images)."""
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        return sums.tolist()
+
+    def on_train_epoch_end(self) -> None:
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            _, top1, _, images = self.reduced(self.val_sums)
+            self.schedule.step(1.0 - top1 / max(images, 1.0))
+        else:
+            self.schedule.step()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["schedule"] = self.schedule.state_dict()
+        checkpoint["train_sums"] = self.reduced(self.train_sums)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self._schedule_state = checkpoint["schedule"]
+        if self.trainer.is_global_zero:  # reduced when saved: the other ranks start from nothing
+            self.train_sums = torch.tensor(checkpoint["train_sums"], dtype=torch.float64)
+
+
+def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, sum) of the cross entropy over images with a label, in float32 or better."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1), total
+
+
+@torch.no_grad()
+def _sums(logits: Tensor, labels: Tensor, loss_sum: Tensor) -> Tensor:
+    """(loss, top-1, top-5, images) of a batch as float64, where sums of float32 stay exact in any order."""
+    top_N5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits_N5 = top_N5 == labels[:, None]
+    counts = [hits_N5[:, 0].sum(), hits_N5.any(1).sum(), (labels != IGNORED).sum()]
+    return torch.stack([value.double() for value in (loss_sum, *counts)])

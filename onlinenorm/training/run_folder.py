@@ -1,0 +1,172 @@
+"""The run folder: who may write to it, whether it is this run's, and the records at its top."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from onlinenorm.training.config_check import flatten
+from onlinenorm.training.errors import ConfigError, RunError
+
+# Keys that may differ from one start of a run to the next: they change how it is computed, not what.
+MAY_CHANGE = (
+    "choices.trainer",
+    "choices.logger",
+    "data.num_workers",
+    "data.root",
+    "logger",
+    "run_dir",
+    "trainer.accumulate_grad_batches",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.devices",
+    "trainer.log_every_n_steps",
+    "trainer.num_nodes",
+    "trainer.strategy",
+)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces `path` by a file with `text`: readers see the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"{path}: could not be written ({error}); free some space and run the same command again"
+        ) from error
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line "key: old -> new" for each key that differs and is not in MAY_CHANGE."""
+    before, after = flatten(old), flatten(new)
+    keys = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    free = tuple(f"{key}." for key in MAY_CHANGE)
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in keys
+        if not f"{key}.".startswith(free)
+    ]
+
+
+class RunFolder:
+    """A run's folder, held by one run at a time (`with RunFolder(path) as folder`).
+
+    Args:
+        path: of the folder; made where missing.
+        leader: whether this process keeps the records; the others of a run only read.
+
+    Raises RunError when another run holds it.
+    """
+
+    def __init__(self, path: Path, leader: bool = True):
+        self.path, self.leader = path, leader
+        self.checkpoints = path / "checkpoints"
+        self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        if self.leader:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (closed in __exit__)
+            try:
+                # lockf, unlike flock, is not passed on to loader workers, which may outlive a killed run by seconds
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._lock.close()
+                raise RunError(
+                    f"{self.path}: another run is writing to this folder ({error.strerror}). "
+                    "Wait for it or stop it, or choose another run_dir"
+                ) from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def results(self) -> dict[str, Any] | None:
+        """results.json of a finished run, or None."""
+        path = self.path / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def check_config(self, config: dict[str, Any]) -> None:
+        """Raises ConfigError, naming the keys, where the folder holds progress of a run with another configuration."""
+        path = self.path / "config.yaml"
+        progress = [self.path / "results.json", *self.checkpoints.glob("*.ckpt")]
+        if not path.exists() or not any(file.exists() for file in progress):
+            return
+        if changes := changed_keys(yaml.safe_load(path.read_text(encoding="utf-8")), config):
+            raise ConfigError(
+                f"run_dir: {self.path} holds a run with another configuration:\n  "
+                + "\n  ".join(changes)
+                + "\nChoose another run_dir=, take the change back, or delete the folder to start over"
+            )
+
+    def record_start(self, config: dict[str, Any], world_size: int, resumed_from: dict[str, int] | None) -> int:
+        """Writes config.yaml and environment.json for this start; returns how often the run has been resumed."""
+        path = self.path / "environment.json"
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if resumed_from and path.exists() else []
+        now = environment(world_size)
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        starts.append({"time": time, "host": platform.node(), "world_size": world_size, "resumed_from": resumed_from})
+        if self.leader:
+            write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            write_atomically(path, json.dumps({**now, "starts": starts}, indent=2) + "\n")
+        return sum(start["resumed_from"] is not None for start in starts)
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """What a run was computed with: command, git state, versions, hardware, processes."""
+    packages = ("torch", "torchvision", "pytorch-lightning", "triton", "numpy", "onlinenorm")
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "none"
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "git": git_state(Path(__file__).parent),
+        "versions": versions,
+        "hardware": hardware(),
+        "world_size": world_size,
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """{"commit", "dirty"} of the repository around `folder`; "unknown" and None outside one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "dirty": None}
+
+
+def hardware() -> str:
+    """GPUs, or the processor and the number of cores this process may use."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"

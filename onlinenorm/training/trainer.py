@@ -1,0 +1,146 @@
+"""The Lightning trainer from a config node, and what "auto" stands for on this machine."""
+
+import contextlib
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+
+from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
+from onlinenorm.training.epoch_log import EpochLog
+from onlinenorm.training.errors import ConfigError
+from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.progress import RunProgress
+
+Precision = Literal["auto", "32-true", "64-true", "bf16-mixed", "16-mixed"]
+
+_HARMLESS = (
+    r".*does not have many workers",  # in-memory sets need none
+    r".*The number of training batches .* is smaller than the logging interval",  # epochs have rows of their own
+    r".*resuming from a checkpoint that ended before the epoch ended",  # the sampler starts at the right step
+    r".*`srun` command is available",  # a run of one process on a login node
+    r".*GPU available but not used",  # trainer=cpu says so
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
+    r".*module\(s\) in eval mode at the start of training",  # where a validation was interrupted
+)
+
+
+def resolve(settings: dict[str, Any]) -> dict[str, Any]:
+    """The trainer node with "auto" replaced by what this machine has.
+
+    Raises ConfigError where GPUs are asked for that are not there, or processes that do not fit the strategy.
+    """
+    settings = dict(settings)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if settings["accelerator"] == "auto":
+        settings["accelerator"] = "gpu" if gpus else "cpu"
+    on_gpu = settings["accelerator"] == "gpu"
+    if on_gpu and not gpus:
+        raise ConfigError(
+            "trainer.accelerator: a GPU is asked for and torch finds none (torch.cuda.is_available() is false); "
+            "use trainer=cpu, or see that nvidia-smi works and torch is a CUDA build"
+        )
+    if settings["devices"] == "auto":
+        settings["devices"] = gpus if on_gpu else 1
+    if isinstance(settings["devices"], str) or settings["devices"] < 1:
+        raise ConfigError(f"trainer.devices: {settings['devices']!r} is not a whole number of at least 1, or auto")
+    if on_gpu and settings["devices"] > gpus:
+        raise ConfigError(f"trainer.devices: {settings['devices']} asked for, this machine has {gpus} GPU(s)")
+    if settings["precision"] == "auto":
+        settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    if settings["strategy"] == "auto" and settings["devices"] * settings["num_nodes"] > 1:
+        settings["strategy"] = "ddp"
+    return settings
+
+
+def build_trainer(
+    max_epochs: int,
+    folder: Path,
+    epoch_log: EpochLog,
+    stop: StopSignals,
+    loggers: list[Logger],
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    devices: int | Literal["auto"] = 1,
+    num_nodes: int = 1,
+    strategy: Literal["auto", "ddp"] = "auto",
+    precision: Precision = "auto",
+    accumulate_grad_batches: int = 1,
+    sync_batchnorm: bool = False,
+    deterministic: bool = False,
+    log_every_n_steps: int = 50,
+    checkpoint_every_n_steps: int | None = None,
+) -> pl.Trainer:
+    """The trainer of a run: its callbacks, verified checkpoints, and nothing of Lightning that would double ours.
+
+    Args:
+        max_epochs: epochs of the whole run.
+        folder: the run folder; checkpoints go to `folder`/checkpoints.
+        epoch_log, stop, loggers: what keeps the rows, hears signals, and mirrors the rows.
+        accelerator, devices, num_nodes, strategy: processes and what they run on, after `resolve`.
+        precision: of weights and arithmetic, in Lightning's words.
+        accumulate_grad_batches: parts that a step's batch is cut into, at least 1.
+        sync_batchnorm: BatchNorm takes its statistics over all processes.
+        deterministic: only kernels that give the same bits each time.
+        log_every_n_steps: optimizer steps between looks at the loss.
+        checkpoint_every_n_steps: optimizer steps between checkpoints within an epoch, or None.
+    """
+    for key, value in (
+        ("num_nodes", num_nodes),
+        ("accumulate_grad_batches", accumulate_grad_batches),
+        ("log_every_n_steps", log_every_n_steps),
+    ):
+        if value < 1:
+            raise ValueError(f"{key}: {value!r} must be at least 1")
+    plugins: list[Any] = [VerifiedIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # ours saves and leaves; the batch script requeues
+    # Buffers are not broadcast: OnlineNorm's are identical on all ranks, and rank 0's would overwrite local streams.
+    ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if strategy == "ddp" else strategy
+    return pl.Trainer(
+        max_epochs=max_epochs,
+        callbacks=[
+            epoch_log,
+            RunProgress(epoch_log),
+            Checkpoints(folder / "checkpoints", checkpoint_every_n_steps, stop),
+        ],
+        logger=loggers or False,
+        default_root_dir=folder,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=ddp,
+        precision=precision,
+        accumulate_grad_batches=accumulate_grad_batches,
+        sync_batchnorm=sync_batchnorm,
+        deterministic=deterministic,
+        benchmark=accelerator == "gpu" and not deterministic,
+        log_every_n_steps=log_every_n_steps,
+        plugins=plugins,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@contextlib.contextmanager
+def quiet_lightning():
+    """Context without Lightning's messages on its own inner workings and its warnings about what is meant here."""
+    names = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        for message in _HARMLESS:
+            warnings.filterwarnings("ignore", message)
+        for name in names:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
