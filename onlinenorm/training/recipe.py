@@ -1,6 +1,5 @@
 """The optimisation recipe as plain values, and the rules that turn it into groups, optimizer and schedule."""
 
-import difflib
 import itertools
 import math
 from dataclasses import dataclass
@@ -9,12 +8,12 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 
+from onlinenorm.data.arguments import check_choice
+from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 from onlinenorm.normalizers import OnlineNorm
 
 SCALINGS = ("horizon", "linear", "none")
 SCHEDULES = ("step", "plateau")
-AUGMENTATIONS = ("random_resized_crop", "scale_jitter", "pad_crop", "none")
-EVALUATIONS = ("center_crop", "ten_crop")
 
 NORM_TYPES = (
     OnlineNorm,
@@ -86,10 +85,10 @@ class Recipe:
         for key in ("decay_norm_weight", "decay_norm_bias", "decay_bias"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}: must be true or false, got {getattr(self, key)!r}")
-        _check_option("scaling", self.scaling, SCALINGS)
-        _check_option("schedule", self.schedule, SCHEDULES)
-        _check_option("augmentation", self.augmentation, AUGMENTATIONS)
-        _check_option("evaluation", self.evaluation, EVALUATIONS)
+        check_choice("scaling", self.scaling, SCALINGS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        check_choice("evaluation", self.evaluation, EVALUATIONS)
         object.__setattr__(self, "milestones", _checked_milestones(self.milestones, self.epochs, self.schedule))
 
     @property
@@ -124,7 +123,7 @@ def scaled_lr_momentum(
         return lr * ratio * (1 - scaled) / (1 - momentum), scaled
     if rule == "linear":
         return lr * ratio, momentum
-    _check_option("scaling", rule, SCALINGS)
+    check_choice("scaling", rule, SCALINGS)
     return lr, momentum
 
 
@@ -206,14 +205,6 @@ def _check_whole(key: str, value, at_least: int) -> None:
 def _check_number(key: str, value, expected: str, holds) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
         raise ValueError(f"{key}: must be a number {expected}, got {value!r}")
-
-
-def _check_option(key: str, value, options: tuple[str, ...]) -> None:
-    if value in options:
-        return
-    near = difflib.get_close_matches(str(value), options, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{key}: {value!r} is not one of {', '.join(options)}{hint}")
 
 
 def _checked_milestones(milestones, epochs: int, schedule: str) -> tuple[int, ...]:

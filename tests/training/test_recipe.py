@@ -62,7 +62,7 @@ def test_other_rules():
     assert scaled_lr_momentum(0.1, 0.9, 1024, 256, "linear") == (0.4, 0.9)
     assert scaled_lr_momentum(0.1, 0.9, 1024, 256, "none") == (0.1, 0.9)
     assert scaled_lr_momentum(0.1, 0.0, 512, 256, "horizon") == (0.2, 0.0)
-    with pytest.raises(ValueError, match="scaling: 'horizn' is not one of horizon, linear, none; did you mean 'horiz"):
+    with pytest.raises(ValueError, match="scaling: 'horizn' is not one of horizon, linear, none; did you mean horiz"):
         scaled_lr_momentum(0.1, 0.9, 32, 256, "horizn")
 
 
@@ -252,11 +252,11 @@ def test_milestones_come_as_plain_values():
         ({"lr_factor": 1.0}, "must be a number in (0, 1), got 1.0"),
         ({"decay_norm_weight": 1}, "must be true or false, got 1"),
         ({"decay_bias": "no"}, "must be true or false, got 'no'"),
-        ({"scaling": "liner"}, "'liner' is not one of horizon, linear, none; did you mean 'linear'?"),
+        ({"scaling": "liner"}, "'liner' is not one of horizon, linear, none; did you mean linear?"),
         ({"scaling": None}, "None is not one of horizon, linear, none"),
-        ({"schedule": "steps"}, "'steps' is not one of step, plateau; did you mean 'step'?"),
-        ({"augmentation": "random_resize_crop"}, "did you mean 'random_resized_crop'?"),
-        ({"evaluation": "tencrop"}, "'tencrop' is not one of center_crop, ten_crop; did you mean 'ten_crop'?"),
+        ({"schedule": "steps"}, "'steps' is not one of step, plateau; did you mean step?"),
+        ({"augmentation": "random_resize_crop"}, "did you mean random_resized_crop?"),
+        ({"evaluation": "tencrop"}, "'tencrop' is not one of center_crop, ten_crop; did you mean ten_crop?"),
     ],
 )
 def test_wrong_values_are_named(values, message):
