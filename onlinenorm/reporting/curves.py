@@ -29,6 +29,7 @@ _STYLE = {
 }
 _FACTOR = {"loss": 1.0, "top1": 100.0}
 _AXIS = {"loss": "loss (nats)", "top1": "top-1 accuracy (%)"}
+_NESTED = 3  # rows whose curves are drawn in different widths
 _CROWDED = 4  # more normalizers than this get train and val in panels of their own
 
 
@@ -77,7 +78,7 @@ def _draw_row(
     several = len(finished) > 1
     look = {"color": colour, "linestyle": (0, (4, 2)) if dashed else "-", "markersize": 5}
     look["markerfacecolor"] = "white" if dashed else colour
-    bold = look | {"linewidth": 1.6 + 0.7 * (place if place < _CROWDED else 0), "zorder": 4 - 0.1 * place}
+    bold = look | {"linewidth": 1.6 + 0.7 * (place if place < _NESTED else 0), "zorder": 4 - 0.1 * place}
     thin = look | {"linewidth": 0.8, "alpha": 0.45, "zorder": 2}
     for run in runs:
         epochs, values = run.metrics["epoch"], factor * run.metrics[column]

@@ -63,8 +63,8 @@ def render_page(report: Report, curves_png: bytes, narrow_png: bytes) -> str:
         f"<h1>{escape(report.title)}: published against reproduced</h1>",
         f'<div class="badge {badge}">{escape(report.scale_label)}</div>',
         _main_table(report),
-        '<p class="note">Losses in nats on the validation set. Best loss and best accuracy are picked over epochs '
-        "independently. "
+        '<p class="note">Losses in nats on the validation set. Best loss and best accuracy are '
+        "picked over epochs independently. "
         "n counts finished seeds; with more than one, mean ± sample standard deviation.</p>",
         "<h2>Training curves</h2>",
         f'<picture><source media="(max-width: 760px)" srcset="{_inline(narrow_png)}">'
@@ -95,7 +95,7 @@ def _inline(png: bytes) -> str:
 
 
 def _cell(cell: Cell, label: str, style: str = "") -> str:
-    detail = f'<span class="detail">{escape(cell.detail)}</span>' if cell.detail else ""
+    detail = f'<span class="detail">{escape(cell.detail).replace("; ", "<br>")}</span>' if cell.detail else ""
     kind = f' class="{style}"' if style else ""
     return f'<td data-label="{escape(label)}"{kind}><span>{escape(cell.main)}{detail}</span></td>'
 

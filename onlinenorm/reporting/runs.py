@@ -121,7 +121,9 @@ def load_run(folder: Path, read_yaml: Callable[[Path], Any], name: str | None = 
     seed = results["seed"] if results else config.get("seed", seed_in_name and int(seed_in_name[1]))
     if not isinstance(seed, int):
         raise ReportError(f"{folder / 'config.yaml'}: key seed is missing")
-    normalizer = results["normalizer"] if results else folder.resolve().parent.name
+    normalizer = (
+        results["normalizer"] if results else lookup(config, "choices.normalizer", folder.resolve().parent.name)
+    )
     return Run(folder, name or folder.name, normalizer, seed, config, environment, metrics, results)
 
 

@@ -12,10 +12,10 @@ from onlinenorm.reporting.spec import SettingSpec
 
 # Where files lie, how many workers read them and how fast a step runs does not change what is computed.
 _IRRELEVANT = {
-    "data.root", "data.num_workers", "data.cache", "data.pin_memory", "data.prefetch_factor", "data.persistent_workers",
+    "data.root", "data.num_workers", "data.val_batch_size", "data.on_unreadable", "data.unreadable_limit",
     "model.compile", "normalizer.backend",
 }  # fmt: skip
-_COMPARED_GROUPS = ("experiment", "model", "data", "recipe")
+_COMPARED_GROUPS = ("model", "data", "recipe")
 UNKNOWN = "unknown"
 NOT_SET = "not set"
 
@@ -99,6 +99,7 @@ def same(first: Any, second: Any) -> bool:
 def _setting(run: Run) -> dict[str, Any]:
     chosen = {group: run.config[group] for group in _COMPARED_GROUPS if group in run.config}
     flat = {key: value for key, value in flatten(chosen).items() if key not in _IRRELEVANT}
+    flat["experiment"] = lookup(run.config, "choices.experiment", UNKNOWN)
     flat["trainer.precision"] = lookup(run.config, "trainer.precision", UNKNOWN)
     if run.results:
         dataset = run.results["dataset"]

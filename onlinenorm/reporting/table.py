@@ -259,6 +259,6 @@ def _rule(spec: ReportSpec) -> str:
     return (
         f"Two rows are equivalent when the {level} Student t interval of their difference lies wholly inside the "
         f"margin (two one-sided tests at {alpha}), different when it lies wholly outside, and inconclusive otherwise. "
-        "Differences are paired by seed when both rows have the same seeds. The published values are single runs and are "
-        "taken as fixed. Margins and rule were fixed in configs/report.yaml before the runs."
+        "Differences are paired by seed when both rows have the same seeds. The published values are single runs and "
+        "are taken as fixed. Margins and rule were fixed in configs/report.yaml before the runs."
     )
