@@ -4,6 +4,7 @@ EXIF orientation is not applied (torchvision's ImageFolder does not either, and 
 """
 
 import io
+import warnings
 
 import numpy as np
 import torch
@@ -36,8 +37,12 @@ def decode_torchvision(data: bytes, planner: Planner) -> np.ndarray:
     """torchvision's libjpeg-turbo and torch's uint8 resize; what is no JPEG or fails there goes to Pillow."""
     if not data.startswith(_JPEG_START):
         return decode_pillow(data, planner)
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        image_CHW = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        with warnings.catch_warnings():
+            # torchvision 0.29 announces a move to TorchCodec at every call
+            warnings.simplefilter("ignore", DeprecationWarning)
+            image_CHW = decode_image(encoded, ImageReadMode.RGB)
     except RuntimeError:
         return decode_pillow(data, planner)
     return follow_plan(image_CHW, planner(image_CHW.shape[2], image_CHW.shape[1]))

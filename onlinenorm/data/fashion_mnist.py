@@ -113,8 +113,8 @@ def _download(cache: Path, searched: list[str]) -> Path:
             f"and its download into {cache} failed ({error}).\n"
             "Any of these helps: apt install dataset-fashion-mnist; or data.root=FOLDER with the four files "
             "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
-            "t10k-labels-idx1-ubyte.gz from https://github.com/zalandoresearch/fashion-mnist; or data=embedded, which needs "
-            "no download."
+            "t10k-labels-idx1-ubyte.gz from https://github.com/zalandoresearch/fashion-mnist; "
+            "or data=embedded, which needs no download."
         ) from error
     return cache / "FashionMNIST" / "raw"
 
@@ -135,7 +135,7 @@ def read_split(folder: Path, split: str, count: int) -> tuple[np.ndarray, np.nda
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """The uint8 array of an IDX file, `name` or `name`.gz. Raises DataError if it is missing, damaged or no IDX file."""
+    """The uint8 array of an IDX file, `name` or `name`.gz. Raises DataError if missing, damaged or no IDX file."""
     path = _file(folder, name)
     if path is None:
         raise DataError(f"root: {folder / name}.gz is missing")

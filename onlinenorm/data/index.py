@@ -173,7 +173,7 @@ def _cache_files(folder: Path) -> list[Path]:
 
 def _load_cached(file: Path, key: str) -> tuple[np.ndarray, ...] | None:
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return None
             return tuple(stored[name] for name in ("names", "offsets", "labels", "sizes"))

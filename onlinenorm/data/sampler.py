@@ -16,8 +16,8 @@ class GlobalBatchSampler(Sampler[list[Request]]):
     """Cuts each epoch's permutation into global batches and hands every process its contiguous part.
 
     Global batch b is permutation[b B : (b + 1) B]; the last incomplete one is dropped. With A accumulated micro-batches
-    and W processes, micro-batch a is the a-th part of B / A images and rank r takes the r-th part of that. Concatenating
-    by (micro-batch, rank) therefore gives back the order of one process without accumulation.
+    and W processes, micro-batch a is the a-th part of B / A images and rank r takes the r-th part of that.
+    Concatenating by (micro-batch, rank) therefore gives back the order of one process without accumulation.
 
     Args:
         num_images: size of the training set.

@@ -1,0 +1,174 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from image_folders import write_image, write_tree
+
+from onlinenorm.data import DataError, ImageNet, UnreadableImageError
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return write_tree(tmp_path / "set")
+
+
+def module(tree, **arguments):
+    return ImageNet(**{"root": str(tree), "num_workers": 0, "image_size": 32, "batch_size": 5, **arguments})
+
+
+def hooked(data, loader):
+    for batch in loader:
+        yield data.on_after_batch_transfer(data.on_before_batch_transfer(batch))
+
+
+def test_description(tree):
+    data = module(tree)
+    data.setup()
+    assert (data.num_classes, data.class_names, data.scale) == (3, ["ant", "bee", "cat"], "imagenet-subset")
+    assert (data.train_images, data.val_images, data.name, data.in_channels) == (15, 6, "imagenet", 3)
+    assert module(tree, limit_train=7, limit_val=2).describe()["train_images"] == 7
+    assert module(tree, limit_train=7).fingerprint != data.fingerprint == module(tree).fingerprint
+
+
+def test_only_the_published_counts_are_called_imagenet(tree, monkeypatch):
+    data = module(tree)
+    for counts, scale in [((1000, 1281167, 50000), "imagenet"), ((1000, 1281166, 50000), "imagenet-subset")]:
+        for name, value in zip(("num_classes", "train_images", "val_images"), counts, strict=True):
+            monkeypatch.setattr(ImageNet, name, property(lambda _, v=value: v))
+        assert data.scale == scale
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "torchvision"])
+@pytest.mark.parametrize("augmentation", ["random_resized_crop", "scale_jitter", "pad_crop", "none"])
+def test_training_batches(tree, decoder, augmentation):
+    data = module(tree, decoder=decoder, augmentation=augmentation)
+    raw = next(iter(data.train_dataloader()))
+    assert raw[0].shape == (5, 3, 32, 32) and raw[0].dtype == torch.uint8
+    assert raw[0].is_contiguous(memory_format=torch.channels_last)
+    images, labels, indices = data.on_after_batch_transfer(data.on_before_batch_transfer(raw))
+    assert images.dtype == torch.float32 and images.shape == (5, 3, 32, 32)
+    assert labels.dtype == indices.dtype == torch.int64
+    assert labels.tolist() == [data._sets[0].index.labels[i] for i in indices.tolist()]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.mean_std)
+    shift = images * std + mean - raw[0] / 255
+    assert (len(raw) == 4) == (augmentation == "scale_jitter")
+    expected = raw[3] if len(raw) == 4 else torch.zeros(5, 3)
+    torch.testing.assert_close(shift, expected[:, :, None, None].expand_as(shift), atol=1e-6, rtol=0)
+
+
+def test_ten_crop(tree):
+    data = module(tree, evaluation="ten_crop", val_batch_size=4)
+    batches = list(hooked(data, data.val_dataloader()))
+    assert [tuple(b[0].shape) for b in batches] == [(4, 10, 3, 32, 32), (2, 10, 3, 32, 32)]
+    centre = torch.cat([b[0] for b in hooked(data, module(tree).val_dataloader())])
+    torch.testing.assert_close(torch.cat([b[0] for b in batches])[:, 4], centre)
+
+
+@pytest.mark.parametrize("augmentation", ["random_resized_crop", "scale_jitter"])
+def test_pixels_depend_on_seed_epoch_and_index_only(tree, augmentation):
+    def pixels(epoch=1, **arguments):
+        data = module(tree, augmentation=augmentation, **arguments)
+        loader = data.train_dataloader()
+        loader.batch_sampler.set_epoch(epoch)
+        return {int(i): x for images, _, indices in hooked(data, loader) for i, x in zip(indices, images, strict=True)}
+
+    base = pixels()
+    for same in (pixels(num_workers=2), pixels(batch_size=3), pixels(limit_train=11)):
+        assert same and all(torch.equal(x, base[i]) for i, x in same.items())
+    for other in (pixels(seed=1), pixels(epoch=2)):
+        assert not any(torch.equal(x, base[i]) for i, x in other.items() if i in base)
+
+
+@pytest.fixture
+def damaged(tree):
+    """Training images 3 and 4 and validation image 5, the last, are damaged: half, empty, missing behind a link."""
+    half = tree / "train" / "ant" / "3.JPEG"
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    (tree / "train" / "ant" / "4.JPEG").write_bytes(b"")
+    (tree / "val" / "cat" / "1.JPEG").unlink()
+    (tree / "val" / "cat" / "1.JPEG").symlink_to("nowhere.JPEG")
+    return tree
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "torchvision"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skip_replaces_in_training_and_marks_in_validation(damaged, decoder, workers):
+    data = module(damaged, on_unreadable="skip", unreadable_limit=0.5, decoder=decoder, num_workers=workers)
+    found = {int(i): (x, int(y)) for b in hooked(data, data.train_dataloader()) for x, y, i in zip(*b, strict=True)}
+    assert sorted(found) == list(range(15))
+    for replaced in (3, 4):
+        assert torch.equal(found[replaced][0], found[5][0]) and found[replaced][1] == found[5][1] == 1
+    labels = {int(i): int(y) for b in hooked(data, data.val_dataloader()) for _, y, i in zip(*b, strict=True)}
+    assert labels == {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: -1}
+    assert sorted(data.unreadable) == ["train/ant/3.JPEG", "train/ant/4.JPEG", "val/cat/1.JPEG"]
+    list(hooked(data, data.train_dataloader()))
+    assert len(data.unreadable) == 3, "an image is counted once"
+    restored = module(damaged)
+    restored.load_state_dict(data.state_dict())
+    assert restored.unreadable == data.unreadable
+
+
+def test_raise_names_file_cause_and_remedy(damaged):
+    data = module(damaged)
+    with pytest.raises(UnreadableImageError, match=r"(?s)^on_unreadable: .*ant/[34]\.JPEG .*Error.*on_unreadable=skip"):
+        list(hooked(data, data.train_dataloader()))
+    with pytest.raises(UnreadableImageError, match=r"cat/1\.JPEG .*FileNotFoundError"):
+        list(hooked(data, data.val_dataloader()))
+    assert data.unreadable == []
+
+
+def test_too_many_unreadable_images_raise(damaged):
+    data = module(damaged, on_unreadable="skip", unreadable_limit=0.07)  # 1 of 15 is allowed
+    with pytest.raises(UnreadableImageError, match=r"^unreadable_limit: 2 of 15 images in train/.* fraction 0\.07"):
+        list(hooked(data, data.train_dataloader()))
+
+
+def test_a_vanished_disk_ends_the_search_for_replacements(tree):
+    data = module(tree, on_unreadable="skip")
+    data.setup()
+    shutil.rmtree(tree / "train")
+    with pytest.raises(DataError, match="none of 15 images in a row can be read"):
+        next(iter(data.train_dataloader()))
+
+
+def test_no_root():
+    with pytest.raises(DataError) as caught:
+        ImageNet().setup()
+    text = str(caught.value)
+    assert text.startswith("root: no ImageNet folder is given") and len(text.splitlines()) < 15
+    for part in ("image-net.org", "ROOT/train/CLASS", "data.root=", "experiment=quickstart"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: shutil.rmtree(t), "set does not exist"),
+        (lambda t: (shutil.rmtree(t), t.write_text("")), "set is a file"),
+        (lambda t: shutil.rmtree(t / "val"), r"holds no folder val \(it holds: train\)"),
+        (lambda t: [shutil.rmtree(t / s) for s in ("val", "train")], "no folder train and no folder val .*nothing"),
+        (lambda t: (t / "val" / "bee").rename(t / "val" / "boa"), "1 only in train/: bee; 1 only in val/: boa"),
+        (lambda t: shutil.rmtree(t / "train" / "bee"), "1 only in val/: bee"),
+        (lambda t: [(t / "val" / f"x{k}").mkdir() for k in range(8)], "8 only in val/: x0, x1, x2, x3, x4 and 3 more"),
+        (lambda t: (shutil.rmtree(t / "val"), write_image(t / "val" / "1.JPEG", 0)), "no class folders; its 1 images"),
+        (lambda t: [(t / s / "dog").mkdir() for s in ("train", "val")], "1 class folders in .* hold no image: dog"),
+    ],
+)
+def test_broken_layouts_are_explained(tree, change, message):
+    change(tree)
+    with pytest.raises(DataError, match=f"(?s)^root: .*{message}"):
+        module(tree).setup()
+
+
+def test_gray_input_is_refused(tree):
+    with pytest.raises(ValueError, match=r"^in_channels: 1 is not 3"):
+        module(tree, in_channels=1)
+
+
+def test_decoders_give_nearly_the_same_training_pixels(tree):
+    def pixels(decoder):
+        loader = module(tree, decoder=decoder, augmentation="random_resized_crop").train_dataloader()
+        return np.concatenate([batch[0].numpy().astype(int) for batch in loader])
+
+    assert np.abs(pixels("pillow") - pixels("torchvision")).mean() < 1
