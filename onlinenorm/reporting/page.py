@@ -68,7 +68,8 @@ def render_page(report: Report, curves_png: bytes, narrow_png: bytes) -> str:
         "n counts finished seeds; with more than one, mean ± sample standard deviation.</p>",
         "<h2>Training curves</h2>",
         f'<picture><source media="(max-width: 760px)" srcset="{_inline(narrow_png)}">'
-        f'<img alt="Loss and accuracy against epoch, {escape(report.scale_label)}" src="{_inline(curves_png)}"></picture>',
+        f'<img alt="Loss and accuracy against epoch, {escape(report.scale_label)}" '
+        f'src="{_inline(curves_png)}"></picture>',
         "<h2>Verdicts</h2>",
         f"<p>{escape(report.rule)}</p>",
         _verdicts(report),
