@@ -1,0 +1,66 @@
+"""OnlineNorm as GPU kernels: same function and signatures as ``reference`` and ``vectorized``.
+
+Importing this package imports Triton. On a machine without a GPU the kernels run in Triton's interpreter when
+``TRITON_INTERPRET=1`` is set before the first import.
+"""
+
+import torch
+from torch import Tensor
+
+from onlinenorm.ops import vectorized
+from onlinenorm.ops.fused import fold
+from onlinenorm.ops.fused.operators import OnlineNormFunction, dense, fused_evaluate
+from onlinenorm.ops.spec import NormSpec
+
+fold.install()
+
+__all__ = ["evaluate", "train_step"]
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def train_step(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    control_u: Tensor,
+    control_v: Tensor,
+    spec: NormSpec,
+    relu: bool = False,
+) -> Tensor:
+    """relu(norm(x) + residual) in training mode for (N, C, H, W), in one fused operator each way.
+
+    Same contract as ``reference.train_step``. float64 (input or state) is served by the PyTorch backend. A residual of
+    another dtype than x is converted first.
+    """
+    state = running_mean, running_var, control_u, control_v
+    if not _kernels_serve(x, running_mean):
+        return vectorized.train_step(x, residual, weight, bias, *state, spec, relu)
+    residual = None if residual is None else residual.to(x.dtype)
+    return OnlineNormFunction.apply(dense(x), residual, weight, bias, *state, spec, relu)
+
+
+def evaluate(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    spec: NormSpec,
+    relu: bool = False,
+) -> Tensor:
+    """relu(norm(x) + residual) with frozen statistics; one kernel, or ordinary PyTorch where gradients are wanted."""
+    inputs = (x, residual, weight, bias)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if differentiable or not _kernels_serve(x, running_mean) or x.numel() == 0:
+        return vectorized.evaluate(x, residual, weight, bias, running_mean, running_var, spec, relu)
+    residual = None if residual is None else residual.to(x.dtype)
+    return fused_evaluate(dense(x), residual, weight, bias, running_mean, running_var, relu, *spec.as_arguments())
+
+
+def _kernels_serve(x: Tensor, state: Tensor) -> bool:
+    return x.dtype in KERNEL_DTYPES and state.dtype == torch.float32

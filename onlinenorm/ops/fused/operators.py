@@ -1,0 +1,178 @@
+"""The fused kernels as torch operators: what they mutate, what they return, and how gradients flow."""
+
+import torch
+from torch import Tensor
+
+from onlinenorm.ops.fused import two_pass
+from onlinenorm.ops.spec import NormSpec
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself if it is dense in channels_last or channels-first order, else a copy that is."""
+    if x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous():
+        return x
+    return x.contiguous()
+
+
+def like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """``tensor`` in the memory order of x, which is dense."""
+    if tensor is None:
+        return None
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
+    """Operators return tensors only; an empty one stands for None."""
+    return x.new_empty(0, dtype=torch.float32) if tensor is None else tensor
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+@torch.library.custom_op("onlinenorm::fused_forward", mutates_args=("running_mean", "running_var"))
+def fused_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    relu: bool,
+    alpha_fwd: float,
+    alpha_bkw: float,
+    eps: float,
+    error_compensation: str,
+    clamp_value: float,
+    layer_scaling_eps: float,
+    layer_scaling_group_size: int | None,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training forward over a dense x: output, tables (2, N, C, 2), 1 / zeta (N, groups) or nothing."""
+    spec = NormSpec(
+        alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size
+    )
+    with torch.cuda.device_of(x):
+        y, tables, rzeta = two_pass.forward(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
+    return y, tables, _or_empty(rzeta, x)
+
+
+@fused_forward.register_fake
+def _(x, residual, weight, bias, running_mean, running_var, relu, af, ab, eps, guard, clamp, seps, group, scale):
+    samples, channels = x.shape[:2]
+    groups = channels // (group or channels)
+    table = {"dtype": torch.float32}
+    return (
+        torch.empty_like(x),
+        x.new_empty(2, samples, channels, 2, **table),
+        x.new_empty((samples, groups) if guard == "layer_scaling" else 0, **table),
+    )
+
+
+@torch.library.custom_op("onlinenorm::fused_backward", mutates_args=("control_u", "control_v"))
+def fused_backward(
+    grad: Tensor,
+    extra: Tensor | None,
+    x: Tensor,
+    out: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tables: Tensor,
+    rzeta: Tensor,
+    control_u: Tensor,
+    control_v: Tensor,
+    residual_gradient: bool,
+    relu: bool,
+    alpha_fwd: float,
+    alpha_bkw: float,
+    eps: float,
+    error_compensation: str,
+    clamp_value: float,
+    layer_scaling_eps: float,
+    layer_scaling_group_size: int | None,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training backward of the gradient grad + extra: gradients of x, residual (or nothing), weight and bias."""
+    spec = NormSpec(
+        alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
+        gradient_scale,
+    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        grad_x, grad_residual, grad_weight, grad_bias = two_pass.backward(
+            like(grad, x), like(extra, x), x, out, weight, bias, tables, _or_none(rzeta), control_u, control_v, spec,
+            relu, residual_gradient,
+        )  # fmt: skip
+    return grad_x, _or_empty(grad_residual, x), grad_weight, grad_bias
+
+
+@fused_backward.register_fake
+def _(grad, extra, x, out, weight, bias, tables, rzeta, control_u, control_v, residual_gradient, *rest):
+    channels = x.shape[1]
+    table = {"dtype": torch.float32}
+    return (
+        torch.empty_like(x),
+        torch.empty_like(x) if residual_gradient else x.new_empty(0, **table),
+        x.new_empty(channels, **table),
+        x.new_empty(channels, **table),
+    )
+
+
+@torch.library.custom_op("onlinenorm::fused_evaluate", mutates_args=())
+def fused_evaluate(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    relu: bool,
+    alpha_fwd: float,
+    alpha_bkw: float,
+    eps: float,
+    error_compensation: str,
+    clamp_value: float,
+    layer_scaling_eps: float,
+    layer_scaling_group_size: int | None,
+    gradient_scale: float,
+) -> Tensor:
+    """Forward over a dense x with frozen statistics."""
+    spec = NormSpec(
+        alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size
+    )
+    with torch.cuda.device_of(x):
+        return two_pass.evaluate(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
+
+
+@fused_evaluate.register_fake
+def _(x, *rest):
+    return torch.empty_like(x)
+
+
+class OnlineNormFunction(torch.autograd.Function):
+    """Training step; saves x and tables (and the output behind residual and ReLU), recomputes the masks."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, running_mean, running_var, control_u, control_v, spec, relu):
+        y, tables, rzeta = fused_forward(
+            x, residual, weight, bias, running_mean, running_var, relu, *spec.as_arguments()
+        )
+        ctx.has_residual, ctx.relu, ctx.spec = residual is not None, relu, spec
+        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, tables, rzeta)
+        # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
+        ctx.control_u, ctx.control_v = control_u, control_v
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, out, weight, bias, tables, rzeta = ctx.saved_tensors
+        masked = ctx.has_residual and ctx.relu
+        grad_x, grad_residual, grad_weight, grad_bias = fused_backward(
+            grad, None, x, out, weight, bias, tables, rzeta, ctx.control_u, ctx.control_v, masked, ctx.relu,
+            *ctx.spec.as_arguments(),
+        )  # fmt: skip
+        if not masked:
+            grad_residual = grad if ctx.has_residual else None
+        grad_weight = None if weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return grad_x, grad_residual, grad_weight, grad_bias, None, None, None, None, None, None

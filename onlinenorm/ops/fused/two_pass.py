@@ -1,0 +1,208 @@
+"""Launchers of the two-pass kernels: which block shapes, how many slices, in which order."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from onlinenorm.ops.fused import kernels
+from onlinenorm.ops.spec import NormSpec
+
+PROGRAMS_WANTED = 1024  # reductions slice the rows of a sample until about this many programs share the work
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the kernels see a dense (N, C, H, W) tensor: sizes, strides in elements and block shapes."""
+
+    samples: int
+    channels: int
+    pixels: int
+    stride_n: int
+    stride_p: int
+    stride_c: int
+    block_p: int
+    block_c: int
+    splits: int
+    rows: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Geometry":
+        samples, channels, height, width = x.shape
+        pixels = height * width
+        wide, tall = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            stride_p, stride_c = channels, 1
+            block_c = min(wide, 64)
+            block_p = min(tall, 2048 // block_c)
+        else:
+            stride_p, stride_c = 1, pixels
+            block_p = min(tall, 512)
+            block_c = min(wide, 2048 // block_p)
+        programs = samples * triton.cdiv(channels, block_c)
+        splits = max(1, min(PROGRAMS_WANTED // programs, pixels // (4 * block_p)))
+        rows = triton.cdiv(triton.cdiv(pixels, splits), block_p) * block_p
+        splits = triton.cdiv(pixels, rows)
+        return cls(samples, channels, pixels, channels * pixels, stride_p, stride_c, block_p, block_c, splits, rows)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return self.stride_n, self.stride_p, self.stride_c
+
+    @property
+    def reduce_grid(self) -> tuple[int, int]:
+        return self.samples * self.splits, triton.cdiv(self.channels, self.block_c)
+
+    @property
+    def apply_grid(self) -> tuple[int, int]:
+        return self.samples * triton.cdiv(self.pixels, self.block_p), triton.cdiv(self.channels, self.block_c)
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_P": self.block_p, "BLOCK_C": self.block_c}
+
+    @property
+    def scan_blocks(self) -> dict[str, int]:
+        return {
+            "BLOCK_N": min(triton.next_power_of_2(self.samples), 64),
+            "BLOCK_C": min(triton.next_power_of_2(self.channels), 16 if self.channels < 1024 else 32),
+        }
+
+    def groups(self, spec: NormSpec) -> tuple[int, int]:
+        """Layer-scaling groups and channels a group."""
+        size = spec.layer_scaling_group_size or self.channels
+        return self.channels // size, size
+
+
+def _table(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
+def _reduce(x: Tensor, geo: Geometry) -> Tensor:
+    partial = _table(x, geo.samples, geo.splits, geo.channels, 2)
+    kernels.moments_kernel[geo.reduce_grid](
+        x, partial, geo.pixels, geo.channels, geo.splits, geo.rows, *geo.strides, **geo.blocks, STAGES=3
+    )
+    return partial
+
+
+def _layer_scale(moments, state, weight, bias, geo: Geometry, spec: NormSpec, state_stride: int) -> Tensor | None:
+    if spec.error_compensation != "layer_scaling":
+        return None
+    groups, size = geo.groups(spec)
+    rzeta = _table(moments, geo.samples, groups)
+    kernels.layer_scale_kernel[(geo.samples * groups,)](
+        moments, state, weight, bias, rzeta, geo.channels, groups, size, state_stride, spec.eps,
+        spec.layer_scaling_eps, BLOCK_C=min(triton.next_power_of_2(size), 1024),
+    )  # fmt: skip
+    return rzeta
+
+
+def _apply(x, residual, weight, bias, state, rzeta, geo: Geometry, spec: NormSpec, relu, state_stride) -> Tensor:
+    y = torch.empty_like(x)
+    kernels.apply_kernel[geo.apply_grid](
+        x, residual, y, state, weight, bias, rzeta, geo.pixels, geo.channels, *geo.groups(spec), state_stride,
+        *geo.strides, spec.eps, spec.clamp_value,
+        RELU=relu, CLAMP=spec.error_compensation == "clamp", **geo.blocks,
+    )  # fmt: skip
+    return y
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    spec: NormSpec,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, tables (2, N, C, 2) of moments and state, 1 / zeta where layers are scaled; moves mean and variance."""
+    geo = Geometry.of(x)
+    partial = _reduce(x, geo)
+    tables = _table(x, 2, geo.samples, geo.channels, 2)
+    scan = geo.scan_blocks
+    kernels.forward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
+        partial, tables[0], tables[1], running_mean, running_var, geo.samples, geo.channels, geo.splits, geo.rows,
+        geo.pixels, spec.alpha_fwd, 1 - spec.alpha_fwd, **scan,
+    )  # fmt: skip
+    rzeta = _layer_scale(tables[0], tables[1], weight, bias, geo, spec, geo.channels)
+    return _apply(x, residual, weight, bias, tables[1], rzeta, geo, spec, relu, geo.channels), tables, rzeta
+
+
+def evaluate(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    spec: NormSpec,
+    relu: bool,
+) -> Tensor:
+    """Output with frozen statistics."""
+    geo = Geometry.of(x)
+    state, moments = torch.stack([running_mean, running_var], -1), None
+    if spec.error_compensation == "layer_scaling":
+        # A scan from any state fills the table of moments; the copies keep the layer's own state still.
+        tables = _table(x, 2, geo.samples, geo.channels, 2)
+        scan = geo.scan_blocks
+        kernels.forward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
+            _reduce(x, geo), tables[0], tables[1], running_mean.clone(), running_var.clone(), geo.samples,
+            geo.channels, geo.splits, geo.rows, geo.pixels, spec.alpha_fwd, 1 - spec.alpha_fwd, **scan,
+        )  # fmt: skip
+        moments = tables[0]
+    rzeta = _layer_scale(moments, state, weight, bias, geo, spec, 0)
+    return _apply(x, residual, weight, bias, state, rzeta, geo, spec, relu, 0)
+
+
+def backward(
+    grad: Tensor,
+    extra: Tensor | None,
+    x: Tensor,
+    out: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tables: Tensor,
+    rzeta: Tensor | None,
+    control_u: Tensor,
+    control_v: Tensor,
+    spec: NormSpec,
+    relu: bool,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of x, residual (where asked for), weight and bias; moves u and v."""
+    geo = Geometry.of(x)
+    moments, state = tables
+    flags = {"RELU": relu, "CLAMP": spec.error_compensation == "clamp", **geo.blocks}
+    sizes = geo.pixels, geo.channels
+    partial = _table(x, geo.samples, geo.splits, geo.channels, 2)
+    kernels.gradient_moments_kernel[geo.reduce_grid](
+        grad, extra, x, out, partial, state, weight, bias, *sizes, geo.splits, geo.rows, *geo.strides,
+        spec.eps, spec.clamp_value, **flags, STAGES=3,
+    )  # fmt: skip
+    groups = geo.groups(spec)
+    kappa = None
+    if rzeta is not None:
+        kappa = torch.empty_like(rzeta)
+        kernels.project_kernel[(rzeta.numel(),)](
+            partial, weight, bias, rzeta, kappa, geo.channels, *groups, geo.splits, geo.pixels,
+            BLOCK_C=min(triton.next_power_of_2(groups[1]), 1024),
+        )  # fmt: skip
+    control = _table(x, geo.samples, geo.channels, 2)
+    grad_weight, grad_bias = _table(x, geo.channels), _table(x, geo.channels)
+    scan = geo.scan_blocks
+    kernels.backward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
+        partial, moments, state, rzeta, kappa, weight, bias, control_u, control_v, control, grad_weight, grad_bias,
+        geo.samples, geo.channels, *groups, geo.splits, geo.pixels, spec.eps, spec.alpha_bkw,
+        1 - spec.alpha_bkw, spec.gradient_scale, **scan,
+    )  # fmt: skip
+    grad_x = torch.empty_like(x)
+    grad_residual = torch.empty_like(x) if residual_gradient else None
+    kernels.gradient_apply_kernel[geo.apply_grid](
+        grad, extra, x, out, grad_x, grad_residual, state, control, weight, bias, rzeta, kappa, *sizes, *groups,
+        *geo.strides, spec.eps, spec.clamp_value, **flags,
+    )  # fmt: skip
+    return grad_x, grad_residual, grad_weight, grad_bias
