@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a plain checkout too
 
-from onlinenorm.data.arguments import DataError
+from onlinenorm.data.errors import DataError
 from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, FILES, FULL, find_full_set, read_split
 
 

@@ -1,6 +1,6 @@
 """Images in: ImageNet, Fashion-MNIST, its embedded subset and synthetic images behind one interface."""
 
-from onlinenorm.data.arguments import DataError, UnreadableImageError
+from onlinenorm.data.errors import DataError, UnreadableImageError
 from onlinenorm.data.fashion_mnist import FashionMNIST
 from onlinenorm.data.imagenet import ImageNet
 from onlinenorm.data.module import ImageDataModule

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from onlinenorm.data.arguments import DataError
 from onlinenorm.data.decoders import DECODERS
+from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.sampler import Request, split_requests

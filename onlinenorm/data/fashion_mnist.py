@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onlinenorm.data.arguments import DataError
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
+from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import user_cache
 from onlinenorm.data.module import ImageDataModule
 

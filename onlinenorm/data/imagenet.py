@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from onlinenorm.data.arguments import DataError
 from onlinenorm.data.datasets import FolderDataset
+from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import EXTENSIONS, FolderIndex, list_classes, load_index, name_few
 from onlinenorm.data.module import ImageDataModule
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from onlinenorm.data.arguments import DataError
+from onlinenorm.data.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 

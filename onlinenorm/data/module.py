@@ -10,9 +10,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from onlinenorm.data.arguments import UnreadableImageError, check_choice, check_fraction, check_int
+from onlinenorm.arguments import check_choice, check_fraction, check_int
 from onlinenorm.data.datasets import Batch, FolderDataset, InMemoryDataset, fingerprint
 from onlinenorm.data.decoders import DECODERS
+from onlinenorm.data.errors import UnreadableImageError
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 

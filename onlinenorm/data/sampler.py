@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from onlinenorm.data.arguments import check_int
+from onlinenorm.arguments import check_int
 from onlinenorm.data.randomness import permutation
 
 Request = tuple[int, int]  # (epoch, index): all that a dataset needs to make the pixels

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from onlinenorm.data.arguments import check_int
+from onlinenorm.arguments import check_int
 from onlinenorm.data.datasets import InMemoryDataset
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.randomness import CONTENT, hash64

@@ -1,25 +1,17 @@
 """OnlineNorm as modules: parameters, state and input checks around one op."""
 
-import difflib
 import logging
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from onlinenorm.arguments import check_choice
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
 
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("global", "local")
-
-
-def _one_of(key: str, value, options: tuple[str, ...]) -> str:
-    if value in options:
-        return value
-    near = difflib.get_close_matches(str(value), options, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{key}: {value!r} is not one of {', '.join(options)}{hint}")
 
 
 def _inside(key: str, value: float, low: float, high: float) -> float:
@@ -62,7 +54,8 @@ class OnlineNorm(nn.Module):
         self.alpha_bkw = _inside("alpha_bkw", alpha_bkw, 0, 1)
         self.eps = _inside("eps", eps, 0, infinity)
         self.affine = bool(affine)
-        self.error_compensation = _one_of("error_compensation", error_compensation, ERROR_COMPENSATIONS)
+        check_choice("error_compensation", error_compensation, ERROR_COMPENSATIONS)
+        self.error_compensation = error_compensation
         self.clamp_value = _inside("clamp_value", clamp_value, 0, infinity)
         self.layer_scaling_eps = _inside("layer_scaling_eps", layer_scaling_eps, 0, infinity)
         group = layer_scaling_group_size
@@ -72,8 +65,10 @@ class OnlineNorm(nn.Module):
                 "or None for all channels"
             )
         self.layer_scaling_group_size = group
-        self.backend = _one_of("backend", backend, ("auto", *BACKENDS))
-        self.statistics = _one_of("statistics", statistics, STATISTICS)
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        self.backend = backend
+        check_choice("statistics", statistics, STATISTICS)
+        self.statistics = statistics
         self.gradient_scale = 1.0
 
         state = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 
-from onlinenorm.data.arguments import check_choice
+from onlinenorm.arguments import check_choice
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 from onlinenorm.normalizers import OnlineNorm
 

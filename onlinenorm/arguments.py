@@ -1,14 +1,6 @@
-"""Checks of constructor arguments, and the errors that data raise."""
+"""Checks of constructor arguments: ValueErrors that name the key, the range and the nearest right value."""
 
 import difflib
-
-
-class DataError(ValueError):
-    """A dataset that is missing, partial or inconsistent; the message says what, where and what to do."""
-
-
-class UnreadableImageError(DataError):
-    """An image that no decoder can read, or more of them than `unreadable_limit` allows."""
 
 
 def check_choice(key: str, value: object, options: tuple[str, ...]) -> None:
