@@ -6,8 +6,8 @@ from image_folders import write_image, write_tree
 from torchvision.datasets import ImageFolder
 
 from onlinenorm.data import index as index_module
-from onlinenorm.data.arguments import DataError
 from onlinenorm.data.datasets import fingerprint
+from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex, build_index, list_classes, load_index
 
 
