@@ -3,6 +3,7 @@
 from onlinenorm.normalizers.across_processes import average_statistics
 from onlinenorm.normalizers.baselines import group_norm, identity, layer_norm
 from onlinenorm.normalizers.clamping import remove_clamping
+from onlinenorm.normalizers.conversion import convert
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "OnlineNorm1d",
     "OnlineNorm2d",
     "average_statistics",
+    "convert",
     "group_norm",
     "identity",
     "layer_norm",
