@@ -127,7 +127,7 @@ def _to_batch(online: OnlineNorm, arguments: dict) -> _BatchNorm:
 
 
 def _carry(old: nn.Module, new: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Statistics, affine parameters, activation and training flag of ``old`` in ``new``; the same objects if in dtype."""
+    """``new`` with the statistics, affine parameters, activation and training flag of ``old``; the same objects."""
     for name in ("running_mean", "running_var"):
         setattr(new, name, getattr(old, name).to(dtype))
     for name in ("weight", "bias"):

@@ -192,7 +192,7 @@ def test_what_cannot_be_replaced_is_named_and_nothing_changes(layer, words):
 
 def test_layer_scaling_cannot_become_batch_norm():
     network = nn.Sequential(OnlineNorm2d(4), OnlineNorm2d(4, error_compensation="layer_scaling"))
-    with pytest.raises(ValueError, match="1: layer scaling .*all channels"):
+    with pytest.raises(ValueError, match=r"1: layer scaling .*all channels"):
         convert(network, to="batch")
     assert isinstance(network[0], OnlineNorm2d)
 
