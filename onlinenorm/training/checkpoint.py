@@ -1,6 +1,7 @@
 """Checkpoint files: written atomically, verified, read without trusting their content; and where a run resumes."""
 
 import os
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def verify(path: Path) -> str:
 
 
 def write(state: dict[str, Any], path: Path) -> None:
-    """Replaces `path` by a verified file with `state`; the file that was there becomes previous.ckpt if `path` is last.ckpt.
+    """Replaces `path` by a verified file with `state`; the last.ckpt that was there becomes previous.ckpt.
 
     At any moment, also of a power cut, last.ckpt or previous.ckpt is whole. Raises RunError when the disk is full.
     """
@@ -67,8 +68,8 @@ def read(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def resumable(folder: Path) -> tuple[Path | None, list[str]]:
-    """(checkpoint to continue from or None, a line for each damaged one that was passed over).
+def resumable(folder: Path) -> tuple[Path | None, dict[str, int] | None]:
+    """(checkpoint to continue from, its position), or (None, None) where there is none; reports damaged ones.
 
     Raises RunError when there are checkpoints and all are damaged: starting over is for the user to say.
     """
@@ -76,13 +77,14 @@ def resumable(folder: Path) -> tuple[Path | None, list[str]]:
     for name in (LAST, PREVIOUS):
         path = folder / name
         if path.exists():
-            problem = verify(path)
-            if not problem:
-                return path, damaged
+            if not (problem := verify(path)):
+                for line in damaged:
+                    print(f"{line}: continuing from {path}", file=sys.stderr)
+                return path, read(path)["position"]
             damaged.append(f"{path} is damaged ({problem})")
     if damaged:
         raise RunError("; ".join(damaged) + f". Nothing is left to continue from: delete {folder} to start over")
-    return None, damaged
+    return None, None
 
 
 class VerifiedIO(CheckpointIO):
@@ -101,8 +103,9 @@ class VerifiedIO(CheckpointIO):
 class Checkpoints(Checkpoint):
     """Saves last.ckpt after each epoch, every so many steps and when asked to stop; best.ckpt at the best accuracy.
 
-    A checkpoint holds where it was taken as (epoch, step): optimizer steps of epoch `epoch`, counted from 0. Lightning's
-    own loop counters are derived from that on loading, so that accumulation and the number of processes may change.
+    A checkpoint holds where it was taken as (epoch, step): optimizer steps of epoch `epoch`, counted from 0.
+    Lightning's own loop counters are derived from that on loading, so that accumulation and the number of processes
+    may change.
 
     Args:
         folder: of the checkpoint files.

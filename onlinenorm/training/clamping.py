@@ -14,8 +14,8 @@ def clamped_layers(network: nn.Module) -> list[OnlineNorm]:
 class ClampMeter:
     """Context that measures, in eval mode, what reaches the clamps of a network.
 
-    A hook on each layer evaluates it again without clamp, residual and ReLU: w = weight y + bias, which the clamp limits
-    to [-c, c]. `totals` then holds (activations with |w| > c, activations, max |w|).
+    A hook on each layer evaluates it again without clamp, residual and ReLU: w = weight y + bias, which the clamp
+    limits to [-c, c]. `totals` then holds (activations with |w| > c, activations, max |w|).
     """
 
     def __init__(self, network: nn.Module):

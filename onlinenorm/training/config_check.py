@@ -1,9 +1,11 @@
 """Checks a composed configuration, as plain values, before anything is built from it, and builds its nodes."""
 
+import contextlib
 import difflib
 import functools
 import importlib
 import inspect
+import itertools
 import re
 import types
 import typing
@@ -29,27 +31,37 @@ PROVIDED = {
     "model": ("normalizer", "num_classes", "in_channels"),
     "data": ("batch_size", "seed", "augmentation", "evaluation"),
     "logger": ("folder", "name", "config"),
+    "recipe": (),
     "classifier": ("network", "recipe"),
     "trainer": ("max_epochs", "folder", "epoch_log", "stop", "loggers"),
 }
+KNOWN = (*PROVIDED, "experiment", "seed", "run_dir")  # keys at the top, beside the names of the chosen files
 _MARKS = ("_target_", "_partial_")
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """The option that `word` was most likely meant to be, or ""."""
-    options = list(options)
-    near = difflib.get_close_matches(word, options, 1, cutoff=0.6)
-    tail = difflib.get_close_matches(word.split(".")[-1], {o.split(".")[-1] for o in options}, 1, cutoff=0.6)
-    return next(iter(near), None) or next((o for o in options if tail and o.split(".")[-1] == tail[0]), "")
+    """The option that `word` was most likely meant to be, or "". Last parts are compared, then paths."""
+
+    def likeness(first: str, second: str) -> float:
+        return difflib.SequenceMatcher(None, first, second).ratio()
+
+    leaf = word.rpartition(".")[2]
+    scored = [(likeness(leaf, option.rpartition(".")[2]), likeness(word, option), option) for option in options]
+    alike, _, best = max(scored, default=(0.0, 0.0, ""))
+    return best if alike >= 0.6 else ""
 
 
 def unknown_key(key: str, options: Iterable[str]) -> ConfigError:
-    """The error for a key that does not exist, with the nearest that does or a list of what there is."""
+    """The error for a key that does not exist, with the nearest that does, or those beside it."""
+    group, _, leaf = key.rpartition(".")
+    if leaf in PROVIDED.get(group, ()):
+        return ConfigError(f"{key}: is set by train.py itself; leave it out")
     options = sorted(options)
-    near = nearest(key, options)
-    if near:
+    if near := nearest(key, options):
         return ConfigError(f"{key}: no such key; did you mean {near}?")
-    return ConfigError(f"{key}: no such key; there are {', '.join(options)}")
+    beside = [option for option in options if option.rpartition(".")[0] == group]
+    beside = beside or [option for option in options if "." not in option]
+    return ConfigError(f"{key}: no such key; there are {', '.join(beside)}")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -63,16 +75,36 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_config(config: dict[str, Any], known: Iterable[str]) -> None:
-    """Raises ConfigError for the first unknown key, foreign target or value of the wrong kind.
+def check_option(group: str, name: Any, options: Iterable[str]) -> None:
+    """Raises ConfigError, with the nearest option or a list, unless `name` is a file of the group."""
+    options = sorted(options)
+    if name not in options:
+        near = nearest(str(name), options)
+        hint = f"did you mean {group}={near}?" if near else f"there are {', '.join(options)}"
+        raise ConfigError(f"{group}: {name!r} is not one of its options; {hint}")
 
-    `known` are the top-level keys. Every node with a `_target_` is held against the signature of what it names.
-    """
-    known = set(known)
-    for key, value in config.items():
+
+def check_keys(keys: Iterable[str], config: dict[str, Any]) -> None:
+    """Raises ConfigError for the first of `keys` (dotted) that is neither a value nor a node of `config`."""
+    known = set(flatten({key: value for key, value in config.items() if key != "choices"})) | set(KNOWN)
+    known |= {node for key in known for node in itertools.accumulate(key.split("."), "{}.{}".format)}
+    for key in keys:
         if key not in known:
             raise unknown_key(key, known)
-        if isinstance(value, dict):
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raises ConfigError for the first missing or unknown key, foreign target or value of the wrong kind.
+
+    Every node with a `_target_` is held against the signature of what it names.
+    """
+    for key in PROVIDED:
+        if not isinstance(config.get(key), dict) or "_target_" not in config[key]:
+            raise ConfigError(f"{key}: is missing; name one, as in {key}=NAME")
+    for key, value in config.items():
+        if key not in KNOWN and key != "choices":
+            raise unknown_key(key, KNOWN)
+        if key in PROVIDED:
             _check_node(key, value)
     seed = config.get("seed")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -93,22 +125,18 @@ def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:
         return target(**arguments, **provided)
 
 
-class prefixed:  # noqa: N801  (used like a function)
-    """Context in which a ValueError about one of `keys` ("alpha_fwd: ...") is raised as ConfigError ("path.alpha_fwd: ...")."""
-
-    def __init__(self, path: str, keys: Iterable[str]):
-        self.path, self.keys = path, set(keys)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, ValueError) and not isinstance(error, ConfigError):
-            key = re.match(r"(\w+):", str(error))
-            if key and key[1] in self.keys:
-                raise ConfigError(f"{self.path}.{error}") from None
-            if not hasattr(error, "exit_code"):
-                raise RunError(f"{self.path}: {error}") from error
+@contextlib.contextmanager
+def prefixed(path: str, keys: Iterable[str]):
+    """Context in which a ValueError about one of `keys` ("eps: ...") becomes a ConfigError ("path.eps: ...")."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        key = re.match(r"(\w+):", str(error))
+        if key is None or key[1] not in keys:
+            raise
+        raise ConfigError(f"{path}.{error}") from error
 
 
 def _locate(path: str, name: Any) -> Any:
@@ -124,11 +152,6 @@ def _locate(path: str, name: Any) -> Any:
 
 
 def _check_node(path: str, node: dict[str, Any]) -> None:
-    if "_target_" not in node:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                _check_node(f"{path}.{key}", value)
-        return
     target = _locate(path, node["_target_"])
     parameters = inspect.signature(target).parameters
     hints = typing.get_type_hints(_function_of(target))
@@ -136,9 +159,7 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
     for key, value in node.items():
         if key in _MARKS:
             continue
-        if key in provided:
-            raise ConfigError(f"{path}.{key}: is set by train.py itself; leave it out")
-        if key not in parameters:
+        if key not in parameters or key in provided:
             options = [p for p in parameters if p not in provided]
             raise unknown_key(f"{path}.{key}", [f"{path}.{option}" for option in options])
         if isinstance(value, dict) and "_target_" in value:

@@ -34,7 +34,7 @@ def to_csv(rows: list[dict[str, float]]) -> str:
 
 
 class EpochLog(pl.Callback):
-    """Makes the rows. The checkpoint is their home: the file is written anew from it, so that no row is doubled or lost.
+    """Makes the rows. They live in the checkpoint and the file is written anew from it: none is doubled or lost.
 
     images_per_second counts training alone; seconds are those of the epoch with its validation, over all interruptions.
     """

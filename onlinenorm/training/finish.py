@@ -32,7 +32,7 @@ def parameters_sha256(network: nn.Module) -> str:
 
 
 def validate(trainer: pl.Trainer, module: ImageClassifier, data: pl.LightningDataModule) -> dict[str, Any]:
-    """{"val_loss", "val_top1", "val_top5"} and, sorted by index, "index", "label", "prediction" of the validation set."""
+    """Figures of the validation set ("val_loss", ...) and, by rising "index", each image's "label" and "prediction"."""
     module.collected = []
     # hooks on single layers count only where the network is not compiled as a whole
     with torch.compiler.set_stance("force_eager"):

@@ -25,7 +25,7 @@ def wandb_logger(
     mode: Literal["auto", "online", "offline"] = "auto",
     tags: list[str] | None = None,
 ) -> list[Logger]:
-    """Weights & Biases, never asking for a key; the run's id is kept in the run folder, so that a resumed run is one run.
+    """Weights & Biases, never asking for a key; the id is kept in the run folder, so that a resumed run is one run.
 
     Args:
         folder: the run folder.

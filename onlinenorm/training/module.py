@@ -58,7 +58,7 @@ class ImageClassifier(pl.LightningModule):
         self.train_sums, self.bad_step = self.train_sums.to(self.device), self.bad_step.to(self.device)
         for layer in self.network.modules():
             if hasattr(layer, "gradient_scale"):
-                # A rank's loss is the mean over its own images: gradients are world_size times those of the whole batch.
+                # A rank's loss is the mean over its own images: its gradients are world_size times the whole batch's.
                 layer.gradient_scale = 1.0 / self.trainer.world_size
 
     def on_train_epoch_start(self) -> None:  # not called where a run continues within an epoch
@@ -78,7 +78,7 @@ class ImageClassifier(pl.LightningModule):
         self.bad_step = torch.where(first, torch.full_like(self.bad_step, self.global_step + 1), self.bad_step)
 
     def assert_finite(self) -> None:
-        """Raises RunError, on every process, where a loss or the network has stopped being finite. Waits for the device."""
+        """Raises RunError, on every process, where a loss or the network is not finite. Waits for the device."""
         states = [value for value in self.network.state_dict().values() if value.is_floating_point()]
         healthy = torch.stack([torch.isfinite(value).all() for value in states]).all()
         bad_step = torch.where((self.bad_step < 0) & ~healthy, self.global_step, self.bad_step).long()
@@ -89,8 +89,8 @@ class ImageClassifier(pl.LightningModule):
             lr = self.optimizers().param_groups[0]["lr"]
             raise RunError(
                 f"{what} became NaN or infinite at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
-                "The last good checkpoint is kept. To go on, start over in another run_dir with a lower recipe.lr, with "
-                "trainer.precision=32-true, or with a normalizer that limits activations (normalizer=online_clamp)"
+                "The last good checkpoint is kept. To go on, start over in another run_dir with a lower recipe.lr, "
+                "with trainer.precision=32-true, or with a normalizer that limits activations (normalizer=online_clamp)"
             )
 
     def on_validation_epoch_start(self) -> None:

@@ -1,5 +1,6 @@
 """The run folder: who may write to it, whether it is this run's, and the records at its top."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -63,41 +64,38 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 class RunFolder:
-    """A run's folder, held by one run at a time (`with RunFolder(path) as folder`).
+    """A run's folder, held by one run at a time (`with folder.held():`).
 
     Args:
-        path: of the folder; made where missing.
+        path: of the folder; made when it is held.
         leader: whether this process keeps the records; the others of a run only read.
-
-    Raises RunError when another run holds it.
     """
 
     def __init__(self, path: Path, leader: bool = True):
         self.path, self.leader = path, leader
         self.checkpoints = path / "checkpoints"
-        self._lock = None
 
-    def __enter__(self) -> "RunFolder":
-        if self.leader:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (closed in __exit__)
+    @contextlib.contextmanager
+    def held(self):
+        """Context in which no other run may write here; raises RunError where one does already."""
+        if not self.leader:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as lock:
             try:
                 # lockf, unlike flock, is not passed on to loader workers, which may outlive a killed run by seconds
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                self._lock.close()
                 raise RunError(
                     f"{self.path}: another run is writing to this folder ({error.strerror}). "
                     "Wait for it or stop it, or choose another run_dir"
                 ) from None
-        return self
+            yield
 
-    def __exit__(self, *_) -> None:
-        if self._lock is not None:
-            self._lock.close()
-
-    def results(self) -> dict[str, Any] | None:
-        """results.json of a finished run, or None."""
+    def results(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """results.json of a finished run, or None; ConfigError where the folder is of another configuration."""
+        self.check_config(config)
         path = self.path / "results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
