@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from onlinenorm.ops.fused import two_pass
+from onlinenorm.ops.fused import single_read, two_pass
 from onlinenorm.ops.spec import NormSpec
 
 
@@ -24,7 +24,7 @@ def like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
     """Operators return tensors only; an empty one stands for None."""
-    return x.new_empty(0, dtype=torch.float32) if tensor is None else tensor
+    return x.new_empty(0) if tensor is None else tensor
 
 
 def _or_none(tensor: Tensor) -> Tensor | None:
@@ -39,6 +39,7 @@ def fused_forward(
     bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
+    once: bool,
     relu: bool,
     alpha_fwd: float,
     alpha_bkw: float,
@@ -49,25 +50,29 @@ def fused_forward(
     layer_scaling_group_size: int | None,
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training forward over a dense x: output, tables (2, N, C, 2), 1 / zeta (N, groups) or nothing."""
+    """Training forward over a dense x, with the single-read kernels if ``once``.
+
+    Returns the output, the tables (2, N, C, 2), and what else backward needs: 1 / zeta (N, groups) of layer scaling,
+    the bits of a ReLU behind a residual (single-read), or nothing.
+    """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size
     )
+    path = single_read if once else two_pass
     with torch.cuda.device_of(x):
-        y, tables, rzeta = two_pass.forward(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
-    return y, tables, _or_empty(rzeta, x)
+        y, tables, kept = path.forward(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
+    return y, tables, _or_empty(kept, x)
 
 
 @fused_forward.register_fake
-def _(x, residual, weight, bias, running_mean, running_var, relu, af, ab, eps, guard, clamp, seps, group, scale):
+def _(x, residual, weight, bias, running_mean, running_var, once, relu, af, ab, eps, guard, clamp, seps, group, scale):
     samples, channels = x.shape[:2]
-    groups = channels // (group or channels)
-    table = {"dtype": torch.float32}
-    return (
-        torch.empty_like(x),
-        x.new_empty(2, samples, channels, 2, **table),
-        x.new_empty((samples, groups) if guard == "layer_scaling" else 0, **table),
-    )
+    kept = x.new_empty(0)
+    if guard == "layer_scaling":
+        kept = x.new_empty((samples, channels // (group or channels)), dtype=torch.float32)
+    elif once and relu and residual is not None:
+        kept = x.new_empty(single_read.mask_size(x), dtype=torch.uint8)
+    return torch.empty_like(x), x.new_empty((2, samples, channels, 2), dtype=torch.float32), kept
 
 
 @torch.library.custom_op("onlinenorm::fused_backward", mutates_args=("control_u", "control_v"))
@@ -79,10 +84,11 @@ def fused_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     tables: Tensor,
-    rzeta: Tensor,
+    kept: Tensor,
     control_u: Tensor,
     control_v: Tensor,
     residual_gradient: bool,
+    once: bool,
     relu: bool,
     alpha_fwd: float,
     alpha_bkw: float,
@@ -98,21 +104,25 @@ def fused_backward(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
         gradient_scale,
     )  # fmt: skip
+    grad, extra, state = like(grad, x), like(extra, x), (control_u, control_v)
     with torch.cuda.device_of(x):
-        grad_x, grad_residual, grad_weight, grad_bias = two_pass.backward(
-            like(grad, x), like(extra, x), x, out, weight, bias, tables, _or_none(rzeta), control_u, control_v, spec,
-            relu, residual_gradient,
-        )  # fmt: skip
+        if once:
+            found = single_read.backward(grad, extra, x, _or_none(kept), weight, bias, tables, *state, spec, relu)
+        else:
+            found = two_pass.backward(
+                grad, extra, x, out, weight, bias, tables, _or_none(kept), *state, spec, relu, residual_gradient
+            )
+    grad_x, grad_residual, grad_weight, grad_bias = found
     return grad_x, _or_empty(grad_residual, x), grad_weight, grad_bias
 
 
 @fused_backward.register_fake
-def _(grad, extra, x, out, weight, bias, tables, rzeta, control_u, control_v, residual_gradient, *rest):
+def _(grad, extra, x, out, weight, bias, tables, kept, control_u, control_v, residual_gradient, *rest):
     channels = x.shape[1]
     table = {"dtype": torch.float32}
     return (
         torch.empty_like(x),
-        torch.empty_like(x) if residual_gradient else x.new_empty(0, **table),
+        torch.empty_like(x) if residual_gradient else x.new_empty(0),
         x.new_empty(channels, **table),
         x.new_empty(channels, **table),
     )
@@ -150,25 +160,27 @@ def _(x, *rest):
 
 
 class OnlineNormFunction(torch.autograd.Function):
-    """Training step; saves x and tables (and the output behind residual and ReLU), recomputes the masks."""
+    """Training step; saves x and tables and recomputes the masks, but for a ReLU behind a residual."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, running_mean, running_var, control_u, control_v, spec, relu):
-        y, tables, rzeta = fused_forward(
-            x, residual, weight, bias, running_mean, running_var, relu, *spec.as_arguments()
+        once = single_read.suits(x, spec)
+        y, tables, kept = fused_forward(
+            x, residual, weight, bias, running_mean, running_var, once, relu, *spec.as_arguments()
         )
-        ctx.has_residual, ctx.relu, ctx.spec = residual is not None, relu, spec
-        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, tables, rzeta)
+        ctx.has_residual, ctx.once, ctx.relu, ctx.spec = residual is not None, once, relu, spec
+        reads_output = relu and residual is not None and not once
+        ctx.save_for_backward(x, y if reads_output else None, weight, bias, tables, kept)
         # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
         ctx.control_u, ctx.control_v = control_u, control_v
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, out, weight, bias, tables, rzeta = ctx.saved_tensors
+        x, out, weight, bias, tables, kept = ctx.saved_tensors
         masked = ctx.has_residual and ctx.relu
         grad_x, grad_residual, grad_weight, grad_bias = fused_backward(
-            grad, None, x, out, weight, bias, tables, rzeta, ctx.control_u, ctx.control_v, masked, ctx.relu,
+            grad, None, x, out, weight, bias, tables, kept, ctx.control_u, ctx.control_v, masked, ctx.once, ctx.relu,
             *ctx.spec.as_arguments(),
         )  # fmt: skip
         if not masked:

@@ -1,0 +1,85 @@
+"""CUDA C++ at run time: NVRTC from torch's wheels compiles, the driver launches; no compiler has to be installed."""
+
+import ctypes
+import functools
+import sys
+
+import torch
+
+SHARED_MEMORY_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    major = torch.version.cuda.split(".")[0]
+    torch.cuda.init()  # loads the library that torch itself uses
+    return ctypes.CDLL(f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _check_driver(status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"CUDA driver error {status}: {(text.value or b'unknown').decode()}")
+
+
+def compile_source(source: str, architecture: str, options: tuple[str, ...]) -> bytes:
+    """Machine code of ``source`` for an architecture such as "sm_90".
+
+    Raises RuntimeError with the compiler's log.
+    """
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    flags = [f"--gpu-architecture={architecture}", "--std=c++17", *options]
+    encoded = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+    status = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"single_read.cu", 0, None, None)
+    assert status == 0, f"nvrtcCreateProgram: {status}"
+    try:
+        failed, size = nvrtc.nvrtcCompileProgram(program, len(flags), encoded), ctypes.c_size_t()
+        if failed:
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"NVRTC failed ({failed}):\n{log.value.decode()}")
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+class Kernel:
+    """One function of a compiled module, loaded on the current device."""
+
+    def __init__(self, code: bytes, name: str):
+        torch.cuda.current_stream()  # a context must exist
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        _check_driver(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
+        _check_driver(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
+
+    def allow_shared_memory(self, size: int) -> None:
+        _check_driver(_driver().cuFuncSetAttribute(self._function, SHARED_MEMORY_LIMIT, size))
+
+    def blocks_per_multiprocessor(self, threads: int, shared_memory: int) -> int:
+        blocks = ctypes.c_int()
+        _check_driver(
+            _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                ctypes.byref(blocks), self._function, threads, ctypes.c_size_t(shared_memory)
+            )
+        )
+        return blocks.value
+
+    def launch(self, blocks: int, threads: int, shared_memory: int, parameters: ctypes.Structure) -> None:
+        """Queue the kernel on torch's current stream; its one argument is the structure, by value."""
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        _check_driver(
+            _driver().cuLaunchKernel(
+                self._function, blocks, 1, 1, threads, 1, 1, shared_memory, stream, arguments, None
+            )
+        )

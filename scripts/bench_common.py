@@ -1,0 +1,135 @@
+"""What the benchmarks share: the correctness gate, the timer, and the head of a results file."""
+
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+
+from onlinenorm import OnlineNorm2d
+
+STATE = ("running_mean", "running_var", "control_u", "control_v")
+# (N, C, H, W): small and ragged, and a tile of each kind the ImageNet networks hold.
+GATE_SHAPES = ((3, 5, 7, 6), (6, 64, 56, 56), (5, 128, 28, 28), (9, 256, 14, 14), (13, 192, 7, 7))
+
+
+def train_steps(layer, dtype: torch.dtype, shape, device, steps: int = 3) -> dict[str, torch.Tensor]:
+    """Outputs, gradients and state of a few training steps on reproducible offset data, residual and ReLU included."""
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    found: dict[str, torch.Tensor] = {}
+    for step in range(steps):
+        draw = torch.randn((3, *shape), generator=generator, device=device)
+        x, residual, grad = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in draw)
+        x = (0.5 * x - 2.3).to(layer.running_mean.dtype if dtype is torch.float64 else dtype)
+        x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        y = layer(x, residual=residual, relu=True)
+        y.backward(grad)
+        found |= {f"y{step}": y.detach(), f"grad_x{step}": x.grad, f"grad_residual{step}": residual.grad}
+    found |= {name: getattr(layer, name).clone() for name in STATE}
+    return found | {f"grad_{name}": p.grad for name, p in layer.named_parameters()}
+
+
+def gate(device: torch.device, backend: str, guards=("clamp", "layer_scaling"), shapes=GATE_SHAPES) -> None:
+    """Exit unless ``backend`` in bfloat16 is as near to the float64 sample loop as twice the PyTorch backend is."""
+    for guard in guards:
+        for shape in shapes:
+            runs = {}
+            for name, dtype in ((backend, torch.bfloat16), ("torch", torch.bfloat16), ("reference", torch.float64)):
+                layer = OnlineNorm2d(shape[1], error_compensation=guard, clamp_value=1.5, backend=name, device=device)
+                if dtype is torch.float64:
+                    layer = layer.double()
+                # Inputs are rounded to bfloat16 for all three, so that only arithmetic differs.
+                runs[name, dtype] = train_steps(_Rounded(layer), dtype, shape, device)
+            ours, eager, exact = runs.values()
+            for key, truth in exact.items():
+                error, allowed = (_distance(found[key], truth) for found in (ours, eager))
+                if not error <= 2 * allowed + 1e-5:
+                    sys.exit(f"gate: {backend}, {guard}, {shape}: {key} is off by {error:.2e} (PyTorch {allowed:.2e})")
+
+
+class _Rounded:
+    """A layer whose inputs are rounded to bfloat16 first, in whatever precision it then computes."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x, residual, relu):
+        exact = self.layer.running_mean.dtype is torch.float64
+        if exact:
+            x, residual = (t.bfloat16().double() for t in (x, residual))
+        return self.layer(x, residual=residual, relu=relu)
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+
+def _distance(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((found.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-12)).item()
+
+
+def timed(step, device: torch.device, repeats: int) -> list[float]:
+    """Milliseconds of each of ``repeats`` calls, by device events on a GPU."""
+    if device.type != "cuda":
+        import time
+
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+
+
+def captured(step):
+    """``step`` as a CUDA graph, after a warm-up on a side stream; call the result to replay it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def spread(times: list[float]) -> float:
+    """Range from the 20th to the 80th percentile over the median."""
+    if len(times) < 2:
+        return 0.0
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return (fifths[3] - fifths[0]) / statistics.median(times)
+
+
+def head(device: torch.device) -> dict:
+    """Where, with what and by which command a benchmark ran."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": os.environ.get("GIT_COMMIT") or commit.stdout.strip() or "unknown",
+        "command": "python " + shlex.join(sys.argv),
+    }
+
+
+def write(path: str, results: dict) -> None:
+    """Results as JSON, so far: called after every round, so that an interrupted run leaves what it measured."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(results, indent=1) + "\n")

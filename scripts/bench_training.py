@@ -1,0 +1,177 @@
+"""Images per second and peak memory of a whole training step, normalizer against normalizer.
+
+    python scripts/bench_training.py                     # all rows, one GPU, about 15 minutes
+    python scripts/bench_training.py --batch 256 --mode compile+graph --dtype bf16
+
+A row is (normalizer, backend, mode, dtype, batch). All rows are measured in one process, in rounds that visit every
+row, so that drift of the GPU's clocks falls on all of them; a row's time is the median over rounds of medians. The step
+is forward + backward of the classification loss under autocast; ``--optimizer`` adds rows with SGD as well. The
+correctness gate runs first.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from functools import partial
+
+import bench_common
+import torch
+import torch.nn.functional as F
+
+from onlinenorm import OnlineNorm2d, models
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES = ("eager", "graph", "compile", "compile+graph")
+NORMALIZERS = {
+    "batch": torch.nn.BatchNorm2d,
+    "online_clamp": OnlineNorm2d,
+    "online_layer_scaling": partial(OnlineNorm2d, error_compensation="layer_scaling"),
+}
+
+
+class Row:
+    """One configuration: its model lives through all rounds, graphs and activations only while it is timed."""
+
+    def __init__(self, normalizer: str, backend: str, mode: str, dtype: str, batch: int, args):
+        self.key = {"normalizer": normalizer, "backend": backend, "mode": mode, "dtype": dtype, "batch": batch}
+        self.device, self.optimizer = torch.device(args.device), args.optimizer
+        make = NORMALIZERS[normalizer]
+        torch.manual_seed(0)
+        model = getattr(models, args.model)(make if normalizer == "batch" else partial(make, backend=backend))
+        self.model = model.to(self.device, memory_format=torch.channels_last).train()
+        self.run = torch.compile(self.model, dynamic=False) if mode.startswith("compile") else self.model
+        shape = (batch, 3, args.size, args.size)
+        self.x = torch.randn(shape, device=self.device).to(memory_format=torch.channels_last)
+        self.target = torch.arange(batch, device=self.device) % 1000
+        self.sgd = torch.optim.SGD(self.model.parameters(), 1e-4, 0.9, foreach=True)
+        self.rounds: list[float] = []
+        self.peak = 0.0
+
+    def step(self):
+        self.sgd.zero_grad(set_to_none=True)
+        dtype = DTYPES[self.key["dtype"]]
+        # Casts of weights are part of the step; a cache of them would outlive a captured graph.
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32, cache_enabled=False):
+            loss = F.cross_entropy(self.run(self.x), self.target)
+        loss.backward()
+        if self.optimizer:
+            self.sgd.step()
+
+    def measure(self, repeats: int) -> None:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+        self.step()
+        self.step()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if cuda else 0
+        step = bench_common.captured(self.step) if self.key["mode"].endswith("graph") else self.step
+        times = bench_common.timed(step, self.device, repeats + 2)[2:]
+        self.rounds.append(statistics.median(times))
+        if cuda:
+            held = sum(p.numel() * 4 for p in self.model.parameters())
+            self.peak = max(self.peak, (torch.cuda.max_memory_allocated() - before + held) / 2**30)
+        self.sgd.zero_grad(set_to_none=True)
+
+    def record(self) -> dict:
+        milliseconds = statistics.median(self.rounds)
+        return {
+            **self.key,
+            "milliseconds": round(milliseconds, 3),
+            "images_per_second": round(1e3 * self.key["batch"] / milliseconds, 1),
+            "peak_memory_gib": round(self.peak, 3),
+            "repeat_spread": round((max(self.rounds) - min(self.rounds)) / milliseconds, 4),
+        }
+
+
+def rows_of(args) -> list[Row]:
+    rows = []
+    for batch, dtype, mode, name in itertools.product(args.batch, args.dtype, args.mode, args.normalizer):
+        for backend in ["torch"] if name == "batch" else args.backend:
+            rows.append(Row(name, backend, mode, dtype, batch, args))
+    return rows
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Best row of each OnlineNorm kind over the best BatchNorm row, by batch size."""
+    lines = []
+    for batch in sorted({row["batch"] for row in rows}):
+        best = {}
+        for row in rows:
+            name = row["normalizer"]
+            if row["batch"] == batch and row["images_per_second"] > best.get(name, row)["images_per_second"] - 1e-9:
+                best[name] = row
+        for name in set(best) - {"batch"} if "batch" in best else ():
+            ratio = best[name]["images_per_second"] / best["batch"]["images_per_second"]
+            memory = best[name]["peak_memory_gib"] / max(best["batch"]["peak_memory_gib"], 1e-9)
+            lines.append(f"N = {batch}: {name} / batch = {ratio:.3f} in speed, {memory:.3f} in peak memory")
+    return lines
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Bars of images per second, one panel a batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    batches = sorted({row["batch"] for row in rows})
+    height = max(sum(row["batch"] == batch for row in rows) for batch in batches)
+    figure, axes = plt.subplots(1, len(batches), figsize=(6.5 * len(batches), 1 + 0.28 * height), squeeze=False)
+    for ax, batch in zip(axes[0], batches, strict=True):
+        chosen = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["images_per_second"])
+        colors = ["tab:gray" if row["normalizer"] == "batch" else "tab:blue" for row in chosen]
+        labels = [f"{row['normalizer']} {row['backend']} {row['mode']} {row['dtype']}" for row in chosen]
+        bars = ax.barh(labels, [row["images_per_second"] for row in chosen], color=colors)
+        ax.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+        ax.tick_params(axis="y", labelsize=7)
+        ax.set(title=f"batch {batch}", xlabel="images per second, forward + backward")
+        ax.margins(x=0.12)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv=None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp16"], choices=list(DTYPES))
+    parser.add_argument("--normalizer", nargs="+", default=list(NORMALIZERS), choices=list(NORMALIZERS))
+    parser.add_argument("--backend", nargs="+", default=["fused"], help="of the OnlineNorm rows")
+    parser.add_argument("--optimizer", action="store_true", help="include SGD in the step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=20, help="steps a round")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", default="results/bench_training.json", help="the picture lands beside it")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        for backend in args.backend:
+            bench_common.gate(device, backend)
+    results = {**bench_common.head(device), "optimizer": args.optimizer, "rows": []}
+    rows = rows_of(args)
+    for _ in range(args.rounds):
+        for row in list(rows):
+            start = time.perf_counter()
+            try:
+                row.measure(args.repeats)
+            except torch.OutOfMemoryError as error:
+                print(f"{row.key}: {error}", flush=True)
+                rows.remove(row)
+                continue
+            print(row.record(), f"{time.perf_counter() - start:.0f} s", flush=True)
+            results["rows"] = [measured.record() for measured in rows if measured.rounds]
+            bench_common.write(args.output, results)
+    plot(results["rows"], str(args.output).removesuffix(".json") + ".png")
+    print(*summary(results["rows"]), sep="\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()
