@@ -17,7 +17,7 @@ from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.sampler import Request, split_requests
-from onlinenorm.data.transforms import DRAWS, PLANS, colour_shifts, follow_plan, shift_and_mirror
+from onlinenorm.data.transforms import DRAWS, PLANS, Planner, colour_shifts, follow_plan, shift_and_mirror
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -139,11 +139,7 @@ class FolderDataset(Dataset):
         reported = indices.copy()
         images = None
         for n, wanted in enumerate(indices.tolist()):
-            found, crops_KHWC = self._readable(wanted, draws_NK[n])
-            labels[n] = self.index.labels[found]
-            if found != wanted:
-                reported[n] = -wanted - 1
-                labels[n] = labels[n] if self.training else -1
+            labels[n], reported[n], crops_KHWC = self.readable(wanted, draws_NK[n])
             if images is None:
                 images = torch.empty((len(indices), *crops_KHWC.shape), dtype=torch.uint8)
             images[n] = torch.from_numpy(crops_KHWC)
@@ -151,10 +147,13 @@ class FolderDataset(Dataset):
         batch = _channels_first(images), torch.from_numpy(labels), torch.from_numpy(reported)
         return (*batch, torch.from_numpy(colour_shifts(draws_NK))) if self.plan == "scale_jitter" else batch
 
+    def planner(self, draws_K: np.ndarray) -> Planner:
+        """(width, height) of an image -> its plan, for these random numbers."""
+        return functools.partial(PLANS[self.plan], crop_size=self.crop_size, padding=self.padding, draws=draws_K)
+
     def decode(self, index: int, draws_K: np.ndarray) -> np.ndarray:
         """Crops of one image, crops x H x W x 3; raises whatever the file system or the decoder raises."""
-        planner = functools.partial(PLANS[self.plan], crop_size=self.crop_size, padding=self.padding, draws=draws_K)
-        return DECODERS[self.decoder](self.index.read(index), planner)
+        return DECODERS[self.decoder](self.index.read(index), self.planner(draws_K))
 
     def failure(self, index: int) -> str:
         """Why image `index` cannot be read, in words."""
@@ -164,15 +163,19 @@ class FolderDataset(Dataset):
             return f"{type(error).__name__}: {error}"
         return "it could not be read the first time, and can be now"
 
-    def _readable(self, wanted: int, draws_K: np.ndarray) -> tuple[int, np.ndarray]:
+    def readable(self, wanted: int, draws_K: np.ndarray) -> tuple[int, int, np.ndarray]:
+        """(label, index as reported in the batch, crops) of an image, or of the next one that can be read."""
         for offset in range(min(_SEARCH, len(self))):
-            candidate = (wanted + offset) % len(self)
+            found = (wanted + offset) % len(self)
             try:
-                return candidate, self.decode(candidate, draws_K)
+                crops_KHWC = self.decode(found, draws_K)
             except MemoryError:
                 raise
             except Exception:  # a damaged file makes decoders raise almost anything
                 continue
+            if found == wanted:
+                return int(self.index.labels[wanted]), wanted, crops_KHWC
+            return int(self.index.labels[found]) if self.training else -1, -wanted - 1, crops_KHWC
         raise DataError(
             f"root: none of {min(_SEARCH, len(self))} images in a row can be read, the first being "
             f"{self.index.path(wanted)} ({self.failure(wanted)}); is the disk still mounted?"

@@ -22,7 +22,8 @@ def decode_pillow(data: bytes, planner: Planner) -> np.ndarray:
     No reduced-size decoding (draft mode, reducing_gap): it would be faster and change the pixels.
     """
     with Image.open(io.BytesIO(data)) as opened:
-        image = opened.convert("RGB")
+        opened.load()
+        image = opened if opened.mode == "RGB" else opened.convert("RGB")  # converting RGB would copy it
     plan = planner(*image.size)
     if plan.box is not None:
         left, top, width, height = plan.box
@@ -48,4 +49,5 @@ def decode_torchvision(data: bytes, planner: Planner) -> np.ndarray:
     return follow_plan(image_CHW, planner(image_CHW.shape[2], image_CHW.shape[1]))
 
 
-DECODERS = {"pillow": decode_pillow, "torchvision": decode_torchvision}
+DECODERS = {"pillow": decode_pillow, "torchvision": decode_torchvision}  # run in the workers
+DEVICE_DECODERS = ("nvjpeg",)  # run on the GPU, see device_decode

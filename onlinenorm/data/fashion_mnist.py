@@ -11,7 +11,7 @@ import numpy as np
 
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
 from onlinenorm.data.errors import DataError
-from onlinenorm.data.index import user_cache
+from onlinenorm.data.index_cache import user_cache
 from onlinenorm.data.module import ImageDataModule
 
 log = logging.getLogger(__name__)

@@ -1,28 +1,39 @@
-"""ImageNet, or any set laid out as train/ and val/ class folders."""
+"""ImageNet, or any set laid out as train/ and val/ class folders, loose or in tar files."""
 
+import functools
+import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from onlinenorm.data.datasets import FolderDataset
+from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Report, load_official, load_shards
+from onlinenorm.data.datasets import FolderDataset, fingerprint
+from onlinenorm.data.decoders import DEVICE_DECODERS
+from onlinenorm.data.encoded import EncodedDataset
 from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import EXTENSIONS, FolderIndex, list_classes, load_index, name_few
 from onlinenorm.data.module import ImageDataModule
+from onlinenorm.data.verify import PUBLISHED, recorded
 
-_PUBLISHED = 1000, 1_281_167, 50_000  # classes, training and validation images of ILSVRC 2012
+log = logging.getLogger(__name__)
 
 _LAYOUT = """\
-Expected: ROOT/train/CLASS/*.JPEG and ROOT/val/CLASS/*.JPEG with the same class folders in both
-(ImageNet: 1,000 folders named n01440764 ... n15075141, 1,281,167 and 50,000 images).
-To get ImageNet: register at https://image-net.org and download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar,
-unpack train's inner archives into a folder a class, and sort val's images into class folders.
+Expected in ROOT, any one of
+  folders:   ROOT/train/CLASS/*.JPEG and ROOT/val/CLASS/*.JPEG with the same class folders in both
+             (ImageNet: 1,000 folders named n01440764 ... n15075141, 1,281,167 and 50,000 images)
+  shards:    train-*.tar and val-*.tar with members CLASS/*.JPEG, as scripts/prepare_imagenet.py --packed writes them
+  archives:  ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as downloaded
+To get ImageNet: register at https://image-net.org, download the three archives; they can be read as they are, or
+unpacked with: python scripts/prepare_imagenet.py ARCHIVES ROOT
 Then: python train.py experiment=table1 data.root=ROOT
 Without any download: python train.py experiment=quickstart (real images, small network, minutes on a CPU)."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ImageNet(ImageDataModule):
-    """Class folders below `root`, train/CLASS/*.JPEG and val/CLASS/*.JPEG, read as torchvision's ImageFolder does.
+    """Class folders train/CLASS and val/CLASS, loose or in tar files, read as torchvision's ImageFolder does.
 
     Labels are positions in the sorted list of class folders. `scale` is "imagenet" only for 1,000 classes with
     1,281,167 and 50,000 images, else "imagenet-subset". Training crops have `image_size` pixels; validation
@@ -39,14 +50,30 @@ class ImageNet(ImageDataModule):
         self.name = "imagenet"
 
     def build(self) -> tuple[FolderDataset, FolderDataset]:
-        train, val = open_splits(self.root)
-        return (
-            self._dataset(train.first(self.limit_train), self.augmentation, training=True),
-            self._dataset(val.first(self.limit_val), self.evaluation, training=False),
-        )
+        train, val = self._splits = open_splits(self.root)
+        train, val = train.first(self.limit_train), val.first(self.limit_val)
+        size, padding, seed = self.image_size, self.crop_padding, self.seed
+        if self.decoder in DEVICE_DECODERS:
+            ours = EncodedDataset(train, self.augmentation, size, padding, seed, True, self.device_fraction)
+        else:
+            ours = FolderDataset(train, self.augmentation, size, padding, self.decoder, seed, training=True)
+        return ours, FolderDataset(val, self.evaluation, size, padding, self.val_decoder, seed, training=False)
 
-    def _dataset(self, index: FolderIndex, plan: str, training: bool) -> FolderDataset:
-        return FolderDataset(index, plan, self.image_size, self.crop_padding, self.decoder, self.seed, training)
+    @functools.cached_property
+    def verified(self) -> dict[str, Any] | None:
+        """When and how scripts/prepare_imagenet.py --verify found these files, or None."""
+        assert self._sets  # opened
+        found = recorded(Path(self.root).expanduser(), fingerprint(list(self._splits)))
+        return None if found is None else {key: found[key] for key in ("date", "decoded", "problems")}
+
+    def describe(self) -> dict[str, Any]:
+        """The `dataset` entry of results.json, with what decoded the images and what a verification found."""
+        return {
+            **super().describe(),
+            "decoder": self.decoder,
+            "val_decoder": self.val_decoder,
+            "verified": self.verified,
+        }
 
     @property
     def class_names(self) -> list[str]:
@@ -55,15 +82,18 @@ class ImageNet(ImageDataModule):
     @property
     def scale(self) -> str:
         found = self.num_classes, self.train_images, self.val_images
-        return "imagenet" if found == _PUBLISHED else "imagenet-subset"
+        return "imagenet" if found == PUBLISHED else "imagenet-subset"
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def open_splits(root: str | None) -> tuple[FolderIndex, FolderIndex]:
-    """Indexes of train/ and val/ below `root`. Raises DataError for anything that is not the layout expected."""
+def open_splits(root: str | None, report: Report | None = None) -> tuple[FolderIndex, FolderIndex]:
+    """Indexes of the training and validation images below `root`, from whichever layout is there.
+
+    Raises DataError for anything that is not a layout expected. `report` hears of long work; None logs it.
+    """
     if root is None:
         raise DataError(f"root: no ImageNet folder is given.\n{_LAYOUT}")
     folder = Path(root).expanduser()
@@ -71,18 +101,44 @@ def open_splits(root: str | None) -> tuple[FolderIndex, FolderIndex]:
         kind = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"root: {folder.absolute()} {kind}.\n{_LAYOUT}")
     missing = [split for split in ("train", "val") if not (folder / split).is_dir()]
-    if missing:
-        found = name_few(sorted(os.listdir(folder))) or "nothing"
+    if not missing:
+        _check_classes(folder, *(list_classes(folder / split) for split in ("train", "val")))
+        return load_index(folder / "train"), load_index(folder / "val")
+    shards = [_find_shards(folder, split) for split in ("train", "val")]
+    if all(shards):
+        train, val = (load_shards(found, split) for found, split in zip(shards, ("train", "val"), strict=True))
+        _check_classes(folder, train.class_names, val.class_names)
+        return train, val
+    if (folder / TRAIN_ARCHIVE).exists() or (folder / VAL_ARCHIVE).exists():
+        train, val = load_official(folder, report or _log_progress)
+        _check_classes(folder, train.class_names, val.class_names)
+        return train, val
+    found = name_few(sorted(os.listdir(folder))) or "nothing"
+    raise DataError(
+        f"root: {folder.absolute()} holds no folder {' and no folder '.join(missing)} (it holds: {found}), nor tar "
+        f"files of them.\n{_LAYOUT}"
+    )
+
+
+def _log_progress(what: str, done: int, total: int | None) -> None:
+    if done % 100 == 0 or done == total:
+        log.warning("%s: %s of %s, once for this folder", what, done, total)
+
+
+def _find_shards(folder: Path, split: str) -> list[Path]:
+    """The tar files of a split, sorted; DataError where their names say that some are missing."""
+    shards = sorted(path for path in folder.glob(f"{split}*.tar") if path.is_file())
+    announced = {int(found[1]) for path in shards if (found := re.search(r"-of-(\d+)\.tar$", path.name))}
+    if announced and announced != {len(shards)}:
         raise DataError(
-            f"root: {folder.absolute()} holds no folder {' and no folder '.join(missing)} (it holds: {found}).\n"
-            f"{_LAYOUT}"
+            f"root: {folder.absolute()} holds {len(shards)} tar files of {split}, and their names announce "
+            f"{' or '.join(map(str, sorted(announced)))}; run scripts/prepare_imagenet.py --packed again to complete "
+            "them, or remove those of another division"
         )
-    _check_classes(folder)
-    return load_index(folder / "train"), load_index(folder / "val")
+    return shards
 
 
-def _check_classes(folder: Path) -> None:
-    train, val = (list_classes(folder / split) for split in ("train", "val"))
+def _check_classes(folder: Path, train: list[str], val: list[str]) -> None:
     for split, classes in (("train", train), ("val", val)):
         if not classes:
             loose = sum(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(folder / split))

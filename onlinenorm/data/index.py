@@ -1,15 +1,16 @@
 """The list of files of a class-folder dataset as flat arrays, built once and cached."""
 
+import copy
 import hashlib
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from onlinenorm.data.errors import DataError
+from onlinenorm.data.index_cache import Arrays, cached_arrays
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -60,19 +61,19 @@ class FolderIndex:
         with open(self.path(index), "rb") as file:
             return file.read()
 
-    def first(self, count: int | None) -> "FolderIndex":
+    def class_range(self, label: int) -> range:
+        """Indices of the images of a class, which lie together."""
+        return range(*np.searchsorted(self.labels, [label, label + 1]).tolist())
+
+    def first(self, count: int | None) -> Self:
         """The first `count` files in index order: sorted by class, so of the first classes only."""
         if count is None or count >= len(self):
             return self
-        end = self.offsets[count]
-        return FolderIndex(
-            self.folder,
-            self.class_names,
-            self.names[:end],
-            self.offsets[: count + 1],
-            self.labels[:count],
-            self.sizes[:count],
-        )
+        shorter = copy.copy(self)
+        shorter.names = self.names[: self.offsets[count]]
+        shorter.offsets = self.offsets[: count + 1]
+        shorter.labels, shorter.sizes = self.labels[:count], self.sizes[:count]
+        return shorter
 
     def update_digest(self, digest: Any) -> None:
         """Feeds paths, sizes and labels (not the pixels: reading 150 GB at every start would take minutes)."""
@@ -86,49 +87,43 @@ def list_classes(folder: Path) -> list[str]:
 
 
 def load_index(folder: Path) -> FolderIndex:
-    """The index of a split, from its cache file if class folders and their modification times are unchanged.
-
-    The cache lies beside `folder` (`.onlinenorm-index-train.npz`), or where that is read-only in the user's cache
-    folder ($XDG_CACHE_HOME or ~/.cache, below onlinenorm/). An index that cannot be stored is built every time.
-    """
+    """The index of a split, from its cache file if class folders and their modification times are unchanged."""
     folder = Path(folder).resolve()
     classes = list_classes(folder)
     key = _cache_key(folder, classes)
-    files = _cache_files(folder)
-    for file in files:
-        cached = _load_cached(file, key)
-        if cached is not None:
-            return FolderIndex(folder, classes, *cached)
-    index = build_index(folder, classes)
-    for file in files:
-        try:
-            _store(file, key, index)
-            break
-        except OSError:
-            continue
-    return index
+    return FolderIndex(
+        folder, classes, **cached_arrays(folder.parent, folder.name, key, lambda: build_index(folder, classes))
+    )
 
 
-def build_index(folder: Path, classes: list[str]) -> FolderIndex:
-    """Walks the class folders. Raises DataError naming classes without a single image."""
+def build_index(folder: Path, classes: list[str]) -> Arrays:
+    """Walks the class folders; names, offsets, labels and sizes as FolderIndex takes them.
+
+    Raises DataError naming classes without a single image.
+    """
     # threads hide the latency of network filesystems; the work is system calls
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda name: _scan_class(folder, name), classes))
+        found = list(pool.map(lambda name: scan_class(folder, name), classes))
     empty = [name for name, files in zip(classes, found, strict=True) if not files]
     if empty:
         raise DataError(
             f"root: {len(empty)} class folders in {folder} hold no image: {name_few(empty)}. Finish the extraction, "
             f"or remove them from train/ and val/ alike. Known image files: {' '.join(EXTENSIONS)}"
         )
-    encoded = [os.fsencode(path) for files in found for path, _ in files]
-    return FolderIndex(
-        folder,
-        classes,
-        np.frombuffer(b"".join(encoded), dtype=np.uint8),
-        np.concatenate([[0], np.cumsum([len(path) for path in encoded])]).astype(np.int64),
-        np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in found]),
-        np.array([size for files in found for _, size in files], dtype=np.int64),
-    )
+    return {
+        **pack_names([path for files in found for path, _ in files]),
+        "labels": np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in found]),
+        "sizes": np.array([size for files in found for _, size in files], dtype=np.int64),
+    }
+
+
+def pack_names(paths: list[str]) -> Arrays:
+    """Paths as `names`, their bytes one after another, and `offsets`."""
+    encoded = [os.fsencode(path) for path in paths]
+    return {
+        "names": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "offsets": np.concatenate([[0], np.cumsum([len(path) for path in encoded])]).astype(np.int64),
+    }
 
 
 def name_few(names: list[str], count: int = 5) -> str:
@@ -137,12 +132,8 @@ def name_few(names: list[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + more
 
 
-def user_cache() -> Path:
-    """Where this project may keep files that can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onlinenorm"
-
-
-def _scan_class(folder: Path, name: str) -> list[tuple[str, int]]:
+def scan_class(folder: Path, name: str) -> list[tuple[str, int]]:
+    """(path below `folder`, bytes) of the images in a class folder, in index order."""
     files = []
     for parent, _, file_names in sorted(os.walk(folder / name, followlinks=True)):
         for file_name in sorted(file_names):
@@ -161,36 +152,3 @@ def _cache_key(folder: Path, classes: list[str]) -> str:
     for name in classes:
         digest.update(b"%s %d\n" % (os.fsencode(name), os.stat(folder / name).st_mtime_ns))
     return digest.hexdigest()
-
-
-def _cache_files(folder: Path) -> list[Path]:
-    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    return [
-        folder.parent / f".onlinenorm-index-{folder.name}.npz",
-        user_cache() / f"index-{place}-{folder.name}.npz",
-    ]
-
-
-def _load_cached(file: Path, key: str) -> tuple[np.ndarray, ...] | None:
-    try:
-        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            if str(stored["key"]) != key:
-                return None
-            return tuple(stored[name] for name in ("names", "offsets", "labels", "sizes"))
-    except (
-        Exception
-    ):  # missing, truncated or foreign: numpy and zipfile raise many kinds, and building anew is the cure
-        return None
-
-
-def _store(file: Path, key: str, index: FolderIndex) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            np.savez(stream, key=key, names=index.names, offsets=index.offsets, labels=index.labels, sizes=index.sizes)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except OSError:
-        os.unlink(temporary)
-        raise

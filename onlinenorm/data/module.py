@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 
 from onlinenorm.arguments import check_choice, check_fraction, check_int
 from onlinenorm.data.datasets import Batch, FolderDataset, InMemoryDataset, fingerprint
-from onlinenorm.data.decoders import DECODERS
+from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
+from onlinenorm.data.device_decode import DeviceLoader
+from onlinenorm.data.encoded import EncodedDataset
 from onlinenorm.data.errors import UnreadableImageError
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
@@ -35,10 +37,14 @@ class ImageDataModule(pl.LightningDataModule):
 
     Args:
         root: folder of the dataset, or None where the set has a place of its own.
-        num_workers: loader processes; None chooses 8, or the cores of this process if fewer.
+        num_workers: loader processes; None chooses this process's share of the cores, at most 16.
         limit_train, limit_val: use the first that many images in index order (all, if there are fewer). Class folders
             are indexed class by class, so there a limit keeps the first classes only.
-        decoder: "pillow" (reference) or "torchvision"; of encoded images, without effect on sets held in memory.
+        decoder: of training images: "pillow" (reference), "torchvision", or "nvjpeg" (on the GPU); without effect on
+            sets held in memory.
+        val_decoder: of validation images: "pillow" or "torchvision". Its own key, so that accuracies of runs with
+            different training decoders are measured on the same pixels.
+        device_fraction: of decoder nvjpeg: share of the images that the GPU decodes, the workers decode the others.
         on_unreadable: "raise" at an image that cannot be decoded, or "skip": the next readable image takes its place
             (training) or it is left out (validation), and it is listed in `unreadable`.
         unreadable_limit: fraction of a split above which skipping raises.
@@ -61,6 +67,8 @@ class ImageDataModule(pl.LightningDataModule):
     limit_train: int | None = None
     limit_val: int | None = None
     decoder: str = "pillow"
+    val_decoder: str = "pillow"
+    device_fraction: float = 1.0
     on_unreadable: str = "raise"
     unreadable_limit: float = 0.0001
     image_size: int = 224
@@ -77,7 +85,9 @@ class ImageDataModule(pl.LightningDataModule):
         check_int("num_workers", self.num_workers, 0, optional=True)
         check_int("limit_train", self.limit_train, 1, optional=True)
         check_int("limit_val", self.limit_val, 1, optional=True)
-        check_choice("decoder", self.decoder, tuple(DECODERS))
+        check_choice("decoder", self.decoder, (*DECODERS, *DEVICE_DECODERS))
+        check_choice("val_decoder", self.val_decoder, tuple(DECODERS))
+        check_fraction("device_fraction", self.device_fraction)
         check_choice("on_unreadable", self.on_unreadable, ("raise", "skip"))
         check_fraction("unreadable_limit", self.unreadable_limit)
         check_int("image_size", self.image_size, 8)
@@ -162,13 +172,14 @@ class ImageDataModule(pl.LightningDataModule):
         if self._train_sampler is not None:
             self._train_sampler.start_at(epoch, step)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | DeviceLoader:
         rank, world_size = self._process()
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
         self._train_sampler = GlobalBatchSampler(
             self.train_images, self.batch_size, self.seed, rank, world_size, accumulate, *self._resumed
         )
-        return self._loader(self._sets[0], self._train_sampler)
+        loader = self._loader(self._sets[0], self._train_sampler)
+        return DeviceLoader(loader, self._device()) if isinstance(self._sets[0], EncodedDataset) else loader
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self._process()
@@ -222,11 +233,20 @@ class ImageDataModule(pl.LightningDataModule):
     def _process(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
+    def _device(self) -> torch.device:
+        device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
+        if device.type != "cuda" or not torch.cuda.is_available():
+            raise ValueError(
+                "decoder: nvjpeg decodes on an NVIDIA GPU, and this process has none to train on; "
+                "use torchvision, or pillow for reference pixels"
+            )
+        return device
+
     def _loader(self, dataset: AnyDataset, sampler: GlobalBatchSampler | ValidationSampler) -> DataLoader:
         workers = self.num_workers
         if workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            workers = min(8, cores)
+            workers = max(1, min(16, cores // getattr(self.trainer, "num_devices", 1)))
         return DataLoader(
             dataset,
             batch_sampler=sampler,

@@ -106,7 +106,9 @@ def test_embedded_loads_more_than_20000_images_a_second():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"decoder": "pilow"}, "^decoder: 'pilow' is not one of pillow, torchvision; did you mean pillow\\?"),
+        ({"decoder": "pilow"}, "^decoder: 'pilow' is not one of pillow, torchvision, nvjpeg; did you mean pillow\\?"),
+        ({"val_decoder": "nvjpeg"}, "^val_decoder: 'nvjpeg' is not one of pillow, torchvision"),
+        ({"device_fraction": 1.5}, "^device_fraction: 1.5 is not a fraction"),
         ({"on_unreadable": "ignore"}, "^on_unreadable: 'ignore' is not one of raise, skip"),
         ({"unreadable_limit": 2}, "^unreadable_limit: 2 is not a fraction from 0 to 1"),
         ({"augmentation": "pad_crob"}, "^augmentation: .* did you mean pad_crop"),

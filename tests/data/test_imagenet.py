@@ -94,7 +94,8 @@ def damaged(tree):
 @pytest.mark.parametrize("decoder", ["pillow", "torchvision"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_skip_replaces_in_training_and_marks_in_validation(damaged, decoder, workers):
-    data = module(damaged, on_unreadable="skip", unreadable_limit=0.5, decoder=decoder, num_workers=workers)
+    data = module(damaged, on_unreadable="skip", unreadable_limit=0.5, decoder=decoder, val_decoder=decoder,
+                  num_workers=workers)  # fmt: skip
     found = {int(i): (x, int(y)) for b in hooked(data, data.train_dataloader()) for x, y, i in zip(*b, strict=True)}
     assert sorted(found) == list(range(15))
     for replaced in (3, 4):

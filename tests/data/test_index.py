@@ -6,6 +6,7 @@ from image_folders import write_image, write_tree
 from torchvision.datasets import ImageFolder
 
 from onlinenorm.data import index as index_module
+from onlinenorm.data import index_cache
 from onlinenorm.data.datasets import fingerprint
 from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex, build_index, list_classes, load_index
@@ -66,19 +67,19 @@ def test_a_damaged_cache_is_built_anew(tree):
 
 
 def test_a_read_only_dataset_is_cached_for_the_user(tree, cache, monkeypatch):
-    store = index_module._store
+    store = index_cache._store
 
     def read_only(file, *rest):
         if file.parent == tree:
             raise PermissionError("read-only")
         store(file, *rest)
 
-    monkeypatch.setattr(index_module, "_store", read_only)
+    monkeypatch.setattr(index_cache, "_store", read_only)
     calls = count_builds(monkeypatch)
     load_index(tree / "train")
     load_index(tree / "train")
     assert len(calls) == 1 and len(list(cache.glob("index-*-train.npz"))) == 1
-    monkeypatch.setattr(index_module, "_store", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(index_cache, "_store", lambda *a: (_ for _ in ()).throw(OSError("full")))
     write_image(tree / "train" / "cat" / "new.jpg", 9)
     assert len(load_index(tree / "train")) == 16
 
@@ -90,7 +91,8 @@ def test_fingerprint_sees_names_sizes_labels_and_limits(tree):
     prints.add(fingerprint([load_index(tree / "train")]))
     file = tree / "train" / "ant" / "1.JPEG"
     file.write_bytes(file.read_bytes() + b"x")
-    prints.add(fingerprint([build_index(tree / "train", list_classes(tree / "train"))]))
+    classes = list_classes(tree / "train")
+    prints.add(fingerprint([FolderIndex(tree / "train", classes, **build_index(tree / "train", classes))]))
     assert len(prints) == 4
 
 
@@ -122,10 +124,10 @@ def test_an_index_of_imagenets_length_loads_fast(tmp_path):
 
     n = 1_281_167
     names = np.frombuffer(b"n01440764/n01440764_10026.JPEG" * n, dtype=np.uint8)
-    arrays = names, np.arange(n + 1) * 30, np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.int64)
-    file = tmp_path / "big.npz"
-    index_module._store(file, "key", FolderIndex(tmp_path, ["n01440764"], *arrays))
+    lengths = {"labels": np.zeros(n, dtype=np.int32), "sizes": np.zeros(n, dtype=np.int64)}
+    built = {"names": names, "offsets": np.arange(n + 1) * 30, **lengths}
+    index_cache.cached_arrays(tmp_path, "big", "key", lambda: built)
     start = time.perf_counter()
-    loaded = FolderIndex(tmp_path, ["n01440764"], *index_module._load_cached(file, "key"))
+    loaded = FolderIndex(tmp_path, ["n01440764"], **index_cache.cached_arrays(tmp_path, "big", "key", dict))
     assert loaded.relative_path(n - 1) == "n01440764/n01440764_10026.JPEG"
     assert time.perf_counter() - start < 2

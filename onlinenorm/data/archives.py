@@ -1,0 +1,200 @@
+"""Images read in place from uncompressed tar files: shards of class folders, or ImageNet's official archives.
+
+A plain tar is the packed form here: any tool reads it, the JPEG bytes lie in it unchanged at an offset of their own,
+and once the offsets are known an image costs one read of one open file, which suits network filesystems. (HDF5 and Arrow
+would give the same through a library in every worker; a tar needs Python's own tarfile, and only to build the index.)
+"""
+
+import contextlib
+import hashlib
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from onlinenorm.data.devkit import Devkit, find_devkit, read_devkit
+from onlinenorm.data.errors import DataError
+from onlinenorm.data.index import EXTENSIONS, FolderIndex, name_few, pack_names
+from onlinenorm.data.index_cache import Arrays, cached_arrays
+
+TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+
+_FORMAT = "onlinenorm archives 1"
+
+Member = tuple[str, int, int, int]  # path, archive's position in the list, offset of the bytes, their number
+Report = Callable[[str, int, int | None], None]  # what is being done, how much is done, of how much (None: unknown)
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """A `Report` that tells nobody."""
+
+
+class ArchiveIndex(FolderIndex):
+    """A FolderIndex whose images lie in tar files; paths, order and fingerprint are those of the unpacked folders.
+
+    Args:
+        archives: the tar files.
+        places: int32, for each image the position of its archive in `archives`.
+        starts: int64, where its bytes begin there.
+        class_names: array of text. Others as FolderIndex.
+    """
+
+    def __init__(self, archives: list[Path], places: np.ndarray, starts: np.ndarray, class_names: np.ndarray, **arrays):
+        super().__init__(archives[0].parent, class_names.tolist(), **arrays)
+        self.archives, self.places, self.starts = archives, places, starts
+        self._open: dict[int, int] = {}
+
+    def path(self, index: int) -> Path:
+        """The archive followed by the path in it, for messages."""
+        return self.archives[self.places[index]] / self.relative_path(index)
+
+    def read(self, index: int) -> bytes:
+        place = int(self.places[index])
+        if place not in self._open:
+            self._open[place] = os.open(self.archives[place], os.O_RDONLY | os.O_CLOEXEC)
+        # pread leaves the file's position alone: workers forked from one process share it
+        data = os.pread(self._open[place], int(self.sizes[index]), int(self.starts[index]))
+        if len(data) != self.sizes[index]:
+            raise OSError(f"{self.archives[place]} ends within {self.relative_path(index)}")
+        return data
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+    def __copy__(self) -> "ArchiveIndex":
+        twin = object.__new__(type(self))
+        twin.__dict__ = self.__getstate__()
+        return twin
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+
+def load_shards(archives: list[Path], name: str) -> ArchiveIndex:
+    """The index of a split whose class folders lie in tar shards (members CLASS/FILE); cached beside them."""
+    archives = [path.resolve() for path in archives]
+    members = lambda: (m for place, path in enumerate(archives) for m in _scan(path, place))  # noqa: E731
+    key = _key(archives)
+    arrays = cached_arrays(archives[0].parent, name, key, lambda: _arrays(members(), archives))
+    return ArchiveIndex(archives, **arrays)
+
+
+def load_official(folder: Path, report: Report = silent) -> tuple[ArchiveIndex, ArchiveIndex]:
+    """Indexes of the official training and validation archives, read in place.
+
+    Reading 1.28 million headers takes minutes, once. Raises DataError where an archive is missing, damaged or does not
+    hold what the devkit says.
+    """
+    folder = folder.resolve()
+    train, val, devkit_path = folder / TRAIN_ARCHIVE, folder / VAL_ARCHIVE, find_devkit(folder)
+    devkit = read_devkit(devkit_path)
+    found = []
+    for name, archive, members in (
+        ("official-train", train, lambda: _check_train(_scan_nested(train, devkit, report), devkit, train)),
+        ("official-val", val, lambda: _label_val(_scan(val, 0), devkit, val)),
+    ):
+        if not archive.is_file():
+            raise DataError(f"root: {archive} is missing; download it from https://image-net.org, or link it there")
+        key = _key([archive, devkit_path])
+        arrays = cached_arrays(folder, name, key, lambda a=archive, m=members: _arrays(m(), [a]))
+        found.append(ArchiveIndex([archive], **arrays))
+    return found[0], found[1]
+
+
+def _scan(archive: Path, place: int) -> Iterator[Member]:
+    """The files of a tar."""
+    with _opened(archive) as tar:
+        for member in tar:
+            if member.isfile():
+                yield member.name.removeprefix("./"), place, member.offset_data, member.size
+
+
+def _scan_nested(archive: Path, devkit: Devkit, report: Report) -> Iterator[Member]:
+    """The images of the official training archive, a tar of one tar a class."""
+    with _opened(archive) as tar:
+        outer = [member for member in tar if member.isfile() and member.name.endswith(".tar")]
+        if not outer:
+            raise DataError(f"{archive}: holds no class archives (n01440764.tar, ...); is it the training archive?")
+        for done, member in enumerate(outer):
+            name = Path(member.name).stem
+            if name not in devkit.train_images:
+                raise DataError(f"{archive}: holds {member.name}, which the devkit does not know as a class")
+            report(f"reading headers of {archive.name}", done, len(outer))
+            with _opened(archive, tar.extractfile(member), member.name) as inner:
+                for image in inner:
+                    yield f"{name}/{image.name}", 0, member.offset_data + image.offset_data, image.size
+        report(f"reading headers of {archive.name}", len(outer), len(outer))
+
+
+@contextlib.contextmanager
+def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") -> Iterator[Iterable[tarfile.TarInfo]]:
+    """The members of a tar, or of a tar within one; damage is told as DataError with the archive's name."""
+    name = f"{archive}: its member {member}" if member else str(archive)
+    try:
+        with stream or open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            yield tar
+            # tarfile takes a damaged header, or the end of the file between two members, for the end of the list
+            file.seek(tar.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError("no tar header and no end mark where one must be")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{name} is damaged or cut short ({error}); compare its checksum and fetch it again") from error
+
+
+def _check_train(members: Iterator[Member], devkit: Devkit, archive: Path) -> Iterator[Member]:
+    counts = dict.fromkeys(devkit.train_images, 0)
+    for member in members:
+        counts[member[0].partition("/")[0]] += 1
+        yield member
+    wrong = [
+        f"{name} {counts[name]} of {expected}" for name, expected in devkit.train_images.items()
+        if expected and counts[name] != expected
+    ]  # fmt: skip
+    if wrong:
+        raise DataError(
+            f"{archive}: {len(wrong)} classes do not hold the images that the devkit counts: {name_few(wrong)}"
+        )
+
+
+def _label_val(members: Iterator[Member], devkit: Devkit, archive: Path) -> Iterator[Member]:
+    found = sorted(members)
+    if len(found) != len(devkit.val_classes):
+        raise DataError(
+            f"{archive}: holds {len(found)} images and the devkit labels {len(devkit.val_classes)}; "
+            "they do not belong together, or the archive is cut short"
+        )
+    for (name, *rest), wnid in zip(found, devkit.val_classes, strict=True):
+        yield f"{wnid}/{Path(name).name}", *rest
+
+
+def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
+    def order(member: Member) -> tuple[str, str, str]:
+        parent, _, file = member[0].rpartition("/")
+        return member[0].partition("/")[0], parent, file
+
+    found = sorted((m for m in members if m[0].lower().endswith(EXTENSIONS)), key=order)
+    loose = [path for path, *_ in found if "/" not in path]
+    if loose or not found:
+        what = f"images outside class folders: {name_few(loose)}" if loose else "no image"
+        raise DataError(f"root: {name_few([str(a) for a in archives])} hold {what}; expected are members CLASS/FILE")
+    classes, labels = np.unique([path.partition("/")[0] for path, *_ in found], return_inverse=True)
+    return {
+        **pack_names([path for path, *_ in found]),
+        "labels": labels.astype(np.int32),
+        "sizes": np.array([size for *_, size in found], dtype=np.int64),
+        "places": np.array([place for _, place, _, _ in found], dtype=np.int32),
+        "starts": np.array([start for _, _, start, _ in found], dtype=np.int64),
+        "class_names": classes,
+    }
+
+
+def _key(files: list[Path]) -> str:
+    digest = hashlib.sha256(_FORMAT.encode())
+    for path in files:
+        status = os.stat(path)
+        digest.update(b"%s %d %d\n" % (os.fsencode(path.name), status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""Index arrays kept in a file between runs."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def user_cache() -> Path:
+    """Where this project may keep files that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onlinenorm"
+
+
+def cached_arrays(folder: Path, name: str, key: str, build: Callable[[], Arrays]) -> Arrays:
+    """The arrays that `build` makes, from the cache file if it was written under the same `key`.
+
+    The cache lies in `folder` (`.onlinenorm-index-NAME.npz`), or where that is read-only in the user's cache folder
+    ($XDG_CACHE_HOME or ~/.cache, below onlinenorm/). Arrays that cannot be stored are built every time.
+    """
+    place = hashlib.sha256(os.fsencode(folder / name)).hexdigest()[:16]
+    files = folder / f".onlinenorm-index-{name}.npz", user_cache() / f"index-{place}-{name}.npz"
+    for file in files:
+        cached = _load(file, key)
+        if cached is not None:
+            return cached
+    arrays = build()
+    for file in files:
+        try:
+            _store(file, key, arrays)
+            break
+        except OSError:
+            continue
+    return arrays
+
+
+def _load(file: Path, key: str) -> Arrays | None:
+    try:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            if str(stored["key"]) != key:
+                return None
+            return {name: stored[name] for name in stored.files if name != "key"}
+    # missing, truncated or foreign: numpy and zipfile raise many kinds, and building anew is the cure
+    except Exception:
+        return None
+
+
+def _store(file: Path, key: str, arrays: Arrays) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            np.savez(stream, key=np.array(key), **arrays)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except OSError:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,155 @@
+"""From the official archives, or any index, to class folders or tar shards; what is done already is left alone."""
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Report, silent
+from onlinenorm.data.devkit import NAME as DEVKIT
+from onlinenorm.data.errors import DataError
+from onlinenorm.data.index import FolderIndex, name_few, scan_class
+
+# As torchvision.datasets.imagenet knows them, of the files that image-net.org hands out
+PUBLISHED_MD5 = {
+    TRAIN_ARCHIVE: "1d675b47d978889d74fa0da5fadfb00e",
+    VAL_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
+    f"{DEVKIT}.tar.gz": "fa75699e90414af021442c21a62c3abf",
+}
+SHARD_BYTES = 8 << 30
+
+_BLOCK = 4096  # of a filesystem: what a small file takes at least
+
+
+def check_archives(folder: Path, record: Path, report: Report = silent) -> None:
+    """Compares MD5 sums with the published ones; a sum taken before, of an unchanged file, is read from `record`.
+
+    Raises DataError naming the first archive that differs.
+    """
+    known = json.loads(record.read_text()) if record.exists() else {}
+    for name, published in PUBLISHED_MD5.items():
+        path = folder / name
+        if not path.is_file():
+            continue
+        state = [path.stat().st_size, path.stat().st_mtime_ns]
+        entry = known.get(name, {})
+        found = entry.get("md5") if entry.get("state") == state else _md5(path, report)
+        if found != published:
+            raise DataError(
+                f"{path}: its MD5 is {found}, the published one {published}; fetch it again, or use --no-checksum "
+                "if it is meant to be another file (a subset)"
+            )
+        known[name] = {"state": state, "md5": found}
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def chosen_classes(indexes: Iterable[FolderIndex], wanted: list[str] | None) -> list[str]:
+    """The classes to prepare, sorted: `wanted`, or all. Raises DataError for one that a split does not hold."""
+    splits = [set(index.class_names) for index in indexes]
+    classes = sorted(set(wanted) if wanted else set.union(*splits))
+    missing = [name for name in classes if not all(name in split for split in splits)]
+    if missing:
+        raise DataError(f"these classes are not in both training and validation archive: {name_few(missing)}")
+    return classes
+
+
+def extract(index: FolderIndex, folder: Path, classes: list[str], report: Report = silent) -> int:
+    """Writes `folder`/CLASS/FILE for the chosen classes; returns how many classes had to be written.
+
+    A class appears under its name when it is complete; one that is there with the right names and sizes is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = [(name, index.class_range(index.class_names.index(name))) for name in classes]
+    open_classes = [(name, images) for name, images in plan if scan_class(folder, name) != _listed(index, images)]
+    total = sum(len(images) for _, images in plan)
+    done = total - sum(len(images) for _, images in open_classes)
+    needed = sum(int(index.sizes[i]) // _BLOCK + 1 for _, images in open_classes for i in images) * _BLOCK
+    _check_space(folder, needed)
+    for name, images in open_classes:
+        partial = folder / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        for i in images:
+            path = partial / Path(index.relative_path(i)).relative_to(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(index.read(i))
+            done += 1
+            if done % 256 == 0:
+                report(f"writing {folder.name}/", done, total)
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+        partial.rename(folder / name)
+    report(f"writing {folder.name}/", total, total)
+    return len(open_classes)
+
+
+def pack(
+    index: FolderIndex, folder: Path, split: str, classes: list[str], shard_bytes: int = SHARD_BYTES,
+    report: Report = silent,
+) -> list[Path]:  # fmt: skip
+    """Writes tar shards SPLIT-00000-of-00020.tar with members CLASS/FILE; a shard appears when it is complete.
+
+    A shard holds whole classes, about `shard_bytes` of them. The same images give the same bytes. Returns the shards.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: list[list[int]] = [[]]
+    size = 0
+    for name in classes:
+        images = index.class_range(index.class_names.index(name))
+        class_bytes = int(index.sizes[images.start : images.stop].sum()) + 1024 * len(images)
+        if groups[-1] and size + class_bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].extend(images)
+        size += class_bytes
+    shards = [folder / f"{split}-{n:05d}-of-{len(groups):05d}.tar" for n in range(len(groups))]
+    foreign = sorted(path.name for path in folder.glob(f"{split}*.tar") if path not in shards)
+    if foreign:
+        raise DataError(f"{folder}: holds shards of another division: {name_few(foreign)}; remove them first")
+    todo = [(shard, group) for shard, group in zip(shards, groups, strict=True) if not shard.exists()]
+    total, done = sum(map(len, groups)), sum(map(len, groups)) - sum(len(group) for _, group in todo)
+    _check_space(folder, sum(int(index.sizes[i]) + 1024 for _, group in todo for i in group))
+    for shard, group in todo:
+        partial = shard.with_suffix(".partial")
+        with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for i in group:
+                data = index.read(i)
+                member = tarfile.TarInfo(index.relative_path(i))  # time 0, no owner
+                member.size = len(data)
+                tar.addfile(member, BytesIO(data))
+                done += 1
+                if done % 256 == 0:
+                    report(f"writing {split} shards", done, total)
+            tar.close()
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(shard)
+    report(f"writing {split} shards", total, total)
+    return shards
+
+
+def _listed(index: FolderIndex, images: range) -> list[tuple[str, int]]:
+    return [(index.relative_path(i), int(index.sizes[i])) for i in images]
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"{folder}: {needed / 1e9:,.1f} GB are still to be written and {free / 1e9:,.1f} GB are free; free some "
+            "space, choose another folder, or train from the archives as they are: data.root=ARCHIVES"
+        )
+
+
+def _md5(path: Path, report: Report) -> str:
+    digest, done, total = hashlib.md5(usedforsecurity=False), 0, path.stat().st_size
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            done += len(chunk)
+            report(f"MD5 of {path.name} (MB)", done >> 20, total >> 20)
+    return digest.hexdigest()

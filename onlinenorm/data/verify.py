@@ -1,0 +1,128 @@
+"""Checks a prepared dataset, and keeps what was found where ImageNet's data module looks for it."""
+
+import io
+import json
+import logging
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from onlinenorm.data.archives import Report, silent
+from onlinenorm.data.datasets import fingerprint
+from onlinenorm.data.index import FolderIndex
+from onlinenorm.data.index_cache import user_cache
+from onlinenorm.data.randomness import CONTENT, hash64
+
+log = logging.getLogger(__name__)
+
+PUBLISHED = 1000, 1_281_167, 50_000  # classes, training and validation images of ILSVRC 2012
+VAL_IMAGES_A_CLASS = 50
+_WHAT = "classes", "training images", "validation images"
+
+_FILE = ".onlinenorm-verified.json"
+_TOGETHER = 512  # images handed to the threads at a time
+
+
+def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, report: Report = silent) -> dict[str, Any]:
+    """Counts, decodability and fingerprint of a dataset, as plain values; `problems` is empty where all is well.
+
+    Args:
+        splits: training and validation index, whose classes have been found equal.
+        decode: images of each split to decode, chosen evenly at random; None for all.
+    """
+    train, val = splits
+    counts = len(train.class_names), len(train), len(val)
+    problems = []
+    if counts[0] == PUBLISHED[0]:
+        problems += [
+            f"{found:,} {what}, not {published:,}"
+            for found, published, what in zip(counts, PUBLISHED, _WHAT, strict=True)
+            if found != published
+        ]
+        a_class = Counter(val.labels.tolist())
+        wrong = [f"{val.class_names[c]} {n}" for c, n in sorted(a_class.items()) if n != VAL_IMAGES_A_CLASS]
+        if wrong:
+            problems.append(
+                f"{len(wrong)} classes without {VAL_IMAGES_A_CLASS} validation images, the first {wrong[0]}"
+            )
+    decoded, unreadable = 0, []
+    for split, index in (("train", train), ("val", val)):
+        chosen = _sample(len(index), decode)
+        decoded += len(chosen)
+        unreadable += _undecodable(index, chosen, split, report)
+    if unreadable:
+        problems.append(f"{len(unreadable)} of {decoded:,} images decoded are unreadable, the first {unreadable[0]}")
+    return {
+        "scale": "imagenet" if counts == PUBLISHED and not problems else "imagenet-subset",
+        "classes": counts[0],
+        "train_images": counts[1],
+        "val_images": counts[2],
+        "decoded": decoded,
+        "unreadable": unreadable,
+        "problems": problems,
+        "fingerprint": fingerprint(list(splits)),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def record(root: Path, found: dict[str, Any]) -> Path:
+    """Keeps a verification beside the data, or where they are read-only in the user's cache; returns the file."""
+    beside, cached = _files(root, found["fingerprint"])
+    text = json.dumps(found, indent=1) + "\n"
+    try:
+        beside.write_text(text)
+        return beside
+    except OSError:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.write_text(text)
+        return cached
+
+
+def recorded(root: Path, digest: str) -> dict[str, Any] | None:
+    """The verification of the dataset at `root`, if the fingerprint `digest` is the one that was verified."""
+    for file in _files(root, digest):
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        if found.get("fingerprint") == digest:
+            return found
+        log.warning(
+            "%s has changed since it was verified (%s): run scripts/prepare_imagenet.py --verify again",
+            root, found.get("date"),
+        )  # fmt: skip
+    return None
+
+
+def _files(root: Path, digest: str) -> tuple[Path, Path]:
+    return root / _FILE, user_cache() / f"verified-{digest[:16]}.json"
+
+
+def _sample(length: int, count: int | None) -> np.ndarray:
+    if count is None or count >= length:
+        return np.arange(length)
+    return np.sort(np.argsort(hash64(0, CONTENT, np.arange(length)))[:count])
+
+
+def _undecodable(index: FolderIndex, chosen: np.ndarray, split: str, report: Report) -> list[str]:
+    def problem(i: int) -> str | None:
+        try:
+            with Image.open(io.BytesIO(index.read(i))) as image:
+                image.convert("RGB")
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file makes decoders raise almost anything
+            return f"{split}/{index.relative_path(i)} ({type(error).__name__}: {error})"
+        return None
+
+    found = []
+    with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
+        for begin in range(0, len(chosen), _TOGETHER):
+            found += filter(None, pool.map(problem, chosen[begin : begin + _TOGETHER].tolist()))
+            report(f"decoding {split}", min(begin + _TOGETHER, len(chosen)), len(chosen))
+    return found

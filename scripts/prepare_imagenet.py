@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""ImageNet from its official archives to what data=imagenet reads; and a check of any such folder.
+
+    scripts/prepare_imagenet.py ARCHIVES ROOT             class folders: ROOT/train/CLASS/*, ROOT/val/CLASS/*
+    scripts/prepare_imagenet.py ARCHIVES ROOT --packed    a few large tar files, for network filesystems
+    scripts/prepare_imagenet.py --verify ROOT             counts, classes, decodability, fingerprint
+
+ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or is itself a set of
+class folders (to be packed) or shards (to be unpacked). The archives can also be trained from as they are:
+data.root=ARCHIVES. Images go straight from the archives to their place, so nothing is on disk twice but the archives.
+The same command again continues where it was interrupted, and changes nothing where all is done.
+
+Exit code 0: done and, with --verify, found good; 1: what is wrong is printed; 2: wrong usage.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+sys.path.insert(0, str(ROOT))  # runs from a plain checkout too
+
+try:
+    from onlinenorm.data.archives import TRAIN_ARCHIVE
+    from onlinenorm.data.errors import DataError
+    from onlinenorm.data.imagenet import open_splits
+    from onlinenorm.data.prepare import SHARD_BYTES, check_archives, chosen_classes, extract, pack
+    from onlinenorm.data.verify import record, verify
+except ModuleNotFoundError:
+    # called from a shell in which the project's environment is not active
+    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
+        raise
+    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+
+
+class Progress:
+    """A line a step: how much is done, at what rate, how long it will take; told every `interval` seconds."""
+
+    def __init__(self, interval: float | None = None):
+        self.interval = (1.0 if sys.stderr.isatty() else 30.0) if interval is None else interval
+        self._what, self._start, self._first, self._told = "", 0.0, 0, 0.0
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._start, self._first, self._told = what, now, done, now
+        elif now - self._told >= self.interval or done == total:
+            self._told = now
+            rate = (done - self._first) / max(now - self._start, 1e-9)
+            text = f"{what}: {done:,}" + (f" of {total:,} ({done / max(total, 1):.1%})" if total else "")
+            if rate > 0:
+                text += f", {rate:,.0f}/s" + (f", {duration((total - done) / rate)} to go" if total else "")
+            end = "\n" if not sys.stderr.isatty() or done == total else "\r"
+            print(text.ljust(79), end=end, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+def prepare(options: argparse.Namespace, report: Progress) -> None:
+    """Checks the archives and writes folders or shards."""
+    archives, root = options.folders
+    if options.checksum and (archives / TRAIN_ARCHIVE).exists():
+        check_archives(archives, root / ".onlinenorm-checksums.json", report)
+    splits = open_splits(str(archives), report)
+    classes = chosen_classes(splits, options.classes)
+    for split, index in zip(("train", "val"), splits, strict=True):
+        if options.packed:
+            shards = pack(index, root, split, classes, int(options.shard_gb * 2**30), report)
+            print(f"{root}: {split} lies in {len(shards)} tar file(s)")
+        else:
+            written = extract(index, root / split, classes, report)
+            print(f"{root / split}: {len(classes)} classes, {written} of them written now")
+
+
+def check(root: Path, decode: int | None, report: Progress) -> bool:
+    """Verifies `root`, prints and keeps what was found; whether it is good."""
+    found = verify(open_splits(str(root), report), decode, report)
+    file = record(root, found)
+    print(
+        f"{root}: {found['classes']:,} classes, {found['train_images']:,} training and {found['val_images']:,} "
+        f"validation images ({found['scale']}); {found['decoded']:,} decoded, {len(found['unreadable'])} unreadable\n"
+        f"fingerprint {found['fingerprint']}, kept in {file}"
+    )
+    for path in found["unreadable"]:
+        print(f"  unreadable: {path}")
+    for problem in found["problems"]:
+        print(f"  PROBLEM: {problem}")
+    return not found["problems"]
+
+
+def _count(text: str) -> int | None:
+    return None if text == "all" else int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="ARCHIVES ROOT", help="with --verify: ROOT alone will do"
+    )
+    parser.add_argument("--packed", action="store_true", help="write tar shards instead of class folders")
+    parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 2**30, help="size of a shard (%(default)g GB)")
+    parser.add_argument("--classes", type=lambda text: text.split(","), help="only these, e.g. n01440764,n01443537")
+    parser.add_argument("--no-checksum", dest="checksum", action="store_false", help="don't compare MD5 sums")
+    parser.add_argument("--verify", action="store_true", help="check ROOT, after preparing it where ARCHIVES is given")
+    parser.add_argument(
+        "--decode", type=_count, default=1000, metavar="all|N", help="images of a split that --verify decodes (1000)"
+    )
+    options = parser.parse_args(arguments)
+    if len(options.folders) > 2 or (len(options.folders) == 1 and not options.verify):
+        parser.error("give ARCHIVES and ROOT, or --verify ROOT")
+    report = Progress()
+    try:
+        if len(options.folders) == 2:
+            prepare(options, report)
+        return 0 if not options.verify or check(options.folders[-1], options.decode, report) else 1
+    except (DataError, OSError, json.JSONDecodeError) as error:
+        print(f"prepare_imagenet.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prepare_imagenet.py: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

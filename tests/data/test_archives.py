@@ -1,0 +1,174 @@
+import copy
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from image_folders import write_tree
+from official_archives import WNIDS, add, write_official
+
+from onlinenorm.data import DataError, ImageNet
+from onlinenorm.data.archives import load_official, load_shards
+from onlinenorm.data.datasets import fingerprint
+from onlinenorm.data.imagenet import open_splits
+from onlinenorm.data.index import load_index
+from onlinenorm.data.prepare import chosen_classes, extract, pack
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    return write_official(tmp_path_factory.mktemp("official"))
+
+
+def contents(index):
+    return {index.relative_path(i): (int(index.labels[i]), index.read(i)) for i in range(len(index))}
+
+
+def test_official_archives_are_read_in_place(official):
+    train, val = load_official(official)
+    assert train.class_names == val.class_names == list(WNIDS)
+    images = official / "images"
+    assert contents(train) == {
+        f"{wnid}/{wnid}_{k}.JPEG": (c, (images / f"{wnid}_{k}.JPEG").read_bytes())
+        for c, wnid in enumerate(WNIDS) for k in range(5)
+    }  # fmt: skip
+    # the ids of the ground truth count the classes from the last name to the first
+    assert contents(val) == {
+        f"{WNIDS[2 - k % 3]}/ILSVRC2012_val_{k + 1:08d}.JPEG":
+        (2 - k % 3, (images / f"ILSVRC2012_val_{k + 1:08d}.JPEG").read_bytes()) for k in range(6)
+    }  # fmt: skip
+
+
+def test_all_layouts_are_the_same_dataset(official, tmp_path):
+    splits = load_official(official)
+    classes = chosen_classes(splits, None)
+    for split, index in zip(("train", "val"), splits, strict=True):
+        extract(index, tmp_path / "tree" / split, classes)
+        pack(index, tmp_path / "packed", split, classes, shard_bytes=1)
+    assert len(list((tmp_path / "packed").glob("train-*-of-00003.tar"))) == 3
+
+    def batches(root):
+        data = ImageNet(root=str(root), image_size=32, batch_size=5, augmentation="random_resized_crop")
+        data.setup()
+        return data.fingerprint, [b for loader in (data.train_dataloader(), data.val_dataloader()) for b in loader]
+
+    digest, expected = batches(tmp_path / "tree")
+    for root in (tmp_path / "packed", official):
+        same, found = batches(root)
+        assert same == digest
+        assert all(torch.equal(x, y) for b, e in zip(found, expected, strict=True) for x, y in zip(b, e, strict=True))
+
+
+def test_shards_of_a_folder_tree_keep_its_order(tmp_path):
+    tree = write_tree(tmp_path / "set")
+    (tree / "train" / "bee" / "nested").mkdir()
+    (tree / "train" / "bee" / "0.JPEG").rename(tree / "train" / "bee" / "nested" / "0.JPEG")
+    index = load_index(tree / "train")
+    shards = pack(index, tmp_path / "packed", "train", index.class_names)
+    packed = load_shards(shards, "train")
+    assert fingerprint([packed]) == fingerprint([index]) and contents(packed) == contents(index)
+    assert fingerprint([packed.first(7)]) == fingerprint([index.first(7)])
+
+
+def test_an_index_of_archives_can_be_copied_and_sent(official):
+    train, _ = load_official(official)
+    expected = train.read(3)
+    for twin in (copy.copy(train), pickle.loads(pickle.dumps(train)), train.first(4)):
+        assert twin._open == {} and twin.read(3) == expected
+    held = [k for k, v in vars(train).items() if isinstance(v, list)]
+    assert sorted(held) == ["archives", "class_names"]
+
+
+def test_the_index_follows_the_archive(official, tmp_path):
+    shard = tmp_path / "train.tar"
+    for number in (1, 2):
+        with tarfile.open(shard, "w") as tar:
+            for k in range(number):
+                add(tar, f"ant/{k}.jpg", b"x" * 10)
+        assert len(load_shards([shard], "train")) == number
+
+
+def test_shards_are_read_by_workers(official, tmp_path):
+    data = ImageNet(root=str(official), image_size=32, batch_size=5, num_workers=2)
+    data.setup()
+    first = next(iter(data.val_dataloader()))[0]  # opens the archive in this process, before workers are forked
+    data.num_workers = 0
+    assert torch.equal(first, next(iter(data.val_dataloader()))[0])
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def overwrite(path, at, data):
+    content = bytearray(path.read_bytes())
+    content[at : at + len(data)] = data
+    path.write_bytes(content)
+
+
+def second_class(path):
+    with tarfile.open(path) as tar:
+        return tar.getmembers()[1]
+
+
+TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / DEVKIT).unlink(), f"{DEVKIT} is missing: .*image-net.org.* labels of the validation images"),
+        (lambda f: cut(f / DEVKIT, 300), f"{DEVKIT} is damaged or cut short"),
+        (lambda f: (f / VAL).unlink(), f"{VAL} is missing"),
+        (lambda f: (f / TRAIN).unlink(), f"{TRAIN} is missing"),
+        (lambda f: cut(f / TRAIN, 20_000), f"{TRAIN} is damaged or cut short .*checksum"),
+        (lambda f: cut(f / TRAIN, second_class(f / TRAIN).offset), f"{TRAIN} is damaged .*no tar header and no end"),
+        (lambda f: overwrite(f / TRAIN, second_class(f / TRAIN).offset, b"junk" * 128), f"{TRAIN} is damaged"),
+        (lambda f: overwrite(f / TRAIN, second_class(f / TRAIN).offset_data, b"junk" * 128),
+         f"{TRAIN}: its member n01443537.tar is damaged"),
+        (lambda f: (f / VAL).write_bytes(b"x" * 5000), f"{VAL} is damaged or cut short"),
+        (lambda f: write_official(f, val=5) and write_official(f / "b", val=6) and
+         (f / "b" / DEVKIT).rename(f / DEVKIT), f"{VAL}: holds 5 images and the devkit labels 6"),
+        (lambda f: write_official(f / "b", train=6) and (f / "b" / DEVKIT).rename(f / DEVKIT),
+         f"{TRAIN}: 3 classes do not hold .* devkit counts: n01484850 5 of 6"),
+        (lambda f: (f / VAL).rename(f / TRAIN), "holds no class archives .* is it the training archive"),
+    ],
+)  # fmt: skip
+def test_damage_is_named(tmp_path, change, message):
+    folder = write_official(tmp_path / "official")
+    change(folder)
+    with pytest.raises(DataError, match=message):
+        open_splits(str(folder))
+
+
+def test_incomplete_shards_are_named(official, tmp_path):
+    train, val = load_official(official)
+    pack(train, tmp_path, "train", list(WNIDS), shard_bytes=1)
+    pack(val, tmp_path, "val", list(WNIDS))
+    (tmp_path / "train-00001-of-00003.tar").unlink()
+    with pytest.raises(DataError, match=r"holds 2 tar files of train, and their names announce 3.*--packed again"):
+        open_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.jpg", "outside class folders: a.jpg"), ("a/b.txt", "no image")])
+def test_foreign_tars_are_explained(tmp_path, name, message):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, name, b"x")
+    with pytest.raises(DataError, match=message):
+        load_shards([tmp_path / "train.tar"], "train")
+
+
+def test_a_shard_cut_after_indexing_is_unreadable_not_wrong(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "ant/0.jpg", b"x" * 100_000)
+    index = load_shards([tmp_path / "train.tar"], "train")
+    cut(tmp_path / "train.tar", 2000)
+    with pytest.raises(OSError, match=r"ends within ant/0\.jpg"):
+        index.read(0)
+    assert np.array_equal(index.sizes, [100_000])

@@ -1,0 +1,159 @@
+"""The path of decoder nvjpeg with the CPU as its device: only the decoder's own arithmetic differs from a GPU's."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from image_folders import write_image, write_tree
+
+from onlinenorm.data import ImageNet, UnreadableImageError, device_decode
+from onlinenorm.data.encoded import EncodedDataset, plan_of_row, row_of_plan, suits_device
+from onlinenorm.data.jpeg_header import read_frame
+from onlinenorm.data.transforms import Plan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = write_tree(tmp_path / "set", size=(70, 60))
+    write_image(root / "train" / "ant" / "0.JPEG", 1, (64, 50), "CMYK", format="JPEG")
+    write_image(root / "train" / "ant" / "1.JPEG", 2, (64, 50), format="PNG")
+    write_image(root / "train" / "ant" / "2.JPEG", 3, (64, 50), progressive=True)
+    write_image(root / "train" / "bee" / "0.JPEG", 4, (64, 50), "L")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(ImageNet, "_device", lambda self: CPU)
+
+
+def module(tree, decoder="nvjpeg", **arguments):
+    settings = {"num_workers": 0, "image_size": 32, "batch_size": 5, "augmentation": "random_resized_crop"}
+    return ImageNet(root=str(tree), decoder=decoder, **{**settings, **arguments})
+
+
+def by_index(data):
+    return {int(i): (x, int(y)) for b in data.train_dataloader() for x, y, i in zip(*b[:3], strict=True)}
+
+
+@pytest.mark.parametrize("augmentation", ["random_resized_crop", "scale_jitter", "pad_crop", "none"])
+def test_boxes_mirrors_labels_and_order_are_those_of_the_other_decoders(tree, augmentation):
+    ours, theirs = (module(tree, d, augmentation=augmentation).train_dataloader() for d in ("nvjpeg", "torchvision"))
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+        assert a[0].dtype == torch.uint8 and a[0].shape == b[0].shape
+        assert a[0].is_contiguous(memory_format=torch.channels_last)
+        assert (a[0].int() - b[0].int()).abs().max() <= 2
+
+
+def test_pixels_do_not_depend_on_workers_or_batches(tree):
+    base = by_index(module(tree))
+    for other in (module(tree, num_workers=2), module(tree, batch_size=3)):
+        assert all(torch.equal(x, base[i][0]) for i, (x, _) in by_index(other).items())
+
+
+def test_a_share_of_the_images_is_decoded_by_the_workers(tree):
+    data = module(tree, device_fraction=0.5, batch_size=15)
+    data.setup()
+    (batch,) = list(data._loader(data._sets[0], data.train_dataloader().batch_sampler))
+    sent = (batch.bounds.diff() > 0).sum().item()
+    assert 0 < sent < 12 and len(batch.rows) == 15 - sent  # 3 of the 15 are never for the device
+    shared, alone = by_index(data), by_index(module(tree))
+    assert all((shared[i][0].int() - alone[i][0].int()).abs().max() <= 2 for i in range(15))
+
+
+def test_only_what_gpus_decode_is_sent_to_them(tree):
+    index = module(tree)._sets[0].index
+    suited = [suits_device(read_frame(index.read(i))) for i in range(6)]
+    assert suited == [False, False, False, True, True, True]
+    whole = index.read(3)
+    assert read_frame(whole) == (0xC0, 8, 70, 60, 3)
+    assert read_frame(whole[:-2]) is None and read_frame(b"") is None and read_frame(b"\xff\xd8\xff\xd9") is None
+    assert read_frame(whole + b"\0" * 8) is not None, "bytes after the end are common"
+
+
+def test_plans_travel_as_numbers():
+    for plan in (Plan(None, (40, 32), ((3, -2, True),), 32), Plan((0, 5, 20, 10), (32, 32), ((0, 0, False),), 32)):
+        assert plan_of_row(row_of_plan(plan), 32) == plan
+
+
+def break_entropy_data(path):
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"\xff\xda") + 14
+    content[at : at + 200] = b"\xff\xc4" * 100
+    path.write_bytes(content)
+
+
+def test_damage_follows_the_policy(tree):
+    (tree / "train" / "bee" / "1.JPEG").write_bytes((tree / "train" / "bee" / "1.JPEG").read_bytes()[:-300])
+    (tree / "train" / "bee" / "2.JPEG").unlink()
+    (tree / "train" / "bee" / "2.JPEG").symlink_to("nowhere.JPEG")
+    break_entropy_data(tree / "train" / "cat" / "1.JPEG")  # its header is whole: the device finds it
+    data = module(tree, on_unreadable="skip", unreadable_limit=0.5)
+    found = {}
+    for batch in data.train_dataloader():
+        _, labels, indices = data.on_after_batch_transfer(data.on_before_batch_transfer(batch))
+        found |= {int(i): int(y) for y, i in zip(labels, indices, strict=True)}
+    assert sorted(data.unreadable) == ["train/bee/1.JPEG", "train/bee/2.JPEG", "train/cat/1.JPEG"]
+    assert found == {i: i // 5 for i in range(15)}
+    strict = module(tree)
+    with pytest.raises(UnreadableImageError, match=r"(bee/[12]|cat/1)\.JPEG cannot be decoded"):
+        for batch in strict.train_dataloader():
+            strict.on_before_batch_transfer(batch)
+
+
+def test_leaving_early_and_errors_end_the_thread(tree, monkeypatch):
+    loader = module(tree, batch_size=1).train_dataloader()
+    for _ in zip(range(2), loader, strict=False):
+        pass
+    iterator = iter(loader)
+    next(iterator)
+    iterator.close()
+    monkeypatch.setattr(device_decode, "decode_batch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(loader))
+    assert not [t for t in threading.enumerate() if t.name == "device-decode"]
+
+
+def test_epoch_and_resume_reach_the_sampler(tree):
+    data = module(tree)
+    loader = data.train_dataloader()
+    loader.batch_sampler.sampler.set_epoch(3)
+    theirs = module(tree, "torchvision").train_dataloader()
+    theirs.batch_sampler.set_epoch(3)
+    assert [b[2].tolist() for b in loader] == [b[2].tolist() for b in theirs]
+    data.resume(3, 2)
+    assert [b[2].tolist() for b in loader] == [b[2].tolist() for b in theirs][2:]
+
+
+def test_validation_keeps_its_own_decoder(tree):
+    data = module(tree, val_decoder="torchvision")
+    ours, val = data._sets
+    assert isinstance(ours, EncodedDataset) and val.decoder == "torchvision"
+    described = data.describe()
+    assert (described["decoder"], described["val_decoder"]) == ("nvjpeg", "torchvision")
+    same = [next(iter(module(tree, d).val_dataloader()))[0] for d in ("nvjpeg", "torchvision", "pillow")]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[1], same[2])
+
+
+def test_without_a_gpu_it_is_refused(tree, monkeypatch):
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"^decoder: nvjpeg decodes on an NVIDIA GPU.*; use torchvision"):
+            module(tree).train_dataloader()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_gpu_gives_the_pixels_of_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    root = write_tree(tmp_path / "set", train=20, size=(500, 375))
+    data = module(root, image_size=224, batch_size=60)
+    ours, theirs = (next(iter(module(root, d, image_size=224, batch_size=60).train_dataloader()))
+                    for d in ("nvjpeg", "torchvision"))  # fmt: skip
+    assert ours[0].is_cuda and data.train_images == 60
+    assert np.abs(ours[0].cpu().numpy().astype(int) - theirs[0].numpy().astype(int)).mean() < 1

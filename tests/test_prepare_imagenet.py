@@ -1,0 +1,177 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent / "data"))
+
+from official_archives import WNIDS, write_official
+
+from onlinenorm.data import ImageNet, prepare
+from onlinenorm.data.archives import ArchiveIndex
+
+
+@pytest.fixture(scope="session")
+def script(root):
+    spec = importlib.util.spec_from_file_location("prepare_imagenet", root / "scripts" / "prepare_imagenet.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def main(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lambda *arguments: script.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def official(tmp_path):
+    return write_official(tmp_path / "official")
+
+
+def tree(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".onlinenorm")
+    }  # fmt: skip
+
+
+def test_official_archives_become_a_tree_that_is_verified(main, official, tmp_path, capsys):
+    root = tmp_path / "root"
+    assert main(official, root, "--no-checksum", "--verify", "--decode", "all") == 0
+    printed = capsys.readouterr().out
+    assert "3 classes, 15 training and 6 validation images (imagenet-subset); 21 decoded, 0 unreadable" in printed
+    data = ImageNet(root=str(root))
+    data.setup()
+    assert data.fingerprint in printed and data.class_names == list(WNIDS)
+    verified = data.describe()["verified"]
+    assert verified["decoded"] == 21 and verified["problems"] == []
+    changed = root / "train" / WNIDS[0] / "new.JPEG"
+    changed.write_bytes(b"x")
+    data = ImageNet(root=str(root))
+    assert data.describe()["verified"] is None
+
+
+def test_an_interrupted_preparation_continues_to_the_same_tree(main, official, tmp_path, monkeypatch, capsys):
+    assert main(official, tmp_path / "whole", "--no-checksum") == 0
+    calls, real = [], ArchiveIndex.read
+
+    def fails(self, index):
+        calls.append(index)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(self, index)
+
+    monkeypatch.setattr(ArchiveIndex, "read", fails)
+    root = tmp_path / "again"
+    assert main(official, root, "--no-checksum") == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert [path.name for path in (root / "train").iterdir() if not path.name.startswith(".")] == [WNIDS[0]]
+    assert main(official, root, "--no-checksum") == 0
+    assert "2 of them written now" in capsys.readouterr().out
+    assert tree(root) == tree(tmp_path / "whole")
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert main(official, root, "--no-checksum") == 0
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_a_class_cut_short_by_a_crash_is_written_again(main, official, tmp_path, capsys):
+    root = tmp_path / "root"
+    main(official, root, "--no-checksum")
+    expected = tree(root)
+    (root / "train" / WNIDS[1] / f"{WNIDS[1]}_2.JPEG").write_bytes(b"")
+    (root / "val" / WNIDS[2] / "ILSVRC2012_val_00000001.JPEG").unlink()
+    capsys.readouterr()
+    assert main(official, root, "--no-checksum") == 0
+    assert capsys.readouterr().out.count(" 1 of them written now") == 2
+    assert tree(root) == expected
+
+
+def test_packed_again_and_back(main, official, tmp_path, monkeypatch):
+    assert main(official, tmp_path / "packed", "--no-checksum", "--packed", "--shard-gb", "1e-5", "--verify") == 0
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "packed").glob("*.tar")}
+    assert len(shards) == 5
+    (tmp_path / "packed" / "train-00001-of-00003.tar").unlink()
+    assert main(official, tmp_path / "packed", "--no-checksum", "--packed", "--shard-gb", "1e-5") == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "packed").glob("*.tar")} == shards
+    assert main(official, tmp_path / "direct", "--no-checksum") == 0
+    assert main(tmp_path / "packed", tmp_path / "unpacked") == 0
+    assert tree(tmp_path / "unpacked") == tree(tmp_path / "direct")
+    assert main(official, tmp_path / "packed", "--no-checksum", "--packed") == 1  # another division
+
+
+def test_chosen_classes_only(main, official, tmp_path, capsys):
+    assert main(official, tmp_path / "root", "--no-checksum", "--classes", f"{WNIDS[2]},{WNIDS[0]}", "--verify") == 0
+    assert sorted(path.name for path in (tmp_path / "root" / "train").iterdir()) == [WNIDS[0], WNIDS[2]]
+    assert main(official, tmp_path / "root", "--no-checksum", "--classes", "n99") == 1
+    assert "not in both training and validation archive: n99" in capsys.readouterr().err
+
+
+def test_checksums(main, official, tmp_path, monkeypatch, capsys):
+    assert main(official, tmp_path / "root") == 1
+    assert "its MD5 is" in (told := capsys.readouterr().err) and "1d675b47d978889d74fa0da5fadfb00e" in told
+    taken = []
+    md5 = prepare._md5
+    sums = {name: md5(official / name, lambda *_: None) for name in prepare.PUBLISHED_MD5}
+    monkeypatch.setattr(prepare, "PUBLISHED_MD5", sums)
+    monkeypatch.setattr(prepare, "_md5", lambda path, report: taken.append(path.name) or md5(path, report))
+    assert main(official, tmp_path / "root") == 0 and len(taken) == 3
+    assert main(official, tmp_path / "root") == 0 and len(taken) == 3, "sums of unchanged files are kept"
+
+
+def test_errors_are_told_without_a_trace(root, official, tmp_path):
+    (official / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    command = [sys.executable, root / "scripts" / "prepare_imagenet.py", official, tmp_path / "root", "--no-checksum"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "ILSVRC2012_devkit_t12.tar.gz is missing" in done.stderr
+
+
+def test_a_full_disk_is_told_before_writing(main, official, tmp_path, monkeypatch, capsys):
+    usage = prepare.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert main(official, tmp_path / "root", "--no-checksum") == 1
+    assert "are still to be written and 0.0 GB are free" in capsys.readouterr().err
+
+
+def test_verify_names_unreadable_images_and_wrong_counts(main, official, tmp_path, capsys, monkeypatch):
+    root = tmp_path / "root"
+    main(official, root, "--no-checksum")
+    (root / "train" / WNIDS[1] / f"{WNIDS[1]}_2.JPEG").write_bytes(b"\xff\xd8\xff junk")
+    assert main("--verify", root, "--decode", "all") == 1
+    printed = capsys.readouterr().out
+    assert f"unreadable: train/{WNIDS[1]}/{WNIDS[1]}_2.JPEG" in printed and "1 of 21 images decoded" in printed
+    monkeypatch.setattr("onlinenorm.data.verify.PUBLISHED", (3, 15, 7))
+    assert main("--verify", root, "--decode", "0") == 1
+    printed = capsys.readouterr().out
+    assert "6 validation images, not 7" in printed and "3 classes without 50 validation images" in printed
+
+
+def test_progress_tells_rate_and_time_to_go(script, capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
+    progress = script.Progress(interval=1)
+    for done in (0, 1000, 4000):
+        progress("writing", done, 4000)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rstrip() for line in lines] == [
+        "writing: 1,000 of 4,000 (25.0%), 100/s, 0:00:30 to go",
+        "writing: 4,000 of 4,000 (100.0%), 200/s, 0:00:00 to go",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["only_one"], ["a", "b", "c"]])
+def test_usage(main, arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(*arguments)
+    assert end.value.code == 2
+
+
+def test_verification_is_kept_as_json(main, official, tmp_path):
+    main(official, tmp_path / "root", "--no-checksum", "--verify")
+    found = json.loads((tmp_path / "root" / ".onlinenorm-verified.json").read_text())
+    assert found["scale"] == "imagenet-subset" and len(found["fingerprint"]) == 64
