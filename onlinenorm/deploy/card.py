@@ -1,0 +1,125 @@
+"""The card that goes with an exported network: what it is, how good, how it was made, and under which terms."""
+
+from onlinenorm.deploy.forms import Form
+from onlinenorm.deploy.source import Trained
+from onlinenorm.deploy.verification import Agreement
+from onlinenorm.deploy.weights import WEIGHTS
+from onlinenorm.models import CifarResNet
+
+TORCHSCRIPT = "TorchScript is deprecated by PyTorch and not supported from Python 3.14 on; prefer exported-program"
+LICENCES = {
+    "imagenet": "ImageNet's terms of access (image-net.org): non-commercial research and education",
+    "imagenet-subset": "the terms of the images trained on; for ImageNet, non-commercial research and education",
+    "fashion_mnist": "Fashion-MNIST: MIT (Zalando SE, 2017)",
+    "embedded": "Fashion-MNIST, its first 10,000 + 2,000 images: MIT (Zalando SE, 2017)",
+    "synthetic": "none: the images are random numbers",
+}
+
+
+def accuracy_lines(trained: Trained) -> list[str]:
+    """The recorded accuracies of the weights, with and without clamp where there was one."""
+    results = trained.results
+    if results is None:
+        recorded = f"{trained.top1:.2%} top-1" if trained.top1 is not None else "not recorded"
+        return [f"| as trained ({trained.checkpoint.name}) | {recorded} | |"]
+    clamping = results.get("clamping")
+    if not clamping:
+        return [f"| as trained | {results['last']['val_top1']:.2%} top-1 | {results['last']['val_loss']:.4f} |"]
+    return [
+        f"| {name} clamp ({clamping['clamp_value']:g}) | {clamping[name]['val_top1']:.2%} top-1 "
+        f"| {clamping[name]['val_loss']:.4f} |"
+        for name in ("with", "without")
+    ]
+
+
+def removal_line(agreement: Agreement | None) -> str:
+    """What removing the clamp did on the images of the verification."""
+    if agreement is None:
+        return ""
+    return (
+        f"Removing the clamp changed {agreement.changed_predictions} of {agreement.images} predictions "
+        f"(logits by up to {agreement.max_difference:.2e})."
+    )
+
+
+def render_card(
+    trained: Trained, form: Form, file: str, clamp_kept: bool, agreement: Agreement, removal: Agreement | None,
+    command: str, made_with: dict[str, str],
+) -> str:  # fmt: skip
+    """The card as Markdown. `removal` is the effect of clamp removal, if it took place; `made_with` name -> value."""
+    data, config, environment = trained.data, trained.config, trained.environment
+    dataset = (trained.results or {}).get("dataset", {"name": data.name})
+    mean, std = data.mean_std
+    size, channels = data.image_size, trained.in_channels
+    guard = {"clamp": "kept" if clamp_kept else "removed", "layer_scaling": "layer scaling kept"}.get(
+        trained.guard, "none"
+    )
+    if isinstance(trained.network, CifarResNet):
+        arguments = "".join(f", {key}={value!r}" for key, value in trained.arguments.items())
+        builder = f"onlinenorm.models.{trained.builder}(torch.nn.BatchNorm2d{arguments})"
+    else:
+        builder = f"torchvision.models.{trained.model_name}(num_classes={trained.num_classes})"
+    reader = (
+        f'safetensors.torch.load_file("{file}")'
+        if WEIGHTS == ".safetensors"
+        else f'torch.load("{file}", weights_only=True)'
+    )
+    usage = form.usage.format(file=file, builder=builder, reader=reader)
+    git = environment.get("git", {})
+    trained_with = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
+    deprecated = f"\n{TORCHSCRIPT}.\n" if form.name == "torchscript" else ""
+    choices, sha256 = config["choices"], (trained.results or {}).get("parameters_sha256", "not recorded")
+    images = f"{dataset.get('train_images', '?')} training and {dataset.get('val_images', '?')} validation images"
+    commit = git.get("commit", "not recorded") + (" (with local changes)" if git.get("dirty") else "")
+    exported_with = ", ".join(f"{name} {value}" for name, value in made_with.items())
+    reference = "trained network without its clamp" if removal else "trained network"
+    accuracies = "\n".join(accuracy_lines(trained))
+    return f"""# {trained.model_name}, {choices["normalizer"]}, as {form.name}
+
+`{file}`: {trained.model_name} for {trained.num_classes} classes, trained on {dataset["name"]} with normalizer
+{choices["normalizer"]} (experiment {choices["experiment"]}, seed {config["seed"]}). Activation clamp: {guard}.
+
+## Accuracy on the validation set, recorded by the run
+
+| weights | accuracy | loss (nats) |
+|---|---|---|
+{accuracies}
+
+## Check of this file
+
+Against the {reference}, on {agreement.images} validation images in float32: largest logit difference
+{agreement.max_difference:.2e}, {agreement.changed_predictions} predictions changed.
+{removal_line(removal)}
+
+## Use
+
+Input `images`: float32, N x {channels} x {size} x {size}, any N: pixels / 255, minus mean {list(mean)},
+over deviation {list(std)}. Output: logits, N x {trained.num_classes}.
+
+```python
+{usage}
+```
+{deprecated}
+## How it was made
+
+| | |
+|---|---|
+| dataset | {dataset["name"]}, {images} |
+| dataset fingerprint | {dataset.get("fingerprint", "not recorded")} |
+| training command | `{environment.get("command", "not recorded")}` |
+| training commit | {commit} |
+| trained with | {trained_with or "not recorded"}; {environment.get("hardware", "hardware not recorded")} |
+| parameters (sha256) | {sha256} |
+| export command | `{command}` |
+| exported with | {exported_with} |
+
+## Licence
+
+Code: Apache-2.0. Weights follow from their data: {LICENCES[_scale(trained)]}.
+"""
+
+
+def _scale(trained: Trained) -> str:
+    if trained.results:
+        return trained.results["scale"]
+    return trained.data.name if trained.data.name in LICENCES else "imagenet-subset"

@@ -1,0 +1,185 @@
+"""From a run to verified files: every file is read back and held against the network it came from before it is kept."""
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from onlinenorm.deploy.card import removal_line, render_card
+from onlinenorm.deploy.command import staged
+from onlinenorm.deploy.errors import DeployError, VerificationError
+from onlinenorm.deploy.forms import FORMS, Form, Logits, prepare, without_clamp
+from onlinenorm.deploy.images import validation_batches
+from onlinenorm.deploy.source import Trained
+from onlinenorm.deploy.verification import Agreement, agreements, latency_ms
+from onlinenorm.training.run_folder import git_state, hardware
+
+
+@dataclass
+class Row:
+    """One form in the table: its file, or the reason why there is none."""
+
+    form: str
+    file: str = ""
+    bytes: int = 0
+    milliseconds: float | None = None
+    agreement: Agreement | None = None
+    reason: str = ""
+
+    def as_dict(self) -> dict:
+        if self.agreement is None:
+            return {"form": self.form, "reason": self.reason}
+        return {
+            "form": self.form,
+            "file": self.file,
+            "bytes": self.bytes,
+            "milliseconds": self.milliseconds,
+            "max_logit_difference": self.agreement.max_difference,
+            "changed_predictions": self.agreement.changed_predictions,
+            "top1": self.agreement.top1,
+            "images": self.agreement.images,
+        }
+
+
+@dataclass
+class Export:
+    """What `export` did: the forms, the source's own latency, and what removing the clamp changed (None: kept)."""
+
+    rows: list[Row]
+    source_milliseconds: float | None
+    removal: Agreement | None
+
+
+def export(
+    trained: Trained, names: list[str], output: Path, command: str,
+    keep_clamp: bool = False, tolerance: float = 1e-4, limit: int | None = None, latency_runs: int = 20,
+) -> Export:  # fmt: skip
+    """Writes the forms `names` of a network, with a card each, into `output`.
+
+    With several names, forms that cannot hold the network become rows with the reason; with one, that is an error.
+
+    Args:
+        trained: the run's network, on the CPU.
+        names: keys of `FORMS`.
+        output: folder; made where missing. Files of the same names are replaced, others left.
+        command: to be recorded in the cards.
+        keep_clamp: leave the clamp in where the form can hold it.
+        tolerance: largest absolute difference of a logit allowed, >= 0; no prediction may change.
+        limit: validation images to compare on, spread evenly; None for all.
+        latency_runs: timed calls with one image; 0 for none.
+
+    Raises DeployError where nothing can be written, VerificationError where a file computes something else; in both
+    cases no file is left behind.
+    """
+    if not tolerance >= 0:
+        raise DeployError(f"--tolerance {tolerance}: must be at least 0")
+    bare = without_clamp(trained)
+    kept = keep_clamp and trained.guard == "clamp"
+    candidates: dict[str, tuple[Logits, Logits]] = {}
+    if trained.guard == "clamp" and not kept:
+        candidates["removal"] = (bare, trained.network)
+    with staged(output) as work:
+        rows = [_stage(trained, FORMS[name], work, keep_clamp, alone=len(names) == 1) for name in names]
+        for row in rows:
+            if row.file:
+                loaded = FORMS[row.form].load(work / row.file, trained)
+                candidates[row.form] = (loaded, trained.network if kept else bare)
+        if not any(row.file for row in rows):
+            raise DeployError("no form can hold this network: " + "; ".join(row.reason for row in rows))
+        found = agreements(candidates, validation_batches(trained, limit, torch.device("cpu")))
+        removal = found.pop("removal", None)
+        image = torch.zeros(1, trained.in_channels, trained.data.image_size, trained.data.image_size)
+        for row in rows:
+            if row.file:
+                row.agreement = found[row.form]
+                _check(row, tolerance)
+                if latency_runs:
+                    row.milliseconds = latency_ms(candidates[row.form][0], image, latency_runs)
+                card = render_card(
+                    trained, FORMS[row.form], row.file, kept, row.agreement, removal, command, made_with()
+                )
+                (work / row.file).with_suffix(".md").write_text(card, encoding="utf-8")
+        result = Export(rows, latency_ms(trained.network, image, latency_runs) if latency_runs else None, removal)
+        if len(names) > 1:
+            (work / "exports.json").write_text(_facts(trained, result, command), encoding="utf-8")
+            (work / "exports.md").write_text(table(trained, result), encoding="utf-8")
+    return result
+
+
+def _stage(trained: Trained, form: Form, work: Path, keep_clamp: bool, alone: bool) -> Row:
+    file = f"{trained.model_name}-{form.name}{form.suffix}"
+    try:
+        # for several forms at once, the clamp is kept where that is possible
+        network = prepare(trained, form, keep_clamp and (alone or form.holds_guards))
+        if keep_clamp and not alone and not form.holds_guards and trained.guard == "clamp":
+            raise DeployError(f"--to {form.name}: holds no clamp, and --keep-clamp was asked for")
+        form.write(network, trained, work / file)
+    except DeployError as error:
+        if alone:
+            raise
+        return Row(form.name, reason=str(error).removeprefix(f"--to {form.name}: "))
+    return Row(form.name, file, (work / file).stat().st_size)
+
+
+def _check(row: Row, tolerance: float) -> None:
+    agreement = row.agreement
+    if not agreement.within(tolerance):
+        raise VerificationError(
+            f"--to {row.form}: refused, because the export does not compute what the network does: logits differ by up "
+            f"to {agreement.max_difference:.3g} (--tolerance {tolerance:g}) and {agreement.changed_predictions} of "
+            f"{agreement.images} predictions change; nothing was written"
+        )
+
+
+def made_with() -> dict[str, str]:
+    """Versions, commit and processor of this export."""
+    found = {"torch": torch.__version__}
+    for package in ("torchvision", "onnx", "onnxruntime", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found["python"] = platform.python_version()
+    found["commit"] = git_state(Path(__file__).parent)["commit"]
+    return found
+
+
+def _facts(trained: Trained, result: Export, command: str) -> str:
+    content = {
+        "model": trained.model_name,
+        "normalizer": trained.config["choices"]["normalizer"],
+        "command": command,
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "made_with": made_with(),
+        "source_milliseconds": result.source_milliseconds,
+        "clamp_removal": None if result.removal is None else Row("source", agreement=result.removal).as_dict(),
+        "rows": [row.as_dict() for row in result.rows],
+    }
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def table(trained: Trained, result: Export) -> str:
+    """The forms as a Markdown table with, below it, what the clamp's removal changed and which forms are refused."""
+    images = next(row.agreement.images for row in result.rows if row.agreement)
+    lines = [
+        f"| form | file | MB | ms, one image, CPU | largest logit difference | predictions changed (of {images}) |",
+        "|---|---|---|---|---|---|",
+    ]
+    if result.source_milliseconds is not None:
+        lines.append(f"| the trained network | {trained.checkpoint.name} | | {result.source_milliseconds:.2f} | | |")
+    for row in result.rows:
+        if row.agreement:
+            milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.2f}"
+            lines.append(
+                f"| {row.form} | {row.file} | {row.bytes / 1e6:.2f} | {milliseconds} "
+                f"| {row.agreement.max_difference:.1e} | {row.agreement.changed_predictions} |"
+            )
+    lines += [f"| {row.form} | refused | | | | |" for row in result.rows if row.reason]
+    notes = [f"{row.form}: {row.reason}" for row in result.rows if row.reason]
+    if result.removal:
+        notes.insert(0, removal_line(result.removal))
+    return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)

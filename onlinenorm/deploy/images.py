@@ -1,0 +1,52 @@
+"""Validation images for a network outside of training."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from onlinenorm.data import DataError
+from onlinenorm.deploy.errors import DeployError
+from onlinenorm.deploy.source import Trained
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda"; DeployError where there is no GPU and one is asked for."""
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise DeployError("--device cuda: torch finds no GPU; use --device cpu")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+def validation_batches(
+    trained: Trained, limit: int | None, device: torch.device, batch_size: int = 64
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(images, labels, indices) as the network takes them, on `device`.
+
+    `limit` images spread evenly over the set, or all. A label of -1 marks an image that could not be read. Raises
+    DeployError where the dataset is missing.
+    """
+    data = trained.data
+    if limit is not None and limit < 1:
+        raise DeployError(f"--images {limit}: must be at least 1")
+    try:
+        data.setup()
+        if data.num_classes != trained.num_classes:
+            raise DeployError(f"the dataset has {data.num_classes} classes and the network {trained.num_classes}")
+        total = data.val_images
+        own = data.val_dataloader()
+    except DataError as error:
+        raise DeployError(f"{str(error).splitlines()[0]} (--data-root names another place)") from error
+    count = min(limit or total, total)
+    chosen = [(0, index * total // count) for index in range(count)]
+    loader = DataLoader(
+        own.dataset,
+        batch_sampler=[chosen[start : start + batch_size] for start in range(0, count, batch_size)],
+        collate_fn=own.collate_fn,
+        num_workers=own.num_workers,
+    )
+    for batch in loader:
+        batch = [part.to(device) for part in data.on_before_batch_transfer(batch)]
+        images, labels, indices = data.on_after_batch_transfer(tuple(batch))
+        yield images, labels, indices

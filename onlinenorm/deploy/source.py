@@ -1,0 +1,241 @@
+"""A trained network from its run folder, of which nothing is trusted: what is named is checked before it is built."""
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from onlinenorm import data, models
+from onlinenorm.deploy.errors import DeployError
+from onlinenorm.normalizers import OnlineNorm
+from onlinenorm.training.checkpoint import LAST, read, verify
+from onlinenorm.training.config_check import ALLOWED_TARGETS, build, check_config
+from onlinenorm.training.errors import ConfigError, RunError
+from onlinenorm.training.finish import parameters_sha256
+from onlinenorm.training.recipe import Recipe
+
+# All that a run's nodes may name. Tighter than what train.py builds: run folders are passed around, configs are not.
+_ALLOWED = {
+    "model": [f"onlinenorm.models.{name}" for name in models.__all__],
+    "data": [
+        f"onlinenorm.data.{name}" for name in data.__all__ if issubclass(getattr(data, name), data.ImageDataModule)
+    ],
+    "normalizer": [
+        *(f"onlinenorm.normalizers.{name}" for name in ("OnlineNorm2d", "group_norm", "layer_norm", "identity")),
+        *(f"torch.nn.{name}" for name in ("BatchNorm2d", "SyncBatchNorm", "InstanceNorm2d")),
+    ],
+    "recipe": ["onlinenorm.training.recipe.Recipe"],
+}
+
+
+@dataclass
+class Trained:
+    """A network in eval mode on the CPU, and what is known about it.
+
+    `results` is None where the run has not finished or `checkpoint` holds other weights than it ended with; `top1` is
+    the accuracy that the checkpoint itself records, if any.
+    """
+
+    folder: Path
+    checkpoint: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    results: dict[str, Any] | None
+    network: nn.Module
+    recipe: Recipe
+    data: data.ImageDataModule
+    num_classes: int
+    in_channels: int
+    top1: float | None = None
+
+    @property
+    def model_name(self) -> str:
+        return f"{self.builder}{self.config['model'].get('depth', '')}"
+
+    @property
+    def guard(self) -> str:
+        """What its OnlineNorm layers do against large activations: "clamp", "layer_scaling", "none"; "" without any."""
+        kinds = {m.error_compensation for m in self.network.modules() if isinstance(m, OnlineNorm)}
+        return min(kinds, key=("layer_scaling", "clamp", "none").index) if kinds else ""
+
+    @property
+    def builder(self) -> str:
+        """Name of the function in `onlinenorm.models` that builds the network."""
+        return self.config["model"]["_target_"].rpartition(".")[2]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `builder` takes besides the normalizer; plain values."""
+        skipped = ("_target_", "_partial_", "compile", "zero_init_last_gamma")
+        node = {key: value for key, value in self.config["model"].items() if key not in skipped}
+        return node | {"num_classes": self.num_classes, "in_channels": self.in_channels}
+
+    def build_network(self, normalizer) -> nn.Module:
+        """A network like this one, untrained, with another normalizer (a callable num_features -> nn.Module)."""
+        return getattr(models, self.builder)(normalizer=normalizer, **self.arguments)
+
+
+def load_trained(path: str | Path, data_root: str | None = None, evaluation: str | None = None) -> Trained:
+    """The network of a run folder (its last weights) or of a checkpoint file inside one.
+
+    Weights are read as tensors and plain values only (weights_only), the configuration as plain YAML; nothing outside
+    the run folder is read, and only networks, normalizers, data and recipes of this package (and torch.nn's norms) are
+    built. The dataset is not opened.
+
+    Args:
+        path: run folder, or a .ckpt file in it or in its checkpoints/.
+        data_root: where the dataset lies on this machine; None as in the run's configuration.
+        evaluation: view of validation images, "center_crop" or "ten_crop"; None as in the run's recipe.
+
+    Raises DeployError for anything missing, damaged, foreign or outside.
+    """
+    folder, checkpoint = locate(Path(path))
+    config = _read_config(folder)
+    try:
+        check_config(config)
+        recipe = build(config, "recipe")
+    except (ConfigError, RunError, ValueError) as error:
+        raise DeployError(f"{folder / 'config.yaml'}: {error}") from error
+    state, content = _read_state(checkpoint)
+    shapes = {key: tuple(state[key].shape) for key in ("fc.weight", "conv1.weight") if key in state}
+    if len(shapes) < 2 or len(shapes["conv1.weight"]) != 4:
+        raise DeployError(f"{checkpoint}: holds no network of this package (no fc.weight and conv1.weight)")
+    node = {**config["data"], "num_workers": None if config["data"].get("num_workers") else 0}
+    if data_root is not None:
+        node["root"] = data_root
+    try:
+        images = build({"data": node}, "data", batch_size=recipe.batch_size, seed=config["seed"], augmentation="none",
+                     evaluation=evaluation or recipe.evaluation)  # fmt: skip
+        normalizer = build(config, "normalizer")
+        trained = Trained(folder, checkpoint, config, _read_json(folder, "environment.json"), None, nn.Identity(),
+                          recipe, images, shapes["fc.weight"][0], shapes["conv1.weight"][1])  # fmt: skip
+        trained.network = trained.build_network(normalizer)
+    except (ConfigError, RunError, ValueError) as error:
+        raise DeployError(f"{folder / 'config.yaml'}: {error}") from error
+    _load(trained.network, state, checkpoint)
+    results = _read_json(folder, "results.json")
+    if results.get("parameters_sha256") == parameters_sha256(trained.network):
+        trained.results = results
+    top1 = content.get("val_top1")
+    trained.top1 = float(top1) if isinstance(top1, float) else None
+    for layer in trained.network.modules():
+        if isinstance(layer, OnlineNorm):
+            layer.backend = "auto"  # the run's may need a GPU that is not here
+    trained.network.eval().requires_grad_(False)
+    return trained
+
+
+def locate(path: Path) -> tuple[Path, Path]:
+    """(run folder, checkpoint file) of either; both resolved, and the one inside the other."""
+    if not path.exists():
+        raise DeployError(f"{path}: does not exist; name a run folder such as runs/quickstart/online_clamp/seed0")
+    if path.is_dir():
+        folder, checkpoint = path, path / "checkpoints" / LAST
+        if not (folder / "config.yaml").is_file():
+            raise DeployError(
+                f"{path}: is not a run folder (no config.yaml in it); name one like runs/NAME/NORMALIZER/seed0"
+            )
+        if not checkpoint.exists():
+            raise DeployError(f"{checkpoint}: does not exist; the run has saved no weights yet")
+    else:
+        checkpoint = path
+        above = [folder for folder in path.absolute().parents[:2] if (folder / "config.yaml").is_file()]
+        if not above:
+            raise DeployError(f"{path}: lies in no run folder (no config.yaml beside it or one folder up)")
+        folder = above[0]
+    inside(folder, checkpoint)
+    return folder.resolve(), checkpoint.resolve()
+
+
+def inside(folder: Path, file: Path) -> Path:
+    """`file` resolved; DeployError if that is outside `folder`, as through a symbolic link."""
+    resolved = file.resolve()
+    if not resolved.is_relative_to(folder.resolve()):
+        raise DeployError(f"{file}: leads outside the run folder, to {resolved}; refused")
+    return resolved
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = inside(folder, folder / "config.yaml")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DeployError(f"{path}: cannot be read as plain YAML ({_first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise DeployError(f"{path}: does not hold a configuration")
+    for key, target in _targets(config, ""):
+        # before anything is imported
+        if not isinstance(target, str) or not target.startswith(ALLOWED_TARGETS):
+            raise DeployError(f"{path}: {key}: {target!r} is foreign and refused; nothing was built")
+    for key, names in _ALLOWED.items():
+        target = config[key].get("_target_") if isinstance(config.get(key), dict) else None
+        if target not in names:
+            raise DeployError(f"{path}: {key}._target_: {target!r} is refused; there are {', '.join(names)}")
+    return config
+
+
+def _targets(tree: Any, prefix: str):
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key == "_target_":
+                yield f"{prefix}{key}", value
+            yield from _targets(value, f"{prefix}{key}.")
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from _targets(value, f"{prefix}{index}.")
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(the network's state, the whole content) of last.ckpt, previous.ckpt or best.ckpt."""
+    try:
+        content = read(path)
+    except pickle.UnpicklingError as error:
+        raise DeployError(
+            f"{path}: is no checkpoint of tensors and plain values and is refused, because loading it could run code "
+            f"({_first_line(error)})"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DeployError(f"{path}: is damaged or no checkpoint ({verify(path) or _first_line(error)})") from error
+    if problem := verify(path):
+        raise DeployError(f"{path}: is damaged ({problem}); previous.ckpt beside it may be whole")
+    state = content
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        state = {key.removeprefix("network."): value for key, value in content["state_dict"].items()}
+    elif isinstance(content, dict) and isinstance(content.get("network"), dict):
+        state = content["network"]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DeployError(f"{path}: holds no network (neither a training state nor a best.ckpt)")
+    return state, content
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise DeployError(f"{path}: does not fit the network of config.yaml ({detail[:300]})") from error
+    bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise DeployError(f"{path}: {bad[0]} (one of {len(bad)}) is not finite; the training diverged")
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = inside(folder, folder / name)
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DeployError(f"{path}: cannot be read ({_first_line(error)})") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(k, {}), dict) for k in ("git", "versions")):
+        raise DeployError(f"{path}: does not hold what a run writes there")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
