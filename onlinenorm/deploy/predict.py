@@ -62,13 +62,13 @@ def class_names(trained: Trained) -> tuple[list[str], str]:
 def read_image(file: Path, trained: Trained) -> torch.Tensor:
     """A file as the dataset yields its images: uint8, C x H x W. Raises whatever the file system or the decoder does.
 
-    Class folders: ImageNet's validation crop by the run's decoder. Sets in memory have images of one size: the shorter
-    side is resized to it and the centre cut out, in gray where the set is gray.
+    Class folders: ImageNet's validation crop, by the decoder of the run's validation images. Sets in memory have images
+    of one size: the shorter side is resized to it and the centre cut out, in gray where the set is gray.
     """
     data = trained.data
     encoded = file.read_bytes()
     if isinstance(data, ImageNet):
-        crops_KHWC = DECODERS[data.decoder](encoded, partial(plan_center_crop, crop_size=data.image_size))
+        crops_KHWC = DECODERS[data.val_decoder](encoded, partial(plan_center_crop, crop_size=data.image_size))
         return torch.from_numpy(crops_KHWC[0]).permute(2, 0, 1)
     channels = len(data.mean_std[0])
     if channels not in (1, 3):

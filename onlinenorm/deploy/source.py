@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from onlinenorm import data, models
 from onlinenorm.deploy.errors import DeployError
 from onlinenorm.normalizers import OnlineNorm
-from onlinenorm.training.checkpoint import LAST, read, verify
+from onlinenorm.training.checkpoint import LAST, PREVIOUS, read, verify
 from onlinenorm.training.config_check import ALLOWED_TARGETS, build, check_config
 from onlinenorm.training.errors import ConfigError, RunError
 from onlinenorm.training.finish import parameters_sha256
 from onlinenorm.training.recipe import Recipe
 
+_DATASETS = {cls.__name__ for cls in data.ImageDataModule.__subclasses__()}
 # All that a run's nodes may name. Tighter than what train.py builds: run folders are passed around, configs are not.
 _ALLOWED = {
     "model": [f"onlinenorm.models.{name}" for name in models.__all__],
-    "data": [
-        f"onlinenorm.data.{name}" for name in data.__all__ if issubclass(getattr(data, name), data.ImageDataModule)
-    ],
+    "data": [f"onlinenorm.data.{name}" for name in data.__all__ if name in _DATASETS],
     "normalizer": [
         *(f"onlinenorm.normalizers.{name}" for name in ("OnlineNorm2d", "group_norm", "layer_norm", "identity")),
         *(f"torch.nn.{name}" for name in ("BatchNorm2d", "SyncBatchNorm", "InstanceNorm2d")),
@@ -192,17 +191,19 @@ def _targets(tree: Any, prefix: str):
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(the network's state, the whole content) of last.ckpt, previous.ckpt or best.ckpt."""
+    if problem := verify(path):
+        previous = path.with_name(PREVIOUS)
+        hint = f"; {previous} may be whole" if path.name == LAST and previous.exists() else ""
+        raise DeployError(f"{path}: is damaged or no checkpoint ({problem}){hint}")
     try:
         content = read(path)
     except pickle.UnpicklingError as error:
         raise DeployError(
-            f"{path}: is no checkpoint of tensors and plain values and is refused, because loading it could run code "
+            f"{path}: holds more than tensors and plain values and is refused, because loading it could run code "
             f"({_first_line(error)})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DeployError(f"{path}: is damaged or no checkpoint ({verify(path) or _first_line(error)})") from error
-    if problem := verify(path):
-        raise DeployError(f"{path}: is damaged ({problem}); previous.ckpt beside it may be whole")
+        raise DeployError(f"{path}: is no checkpoint ({_first_line(error)})") from error
     state = content
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         state = {key.removeprefix("network."): value for key, value in content["state_dict"].items()}
