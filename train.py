@@ -1,25 +1,23 @@
 """Trains a network with a normalizer: python train.py experiment=table1 normalizer=batch seed=1"""
 
-import contextlib
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pytorch_lightning as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from onlinenorm.data import DataError
 from onlinenorm.training import finish, loggers
 from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.config_check import build, check_config, check_keys, check_option, flatten, prefixed
 from onlinenorm.training.epoch_log import EpochLog
-from onlinenorm.training.errors import ConfigError, RunError
+from onlinenorm.training.errors import ConfigError, told
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import is_leader
 from onlinenorm.training.run_folder import RunFolder
@@ -90,6 +88,15 @@ def load_config(overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}; overrides are key=value") from None
 
 
+def jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job that --multirun makes of `overrides`."""
+    choices = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        values = override.sweep_string_iterator() if override.is_sweep_override() else None
+        choices.append([f"{override.get_key_element()}={v}" for v in values] if values else [override.input_line])
+    return [list(job) for job in itertools.product(*choices)]
+
+
 def _compose(overrides: list[str]) -> dict[str, Any]:
     config = hydra.compose("train", overrides, return_hydra_config=True)
     return plain(config, config.hydra.runtime.choices)
@@ -101,20 +108,6 @@ def plain(config: DictConfig, choices: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True, throw_on_missing=True)
     names = {group: choices.get(group) for group in GROUPS} | {"experiment": choices.get("experiment") or "default"}
     return {**values, "choices": names}
-
-
-@contextlib.contextmanager
-def told():
-    """Context whose deliberate errors end the program with their message alone."""
-    try:
-        yield
-    except (ConfigError, RunError, DataError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
-    except torch.OutOfMemoryError as error:
-        print(f"{str(error).splitlines()[0]}\nThe GPU's memory is too small for this batch: try "
-              "trainer.accumulate_grad_batches=2 (the same run in smaller parts)", file=sys.stderr)  # fmt: skip
-        sys.exit(1)
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
@@ -129,8 +122,12 @@ def hydra_main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if any(argument.startswith("-") for argument in sys.argv[1:]):
-        hydra_main()
-    else:
-        with told():
+    flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}
+    with told():
+        if not flags:
             train(load_config(sys.argv[1:]))
+        elif flags <= {"-m", "--multirun"}:
+            for job in jobs([argument for argument in sys.argv[1:] if argument not in flags]):
+                check_config(load_config(job))
+    if flags:
+        hydra_main()

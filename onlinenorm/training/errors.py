@@ -1,4 +1,11 @@
-"""What ends a run on purpose; train.py prints the message alone and exits with `exit_code`."""
+"""What ends a run on purpose, and how the user is told."""
+
+import contextlib
+import sys
+
+import torch
+
+from onlinenorm.data import DataError
 
 
 class ConfigError(ValueError):
@@ -19,3 +26,17 @@ class Interrupted(RunError):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+@contextlib.contextmanager
+def told():
+    """Context whose deliberate errors end the program with their message alone and their exit code."""
+    try:
+        yield
+    except (ConfigError, RunError, DataError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
+    except torch.OutOfMemoryError as error:
+        advice = "try trainer.accumulate_grad_batches=2: the same run, its batches in smaller parts"
+        print(f"{str(error).splitlines()[0]}\nThe GPU's memory is too small for this batch; {advice}", file=sys.stderr)
+        sys.exit(1)

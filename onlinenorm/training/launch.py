@@ -5,7 +5,4 @@ import os
 
 def is_leader() -> bool:
     """Whether this process keeps the run's records: rank 0 under torchrun, srun or Lightning's own launcher."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if (rank := os.environ.get(name)) is not None:
-            return rank == "0"
-    return True
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))

@@ -51,6 +51,8 @@ def wandb_logger(
         config=config,
         settings={"console": "off", "silent": True},
     )
+    # Lightning passes this on even when nobody asked for it, and wandb warns about it
+    logger._wandb_init.pop("anonymous", None)
     return [logger]
 
 

@@ -25,8 +25,10 @@ _HARMLESS = (
     r".*The number of training batches .* is smaller than the logging interval",  # epochs have rows of their own
     r".*resuming from a checkpoint that ended before the epoch ended",  # the sampler starts at the right step
     r".*`srun` command is available",  # a run of one process on a login node
+    r".*`broadcast_buffers` is deprecated",  # its successor is not in torch 2.11, and would sync rank-local buffers
     r".*GPU available but not used",  # trainer=cpu says so
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
+    r"Detected call of `lr_scheduler.step\(\)` before",  # where a run continues with an epoch's validation
     r".*module\(s\) in eval mode at the start of training",  # where a validation was interrupted
 )
 
@@ -36,7 +38,8 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError where GPUs are asked for that are not there, or processes that do not fit the strategy.
     """
-    settings = dict(settings)
+    defaults = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "auto"}
+    settings = defaults | settings
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings["accelerator"] == "auto":
         settings["accelerator"] = "gpu" if gpus else "cpu"

@@ -1,0 +1,103 @@
+"""Checkpoint files survive what happens to files."""
+
+import os
+import pickle
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from onlinenorm.training import checkpoint
+from onlinenorm.training.errors import RunError
+
+
+def state(value):
+    return {"position": {"epoch": value, "step": 0, "global_step": value}, "weights": torch.full((1000,), float(value))}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    checkpoint.write(state(1), tmp_path / "last.ckpt")
+    checkpoint.write(state(2), tmp_path / "last.ckpt")
+    return tmp_path
+
+
+def test_the_previous_one_is_kept(folder):
+    assert checkpoint.read(folder / "last.ckpt")["position"]["epoch"] == 2
+    assert checkpoint.read(folder / "previous.ckpt")["position"]["epoch"] == 1
+    assert checkpoint.resumable(folder) == (folder / "last.ckpt", state(2)["position"])
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((10,), 2.0).numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
+def test_damage_is_found_and_the_previous_one_used(folder, damage, capsys):
+    damage(folder / "last.ckpt")
+    assert checkpoint.resumable(folder) == (folder / "previous.ckpt", state(1)["position"])
+    told = capsys.readouterr().err
+    assert f"{folder / 'last.ckpt'} is damaged" in told and "continuing from" in told
+
+
+def test_nothing_good_left_is_an_error_and_nothing_at_all_is_not(folder, tmp_path):
+    truncate(folder / "last.ckpt")
+    empty(folder / "previous.ckpt")
+    with pytest.raises(RunError, match=r"last.ckpt is damaged .*previous.ckpt is damaged .*delete .* to start over"):
+        checkpoint.resumable(folder)
+    assert checkpoint.resumable(tmp_path / "none") == (None, None)
+
+
+def test_a_crash_between_the_two_renames_leaves_the_previous(folder, monkeypatch):
+    class Crash(BaseException):
+        pass
+
+    def replace(source, target, _replace=os.replace):
+        if str(target).endswith("last.ckpt"):
+            raise Crash
+        _replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    with pytest.raises(Crash):
+        checkpoint.write(state(3), folder / "last.ckpt")
+    assert checkpoint.resumable(folder)[1]["epoch"] == 2
+
+
+def test_what_cannot_be_read_back_never_becomes_the_last(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "verify", lambda path: "record x does not match its checksum")
+    with pytest.raises(RunError, match="cannot be read back"):
+        checkpoint.write(state(3), folder / "last.ckpt")
+    assert checkpoint.read(folder / "last.ckpt")["position"]["epoch"] == 2
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path):
+    torch.save({"position": Evil()}, tmp_path / "last.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        checkpoint.read(tmp_path / "last.ckpt")
+
+
+def test_loop_state_has_every_counter_of_lightnings_loop():
+    fresh = pl.Trainer(logger=False, barebones=True).fit_loop.state_dict()
+    moved = checkpoint.loop_state(fresh, accumulate=2, steps=10, epoch=3, step=4, global_step=34)
+    assert moved["epoch_progress"]["current"] == {"ready": 4, "completed": 3, "started": 4, "processed": 3}
+    assert moved["epoch_loop.batch_progress"]["total"]["completed"] == 68
+    assert moved["epoch_loop.batch_progress"]["current"]["ready"] == 8
+    assert moved["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"] == 34
+    between = checkpoint.loop_state(fresh, accumulate=1, steps=10, epoch=3, step=0, global_step=30)
+    assert set(between["epoch_progress"]["total"].values()) == {3}

@@ -1,0 +1,34 @@
+"""The figures of the clamp removal section."""
+
+import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import nn
+
+from onlinenorm import OnlineNorm2d
+from onlinenorm.training.clamping import ClampMeter, clamped_layers
+
+
+def test_meter_counts_what_exceeds_the_clamp_and_leaves_the_layer_alone():
+    layer = OnlineNorm2d(3, clamp_value=1.5)
+    nn.init.constant_(layer.weight, 2.0)
+    network = nn.Sequential(layer, OnlineNorm2d(3, error_compensation="layer_scaling")).eval()
+    batches = [torch.randn(4, 3, 5, 5) for _ in range(2)]
+    plain = [network(x) for x in batches]
+    with ClampMeter(network) as meter:
+        assert meter.layers == [layer] == clamped_layers(network)
+        measured = [network(x) for x in batches]
+    for first, second in zip(plain, measured, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    before_clamp = torch.stack(batches) * 2 / (1 + layer.eps) ** 0.5
+    clamped, count, largest = meter.totals(SingleDeviceStrategy("cpu"))
+    assert count == before_clamp.numel() and clamped == (before_clamp.abs() > 1.5).sum()
+    torch.testing.assert_close(largest, before_clamp.abs().max().item(), rtol=1e-6, atol=0)
+    assert layer.error_compensation == "clamp" and not layer._forward_hooks
+
+
+def test_residual_and_relu_are_left_out():
+    layer = OnlineNorm2d(2, clamp_value=0.5).eval()
+    x = torch.randn(2, 2, 3, 3)
+    with ClampMeter(layer) as meter:
+        layer(x, residual=torch.full_like(x, 100.0), relu=True)
+    assert meter.largest < 10

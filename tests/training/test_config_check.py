@@ -1,0 +1,102 @@
+"""What is refused before anything is built, and how it is said."""
+
+import pytest
+
+from onlinenorm.training.config_check import build, check_config, check_keys, check_option, flatten, nearest, prefixed
+from onlinenorm.training.errors import ConfigError
+
+
+def config(**changes):
+    """A configuration with one plausible node a group, and `changes` to its nodes."""
+    nodes = {
+        "normalizer": {"_target_": "onlinenorm.normalizers.OnlineNorm2d", "_partial_": True, "alpha_fwd": 0.99},
+        "model": {"_target_": "onlinenorm.models.cifar_resnet8", "compile": False},
+        "data": {"_target_": "onlinenorm.data.Synthetic", "num_workers": 0},
+        "recipe": {"_target_": "onlinenorm.training.recipe.Recipe", "epochs": 2, "batch_size": 8},
+        "trainer": {"_target_": "onlinenorm.training.build_trainer", "devices": 1},
+        "logger": {"_target_": "onlinenorm.training.loggers.csv_only"},
+        "classifier": {"_target_": "onlinenorm.training.ImageClassifier"},
+        "seed": 0,
+        "run_dir": None,
+    }
+    for key, change in changes.items():
+        nodes[key] = nodes.get(key) | change if isinstance(change, dict) and key in nodes else change
+    return nodes
+
+
+def test_a_sound_configuration_passes():
+    check_config(config())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"normalizer": {"alpha_fw": 0.5}}, r"normalizer.alpha_fw: no such key; did you mean normalizer.alpha_fwd\?"),
+        ({"recipe": {"epocs": 3}}, r"recipe.epocs: no such key; did you mean recipe.epochs\?"),
+        ({"recipe": {"epochs": "many"}}, "recipe.epochs: 'many' is not a whole number"),
+        ({"recipe": {"epochs": True}}, "recipe.epochs: True is not a whole number"),
+        ({"recipe": {"milestones": [1, "x"]}}, r"recipe.milestones: \[1, 'x'\] is not a list of whole numbers"),
+        ({"normalizer": {"eps": "abc"}}, "normalizer.eps: 'abc' is not a number"),
+        ({"model": {"num_classes": 7}}, "model.num_classes: is set by train.py itself"),
+        ({"trainer": {"precision": "bf16-mixd"}}, "trainer.precision: .* is not one of auto, 32-true.*bf16-mixed?"),
+        ({"trainer": {"devices": "two"}}, "trainer.devices: 'two' is not a whole number or one of auto"),
+        ({"normaliser": {"_target_": "x"}}, r"normaliser: no such key; did you mean normalizer\?"),
+        ({"seed": -1}, "seed: -1 is not a whole number of at least 0"),
+        ({"data": None}, "data: is missing; name one, as in data=NAME"),
+        ({"recipe": {"_target_": "os.system"}}, "recipe._target_: 'os.system' is refused"),
+        ({"recipe": {"_target_": "onlinenormal.evil"}}, "'onlinenormal.evil' is refused"),
+        (
+            {"recipe": {"_target_": "onlinenorm.training.recipe.Recip"}},
+            "'onlinenorm.training.recipe.Recip' does not exist",
+        ),
+        ({"recipe": {"_args_": [1]}}, "recipe._args_: no such key"),
+        ({"normalizer": {"backend": {"_target_": "onlinenorm.x"}}}, "normalizer.backend: a node within a node"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(config(**changes))
+
+
+def test_missing_argument_is_named():
+    nodes = config()
+    del nodes["recipe"]["epochs"]
+    with pytest.raises(ConfigError, match=r"recipe.epochs: is missing; onlinenorm.training.recipe.Recipe needs it"):
+        check_config(nodes)
+
+
+def test_errors_of_constructors_get_the_full_key():
+    with pytest.raises(ConfigError, match=r"recipe.milestones: 200 lies past the last epoch \(2\)"):
+        build(config(recipe={"milestones": [200]}), "recipe")
+    with pytest.raises(ConfigError, match=r"normalizer.alpha_fwd: 1.5"), prefixed("normalizer", ["alpha_fwd"]):
+        build(config(normalizer={"alpha_fwd": 1.5}), "normalizer")(num_features=4)
+    with pytest.raises(ValueError, match=r"^other: kept as it is$"), prefixed("normalizer", ["alpha_fwd"]):
+        raise ValueError("other: kept as it is")
+
+
+def test_partial_nodes_build_a_fresh_layer_at_each_call():
+    normalizer = build(config(), "normalizer")
+    first, second = normalizer(num_features=3), normalizer(num_features=3)
+    assert first is not second and first.alpha_fwd == 0.99 and first.num_features == 3
+
+
+def test_options_and_keys():
+    with pytest.raises(ConfigError, match="did you mean normalizer=online_clamp"):
+        check_option("normalizer", "online_clmap", ["batch", "online_clamp"])
+    with pytest.raises(ConfigError, match="there are batch, group"):
+        check_option("normalizer", None, ["group", "batch"])
+    check_keys(["recipe", "recipe.epochs", "experiment", "seed"], config())
+    with pytest.raises(ConfigError, match=r"seed.x: no such key; there are"):
+        check_keys(["seed.x"], config())
+
+
+def test_nearest_compares_the_last_part_first():
+    keys = ["recipe.epochs", "recipe.lr", "model.compile", "seed"]
+    assert nearest("recipe.epocs", keys) == "recipe.epochs"
+    assert nearest("epochs", keys) == "recipe.epochs"
+    assert nearest("model.num_classes", keys) == ""
+    assert nearest("sed", keys) == "seed"
+
+
+def test_flatten_keeps_empty_mappings():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}

@@ -1,0 +1,55 @@
+"""One step and one validation batch of the classifier."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from onlinenorm.training.module import ImageClassifier, _losses, _sums
+from onlinenorm.training.recipe import Recipe
+
+RECIPE = Recipe(epochs=1, batch_size=4)
+
+
+def test_sums_leave_out_images_without_a_label():
+    logits, labels = torch.randn(6, 7), torch.tensor([0, -1, 3, 6, -1, 2])
+    mean, total = _losses(logits, labels)
+    kept = labels >= 0
+    torch.testing.assert_close(mean, F.cross_entropy(logits[kept], labels[kept]))
+    loss, top1, top5, images = _sums(logits, labels, total).tolist()
+    assert loss == pytest.approx(F.cross_entropy(logits[kept], labels[kept], reduction="sum").item())
+    assert images == 4 and top1 == (logits.argmax(1) == labels)[kept].sum()
+    ranks = (logits[kept] > logits[kept].gather(1, labels[kept, None])).sum(1)
+    assert top5 == (ranks < 5).sum()
+    assert _losses(logits, torch.full((6,), -1))[0] == 0
+
+
+def test_crops_are_averaged_as_probabilities():
+    module = ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), RECIPE, channels_last=False)
+    images = torch.randn(3, 10, 3, 2, 2)
+    expected = torch.stack([F.softmax(module.network(crop), 1) for crop in images.unbind(1)]).mean(0)
+    torch.testing.assert_close(module(images).exp(), expected)
+    torch.testing.assert_close(module(images[:, 0]), module.network(images[:, 0]))
+
+
+def test_few_classes_have_a_top5_too():
+    logits = torch.randn(4, 3)
+    labels = torch.tensor([0, 1, 2, 0])
+    assert _sums(logits, labels, _losses(logits, labels)[1])[2] == 4
+
+
+def test_channels_last_reaches_weights_and_images():
+    seen = []
+    convolution = nn.Conv2d(4, 8, 3)
+    convolution.register_forward_hook(lambda layer, inputs, out: seen.append(inputs[0]))
+    module = ImageClassifier(convolution, RECIPE)
+    module(torch.randn(2, 4, 6, 6))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_first_bad_step_is_remembered():
+    module = ImageClassifier(nn.Linear(2, 2), RECIPE, channels_last=False)
+    for loss in (1.0, float("inf"), float("nan"), 2.0):
+        module._watch(torch.tensor(loss))
+    assert module.bad_step == 1  # global_step is 0 without a trainer: the step being taken is 1

@@ -1,0 +1,184 @@
+"""A run that was interrupted anywhere ends with the bits of one that was not."""
+
+import os
+import signal
+
+import pytest
+from tests_training import outcome, rows
+
+from onlinenorm.training import ImageClassifier, checkpoint
+from onlinenorm.training.checkpoint import read
+from onlinenorm.training.errors import ConfigError, Interrupted, RunError
+
+STEPS, VALIDATIONS = 4, 1  # of an epoch: batches of 16 of 70 images; 21 images in one batch
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, tmp_path_factory):
+    """folder of an undisturbed run of a normalizer; made once."""
+    folders = {}
+
+    def folder(normalizer, *overrides):
+        key = (normalizer, *overrides)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("undisturbed")
+            run(folders[key], f"normalizer={normalizer}", *overrides)
+        return folders[key]
+
+    return folder
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(name, call, signum): the signal arrives while the module's method `name` is called for that time."""
+
+    def arrange(name, call, signum=signal.SIGTERM):
+        calls = iter(range(1, 1000))
+        original = getattr(ImageClassifier, name)
+
+        def method(self, *arguments):
+            if next(calls) == call:
+                os.kill(os.getpid(), signum)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(ImageClassifier, name, method)
+
+    return arrange
+
+
+@pytest.mark.parametrize("normalizer", ["online_clamp", "online_layer_scaling", "batch"])
+def test_stopped_within_an_epoch(undisturbed, run, interrupt, tmp_path, normalizer):
+    interrupt("training_step", 1 * STEPS + 2)
+    with pytest.raises(Interrupted, match="saved at step 2 of epoch 2; the same command continues") as stopped:
+        run(tmp_path, f"normalizer={normalizer}")
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    results = run(tmp_path, f"normalizer={normalizer}")
+    assert results["resumed"] == 1
+    assert outcome(tmp_path) == outcome(undisturbed(normalizer))
+
+
+@pytest.mark.parametrize(
+    "method, call, where",
+    [
+        ("training_step", 1, "step 1 of epoch 1"),
+        ("training_step", STEPS, "step 4 of epoch 1"),  # trained, not validated
+        ("validation_step", 1, "step 4 of epoch 1"),
+        ("on_train_epoch_end", 2, "the end of epoch 2"),
+        ("training_step", 3 * STEPS, "step 4 of epoch 3"),
+        ("validation_step", 3 * VALIDATIONS + 1, "the end of epoch 3"),  # final validation, with clamp
+        ("validation_step", 3 * VALIDATIONS + 2, "the end of epoch 3"),  # and without
+    ],
+)
+def test_stopped_anywhere(undisturbed, run, interrupt, tmp_path, method, call, where):
+    interrupt(method, call, signal.SIGUSR1)
+    with pytest.raises(Interrupted, match=f"SIGUSR1: saved at {where}") as stopped:
+        run(tmp_path, "normalizer=online_clamp")
+    assert stopped.value.exit_code == 128 + signal.SIGUSR1
+    run(tmp_path, "normalizer=online_clamp")
+    assert outcome(tmp_path) == outcome(undisturbed("online_clamp"))
+
+
+def test_plateau_schedule_and_accumulation_and_workers_survive(undisturbed, run, interrupt, tmp_path):
+    plateau = ("recipe.schedule=plateau", "recipe.milestones=[]", "recipe.plateau_patience=0", "recipe.lr=0.01")
+    parts = "trainer.accumulate_grad_batches=2"
+    interrupt("training_step", 2 * STEPS * 2 + 3)
+    with pytest.raises(Interrupted, match="step 2 of epoch 3"):
+        run(tmp_path, "normalizer=online_clamp", parts, *plateau)
+    run(tmp_path, "normalizer=online_clamp", parts, "data.num_workers=1", *plateau)
+    reference = undisturbed("online_clamp", parts, *plateau)
+    assert outcome(tmp_path) == outcome(reference)
+    assert len({row["lr"] for row in rows(reference)}) > 1, "the plateau must have been met for this to test anything"
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of the run's own gets to act on it."""
+
+
+def test_killed_falls_back_to_the_periodic_checkpoint_and_loses_no_row(undisturbed, run, monkeypatch, tmp_path):
+    for call in (2 * STEPS, STEPS + 1, 3):
+        calls = iter(range(1, 1000))
+        original = ImageClassifier.training_step
+
+        def step(self, *arguments, _calls=calls, _call=call, _original=original):
+            if next(_calls) == _call:
+                raise Killed
+            return _original(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageClassifier, "training_step", step)
+            with pytest.raises(Killed):
+                run(tmp_path, "normalizer=batch", "trainer.checkpoint_every_n_steps=3")
+    results = run(tmp_path, "normalizer=batch", "trainer.checkpoint_every_n_steps=3")
+    assert results["resumed"] == 3
+    assert outcome(tmp_path) == outcome(undisturbed("batch"))
+
+
+def test_damaged_checkpoint_is_reported_and_the_previous_used(undisturbed, run, interrupt, tmp_path, capsys):
+    interrupt("training_step", 2 * STEPS + 2)
+    with pytest.raises(Interrupted):
+        run(tmp_path, "normalizer=batch")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    run(tmp_path, "normalizer=batch")
+    assert f"{last} is damaged" in capsys.readouterr().err
+    assert outcome(tmp_path) == outcome(undisturbed("batch"))
+
+
+def test_finished_run_is_reprinted_and_another_configuration_refused(undisturbed, run, capsys, monkeypatch):
+    folder = undisturbed("batch")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    results = run(folder, "normalizer=batch", "data.num_workers=2", "trainer.log_every_n_steps=7")
+    assert results["normalizer"] == "batch"
+    assert "3 epochs: done" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"(?s)run_dir: .*recipe.lr: 0.1 -> 0.2\n.*another run_dir"):
+        run(folder, "normalizer=batch", "recipe.lr=0.2")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_not_a_number_stops_before_the_last_good_checkpoint_is_replaced(run, monkeypatch, tmp_path):
+    calls = iter(range(1, 1000))
+    original = ImageClassifier.training_step
+
+    def step(self, *arguments):
+        loss = original(self, *arguments)
+        if next(calls) == STEPS + 2:
+            self.train_sums[0] = float("nan")
+            self._watch(loss.detach() * float("nan"))
+        return loss
+
+    monkeypatch.setattr(ImageClassifier, "training_step", step)
+    with pytest.raises(RunError, match=r"loss became NaN or infinite at step 6 \(epoch 2, learning rate .*recipe.lr"):
+        run(tmp_path, "normalizer=batch", "trainer.log_every_n_steps=3")
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["position"] == {"epoch": 1, "step": 0, "global_step": 4}
+
+
+def test_infinite_weights_are_not_saved_either(run, monkeypatch, tmp_path):
+    original = ImageClassifier.on_train_epoch_end
+
+    def poison(self):
+        original(self)
+        if self.current_epoch == 1:
+            self.network.fc.weight.data[0, 0] = float("inf")
+
+    monkeypatch.setattr(ImageClassifier, "on_train_epoch_end", poison)
+    with pytest.raises(RunError, match="a weight or statistic of the network became NaN or infinite"):
+        run(tmp_path, "normalizer=batch")
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["position"]["epoch"] == 1
+
+
+def test_disk_full_leaves_the_last_good_checkpoint(undisturbed, run, monkeypatch, tmp_path):
+    calls = iter(range(1, 1000))
+
+    def save(state, file, _save=checkpoint.torch.save):
+        _save(state, file)
+        if next(calls) > 3:  # best and last of the first epoch, best of the second
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "save", save)
+        with pytest.raises(RunError, match=r"could not be saved .*No space left on device.*Free some space"):
+            run(tmp_path, "normalizer=batch")
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+    run(tmp_path, "normalizer=batch")
+    assert outcome(tmp_path) == outcome(undisturbed("batch"))

@@ -1,0 +1,81 @@
+"""The run folder's records, its lock, and what may change from one start to the next."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from onlinenorm.training.errors import ConfigError, RunError
+from onlinenorm.training.run_folder import RunFolder, changed_keys, environment, git_state, write_atomically
+
+CONFIG = {"recipe": {"lr": 0.1}, "trainer": {"devices": 1, "precision": "32-true"}, "logger": {"_target_": "x"}}
+
+
+def test_changed_keys_names_what_counts():
+    new = {"recipe": {"lr": 0.2}, "trainer": {"devices": 8, "precision": "bf16-mixed"}, "logger": {}, "seed": 1}
+    assert changed_keys(CONFIG, new) == [
+        "recipe.lr: 0.1 -> 0.2",
+        "seed: absent -> 1",
+        "trainer.precision: 32-true -> bf16-mixed",
+    ]
+    assert changed_keys({"data": {"root": "a", "roots": "a"}}, {"data": {"root": "b", "roots": "b"}}) == [
+        "data.roots: a -> b"
+    ]
+
+
+def test_a_changed_configuration_is_refused_only_where_there_is_progress(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.record_start(CONFIG, 1, None)
+    changed = {**CONFIG, "recipe": {"lr": 0.2}}
+    folder.check_config(changed)
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "last.ckpt").write_bytes(b"x")
+    folder.check_config({**CONFIG, "trainer": {"devices": 4, "precision": "32-true"}})
+    with pytest.raises(ConfigError, match=r"(?s)another configuration:\n  recipe.lr: 0.1 -> 0.2\n.*run_dir=.*delete"):
+        folder.check_config(changed)
+
+
+def test_two_runs_at_once_are_refused_and_a_dead_one_leaves_no_lock(tmp_path):
+    hold = (
+        "import fcntl, sys\n"
+        f"file = open({str(tmp_path / '.lock')!r}, 'a+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(RunError, match="another run is writing to this folder"), RunFolder(tmp_path).held():
+            pass
+        other.kill()
+        other.wait()
+    with RunFolder(tmp_path).held():
+        pass
+
+
+def test_starts_are_counted(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.record_start(CONFIG, 1, None) == 0
+    assert folder.record_start(CONFIG, 2, {"epoch": 1, "step": 0, "global_step": 9}) == 1
+    written = json.loads((tmp_path / "environment.json").read_text())
+    assert written["world_size"] == 2 and [start["world_size"] for start in written["starts"]] == [1, 2]
+    assert folder.record_start(CONFIG, 1, None) == 0, "a run that starts over has not been resumed"
+
+
+def test_environment_says_what_a_table_needs(tmp_path):
+    found = environment(3)
+    assert found["world_size"] == 3 and found["hardware"] and found["command"]
+    assert found["versions"]["torch"] and found["versions"]["pytorch-lightning"]
+    assert git_state(tmp_path) == {"commit": "unknown", "dirty": None}
+
+
+def test_write_atomically_replaces_or_leaves(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.csv"
+    write_atomically(path, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onlinenorm.training.run_folder.os.fsync", full)
+    with pytest.raises(RunError, match="could not be written"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]

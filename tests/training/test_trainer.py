@@ -1,0 +1,94 @@
+"""What "auto" stands for, what a machine lacks, and the callbacks of a run."""
+
+import math
+
+import pytest
+import torch
+
+from onlinenorm.training.epoch_log import COLUMNS, EpochLog, to_csv
+from onlinenorm.training.errors import ConfigError
+from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.launch import is_leader
+from onlinenorm.training.progress import clock, epoch_line
+from onlinenorm.training.trainer import build_trainer, resolve
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    def pretend(count, bf16=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+
+    return pretend
+
+
+def test_auto_follows_the_machine(gpus):
+    gpus(0)
+    found = resolve({"accelerator": "auto", "precision": "auto"})
+    assert (found["accelerator"], found["precision"], found["strategy"]) == ("cpu", "32-true", "auto")
+    gpus(4)
+    found = resolve({"accelerator": "auto", "precision": "auto", "devices": "auto"})
+    assert (found["accelerator"], found["precision"], found["devices"], found["strategy"]) == (
+        "gpu",
+        "bf16-mixed",
+        4,
+        "ddp",
+    )
+    gpus(1, bf16=False)
+    assert resolve({"accelerator": "gpu", "precision": "auto"})["precision"] == "32-true"
+
+
+def test_what_is_not_there_is_said(gpus):
+    gpus(0)
+    with pytest.raises(ConfigError, match=r"trainer.accelerator: a GPU is asked for .* trainer=cpu"):
+        resolve({"accelerator": "gpu"})
+    gpus(2)
+    with pytest.raises(ConfigError, match=r"trainer.devices: 3 asked for, this machine has 2 GPU"):
+        resolve({"accelerator": "gpu", "devices": 3})
+    with pytest.raises(ConfigError, match=r"trainer.devices: 0 is not a whole number of at least 1"):
+        resolve({"accelerator": "cpu", "devices": 0})
+
+
+@pytest.mark.parametrize(
+    "key", ["num_nodes", "accumulate_grad_batches", "log_every_n_steps", "checkpoint_every_n_steps"]
+)
+def test_counts_start_at_one(tmp_path, key):
+    with pytest.raises(ValueError, match=f"^{key}: 0 must be at least 1"):
+        build_trainer(1, tmp_path, EpochLog(tmp_path / "metrics.csv"), StopSignals(), [], **{key: 0})
+
+
+def test_leader(monkeypatch):
+    for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert is_leader()
+    monkeypatch.setenv("RANK", "0")
+    assert is_leader()
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert not is_leader()
+
+
+def row(epoch, rate):
+    return {key: 0.5 for key in COLUMNS} | {"epoch": epoch, "images_per_second": rate}
+
+
+def test_rows_keep_full_precision():
+    value = math.pi / 7
+    line = to_csv([row(1, 10) | {"val_loss": value}]).splitlines()[1]
+    assert float(line.split(",")[COLUMNS.index("val_loss")]) == value
+
+
+def test_rate_leaves_out_the_first_epoch(tmp_path):
+    log = EpochLog(tmp_path / "metrics.csv")
+    assert log.images_per_second == 0
+    log.rows = [row(1, 10)]
+    assert log.images_per_second == 10
+    log.rows += [row(2, 100), row(3, 300)]
+    assert log.images_per_second == pytest.approx(2 / (1 / 100 + 1 / 300)), "images over seconds, not a mean of rates"
+
+
+def test_lines_for_people():
+    assert [clock(s) for s in (-1, 9, 75, 3675)] == ["0:00", "0:09", "1:15", "1:01:15"]
+    line = epoch_line(row(2, 1234.5), 10, 75.0)
+    assert line.startswith("epoch 2/10  train loss 0.500  top-1 50.0%") and "1,234 images/s  1:15 left" in line
