@@ -58,12 +58,15 @@ class Kernel:
 
     def __init__(self, code: bytes, name: str):
         torch.cuda.current_stream()  # a context must exist
-        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._module, self._function, self._shared_memory = ctypes.c_void_p(), ctypes.c_void_p(), 0
         _check_driver(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
         _check_driver(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
 
     def allow_shared_memory(self, size: int) -> None:
-        _check_driver(_driver().cuFuncSetAttribute(self._function, SHARED_MEMORY_LIMIT, size))
+        """Raise the limit of a launch's dynamic shared memory to ``size`` bytes at least."""
+        if size > self._shared_memory:
+            _check_driver(_driver().cuFuncSetAttribute(self._function, SHARED_MEMORY_LIMIT, size))
+            self._shared_memory = size
 
     def blocks_per_multiprocessor(self, threads: int, shared_memory: int) -> int:
         blocks = ctypes.c_int()

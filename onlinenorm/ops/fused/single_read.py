@@ -11,8 +11,7 @@ from torch import Tensor
 from onlinenorm.ops.fused.driver import Kernel, compile_source
 from onlinenorm.ops.spec import NormSpec
 
-THREADS, WIDTH, LANES, MAX_SEGMENTS = 256, 64, 8, 4
-ROW_LANES = THREADS // LANES
+WIDTH, LANES, CHUNK = 64, 8, 16  # as in common.cu
 SOURCES = Path(__file__).parent / "cuda"
 
 POINTERS = (
@@ -35,16 +34,30 @@ class Params(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Tuning:
-    """Rows a thread holds of a tile, tiles a block keeps in shared memory, blocks a multiprocessor is compiled for."""
+    """How a kernel is compiled: threads a block, rows a thread holds of a tile, tiles between reducing and writing one,
+    tiles copied ahead (0 or 1), blocks a multiprocessor."""
 
+    threads: int
     rows: int
-    stages: int
+    lag: int
+    ahead: int
     blocks: int
 
+    @property
+    def stages(self) -> int:
+        return self.lag + 1 + self.ahead
 
-FORWARD = Tuning(rows=7, stages=3, blocks=2)
-BACKWARD = Tuning(rows=4, stages=3, blocks=2)
-BACKWARD_EXTRA = Tuning(rows=4, stages=2, blocks=2)
+    @property
+    def defines(self) -> dict[str, int]:
+        names = "THREADS", "ROWS", "LAG", "AHEAD", "BLOCKS"
+        return dict(zip(names, (self.threads, self.rows, self.lag, self.ahead, self.blocks), strict=True))
+
+
+# Measured on an H100 over the norm sites of ResNet-50 (results/kernels_tuning.json).
+FORWARD = Tuning(512, rows=7, lag=1, ahead=1, blocks=1)
+FORWARD_RESIDUAL = Tuning(256, rows=7, lag=1, ahead=0, blocks=2)
+BACKWARD = Tuning(512, rows=4, lag=1, ahead=1, blocks=1)
+BACKWARD_RESIDUAL = Tuning(512, rows=4, lag=1, ahead=0, blocks=1)
 
 
 @dataclass(frozen=True)
@@ -56,13 +69,15 @@ class Tiling:
     segments: int
 
     @classmethod
-    def of(cls, pixels: int, rows: int) -> "Tiling":
-        segments = MAX_SEGMENTS
-        while segments > 1 and pixels > rows * (ROW_LANES // segments):
+    def of(cls, pixels: int, tuning: Tuning, most_rows: int) -> "Tiling":
+        """Tiles of equal size, of at most ``most_rows`` and of what the threads can hold."""
+        row_lanes = tuning.threads // LANES
+        segments = tuning.threads // WIDTH
+        while segments > 1 and (pixels > tuning.rows * (row_lanes // segments) or pixels * segments > most_rows):
             segments //= 2
         if segments > 1:
             return cls(pixels, 1, segments)
-        tiles = -(-pixels // (rows * ROW_LANES))
+        tiles = -(-pixels // min(tuning.rows * row_lanes, most_rows))
         tile_rows = -(-pixels // tiles)
         return cls(tile_rows, -(-pixels // tile_rows), 1)
 
@@ -83,27 +98,28 @@ def _kernel(device: int, direction: str, defines: tuple[str, ...]) -> Kernel:
 
 @functools.cache
 def _prepared(
-    device: int, direction: str, flags: tuple[tuple[str, int], ...], tuning: Tuning, tiling: Tiling
-) -> tuple[Kernel, int, int]:
-    """Compiled kernel, its shared memory in bytes, and the blocks that fill the device."""
-    values = dict(flags) | {"STAGES": tuning.stages, "ROWS": tuning.rows, "BLOCKS": tuning.blocks}
+    device: int, direction: str, flags: tuple[tuple[str, int], ...], tuning: Tuning, pixels: int
+) -> tuple[Kernel, Tiling, int, int]:
+    """Compiled kernel, cut into tiles, shared memory in bytes, and the blocks that fill the device."""
+    values = {**dict(flags), **tuning.defines}
     kernel = _kernel(device, direction, tuple(f"-D{name}={int(value)}" for name, value in values.items()))
-    row = 2 * WIDTH
-    if direction == "backward":
-        row = row * (2 + values["EXTRA"]) + 8 * (values["RELU"] and values["RESIDUAL"])
-    stage = -(-tiling.stage_rows * row // 16) * 16
-    shared = tuning.stages * stage + SCRATCH[direction]
+    segments, warps = tuning.threads // WIDTH, tuning.threads // 32
+    if direction == "forward":
+        row = 2 * WIDTH * (1 + values["RESIDUAL"])
+        tables = 8 * CHUNK + 2 * 4 * segments
+    else:
+        row = 2 * WIDTH * (2 + values["EXTRA"]) + 8 * (values["RELU"] and values["RESIDUAL"])
+        tables = 5 * 4 * CHUNK + 4 * 4 * segments
+    scratch = WIDTH * (8 * warps + tables) + 64
+    properties = torch.cuda.get_device_properties(device)
+    space = min(
+        properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor // tuning.blocks - 1024
+    )
+    tiling = Tiling.of(pixels, tuning, (space - scratch) // tuning.stages // row - 1)
+    shared = tuning.stages * (-(-tiling.stage_rows * row // 16) * 16) + scratch
     kernel.allow_shared_memory(shared)
-    resident = kernel.blocks_per_multiprocessor(THREADS, shared)
-    return kernel, shared, resident * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-CHUNK = 16
-# Bytes of struct Scratch, rounded up.
-SCRATCH = {
-    "forward": WIDTH * (8 * 8 + 8 * CHUNK + 2 * 4 * MAX_SEGMENTS) + 64,
-    "backward": WIDTH * (8 * 8 + 5 * 4 * CHUNK + 4 * 4 * MAX_SEGMENTS) + 64,
-}
+    resident = kernel.blocks_per_multiprocessor(tuning.threads, shared)
+    return kernel, tiling, shared, resident * properties.multi_processor_count
 
 
 def suits(x: Tensor, spec: NormSpec) -> bool:
@@ -124,16 +140,15 @@ def _is_hopper(device: int) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _launch(direction: str, x: Tensor, flags: dict[str, bool], tuning: Tuning, spec: NormSpec, **tensors) -> None:
-    samples, channels, height, width = x.shape
+def _launch(direction: str, shaped: Tensor, flags: dict[str, bool], tuning: Tuning, spec: NormSpec, **tensors) -> None:
+    samples, channels, height, width = shaped.shape
     pixels, columns = height * width, channels // WIDTH
-    tiling = Tiling.of(pixels, tuning.rows)
-    flags = {"HALF": x.dtype == torch.float16, "CLAMP": spec.error_compensation == "clamp", **flags}
-    kernel, shared, capacity = _prepared(x.device.index, direction, tuple(flags.items()), tuning, tiling)
+    flags = {"HALF": shaped.dtype == torch.float16, "CLAMP": spec.error_compensation == "clamp", **flags}
+    kernel, tiling, shared, capacity = _prepared(shaped.device.index, direction, tuple(flags.items()), tuning, pixels)
     # Messages between blocks and tickets, empty at first: all bits set.
     messages = samples * channels
     slots = messages * tiling.tiles if tiling.tiles > 1 else 0
-    workspace = torch.empty(2 * (messages + slots) + columns, dtype=torch.int32, device=x.device).fill_(-1)
+    workspace = torch.empty(2 * (messages + slots) + columns, dtype=torch.int32, device=shaped.device).fill_(-1)
     address = workspace.data_ptr()
     params = Params(
         published=address,
@@ -151,7 +166,7 @@ def _launch(direction: str, x: Tensor, flags: dict[str, bool], tuning: Tuning, s
         **tensors,
     )
     per_column = max(1, min(capacity // columns, tiling.items(samples)))
-    kernel.launch(per_column * columns, THREADS, shared, params)
+    kernel.launch(per_column * columns, tuning.threads, shared, params)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -184,7 +199,8 @@ def forward(
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None
     weight, bias = _parameter(weight), _parameter(bias)
     _launch(
-        "forward", x, {"RELU": relu, "RESIDUAL": residual is not None}, FORWARD, spec,
+        "forward", x, {"RELU": relu, "RESIDUAL": residual is not None},
+        FORWARD if residual is None else FORWARD_RESIDUAL, spec,
         x=_address(x), residual=_address(residual), out=_address(y), mask=_address(mask), weight=_address(weight),
         bias=_address(bias), first=_address(running_mean), second=_address(running_var), moments=_address(tables[0]),
         state=_address(tables[1]), alpha=spec.alpha_fwd, rest=1 - spec.alpha_fwd,
@@ -208,11 +224,11 @@ def backward(
     """Gradients of x, residual (where its ReLU left a mask), weight and bias; moves u and v."""
     grad_x = torch.empty_like(x)
     grad_residual = None if mask is None else torch.empty_like(x)
-    grad_weight, grad_bias = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
+    grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     weight, bias = _parameter(weight), _parameter(bias)
     _launch(
         "backward", x, {"RELU": relu, "RESIDUAL": mask is not None, "EXTRA": extra is not None},
-        BACKWARD if extra is None else BACKWARD_EXTRA, spec,
+        BACKWARD if mask is None and extra is None else BACKWARD_RESIDUAL, spec,
         x=_address(x), grad=_address(grad), extra=_address(extra), out=_address(grad_x),
         out_residual=_address(grad_residual), mask=_address(mask), weight=_address(weight), bias=_address(bias),
         first=_address(control_u), second=_address(control_v), moments=_address(tables[0]), state=_address(tables[1]),

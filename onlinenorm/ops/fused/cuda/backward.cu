@@ -29,8 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
     s.gain[0][at.c] = u, s.slope[0][at.c] = v;
 
     // (Y, Q, 1 / s, G, GY) of a sample from its tables and its sums of g and g (x - m).
-    auto row_of = [&](int n, float2 sums, float (&row)[5]) {
-        const float2 moment = p.moments[(long long)n * p.channels + channel], state = p.state[(long long)n * p.channels + channel];
+    auto row_of = [&](float2 moment, float2 state, float2 sums, float (&row)[5]) {
         row[2] = rsqrtf(state.y + p.eps);
         row[0] = (moment.x - state.x) * row[2];
         row[1] = moment.y * row[2] * row[2] + row[0] * row[0];
@@ -61,19 +60,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
         }
     };
 
-    auto reduce_tile = [&](const Item& item, int stage) {
-        const int rows = item.rows_of(at.segment), pitch = p.channels / 8;
+    float m[8], scale[8];  // of the tile to reduce: w = (x - m) scale + bias
+    auto prepare = [&](const Item& item) {
         const int n = min(item.sample + at.segment, p.samples - 1);
-        const float4* states = reinterpret_cast<const float4*>(p.state + (long long)n * p.channels + at.channel_block * WIDTH + at.lane * 8);
-        float m[8], scale[8];
+        const float2* states = p.state + (long long)n * p.channels + at.channel_block * WIDTH + at.lane * 8;
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const float4 two = states[k];
+            const float4 two = reinterpret_cast<const float4*>(states)[k];
             m[2 * k] = two.x, scale[2 * k] = weight8[2 * k] * rsqrtf(two.y + p.eps);
             m[2 * k + 1] = two.z, scale[2 * k + 1] = weight8[2 * k + 1] * rsqrtf(two.w + p.eps);
         }
-        wait_for_oldest();
-        __syncthreads();
+    };
+
+    auto reduce_tile = [&](const Item& item, int stage) {
+        const int rows = item.rows_of(at.segment), pitch = p.channels / 8;
         uint4* start = memory + stage * stage_size;
         uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
         const unsigned char* bits = reinterpret_cast<const unsigned char*>(start + TENSORS * tile_size) + at.segment * p.pixels * 8 + at.lane;
@@ -130,26 +130,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
         }
     };
 
+    // Ask for the sums of the next samples up to `last`, which may not be there yet, and read their tables.
+    u64 words[WORDS];
+    float2 moments[WORDS], states[WORDS], own;
+    const int mine = threadIdx.x / WIDTH;
+    auto ask = [&](int last) {
+#pragma unroll
+        for (int j = 0; j < WORDS; j++) {
+            const int n = position + mine + SEGMENTS * j;
+            const long long index = (long long)n * p.channels + channel;
+            words[j] = n < last ? peek(p.published + index) : 0;
+            if (n < last) moments[j] = p.moments[index], states[j] = p.state[index];
+        }
+    };
+    auto glance = [&](const Item& item) {
+        if (mine < item.count) own = p.state[(long long)(item.sample + mine) * p.channels + channel];
+        ask(item.sample + item.count - 1);
+    };
+
     // Bring the recurrence to `last`, leaving the coefficients of samples first..last in shared memory.
     auto advance = [&](int first, int last) {
-        const int mine = threadIdx.x / WIDTH;
-        if (mine <= last - first) {
-            const float2 state = p.state[(long long)(first + mine) * p.channels + channel];
-            s.mean[mine][at.c] = state.x;
-            s.gain[mine][at.c] = rsqrtf(state.y + p.eps);
-        }
-        do {
+        if (mine <= last - first) s.mean[mine][at.c] = own.x, s.gain[mine][at.c] = rsqrtf(own.y + p.eps);
+        while (true) {
             const int batch = min(CHUNK, last - position);
-            const u64* from = p.published + (long long)position * p.channels + channel;
-            u64 words[CHUNK / 4];
 #pragma unroll
-            for (int j = 0; j < CHUNK / 4; j++) words[j] = mine + 4 * j < batch ? peek(from + (long long)(mine + 4 * j) * p.channels) : 0;
-#pragma unroll
-            for (int j = 0; j < CHUNK / 4; j++) {
-                const int k = mine + 4 * j;
+            for (int j = 0; j < WORDS; j++) {
+                const int k = mine + SEGMENTS * j;
                 if (k < batch) {
                     float row[5];
-                    row_of(position + k, wait_for(from + (long long)k * p.channels, words[j]), row);
+                    row_of(moments[j], states[j], wait_for(p.published + (long long)(position + k) * p.channels + channel, words[j]), row);
 #pragma unroll
                     for (int i = 0; i < 5; i++) s.table[i][k][at.c] = row[i];
                 }
@@ -168,8 +177,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
                 }
             }
             position += batch;
+            if (position < last) ask(last);
             __syncthreads();
-        } while (position < last);
+            if (position >= last) break;
+        }
     };
 
     auto write_tile = [&](const Item& item, int stage) {
@@ -179,11 +190,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
         const int last = item.sample + item.count - 1;
         advance(item.sample, last);
         closing |= last == p.samples - 1 && item.tile == 0;
-        float gain[8], slope[8], constant[8], m[8];
+        float gain[8], slope[8], constant[8], centre[8];
         load8(s.gain[at.segment] + at.lane * 8, gain);
         load8(s.slope[at.segment] + at.lane * 8, slope);
         load8(s.constant[at.segment] + at.lane * 8, constant);
-        load8(s.mean[at.segment] + at.lane * 8, m);
+        load8(s.mean[at.segment] + at.lane * 8, centre);
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const int row = at.row + i * at.step;
@@ -192,17 +203,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
                 unpack(tile[row * LANES], g);
                 unpack(tile[tile_size + row * LANES], x);
 #pragma unroll
-                for (int k = 0; k < 8; k++) g[k] = g[k] * gain[k] + ((x[k] - m[k]) * slope[k] + constant[k]);
+                for (int k = 0; k < 8; k++) g[k] = g[k] * gain[k] + ((x[k] - centre[k]) * slope[k] + constant[k]);
                 p.out[offset + (long long)row * pitch] = pack(g);
             }
         }
     };
 
-    pipeline(p, at, s.queue, fetch, reduce_tile, write_tile);
+    pipeline(p, at, s.queue, fetch, prepare, glance, reduce_tile, write_tile);
     if (closing && threadIdx.x < WIDTH) {
-        const u64* from = p.published + (long long)(p.samples - 1) * p.channels + channel;
+        const long long index = (long long)(p.samples - 1) * p.channels + channel;
         float row[5];
-        row_of(p.samples - 1, wait_for(from, peek(from)), row);
+        row_of(p.moments[index], p.state[index], wait_for(p.published + index, peek(p.published + index)), row);
         step(row[0], row[1], row[2], row[3], row[4]);
         p.first[channel] = u, p.second[channel] = v;
         p.grad_weight[channel] = grad_weight * p.pixels, p.grad_bias[channel] = grad_bias * p.pixels;

@@ -5,8 +5,9 @@
 // an item is a tile of rows: a part of one sample, or several whole samples (segments) where they are small. Items come
 // in sample order from a ticket counter, so an item waits only for items that running blocks already hold: no deadlock,
 // whatever else occupies the GPU.
-// Pipeline. A block prefetches tiles with cp.async; it reduces tile i and publishes the sums, then advances the
-// recurrence to tile i - 1 and writes that one: the answer of other blocks has a tile's time to arrive.
+// Pipeline. A block copies tiles into shared memory with cp.async, AHEAD (0 or 1) tiles early; it reduces tile i and
+// publishes the sums, then advances the recurrence to tile i - LAG and writes that one: the sums of other blocks have LAG
+// tiles' time to arrive. A block takes its tickets one a tile: several at once would make the others wait for it in turn.
 // Messages. A published pair of floats is one 8-byte relaxed store over memory filled with EMPTY, so the value is its own
 // flag. Sums of a sample's tiles sit in slots, which the holder of the sample's last tile adds in order; every block
 // advances its own copy of the recurrence over all samples. Fixed orders throughout: equal input gives equal bits.
@@ -14,7 +15,9 @@
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, WIDTH = 64, LANES = WIDTH / 8, SEGMENTS = 4, CHUNK = 16;
+constexpr int WARPS = THREADS / 32, WIDTH = 64, LANES = WIDTH / 8, SEGMENTS = THREADS / WIDTH, CHUNK = 16;
+constexpr int STAGES = LAG + 1 + AHEAD;
+constexpr int WORDS = CHUNK / SEGMENTS;  // messages a thread collects of a chunk of samples
 constexpr u64 EMPTY = ~0ull;
 
 struct Params {
@@ -161,12 +164,12 @@ __device__ __forceinline__ void reduce(float (&a)[8], float (&b)[8], float2 (*wa
     __syncthreads();
 }
 
-// The holder of a sample's last tile adds the slots in order, four quarters side by side, and publishes the total.
+// The holder of a sample's last tile adds the slots in order, in parts side by side, and publishes the total.
 // combine(accumulator, slot value, tile) folds one slot in; centre is slot 0.
 template <class Combine>
-__device__ __forceinline__ float2 merge_slots(const Params& p, const u64* slots, float2 (*quarters)[WIDTH], float& centre, Combine combine) {
-    const int c = threadIdx.x % WIDTH, quarter = threadIdx.x / WIDTH;
-    const int share = (p.tiles + 3) / 4, begin = quarter * share, end = min(p.tiles, begin + share);
+__device__ __forceinline__ float2 merge_slots(const Params& p, const u64* slots, float2 (*parts)[WIDTH], float& centre, Combine combine) {
+    const int c = threadIdx.x % WIDTH, part = threadIdx.x / WIDTH;
+    const int share = (p.tiles + SEGMENTS - 1) / SEGMENTS, begin = part * share, end = min(p.tiles, begin + share);
     centre = finite(wait_for(slots + c, peek(slots + c)).x);
     float2 sum = make_float2(0.f, 0.f);
     for (int t = begin; t < end; t += 8) {
@@ -178,47 +181,44 @@ __device__ __forceinline__ float2 merge_slots(const Params& p, const u64* slots,
             if (t + j < end) combine(sum, wait_for(slots + (t + j) * WIDTH + c, words[j]), t + j);
     }
     __syncthreads();
-    quarters[quarter][c] = sum;
+    parts[part][c] = sum;
     __syncthreads();
-    sum = quarters[0][c];
-    for (int q = 1; q < 4; q++) sum.x += quarters[q][c].x, sum.y += quarters[q][c].y;
+    sum = parts[0][c];
+    for (int q = 1; q < SEGMENTS; q++) sum.x += parts[q][c].x, sum.y += parts[q][c].y;
     return sum;
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Wait until the oldest of the STAGES - 1 tiles under way has landed.
-__device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory"); }
-
-// Run `reduce_tile(item, stage)` on every item of this block and `write_tile(item, stage)` on the one before it.
-template <class Fetch, class Reduce, class Write>
-__device__ __forceinline__ void pipeline(const Params& p, const Place& at, int* queue, Fetch fetch, Reduce reduce_tile, Write write_tile) {
+// Run `reduce_tile(item, stage)` on every item of this block, and LAG items later `write_tile(item, stage)`. `prepare` and
+// `glance` may ask global memory for what the two will need.
+template <class Fetch, class Prepare, class Glance, class Reduce, class Write>
+__device__ __forceinline__ void pipeline(
+    const Params& p, const Place& at, int* queue, Fetch fetch, Prepare prepare, Glance glance, Reduce reduce_tile,
+    Write write_tile) {
     const int items = item_count(p);
     int* tickets = p.tickets + at.channel_block;
-    if (threadIdx.x == 0)
-        for (int i = 0; i < STAGES - 1; i++) queue[i] = atomicAdd(tickets, 1) + 1;
+    if (threadIdx.x == 0) queue[0] = atomicAdd(tickets, 1) + 1;
     __syncthreads();
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (queue[i] < items) fetch(Item(p, queue[i]), i);
-        commit_copies();
-    }
-    int previous = -1;
-    for (int i = 0;; i++) {
-        const int current = queue[i % STAGES];
-        const bool more = current < items;
+    if (queue[0] < items) fetch(Item(p, queue[0]), 0);
+    int count = 0x7fffffff;  // of this block's items, once known
+    for (int i = 0; i - LAG < count; i++) {
+        const int now = i % STAGES, next = (i + 1) % STAGES, old = (i + STAGES - LAG) % STAGES;
+        if (i < count && queue[now] >= items) count = i;
+        const bool read = i < count, write = i >= LAG && i - LAG < count;
         int ticket = 0;
-        if (more) {
-            if (threadIdx.x == 0) ticket = atomicAdd(tickets, 1) + 1;
-            reduce_tile(Item(p, current), i % STAGES);
+        if (read && threadIdx.x == 0) ticket = atomicAdd(tickets, 1) + 1;
+        if (write) glance(Item(p, queue[old]));
+        if (read) {
+            prepare(Item(p, queue[now]));
+            if (AHEAD && threadIdx.x == 0) queue[next] = ticket;
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncthreads();
+            if (AHEAD && queue[next] < items) fetch(Item(p, queue[next]), next);
+            reduce_tile(Item(p, queue[now]), now);
         }
-        if (previous >= 0) write_tile(Item(p, previous), (i + STAGES - 1) % STAGES);
-        if (!more) return;
-        if (threadIdx.x == 0) queue[(i + STAGES - 1) % STAGES] = ticket;
+        if (write) write_tile(Item(p, queue[old]), old);
+        if (read && !AHEAD && threadIdx.x == 0) queue[next] = ticket;
         __syncthreads();
-        ticket = queue[(i + STAGES - 1) % STAGES];
-        if (ticket < items) fetch(Item(p, ticket), (i + STAGES - 1) % STAGES);
-        commit_copies();
-        previous = current;
+        if (read && !AHEAD && queue[next] < items) fetch(Item(p, queue[next]), next);
     }
 }
 

@@ -7,9 +7,11 @@ struct Scratch {
     int queue[STAGES];
 };
 
+constexpr int TENSORS = 1 + RESIDUAL;
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const Params p) {
     extern __shared__ uint4 memory[];
-    const int stage_size = stage_rows(p) * LANES;
+    const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size;
     Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size);
     const Place at(p);
     const int channel = at.channel_block * WIDTH + at.c;
@@ -33,11 +35,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
         mean += p.rest * d;
     };
 
-    auto fetch = [&](const Item& item, int stage) { fetch_tile(p, at, item, memory + stage * stage_size, p.x); };
+    auto fetch = [&](const Item& item, int stage) {
+        fetch_tile(p, at, item, memory + stage * stage_size, p.x);
+#if RESIDUAL
+        fetch_tile(p, at, item, memory + stage * stage_size + tile_size, p.residual);
+#endif
+    };
 
     auto reduce_tile = [&](const Item& item, int stage) {
-        wait_for_oldest();
-        __syncthreads();
         const uint4* start = memory + stage * stage_size;
         const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
         const int rows = item.rows_of(at.segment);
@@ -87,17 +92,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
         }
     };
 
+    // Ask for the moments of the next samples up to `last`; some may not be there yet.
+    u64 words[WORDS];
+    const int mine = threadIdx.x / WIDTH;
+    auto ask = [&](int last) {
+#pragma unroll
+        for (int j = 0; j < WORDS; j++) {
+            const int n = position + mine + SEGMENTS * j;
+            words[j] = n < last ? peek(p.published + (long long)n * p.channels + channel) : 0;
+        }
+    };
+    auto glance = [&](const Item& item) { ask(item.sample + item.count - 1); };
+
     // Bring the recurrence to `last`, leaving the normalisation of samples first..last in s.mean and s.scale.
     auto advance = [&](int first, int last, bool record) {
-        do {
-            const int batch = min(CHUNK, last - position), mine = threadIdx.x / WIDTH;
-            const u64* from = p.published + (long long)position * p.channels + channel;
-            u64 words[CHUNK / 4];
+        while (true) {
+            const int batch = min(CHUNK, last - position);
 #pragma unroll
-            for (int j = 0; j < CHUNK / 4; j++) words[j] = mine + 4 * j < batch ? peek(from + (long long)(mine + 4 * j) * p.channels) : 0;
-#pragma unroll
-            for (int j = 0; j < CHUNK / 4; j++)
-                if (mine + 4 * j < batch) s.table[mine + 4 * j][at.c] = wait_for(from + (long long)(mine + 4 * j) * p.channels, words[j]);
+            for (int j = 0; j < WORDS; j++) {
+                const int k = mine + SEGMENTS * j;
+                if (k < batch) s.table[k][at.c] = wait_for(p.published + (long long)(position + k) * p.channels + channel, words[j]);
+            }
             __syncthreads();
             if (threadIdx.x < WIDTH) {
                 for (int j = 0; j <= batch; j++) {
@@ -111,8 +126,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
                 }
             }
             position += batch;
+            if (position < last) ask(last);
             __syncthreads();
-        } while (position < last);
+            if (position >= last) break;
+        }
     };
 
     auto write_tile = [&](const Item& item, int stage) {
@@ -120,14 +137,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
         const int rows = item.rows_of(at.segment), pitch = p.channels / 8;
         const long long first_row = item.first_row + at.segment * p.pixels;
         const long long offset = first_row * pitch + at.channel_block * LANES + at.lane;
-#if RESIDUAL
-        uint4 residual[ROWS];  // under way while the recurrence advances
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const int row = at.row + i * at.step;
-            if (row < rows) residual[i] = p.residual[offset + (long long)row * pitch];
-        }
-#endif
         const int last = item.sample + item.count - 1;
         advance(item.sample, last, item.tile == 0);
         closing |= last == p.samples - 1 && item.tile == 0;
@@ -142,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
                 unpack(tile[row * LANES], z);
 #if RESIDUAL
                 float r[8];
-                unpack(residual[i], r);
+                unpack(tile[tile_size + row * LANES], r);
                 u32 bits = 0;
 #endif
 #pragma unroll
@@ -167,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
         }
     };
 
-    pipeline(p, at, s.queue, fetch, reduce_tile, write_tile);
+    pipeline(p, at, s.queue, fetch, [](const Item&) {}, glance, reduce_tile, write_tile);
     if (closing && threadIdx.x < WIDTH) {
         const u64* from = p.published + (long long)(p.samples - 1) * p.channels + channel;
         step(wait_for(from, peek(from)));
