@@ -116,8 +116,15 @@ def _stage(trained: Trained, form: Form, work: Path, keep_clamp: bool, alone: bo
         network = prepare(trained, form, keep_clamp and (alone or form.holds_guards))
         if keep_clamp and not alone and not form.holds_guards and trained.guard == "clamp":
             raise DeployError(f"--to {form.name}: holds no clamp, and --keep-clamp was asked for")
-        form.write(network, trained, work / file)
+        try:
+            form.write(network, trained, work / file)
+        except DeployError:
+            raise
+        except Exception as error:  # exporters and full disks raise almost anything
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise DeployError(f"--to {form.name}: could not be made ({type(error).__name__}: {reason})") from error
     except DeployError as error:
+        (work / file).unlink(missing_ok=True)
         if alone:
             raise
         return Row(form.name, reason=str(error).removeprefix(f"--to {form.name}: "))

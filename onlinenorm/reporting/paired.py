@@ -58,7 +58,7 @@ def read_predictions(run: Run, clamp: str = "with") -> Predictions:
     if not path.is_file():
         raise ReportError(f"{path}: missing; it is written at the end of a run")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ReportError(f"{path}: cannot be read ({error})") from error

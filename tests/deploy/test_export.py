@@ -1,0 +1,280 @@
+"""Exports compute what the trained network does, or are not there."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torchvision
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+from onlinenorm.deploy import FORMS, DeployError, load_folded, load_trained
+from onlinenorm.deploy.export import export
+from onlinenorm.deploy.forms import fold, prepare, stock_network, stock_state
+from onlinenorm.deploy.images import validation_batches
+from onlinenorm.deploy.verification import Agreement, latency_ms
+from onlinenorm.models import cifar_resnet8
+from onlinenorm.normalizers import OnlineNorm, remove_clamping
+
+
+@pytest.fixture(scope="session")
+def exported(clamp_run, script, tmp_path_factory):
+    """Folder with every form of the clamped network."""
+    folder = tmp_path_factory.mktemp("exports") / "new"
+    assert script("export")(clamp_run, "--to", "all", "--output", folder, "--latency", 3) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def truth(clamp_run):
+    """(validation images, logits of the network without clamp)."""
+    trained = load_trained(clamp_run)
+    images = torch.cat([images for images, _, _ in validation_batches(trained, None, torch.device("cpu"))])
+    assert remove_clamping(trained.network) == 9
+    return images, trained.network(images)
+
+
+def test_every_form_is_there_with_its_card_and_nothing_else(exported):
+    suffixes = {"torchvision": ".safetensors", "folded": ".safetensors", "onnx": ".onnx", "torchscript": ".torchscript",
+                "exported-program": ".pt2"}  # fmt: skip
+    files = {f"cifar_resnet8-{name}{suffix}" for name, suffix in suffixes.items()}
+    cards = {f"cifar_resnet8-{name}.md" for name in suffixes}
+    assert {path.name for path in exported.iterdir()} == files | cards | {"exports.json", "exports.md"}
+
+
+def check(logits, truth):
+    assert (logits - truth[1]).abs().max() < 1e-4
+    assert torch.equal(logits.argmax(1), truth[1].argmax(1))
+
+
+def test_torchvision_form_loads_strictly_into_the_batch_norm_twin(exported, truth):
+    twin = cifar_resnet8(nn.BatchNorm2d, in_channels=1).eval()
+    twin.load_state_dict(load_file(exported / "cifar_resnet8-torchvision.safetensors"), strict=True)
+    check(twin(truth[0]), truth)
+
+
+def test_folded_form_has_no_normalizers(exported, truth):
+    network = load_folded(exported / "cifar_resnet8-folded.safetensors")
+    assert not any(isinstance(m, nn.BatchNorm2d | OnlineNorm) for m in network.modules())
+    check(network(truth[0]), truth)
+
+
+def test_onnx_form_takes_batches_of_any_size(exported, truth):
+    path = exported / "cifar_resnet8-onnx.onnx"
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert model.opset_import[0].version >= 18
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for count in (1, 3, 60):
+        (logits,) = session.run(["logits"], {"images": truth[0][:count].numpy()})
+        np.testing.assert_allclose(logits, truth[1][:count].numpy(), atol=1e-4)
+
+
+def test_exported_program_takes_batches_of_any_size(exported, truth):
+    network = torch.export.load(exported / "cifar_resnet8-exported-program.pt2").module()
+    check(network(truth[0]), truth)
+    assert network(truth[0][:1]).shape == (1, 10)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_form(exported, truth):
+    check(torch.jit.load(exported / "cifar_resnet8-torchscript.torchscript")(truth[0]), truth)
+
+
+def test_card_says_what_it_is_and_how_it_was_made(exported, clamp_run):
+    card = (exported / "cifar_resnet8-torchvision.md").read_text()
+    results = json.loads((clamp_run / "results.json").read_text())
+    for part in (
+        f"{results['clamping']['with']['val_top1']:.2%}",
+        f"{results['clamping']['without']['val_loss']:.4f}",
+        results["dataset"]["fingerprint"],
+        results["parameters_sha256"],
+        "Removing the clamp changed",
+        "--to all",
+        "commit",
+        "MIT",
+        "Apache-2.0",
+        "mean [0.286]",
+        "cifar_resnet8(torch.nn.BatchNorm2d, shortcut='B', num_classes=10, in_channels=1)",
+    ):
+        assert part in card, part
+    assert "prefer exported-program" in (exported / "cifar_resnet8-torchscript.md").read_text()
+
+
+def test_table_has_sizes_latencies_and_agreement(exported):
+    facts = json.loads((exported / "exports.json").read_text())
+    assert [row["form"] for row in facts["rows"]] == list(FORMS)
+    for row in facts["rows"]:
+        assert row["max_logit_difference"] < 1e-4 and row["changed_predictions"] == 0 and row["images"] == 60
+        assert row["bytes"] == (exported / row["file"]).stat().st_size and row["milliseconds"] > 0
+    assert facts["clamp_removal"]["max_logit_difference"] > 1e-2  # the clamps of this network do act
+    assert facts["hardware"] and facts["made_with"]["commit"] and facts["source_milliseconds"] > 0
+
+
+def test_clamp_is_kept_where_asked_and_possible(clamp_run, tmp_path, script, capsys):
+    assert script("export")(clamp_run, "--to", "torchscript", "--output", tmp_path, "--keep-clamp") == 0
+    trained = load_trained(clamp_run)
+    images = torch.randn(3, 1, 28, 28)
+    network = FORMS["torchscript"].load(tmp_path / "cifar_resnet8-torchscript.torchscript", trained)
+    torch.testing.assert_close(network(images), trained.network(images), atol=1e-4, rtol=0)
+    assert "clamp: kept" in (tmp_path / "cifar_resnet8-torchscript.md").read_text()
+    capsys.readouterr()
+    assert script("export")(clamp_run, "--to", "folded", "--output", tmp_path / "new", "--keep-clamp") == 2
+    assert "holds no clamp" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("form", ["torchvision", "folded"])
+def test_layer_scaling_is_refused_with_the_reason(form, scaling_run, tmp_path, script, capsys):
+    assert script("export")(scaling_run, "--to", form, "--output", tmp_path / "new") == 2
+    error = capsys.readouterr().err
+    assert "all channels of a sample" in error and "onnx" in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_layer_scaling_is_held_by_the_other_forms(scaling_run, tmp_path):
+    trained = load_trained(scaling_run)
+    result = export(trained, ["torchvision", "exported-program"], tmp_path, "test", latency_runs=0)
+    refused, written = result.rows
+    assert refused.file == "" and "all channels" in refused.reason
+    assert written.agreement.within(1e-4) and result.removal is None
+    network = torch.export.load(tmp_path / written.file).module()
+    images = 3 * torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(network(images), trained.network(images), atol=1e-4, rtol=0)
+
+
+def test_batch_norm_networks_are_exported_too(batch_run, tmp_path):
+    result = export(load_trained(batch_run), ["torchvision", "folded"], tmp_path, "test", latency_runs=0)
+    assert all(row.agreement.within(1e-4) for row in result.rows)
+
+
+def test_normalizers_without_running_statistics_cannot_be_folded(train_run, tmp_path):
+    tiny = ("data=synthetic", "data.image_size=8", "data.num_train=8", "data.num_val=4", "recipe.batch_size=8")
+    common = ("experiment=quickstart", "recipe.epochs=1", "recipe.milestones=[]", "normalizer=group")
+    trained = load_trained(train_run("group", *common, *tiny))
+    for form in ("torchvision", "folded"):
+        with pytest.raises(DeployError, match="group_norm has no running statistics"):
+            export(trained, [form], tmp_path / "new", "test")
+    assert not (tmp_path / "new").exists()
+
+
+def test_resnet50_trained_a_few_steps_is_torchvisions(train_run, tmp_path):
+    shrink = ("data.image_size=32", "data.num_train=16", "data.num_val=8", "recipe.batch_size=8", "recipe.epochs=1")
+    run = train_run("resnet50", "experiment=table1", "data=synthetic", "trainer=cpu", "recipe.milestones=[]",
+                    "recipe.augmentation=none", *shrink)  # fmt: skip
+    trained = load_trained(run)
+    result = export(trained, ["torchvision"], tmp_path, "test", latency_runs=0)
+    assert result.rows[0].agreement.within(1e-4)
+    stock = torchvision.models.resnet50(num_classes=10)
+    stock.load_state_dict(load_file(tmp_path / "resnet50-torchvision.safetensors"), strict=True)
+    assert remove_clamping(trained.network) == 53
+    images = torch.cat([images for images, _, _ in validation_batches(trained, None, torch.device("cpu"))])
+    with torch.no_grad():
+        torch.testing.assert_close(stock.eval()(images), trained.network(images), atol=1e-4, rtol=0)
+    assert "torchvision.models.resnet50(num_classes=10)" in (tmp_path / "resnet50-torchvision.md").read_text()
+
+
+@pytest.mark.parametrize("by", [1e-3, float("nan")])
+def test_an_export_that_computes_something_else_is_not_written(by, clamp_run, tmp_path, script, capsys, monkeypatch):
+    right = FORMS["torchvision"]
+
+    def write(network, trained, path):
+        network.fc.bias += by
+        right.write(network, trained, path)
+
+    monkeypatch.setitem(FORMS, "torchvision", dataclasses.replace(right, write=write))
+    assert script("export")(clamp_run, "--to", "torchvision", "--output", tmp_path / "a" / "b") == 1
+    printed = capsys.readouterr()
+    assert "does not compute what the network does" in printed.err and printed.err.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_exporter_that_fails_is_named(clamp_run, tmp_path, script, capsys, monkeypatch):
+    def write(network, trained, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("no space\nleft on device")
+
+    monkeypatch.setitem(FORMS, "folded", dataclasses.replace(FORMS["folded"], write=write))
+    assert script("export")(clamp_run, "--to", "folded", "--output", tmp_path / "new") == 2
+    assert "--to folded: could not be made (RuntimeError: no space" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_refused_export_leaves_earlier_files_alone(clamp_run, tmp_path, script):
+    main = script("export")
+    assert main(clamp_run, "--to", "folded", "--output", tmp_path, "--latency", 0) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(clamp_run, "--to", "folded", "--output", tmp_path, "--tolerance", 0) == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--images", 0), "--images 0: must be at least 1"),
+        (("--tolerance", -1), "--tolerance -1.0: must be at least 0"),
+        (("--tolerance", "nan"), "--tolerance nan"),
+    ],
+)
+def test_wrong_arguments(arguments, words, clamp_run, tmp_path, script, capsys):
+    assert script("export")(clamp_run, "--to", "folded", "--output", tmp_path / "new", *arguments) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_output_that_is_a_file_and_missing_data(clamp_run, copied, tmp_path, script, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert script("export")(clamp_run, "--to", "folded", "--output", tmp_path / "file") == 2
+    assert "cannot be written to" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+    folder = copied(clamp_run)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"] |= {"_target_": "onlinenorm.data.ImageNet", "in_channels": 3, "root": "/nowhere"}
+    del config["data"]["embedded"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert script("export")(folder, "--to", "folded", "--output", tmp_path / "new") == 2
+    assert "/nowhere does not exist" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_state_takes_up_another_eps_and_missing_affine():
+    class Source:
+        network, num_classes, in_channels = cifar_resnet8(nn.BatchNorm2d), 10, 3
+
+        def build_network(self, normalizer):
+            return cifar_resnet8(normalizer)
+
+    network = cifar_resnet8(lambda c: nn.BatchNorm2d(c, eps=1e-2, affine=c != 16)).eval()
+    stock = stock_network(Source())
+    stock.load_state_dict(stock_state(network, stock), strict=True)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(stock.eval()(images), network(images))
+
+
+def test_folding_needs_a_convolution_before_each_norm():
+    with pytest.raises(DeployError, match="1 follows no convolution"):
+        fold(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)).eval())
+
+
+def test_preparing_leaves_the_source_alone(clamp_run):
+    trained = load_trained(clamp_run)
+    state = {key: value.clone() for key, value in trained.network.state_dict().items()}
+    for form in FORMS.values():
+        prepare(trained, form)
+    assert trained.guard == "clamp"
+    assert all(torch.equal(value, state[key]) for key, value in trained.network.state_dict().items())
+
+
+def test_agreement_keeps_what_is_not_a_number():
+    agreement, logits = Agreement(), torch.tensor([[1.0, 0.0]])
+    agreement.add(logits, logits * float("nan"), torch.tensor([0]))
+    agreement.add(logits, logits, torch.tensor([0]))
+    assert not agreement.within(1e9)
+    assert not Agreement().within(1.0)  # nothing was compared
+
+
+def test_latency_is_a_median_of_calls():
+    calls = []
+    assert latency_ms(lambda images: calls.append(images), torch.zeros(1), 8) >= 0
+    assert len(calls) == 10
