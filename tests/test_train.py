@@ -15,8 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from tests_training import ROOT, TINY, load_train_module, outcome
 
+from onlinenorm.data import DataError
 from onlinenorm.training.epoch_log import COLUMNS
-from onlinenorm.training.errors import ConfigError
+from onlinenorm.training.errors import ConfigError, Interrupted, RunError
 from onlinenorm.training.finish import parameters_sha256
 
 train = load_train_module()
@@ -58,17 +59,31 @@ def test_mistakes_get_one_message_that_names_the_key(override, message, tmp_path
     assert not list(tmp_path.iterdir()), "nothing is made for a run that cannot start"
 
 
-def test_the_message_is_all_there_is(tmp_path):
-    done = call(tmp_path, "recipe.epocs=3")
-    assert (done.returncode, done.stdout, done.stderr) == (
-        2,
-        "",
-        "recipe.epocs: no such key; did you mean recipe.epochs?\n",
-    )
+def test_missing_data_is_told_in_one_screen(tmp_path):
     done = call(tmp_path, "experiment=table1")
-    assert done.returncode != 0 and done.stderr.startswith("data.root: ")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("data.root: ") and "Then: python train.py experiment=table1 data.root=" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 24
-    assert "data.root=" in done.stderr, "says what to do"
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (ConfigError("recipe.epocs: no such key"), 2),
+        (RunError("disk full"), 1),
+        (DataError("root: nothing there"), 1),
+        (Interrupted("SIGTERM: saved", signal.SIGTERM), 143),
+        (torch.OutOfMemoryError("CUDA out of memory.\nlong"), 1),
+    ],
+)
+def test_deliberate_errors_are_the_message_alone_and_an_exit_code(error, code, capsys):
+    with pytest.raises(SystemExit) as left, train.told():
+        raise error
+    assert left.value.code == code
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith(str(error).splitlines()[0]) and "Traceback" not in told.err
+    with pytest.raises(KeyError), train.told():
+        raise KeyError("a bug keeps its traceback")
 
 
 def test_hydras_own_switches_work(tmp_path):
@@ -179,17 +194,3 @@ def test_kill_9_then_the_same_command(tmp_path, finished):
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "results.json").exists()
     assert train.train(train.load_config(arguments))["resumed"] == 1
     assert outcome(tmp_path) == outcome(undisturbed)
-
-
-def test_sigterm_exits_with_143(tmp_path):
-    arguments = [*TINY, "recipe.epochs=200", "recipe.milestones=[]", f"run_dir={tmp_path}"]
-    process = subprocess.Popen(
-        command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "metrics.csv").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 143 and told.startswith("SIGTERM: saved at") and len(told.splitlines()) == 1
