@@ -1,8 +1,8 @@
 """Images read in place from uncompressed tar files: shards of class folders, or ImageNet's official archives.
 
 A plain tar is the packed form here: any tool reads it, the JPEG bytes lie in it unchanged at an offset of their own,
-and once the offsets are known an image costs one read of one open file, which suits network filesystems. (HDF5 and Arrow
-would give the same through a library in every worker; a tar needs Python's own tarfile, and only to build the index.)
+and once the offsets are known an image costs one read of one open file, which suits network filesystems. (HDF5 and
+Arrow would give the same through a library in every worker; a tar needs Python's own tarfile, and only for the index.)
 """
 
 import contextlib

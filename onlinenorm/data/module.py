@@ -204,11 +204,10 @@ class ImageDataModule(pl.LightningDataModule):
         images, labels, indices, *colour = batch
         crops = images.shape[1] if images.dim() == 5 else None
         x_NCHW = images.flatten(0, 1) if crops else images
-        mean_C11, std_C11 = self._mean_std_on(images.device)
-        x_NCHW = x_NCHW.float().div_(255.0)
+        mean_C11, std_C11, scale_C11, shift_C11 = self._statistics_on(images.device)
         if colour:
-            x_NCHW = x_NCHW.add_(colour[0][:, :, None, None])
-        x_NCHW = x_NCHW.sub_(mean_C11).div_(std_C11)
+            shift_C11 = (colour[0][:, :, None, None] - mean_C11) / std_C11  # now of each image
+        x_NCHW = torch.addcmul(shift_C11, x_NCHW, scale_C11)  # (x / 255 + colour - mean) / std in one pass
         if x_NCHW.shape[-1] != self.image_size:
             x_NCHW = torch.nn.functional.interpolate(
                 x_NCHW, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
@@ -224,10 +223,11 @@ class ImageDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.unreadable = [str(path) for path in state_dict.get("unreadable", [])]
 
-    def _mean_std_on(self, device: torch.device) -> list[torch.Tensor]:
+    def _statistics_on(self, device: torch.device) -> list[torch.Tensor]:
         # kept on the device: a copy from the host at every batch would wait for the GPU
         if device not in self._statistics:
-            self._statistics[device] = [torch.tensor(values, device=device)[:, None, None] for values in self.mean_std]
+            mean_C11, std_C11 = (torch.tensor(values, device=device)[:, None, None] for values in self.mean_std)
+            self._statistics[device] = [mean_C11, std_C11, 1.0 / (255.0 * std_C11), -mean_C11 / std_C11]
         return self._statistics[device]
 
     def _process(self) -> tuple[int, int]:

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Memory of the loader's workers over epochs of an index as long as ImageNet's, and how fast a run starts with it.
+
+    scripts/loader_memory.py                 1,281,167 images, 3 epochs: some minutes on two cores
+
+The index is as long as ImageNet's, all of it leads to one tiny image, and of 64 images one is decoded, so that an epoch
+takes a minute and not an hour; sampling, index, reading and the workers are those of training. PSS counts shared pages
+by their share, USS only a worker's own, among them pages that its reference counts have copied.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # runs from a plain checkout too
+
+try:
+    import numpy as np
+    from PIL import Image
+
+    from onlinenorm.data import ImageNet, archives
+    from onlinenorm.data.datasets import FolderDataset
+    from onlinenorm.data.index import pack_names
+    from onlinenorm.data.index_cache import cached_arrays
+    from onlinenorm.training.run_folder import environment, hardware
+except ModuleNotFoundError:
+    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
+        raise
+    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+
+TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
+
+
+class Sparing(FolderDataset):
+    """A FolderDataset that reads every file and decodes one of 64."""
+
+    def decode(self, index: int, draws_K: np.ndarray) -> np.ndarray:
+        if index % 64 == 0:
+            return super().decode(index, draws_K)
+        assert self.index.read(index) and self.index.relative_path(index)
+        return np.zeros((1, self.crop_size, self.crop_size, 3), dtype=np.uint8)
+
+
+def long_index(root: Path, train: int, val: int, classes: int) -> Path:
+    """A folder of two shards of one image each, with a cached index that says they hold `train` and `val` images."""
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(content, "JPEG")
+    for split, count in (("train", train), ("val", val)):
+        shard = root.resolve() / f"{split}.tar"
+        with tarfile.open(shard, "w") as tar:
+            member = tarfile.TarInfo("n00000000/image.JPEG")
+            member.size = len(content.getvalue())
+            tar.addfile(member, io.BytesIO(content.getvalue()))
+        labels = np.sort(np.arange(count, dtype=np.int32) % classes)
+        arrays = {
+            **pack_names([f"n{label:08d}/n{label:08d}_{n}.JPEG" for n, label in enumerate(labels.tolist())]),
+            "labels": labels,
+            "sizes": np.full(count, len(content.getvalue())),
+            "places": np.zeros(count, dtype=np.int32),
+            "starts": np.full(count, 512),
+            "class_names": np.array([f"n{label:08d}" for label in range(classes)]),
+        }
+        cached_arrays(shard.parent, split, archives._key([shard]), lambda arrays=arrays: arrays)
+    return root
+
+
+def memory(pids: list[int]) -> dict[str, float]:
+    """PSS and USS of processes together, MiB."""
+    total = {"pss": 0.0, "uss": 0.0}
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            name, kilobytes = line.split(":")
+            if name == "Pss":
+                total["pss"] += int(kilobytes.split()[0]) / 1024
+            elif name.startswith("Private_") and name != "Private_Hugetlb":
+                total["uss"] += int(kilobytes.split()[0]) / 1024
+    return total
+
+
+def measure(root: Path, epochs: int, workers: int) -> dict:
+    """Seconds to the first batch, and the workers' memory early in the first epoch and at the end of each."""
+    start = time.perf_counter()
+    data = ImageNet(root=str(root), num_workers=workers, batch_size=1024, image_size=16, decoder="pillow",
+                    augmentation="random_resized_crop")  # fmt: skip
+    data.setup()
+    assert data.fingerprint
+    ready = time.perf_counter() - start
+    data._sets[0].__class__ = Sparing
+    loader = data.train_dataloader()
+    found: dict = {"start_up_seconds": round(ready, 2), "images": data.train_images, "workers": workers, "epochs": []}
+    for epoch in range(epochs):
+        loader.batch_sampler.set_epoch(epoch)
+        iterator = iter(loader)
+        for number, _ in enumerate(iterator):
+            if epoch == 0 and number == 0:
+                found["first_batch_seconds"] = round(time.perf_counter() - start, 2)
+            if epoch == 0 and number == 8 * workers:
+                found["early"] = memory([worker.pid for worker in iterator._workers])
+        found["epochs"].append(memory([worker.pid for worker in iterator._workers]))
+        print(json.dumps(found), flush=True)
+    found["growth"] = {key: round(found["epochs"][-1][key] / found["early"][key] - 1, 4) for key in ("pss", "uss")}
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=TRAIN)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "loader_memory.json")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(long_index(Path(folder), options.images, VAL, CLASSES), options.epochs, options.workers)
+    about = environment(world_size=1)
+    found = {"hardware": hardware(), **{key: about[key] for key in ("versions", "git", "command")}, **found}
+    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"start-up {found['start_up_seconds']} s; growth of PSS {found['growth']['pss']:.2%}, USS "
+          f"{found['growth']['uss']:.2%} over {options.epochs} epochs; written to {options.output}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent / "data"))
+
+from image_folders import write_tree
+
+TINY = ("recipe=cifar", "model=cifar_resnet8", "trainer=cpu", "normalizer=batch", "recipe.batch_size=8")
+SYNTHETIC = (*TINY, "data=synthetic", "data.num_train=64", "data.num_val=16", "data.image_size=16")
+
+
+@pytest.fixture(scope="session")
+def script(root):
+    spec = importlib.util.spec_from_file_location("check", root / "scripts" / "check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def findings(script, capsys, tmp_path):
+    def run(*overrides):
+        arguments = [f"run_dir={tmp_path / 'run'}", *map(str, overrides), "--seconds", "0.2", "--json"]
+        code = script.main(arguments)
+        told = json.loads(capsys.readouterr().out)
+        assert told["exit_code"] == code and told["ready"] == (code == 0)
+        return code, {finding["check"]: finding for finding in told["findings"]}
+
+    return run
+
+
+def test_a_run_that_would_train_is_ready(findings, tmp_path):
+    code, found = findings(*SYNTHETIC)
+    assert code == 0
+    assert list(found) == ["config", "data", "disk", "step", "speed", "time", "recipe"]
+    assert all(found[name]["status"] == "ok" for name in ("config", "data", "disk", "step"))
+    assert found["speed"]["bottleneck"] in ("loader", "network")
+    rates = found["speed"]["loader_images_per_second"], found["speed"]["network_images_per_second"]
+    assert found["speed"]["bottleneck"] == ("loader" if rates[0] < rates[1] else "network")
+    steps, validation = 64 / min(rates), 16 / found["speed"]["val_images_per_second"]
+    assert found["time"]["expected_seconds"] == pytest.approx(250 * (steps + validation))
+    assert not (tmp_path / "run").exists(), "nothing is written"
+
+
+def test_departures_from_the_published_recipe_are_listed(findings):
+    _, found = findings(*SYNTHETIC)
+    departures = {d["name"]: d for d in found["recipe"]["departures"]}
+    assert departures["epochs"] == {"name": "epochs", "published": 100, "actual": 250, "decisive": True}
+    assert found["recipe"]["status"] == "warning"
+
+
+def test_the_published_recipe_departs_in_nothing(script):
+    config = script.load_config(["experiment=table1", "trainer=cpu"])
+    assert [(d["status"], d["departures"]) for d in script.check_recipe(config)] == [("ok", [])]
+
+
+def test_a_time_limit_is_compared(findings):
+    _, found = findings(*SYNTHETIC, "--time-limit", "0:01")
+    assert found["time"]["status"] == "warning" and "has to be started" in found["time"]["text"]
+    _, found = findings(*SYNTHETIC, "--time-limit", "99-00")
+    assert found["time"]["status"] == "ok"
+
+
+def test_the_time_of_a_slurm_job_is_found(script, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(script.time.time()) + 3600))
+    assert 3590 < script.time_left() <= 3600
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert script.time_left() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("1:00:30", 3630), ("2-12", 216_000), ("1-00:01", 86_460), ("1-00:00:01", 86_401)],
+)
+def test_times_are_read_as_slurm_does(script, text, seconds):
+    assert script.parse_limit(text) == seconds
+
+
+def test_a_full_disk_fails(findings, script, monkeypatch):
+    usage = script.shutil.disk_usage("/")
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    code, found = findings(*SYNTHETIC)
+    assert code == 1 and found["disk"]["status"] == "FAIL" and "free some space" in found["disk"]["text"]
+
+
+def test_unreadable_images_are_found(findings, tmp_path):
+    tree = write_tree(tmp_path / "set")
+    (tree / "train" / "bee" / "1.JPEG").write_bytes(b"no image")
+    arguments = (*TINY, "data=imagenet", f"data.root={tree}", "data.image_size=16", "data.num_workers=0")
+    code, found = findings(*arguments)
+    assert code == 1 and found["data"]["status"] == "FAIL" and "train/bee/1.JPEG" in found["data"]["text"]
+    code, found = findings(*arguments, "data.on_unreadable=skip", "data.unreadable_limit=0.2")
+    assert code == 0 and found["data"]["status"] == "warning"
+
+
+def test_a_config_that_cannot_be_meant(script, capsys):
+    assert script.main(["recipe.epoch=3"]) == 2
+    assert "did you mean recipe.epochs" in capsys.readouterr().err
+
+
+def test_missing_data_fail(findings):
+    code, found = findings(*TINY, "data=imagenet", "data.root=/nowhere")
+    assert code == 1 and "does not exist" in found["data"]["text"]
+
+
+def test_too_little_memory_is_told(findings, script, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(script, "_timed", full)
+    monkeypatch.setattr(script, "_gpu_memory", lambda device: 80.0)
+    code, found = findings(*SYNTHETIC)
+    assert code == 1 and "does not fit" in found["step"]["text"] and "accumulate_grad_batches" in found["step"]["text"]
+    assert "speed" not in found
