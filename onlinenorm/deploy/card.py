@@ -3,7 +3,6 @@
 from onlinenorm.deploy.forms import Form
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.verification import Agreement
-from onlinenorm.deploy.weights import WEIGHTS
 from onlinenorm.models import CifarResNet
 
 TORCHSCRIPT = "TorchScript is deprecated by PyTorch and not supported from Python 3.14 on; prefer exported-program"
@@ -61,7 +60,7 @@ def render_card(
         builder = f"torchvision.models.{trained.model_name}(num_classes={trained.num_classes})"
     reader = (
         f'safetensors.torch.load_file("{file}")'
-        if WEIGHTS == ".safetensors"
+        if file.endswith(".safetensors")
         else f'torch.load("{file}", weights_only=True)'
     )
     usage = form.usage.format(file=file, builder=builder, reader=reader)

@@ -55,6 +55,14 @@ def test_the_first_layer_against_a_direct_computation(clamp_run):
     assert first.clamped_fraction == pytest.approx(float((w.abs() > 2).double().mean()), abs=1e-5)
 
 
+@pytest.mark.gpu
+def test_gpu_and_cpu_agree(clamp_run):
+    on_gpu, on_cpu = (audit(load_trained(clamp_run), [4.0], None, torch.device(d)) for d in ("cuda", "cpu"))
+    for a, b in zip(on_gpu.settings, on_cpu.settings, strict=True):
+        assert a.val_loss == pytest.approx(b.val_loss, rel=1e-2)
+        assert a.clamped_fraction == pytest.approx(b.clamped_fraction, rel=0.05, abs=1e-5)
+
+
 def test_network_is_left_as_it_was(clamp_run):
     trained = load_trained(clamp_run)
     images = torch.randn(2, 1, 28, 28)

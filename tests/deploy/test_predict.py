@@ -109,6 +109,18 @@ def test_folders_are_searched_below_in_order(tmp_path):
     assert find_images([tmp_path]) == [tmp_path / "a" / "c.png", tmp_path / "b.JPG"]
 
 
+@pytest.mark.gpu
+def test_gpu_and_cpu_agree(clamp_run, pictures):
+    found = {}
+    for device in ("cuda", "cpu"):
+        trained = load_trained(clamp_run)
+        files = find_images([pictures])
+        rows = predict(trained, files, trained.data.class_names, torch.device(device), top=10)
+        found[device] = [{label: share for label, _, share in row.classes} for row in rows]
+    for on_gpu, on_cpu in zip(found["cuda"], found["cpu"], strict=True):
+        assert on_gpu == pytest.approx(on_cpu, abs=1e-2)
+
+
 def test_script_as_a_program(clamp_run, pictures, root, tmp_path):
     command = [sys.executable, root / "scripts" / "predict.py", clamp_run, pictures / "0.png", "--top", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
