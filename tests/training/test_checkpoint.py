@@ -9,6 +9,7 @@ import torch
 
 from onlinenorm.training import checkpoint
 from onlinenorm.training.errors import RunError
+from onlinenorm.training.trainer import quiet_lightning
 
 
 def state(value):
@@ -93,7 +94,8 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
 
 
 def test_loop_state_has_every_counter_of_lightnings_loop():
-    fresh = pl.Trainer(logger=False, barebones=True).fit_loop.state_dict()
+    with quiet_lightning():
+        fresh = pl.Trainer(logger=False, barebones=True).fit_loop.state_dict()
     moved = checkpoint.loop_state(fresh, accumulate=2, steps=10, epoch=3, step=4, global_step=34)
     assert moved["epoch_progress"]["current"] == {"ready": 4, "completed": 3, "started": 4, "processed": 3}
     assert moved["epoch_loop.batch_progress"]["total"]["completed"] == 68

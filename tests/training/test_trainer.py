@@ -10,7 +10,7 @@ from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import is_leader
 from onlinenorm.training.progress import clock, epoch_line
-from onlinenorm.training.trainer import build_trainer, resolve
+from onlinenorm.training.trainer import build_trainer, quiet_lightning, resolve
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_what_is_not_there_is_said(gpus):
     "key", ["num_nodes", "accumulate_grad_batches", "log_every_n_steps", "checkpoint_every_n_steps"]
 )
 def test_counts_start_at_one(tmp_path, key):
-    with pytest.raises(ValueError, match=f"^{key}: 0 must be at least 1"):
+    with pytest.raises(ValueError, match=f"^{key}: 0 must be at least 1"), quiet_lightning():
         build_trainer(1, tmp_path, EpochLog(tmp_path / "metrics.csv"), StopSignals(), [], **{key: 0})
 
 
