@@ -19,10 +19,13 @@ def gather_samples(tables_KNC: Tensor, processes: int) -> Tensor:
 
 def own_samples(table_MC: Tensor, processes: int) -> Tensor:
     """This process's rows of a table over all samples."""
-    if processes == 1:
-        return table_MC
     samples = len(table_MC) // processes
-    return table_MC[dist.get_rank() * samples :][:samples]
+    return table_MC[first_own_sample(samples, processes) :][:samples]
+
+
+def first_own_sample(samples: int, processes: int) -> int:
+    """Where this process's ``samples`` begin among those of all."""
+    return dist.get_rank() * samples if processes > 1 else 0
 
 
 def average_over_processes(tensors: list[Tensor]) -> None:

@@ -308,10 +308,13 @@ def _gradient_row(
 def backward_scan_kernel(
     partial_ptr, moments_ptr, state_ptr, rzeta_ptr, kappa_ptr, weight_ptr, bias_ptr, u_ptr, v_ptr,
     control_ptr, grad_weight_ptr, grad_bias_ptr,
-    samples, channels, groups, group_size, splits, pixels, eps, alpha, k, scale,
+    samples, first_own, own, channels, groups, group_size, splits, pixels, eps, alpha, k, scale,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Run the controls over the samples; writes (B, D), the parameters' gradients, and moves u and v past the batch."""
+    """Run the controls over the samples; writes (B, D), the parameters' gradients, and moves u and v past the batch.
+
+    The parameters' gradients are sums over samples first_own ... first_own + own - 1, those of this process.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < channels
     lane = tl.arange(0, BLOCK_N)[:, None]
@@ -352,8 +355,9 @@ def backward_scan_kernel(
         tl.store(control_ptr + 2 * index, slope, mask=live)
         tl.store(control_ptr + 2 * (index + channels) + 1, -k * after / scale, mask=live & (n + 1 < samples))
         tl.store(control_ptr + 2 * index + 1, -k * u[None, :] / scale, mask=live & (lane == 0))
-        grad_weight += tl.sum(tl.where(live, gy, 0.0), 0)
-        grad_bias += tl.sum(tl.where(live, g, 0.0), 0)
+        counted = live & (n >= first_own) & (n < first_own + own)
+        grad_weight += tl.sum(tl.where(counted, gy, 0.0), 0)
+        grad_bias += tl.sum(tl.where(counted, g, 0.0), 0)
         end = n == min(start + BLOCK_N, samples) - 1
         v = tl.sum(tl.where(end, (1 - k * yy) * v_n + scale * weight * gy, 0.0), 0)
         u = tl.sum(tl.where(end, after, 0.0), 0)

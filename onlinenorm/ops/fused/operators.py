@@ -49,15 +49,17 @@ def fused_forward(
     layer_scaling_eps: float,
     layer_scaling_group_size: int | None,
     gradient_scale: float,
+    processes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward over a dense x, with the single-read kernels if ``once``.
 
-    Returns the output, the tables (2, N, C, 2), and what else backward needs: 1 / zeta (N, groups) of layer scaling,
-    the bits of a ReLU behind a residual (single-read), or nothing.
+    Returns the output, the tables (2, M, C, 2), and what else backward needs: 1 / zeta (M, groups) of layer scaling,
+    the bits of a ReLU behind a residual (single-read), or nothing. M = N x processes samples.
     """
     spec = NormSpec(
-        alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size
-    )
+        alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
+        gradient_scale, processes,
+    )  # fmt: skip
     path = single_read if once else two_pass
     with torch.cuda.device_of(x):
         y, tables, kept = path.forward(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
@@ -65,8 +67,11 @@ def fused_forward(
 
 
 @fused_forward.register_fake
-def _(x, residual, weight, bias, running_mean, running_var, once, relu, af, ab, eps, guard, clamp, seps, group, scale):
-    samples, channels = x.shape[:2]
+def _(
+    x, residual, weight, bias, running_mean, running_var, once, relu, af, ab, eps, guard, clamp, seps, group, scale,
+    processes,
+):  # fmt: skip
+    samples, channels = x.shape[0] * processes, x.shape[1]
     kept = x.new_empty(0)
     if guard == "layer_scaling":
         kept = x.new_empty((samples, channels // (group or channels)), dtype=torch.float32)
@@ -98,11 +103,12 @@ def fused_backward(
     layer_scaling_eps: float,
     layer_scaling_group_size: int | None,
     gradient_scale: float,
+    processes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training backward of the gradient grad + extra: gradients of x, residual (or nothing), weight and bias."""
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale,
+        gradient_scale, processes,
     )  # fmt: skip
     grad, extra, state = like(grad, x), like(extra, x), (control_u, control_v)
     with torch.cuda.device_of(x):
@@ -164,9 +170,10 @@ class OnlineNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, running_mean, running_var, control_u, control_v, spec, relu):
-        once = single_read.suits(x, spec)
+        # across processes a sample's tile cannot be written before the other processes' moments are known
+        once = spec.processes == 1 and single_read.suits(x, spec)
         y, tables, kept = fused_forward(
-            x, residual, weight, bias, running_mean, running_var, once, relu, *spec.as_arguments()
+            x, residual, weight, bias, running_mean, running_var, once, relu, *spec.as_arguments(), spec.processes
         )
         ctx.has_residual, ctx.once, ctx.relu, ctx.spec = residual is not None, once, relu, spec
         reads_output = relu and residual is not None and not once
@@ -181,7 +188,7 @@ class OnlineNormFunction(torch.autograd.Function):
         masked = ctx.has_residual and ctx.relu
         grad_x, grad_residual, grad_weight, grad_bias = fused_backward(
             grad, None, x, out, weight, bias, tables, kept, ctx.control_u, ctx.control_v, masked, ctx.once, ctx.relu,
-            *ctx.spec.as_arguments(),
+            *ctx.spec.as_arguments(), ctx.spec.processes,
         )  # fmt: skip
         if not masked:
             grad_residual = grad if ctx.has_residual else None

@@ -1,11 +1,16 @@
-"""Launchers of the two-pass kernels: which block shapes, how many slices, in which order."""
+"""Launchers of the two-pass kernels: which block shapes, how many slices, in which order.
 
-from dataclasses import dataclass
+Across processes the tables of partial moments are gathered between the reduction and the scan, and every process scans
+the samples of all; `geo` below describes this process's tensor, `everyone` the samples of all processes.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
+from onlinenorm.ops.across_processes import first_own_sample, gather_samples, own_samples
 from onlinenorm.ops.fused import kernels
 from onlinenorm.ops.spec import NormSpec
 
@@ -79,12 +84,21 @@ def _table(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
+def _from_all(partial: Tensor, processes: int) -> Tensor:
+    """Partial moments (N, splits, C, 2) of this process's samples -> those of all processes, in rank order."""
+    return gather_samples(partial.flatten(1)[None], processes)[0].unflatten(1, partial.shape[1:])
+
+
 def _reduce(x: Tensor, geo: Geometry) -> Tensor:
     partial = _table(x, geo.samples, geo.splits, geo.channels, 2)
     kernels.moments_kernel[geo.reduce_grid](
         x, partial, geo.pixels, geo.channels, geo.splits, geo.rows, *geo.strides, **geo.blocks, STAGES=3
     )
     return partial
+
+
+def _own(table: Tensor | None, processes: int) -> Tensor | None:
+    return None if table is None else own_samples(table, processes)
 
 
 def _layer_scale(moments, state, weight, bias, geo: Geometry, spec: NormSpec, state_stride: int) -> Tensor | None:
@@ -119,17 +133,22 @@ def forward(
     spec: NormSpec,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, tables (2, N, C, 2) of moments and state, 1 / zeta where layers are scaled; moves mean and variance."""
+    """Output, tables (2, M, C, 2) of moments and state, 1 / zeta where layers are scaled; moves mean and variance.
+
+    M = N x processes samples.
+    """
     geo = Geometry.of(x)
-    partial = _reduce(x, geo)
-    tables = _table(x, 2, geo.samples, geo.channels, 2)
-    scan = geo.scan_blocks
+    everyone = replace(geo, samples=geo.samples * spec.processes)
+    partial = _from_all(_reduce(x, geo), spec.processes)
+    tables = _table(x, 2, everyone.samples, geo.channels, 2)
+    scan = everyone.scan_blocks
     kernels.forward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
-        partial, tables[0], tables[1], running_mean, running_var, geo.samples, geo.channels, geo.splits, geo.rows,
+        partial, tables[0], tables[1], running_mean, running_var, everyone.samples, geo.channels, geo.splits, geo.rows,
         geo.pixels, spec.alpha_fwd, 1 - spec.alpha_fwd, **scan,
     )  # fmt: skip
-    rzeta = _layer_scale(tables[0], tables[1], weight, bias, geo, spec, geo.channels)
-    return _apply(x, residual, weight, bias, tables[1], rzeta, geo, spec, relu, geo.channels), tables, rzeta
+    rzeta = _layer_scale(tables[0], tables[1], weight, bias, everyone, spec, geo.channels)
+    state, own_rzeta = (_own(table, spec.processes) for table in (tables[1], rzeta))
+    return _apply(x, residual, weight, bias, state, own_rzeta, geo, spec, relu, geo.channels), tables, rzeta
 
 
 def evaluate(
@@ -175,14 +194,17 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of x, residual (where asked for), weight and bias; moves u and v."""
     geo = Geometry.of(x)
+    everyone = replace(geo, samples=geo.samples * spec.processes)
     moments, state = tables
+    own_state = _own(state, spec.processes)
     flags = {"RELU": relu, "CLAMP": spec.error_compensation == "clamp", **geo.blocks}
     sizes = geo.pixels, geo.channels
     partial = _table(x, geo.samples, geo.splits, geo.channels, 2)
     kernels.gradient_moments_kernel[geo.reduce_grid](
-        grad, extra, x, out, partial, state, weight, bias, *sizes, geo.splits, geo.rows, *geo.strides,
+        grad, extra, x, out, partial, own_state, weight, bias, *sizes, geo.splits, geo.rows, *geo.strides,
         spec.eps, spec.clamp_value, **flags, STAGES=3,
     )  # fmt: skip
+    partial = _from_all(partial, spec.processes)
     groups = geo.groups(spec)
     kappa = None
     if rzeta is not None:
@@ -191,18 +213,19 @@ def backward(
             partial, weight, bias, rzeta, kappa, geo.channels, *groups, geo.splits, geo.pixels,
             BLOCK_C=min(triton.next_power_of_2(groups[1]), 1024),
         )  # fmt: skip
-    control = _table(x, geo.samples, geo.channels, 2)
+    control = _table(x, everyone.samples, geo.channels, 2)
     grad_weight, grad_bias = _table(x, geo.channels), _table(x, geo.channels)
-    scan = geo.scan_blocks
+    scan = everyone.scan_blocks
     kernels.backward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
         partial, moments, state, rzeta, kappa, weight, bias, control_u, control_v, control, grad_weight, grad_bias,
-        geo.samples, geo.channels, *groups, geo.splits, geo.pixels, spec.eps, spec.alpha_bkw,
-        1 - spec.alpha_bkw, spec.gradient_scale, **scan,
+        everyone.samples, first_own_sample(geo.samples, spec.processes), geo.samples, geo.channels, *groups, geo.splits,
+        geo.pixels, spec.eps, spec.alpha_bkw, 1 - spec.alpha_bkw, spec.gradient_scale, **scan,
     )  # fmt: skip
+    control, rzeta, kappa = (_own(table, spec.processes) for table in (control, rzeta, kappa))
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if residual_gradient else None
     kernels.gradient_apply_kernel[geo.apply_grid](
-        grad, extra, x, out, grad_x, grad_residual, state, control, weight, bias, rzeta, kappa, *sizes, *groups,
+        grad, extra, x, out, grad_x, grad_residual, own_state, control, weight, bias, rzeta, kappa, *sizes, *groups,
         *geo.strides, spec.eps, spec.clamp_value, **flags,
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias

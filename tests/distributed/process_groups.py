@@ -1,0 +1,85 @@
+"""Several processes of one job on this machine, without a launcher's start-up time."""
+
+import io
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# One server imports these once; the processes are forked from it, free of the tests' threads and state.
+PRELOADED = ["torch", "pytorch_lightning", "hydra", "onlinenorm.training"]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _target(function: Callable, rank: int, environment: dict[str, str], arguments: tuple, pipe) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        result = io.BytesIO()  # by value: a tensor sent as such lives in memory that goes with this process
+        torch.save(function(rank, *arguments), result)
+        pipe.send_bytes(pickle.dumps((True, result.getvalue())))
+    except BaseException as error:
+        pipe.send_bytes(pickle.dumps((False, (type(error).__name__, str(error), traceback.format_exc()))))
+
+
+def start(processes: int, function: Callable, *arguments: Any) -> list[tuple[Any, Any]]:
+    """Starts function(rank, *arguments) in processes with torchrun's environment; returns (process, pipe) of each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    started = []
+    for rank in range(processes):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_target, args=(function, rank, environment, arguments, there), daemon=False)
+        process.start()
+        there.close()
+        started.append((process, here))
+    return started
+
+
+def finish(started: list[tuple[Any, Any]], seconds: float = 120) -> list[tuple[bool, Any]]:
+    """(True, result) or (False, (error's type, message, traceback)) of each process; those still alive are killed."""
+    found: list[tuple[bool, Any]] = []
+    try:
+        for _, pipe in started:
+            try:
+                if not pipe.poll(seconds):
+                    found.append((False, ("Timeout", f"{seconds} s", "")))
+                    continue
+                succeeded, result = pickle.loads(pipe.recv_bytes())
+                result = torch.load(io.BytesIO(result), weights_only=False) if succeeded else result
+                found.append((succeeded, result))
+            except EOFError:
+                found.append((False, ("Died", "without a word", "")))
+        return found
+    finally:
+        for process, _ in started:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+
+
+def run(processes: int, function: Callable, *arguments: Any) -> list[Any]:
+    """The results of function(rank, *arguments) on each process; fails where one does."""
+    found = finish(start(processes, function, *arguments))
+    for succeeded, result in found:
+        assert succeeded, result[2] or result
+    return [result for _, result in found]
