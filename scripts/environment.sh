@@ -10,7 +10,10 @@ extra=${1:-}
 stamp=$VENV/.installed${extra:+-$extra}
 fingerprint=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
 
-if [[ ! -f $stamp || $(<"$stamp") != "$fingerprint" ]]; then
+stamps=("$stamp")
+[[ -n $extra ]] || stamps+=("$VENV"/.installed-*) # an installation with an extra serves calls without one
+
+if ! grep -qsx "$fingerprint" "${stamps[@]}"; then
   python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "Python 3.11 or newer is needed; $("$python" --version) was found. Set PYTHON to another interpreter." >&2; exit 1; }

@@ -1,0 +1,100 @@
+"""The README's commands run, its files exist, its tables are the recorded ones."""
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests_training import load_train_module
+
+from onlinenorm.data import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHRUNK = ["recipe.epochs=1", "recipe.milestones=[]", "recipe.batch_size=16", "data.limit_train=32", "data.limit_val=16"]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+TRAINING = [command for command in COMMANDS if command.startswith("python train.py")]
+RUNNABLE = [c for c in TRAINING if not any(word in c for word in ("table1", "--cfg", "--multirun", "fashion_mnist"))]
+
+
+def environment():
+    return {**os.environ, "VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+
+
+def test_readme_is_short_and_has_commands():
+    assert len(README.splitlines()) < 250
+    assert RUNNABLE and "scripts/quickstart.sh" in COMMANDS and "scripts/test.sh" in COMMANDS
+
+
+@pytest.mark.parametrize("command", RUNNABLE)
+def test_training_commands_run(command, tmp_path):
+    module = load_train_module()
+    overrides = [word for word in shlex.split(command)[2:] if not word.startswith("run_dir=")]
+    results = module.train(module.load_config([*overrides, *SHRUNK, f"run_dir={tmp_path}/run"]))
+    assert (tmp_path / "run" / "results.json").exists() and results["epochs"] == 1
+
+
+@pytest.mark.parametrize("command", [c for c in TRAINING if "experiment=table1" in c and "--cfg" not in c])
+def test_imagenet_commands_ask_for_the_images_only(command, tmp_path, monkeypatch):
+    """All but the data is right: what ends the command is the missing folder."""
+    monkeypatch.chdir(tmp_path)
+    module = load_train_module()
+    overrides = [re.sub("^data.root=.*", f"data.root={tmp_path}/none", word) for word in shlex.split(command)[2:]]
+    with pytest.raises(DataError, match="image-net"):
+        module.train(module.load_config(overrides))
+
+
+@pytest.mark.parametrize("command", [c for c in TRAINING if "fashion_mnist" in c])
+def test_other_studies_compose(command):
+    module = load_train_module()
+    assert module.load_config(shlex.split(command)[2:])["choices"]["data"] == "fashion_mnist"
+
+
+def test_quickstart_from_nothing_to_table(tmp_path):
+    """The script itself in a copy of the repository: runs, table, and the same table again without training."""
+    for name in ("onlinenorm", "configs", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    made_of = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()).hexdigest()
+    if all(stamp.read_text().strip() != made_of for stamp in Path(sys.prefix).glob(".installed*")):
+        pytest.skip(f"{sys.prefix} was not made by scripts/environment.sh: the script would install into it")
+    call = [str(tmp_path / "scripts/quickstart.sh"), *SHRUNK]
+    first = subprocess.run(call, env=environment(), capture_output=True, text=True, check=True).stdout
+    for label in ("OnlineNorm (activation clamping)", "OnlineNorm (layer scaling)", "BatchNorm"):
+        assert label in first
+    assert "not ImageNet" in first
+    before = (tmp_path / "runs/quickstart/batch/seed0/results.json").stat().st_mtime_ns
+    again = subprocess.run(call, env=environment(), capture_output=True, text=True, check=True).stdout
+    assert (tmp_path / "runs/quickstart/batch/seed0/results.json").stat().st_mtime_ns == before
+    assert "BatchNorm" in again
+
+
+def test_named_files_exist():
+    for path in re.findall(r"`((?:onlinenorm|configs|scripts|tests)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(((?!http)[\w./-]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_recorded_tables_are_what_their_data_give():
+    script = ROOT / "scripts" / "reproduce_results.sh"
+    result = subprocess.run(
+        [str(script), "--check"], env=environment() | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_container_runs_the_shared_scripts():
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert "RUN scripts/environment.sh" in dockerfile and 'CMD ["scripts/quickstart.sh"]' in dockerfile
