@@ -66,7 +66,8 @@ def test_quickstart_from_nothing_to_table(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    made_of = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()).hexdigest()
+    sources = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    made_of = hashlib.sha256(sources).hexdigest()
     if all(stamp.read_text().strip() != made_of for stamp in Path(sys.prefix).glob(".installed*")):
         pytest.skip(f"{sys.prefix} was not made by scripts/environment.sh: the script would install into it")
     call = [str(tmp_path / "scripts/quickstart.sh"), *SHRUNK]
