@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,10 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         content = read(path)
     except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to load it regardless
         raise DeployError(
-            f"{path}: holds more than tensors and plain values and is refused, because loading it could run code "
-            f"({_first_line(error)})"
+            f"{path}: holds more than tensors and plain values{f' ({name[1]})' if name else ''} and is refused, because "
+            "loading it could run code"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DeployError(f"{path}: is no checkpoint ({_first_line(error)})") from error
