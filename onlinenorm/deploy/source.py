@@ -201,7 +201,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to load it regardless
         raise DeployError(
-            f"{path}: holds more than tensors and plain values{f' ({name[1]})' if name else ''} and is refused, because "
+            f"{path}: holds more than tensors and plain values{f' ({name[1]})' if name else ''} and is refused: "
             "loading it could run code"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -138,7 +138,7 @@ DAMAGE = {
         lambda folder, trace: edit_config(folder, lambda config: config["model"].update(widht=3)),
         "model.widht: no such key",
     ),
-    "pickle bomb": (bomb, ".mkdir) and is refused, because loading it could run code"),
+    "pickle bomb": (bomb, ".mkdir) and is refused: loading it could run code"),
     "old pickle bomb": (legacy_bomb, "is damaged or no checkpoint"),
     "yaml bomb": (yaml_bomb, "cannot be read as plain YAML"),
     "truncated": (truncated, "is damaged"),
