@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import sys
+from pathlib import Path
 
 import torch
 
@@ -11,9 +12,18 @@ SHARED_MEMORY_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
+    """The compiler library: where the loader finds it, else in the wheels that torch depends on."""
     major = torch.version.cuda.split(".")[0]
-    torch.cuda.init()  # loads the library that torch itself uses
-    return ctypes.CDLL(f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}")
+    name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
+    for folder in (
+        "",
+        *(str(path.parent) + "/" for path in Path(torch.__file__).parents[1].glob(f"nvidia/*/*/{name}")),
+    ):
+        try:
+            return ctypes.CDLL(folder + name)
+        except OSError:
+            continue
+    raise RuntimeError(f"{name} not found; it comes with torch's CUDA wheels (package nvidia-cuda-nvrtc)")
 
 
 @functools.cache

@@ -53,11 +53,24 @@ class Tuning:
         return dict(zip(names, (self.threads, self.rows, self.lag, self.ahead, self.blocks), strict=True))
 
 
-# Measured on an H100 over the norm sites of ResNet-50 (results/kernels_tuning.json).
-FORWARD = Tuning(512, rows=7, lag=1, ahead=1, blocks=1)
-FORWARD_RESIDUAL = Tuning(256, rows=7, lag=1, ahead=0, blocks=2)
-BACKWARD = Tuning(512, rows=4, lag=1, ahead=1, blocks=1)
-BACKWARD_RESIDUAL = Tuning(512, rows=4, lag=1, ahead=0, blocks=1)
+# The fastest on an H100 at the norm sites of ResNet-50, batches 32 and 256 (results/kernels_tuning.json):
+# (direction, residual behind a ReLU, rows N * H * W from, pixels H * W from, tuning); the first match counts.
+TUNINGS = (
+    ("forward", False, 0, 0, Tuning(512, rows=7, lag=1, ahead=1, blocks=1)),
+    ("forward", True, 0, 0, Tuning(256, rows=7, lag=1, ahead=0, blocks=2)),
+    ("backward", False, 200_000, 784, Tuning(512, rows=7, lag=1, ahead=0, blocks=1)),
+    ("backward", False, 0, 0, Tuning(512, rows=4, lag=1, ahead=1, blocks=1)),
+    ("backward", True, 0, 1568, Tuning(512, rows=4, lag=1, ahead=0, blocks=1)),
+    ("backward", True, 0, 0, Tuning(256, rows=4, lag=1, ahead=0, blocks=2)),
+)
+
+
+def tuning_for(direction: str, residual: bool, samples: int, pixels: int) -> Tuning:
+    """Row of TUNINGS for a tensor of ``samples`` images of ``pixels``."""
+    for name, with_residual, rows, least, tuning in TUNINGS:
+        if (name, with_residual) == (direction, residual) and samples * pixels >= rows and pixels >= least:
+            return tuning
+    raise AssertionError(f"TUNINGS has no row for {direction}, {residual}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,7 @@ def _prepared(
         tables = 8 * CHUNK + 2 * 4 * segments
     else:
         row = 2 * WIDTH * (2 + values["EXTRA"]) + 8 * (values["RELU"] and values["RESIDUAL"])
-        tables = 5 * 4 * CHUNK + 4 * 4 * segments
+        tables = 6 * 4 * CHUNK + 4 * 4 * segments
     scratch = WIDTH * (8 * warps + tables) + 64
     properties = torch.cuda.get_device_properties(device)
     space = min(
@@ -140,9 +153,10 @@ def _is_hopper(device: int) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _launch(direction: str, shaped: Tensor, flags: dict[str, bool], tuning: Tuning, spec: NormSpec, **tensors) -> None:
+def _launch(direction: str, shaped: Tensor, flags: dict[str, bool], spec: NormSpec, **tensors) -> None:
     samples, channels, height, width = shaped.shape
     pixels, columns = height * width, channels // WIDTH
+    tuning = tuning_for(direction, flags["RESIDUAL"] or flags.get("EXTRA", False), samples, pixels)
     flags = {"HALF": shaped.dtype == torch.float16, "CLAMP": spec.error_compensation == "clamp", **flags}
     kernel, tiling, shared, capacity = _prepared(shaped.device.index, direction, tuple(flags.items()), tuning, pixels)
     # Messages between blocks and tickets, empty at first: all bits set.
@@ -199,8 +213,7 @@ def forward(
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None
     weight, bias = _parameter(weight), _parameter(bias)
     _launch(
-        "forward", x, {"RELU": relu, "RESIDUAL": residual is not None},
-        FORWARD if residual is None else FORWARD_RESIDUAL, spec,
+        "forward", x, {"RELU": relu, "RESIDUAL": residual is not None}, spec,
         x=_address(x), residual=_address(residual), out=_address(y), mask=_address(mask), weight=_address(weight),
         bias=_address(bias), first=_address(running_mean), second=_address(running_var), moments=_address(tables[0]),
         state=_address(tables[1]), alpha=spec.alpha_fwd, rest=1 - spec.alpha_fwd,
@@ -227,8 +240,7 @@ def backward(
     grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     weight, bias = _parameter(weight), _parameter(bias)
     _launch(
-        "backward", x, {"RELU": relu, "RESIDUAL": mask is not None, "EXTRA": extra is not None},
-        BACKWARD if mask is None and extra is None else BACKWARD_RESIDUAL, spec,
+        "backward", x, {"RELU": relu, "RESIDUAL": mask is not None, "EXTRA": extra is not None}, spec,
         x=_address(x), grad=_address(grad), extra=_address(extra), out=_address(grad_x),
         out_residual=_address(grad_residual), mask=_address(mask), weight=_address(weight), bias=_address(bias),
         first=_address(control_u), second=_address(control_v), moments=_address(tables[0]), state=_address(tables[1]),

@@ -3,7 +3,7 @@
 
 struct Scratch {
     float2 warps[WARPS][WIDTH];
-    float table[5][CHUNK][WIDTH];  // Y, Q, 1 / s, G and GY of the samples to advance over
+    float table[6][CHUNK][WIDTH];  // of the samples to advance over, see `row_of`
     float gain[SEGMENTS][WIDTH], slope[SEGMENTS][WIDTH], constant[SEGMENTS][WIDTH], mean[SEGMENTS][WIDTH];
     int queue[STAGES];
 };
@@ -28,20 +28,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
     // The state is overwritten once all sums are published, so it has to be here before this block publishes any.
     s.gain[0][at.c] = u, s.slope[0][at.c] = v;
 
-    // (Y, Q, 1 / s, G, GY) of a sample from its tables and its sums of g and g (x - m).
-    auto row_of = [&](float2 moment, float2 state, float2 sums, float (&row)[5]) {
-        row[2] = rsqrtf(state.y + p.eps);
-        row[0] = (moment.x - state.x) * row[2];
-        row[1] = moment.y * row[2] * row[2] + row[0] * row[0];
-        row[3] = sums.x / p.pixels;
-        row[4] = sums.y * row[2] / p.pixels;
+    // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's tables and its
+    // sums of g and g (x - m).
+    auto row_of = [&](float2 moment, float2 state, float2 sums, float (&row)[6]) {
+        const float rstd = rsqrtf(state.y + p.eps), y = (moment.x - state.x) * rstd;
+        row[4] = sums.x / p.pixels;
+        row[5] = sums.y * rstd / p.pixels;
+        row[0] = 1.f - p.rest * (moment.y * rstd * rstd + y * y);
+        row[1] = p.scale * weight * row[5];
+        row[2] = p.scale * weight * row[4] * rstd;
+        row[3] = p.rest * y * rstd;
     };
-    auto step = [&](float y, float yy, float rstd, float g, float gy) {
-        const float pull = p.rest * v;
-        u = p.alpha * u + (p.scale * weight * g - pull * y) * rstd;
-        v = v - pull * yy + p.scale * weight * gy;
-        grad_weight += gy;
-        grad_bias += g;
+    auto step = [&](const float (&row)[6]) {
+        u = p.alpha * u + (row[2] - row[3] * v);
+        v = row[0] * v + row[1];
+        grad_bias += row[4];
+        grad_weight += row[5];
+    };
+    auto step_over = [&](int j) {
+        float row[6];
+#pragma unroll
+        for (int i = 0; i < 6; i++) row[i] = s.table[i][j][at.c];
+        step(row);
     };
 
     auto fetch = [&](const Item& item, int stage) {
@@ -157,15 +165,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
             for (int j = 0; j < WORDS; j++) {
                 const int k = mine + SEGMENTS * j;
                 if (k < batch) {
-                    float row[5];
+                    float row[6];
                     row_of(moments[j], states[j], wait_for(p.published + (long long)(position + k) * p.channels + channel, words[j]), row);
 #pragma unroll
-                    for (int i = 0; i < 5; i++) s.table[i][k][at.c] = row[i];
+                    for (int i = 0; i < 6; i++) s.table[i][k][at.c] = row[i];
                 }
             }
             __syncthreads();
             if (threadIdx.x < WIDTH) {
-                for (int j = 0; j <= batch; j++) {
+                // Samples this tile does not hold go by in fours, so that only the recurrence itself is waited for.
+                const int passing = min(batch, first - position);
+                int j = 0;
+                for (; j + 4 <= passing; j += 4) {
+                    float rows[4][6];
+#pragma unroll
+                    for (int i = 0; i < 24; i++) rows[i / 6][i % 6] = s.table[i % 6][j + i / 6][at.c];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) step(rows[i]);
+                }
+                for (; j <= batch; j++) {
                     const int n = position + j;
                     if (n >= first && (j < batch || n == last)) {
                         const float rstd = s.gain[n - first][at.c], k = p.rest / p.scale;
@@ -173,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
                         s.slope[n - first][at.c] = -k * v * rstd * rstd;
                         s.constant[n - first][at.c] = -k * u;
                     }
-                    if (j < batch) step(s.table[0][j][at.c], s.table[1][j][at.c], s.table[2][j][at.c], s.table[3][j][at.c], s.table[4][j][at.c]);
+                    if (j < batch) step_over(j);
                 }
             }
             position += batch;
@@ -212,9 +230,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
     pipeline(p, at, s.queue, fetch, prepare, glance, reduce_tile, write_tile);
     if (closing && threadIdx.x < WIDTH) {
         const long long index = (long long)(p.samples - 1) * p.channels + channel;
-        float row[5];
+        float row[6];
         row_of(p.moments[index], p.state[index], wait_for(p.published + index, peek(p.published + index)), row);
-        step(row[0], row[1], row[2], row[3], row[4]);
+        step(row);
         p.first[channel] = u, p.second[channel] = v;
         p.grad_weight[channel] = grad_weight * p.pixels, p.grad_bias[channel] = grad_bias * p.pixels;
     }

@@ -115,7 +115,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
             }
             __syncthreads();
             if (threadIdx.x < WIDTH) {
-                for (int j = 0; j <= batch; j++) {
+                // Samples this tile does not hold go by in eights, so that only the recurrence itself is waited for.
+                const int passing = min(batch, first - position);
+                int j = 0;
+                for (; j + 8 <= passing; j += 8) {
+                    float2 moments[8];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) moments[i] = s.table[j + i][at.c];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) step(moments[i]);
+                }
+                for (; j <= batch; j++) {
                     const int n = position + j;
                     if (n >= first && (j < batch || n == last)) {
                         s.mean[n - first][at.c] = mean;

@@ -1,0 +1,163 @@
+"""Time of every norm site of the real ResNet-50, forward and backward, normalizer against normalizer.
+
+    python scripts/bench_normalizer.py                   # all sites, batches 32 and 256, one GPU
+
+The sites (channels, size, residual, ReLU) are read from the network by hooks, equal ones measured once and counted. A
+row gives microseconds a call inside a CUDA graph over rotating inputs (20th to 80th percentile), the bytes that a
+single read of every tensor moves, and those bytes' share of the measured copy bandwidth. The gate runs first.
+"""
+
+import argparse
+import statistics
+from collections import Counter
+from functools import partial
+from typing import ClassVar
+
+import bench_common
+import torch
+from torch import nn
+
+from onlinenorm import OnlineNorm2d, models
+
+ROTATE = 150e6  # bytes of inputs to rotate over, so that the L2 cache of one call does not serve the next
+
+
+class _Site(OnlineNorm2d):
+    """A normalizer that notes how the network calls it."""
+
+    found: ClassVar[Counter] = Counter()
+
+    def forward(self, x, residual=None, relu=False):
+        type(self).found[x.shape[1], x.shape[2], residual is not None, relu] += 1
+        return x.clone()
+
+
+def sites(model: str, size: int) -> Counter:
+    """(channels, side, residual, relu) of each norm call of the network -> how often it occurs."""
+    _Site.found.clear()
+    with torch.no_grad():
+        getattr(models, model)(_Site)(torch.zeros(1, 3, size, size))
+    return Counter(_Site.found)
+
+
+class BatchNormSite(nn.Module):
+    """BatchNorm with torch's own addition and ReLU."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x, residual=None, relu=False):
+        y = self.norm(x)
+        y = y if residual is None else y + residual
+        return torch.relu(y) if relu else y
+
+
+def provider(name: str, channels: int, device: torch.device):
+    kind, _, how = name.partition(":")
+    layer = BatchNormSite(channels) if kind == "batch" else OnlineNorm2d(channels, backend=kind)
+    layer = layer.to(device).train()
+    return torch.compile(layer, dynamic=False) if how == "compile" else layer
+
+
+def measure(name: str, site, batch: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
+    """Microseconds of forward and backward of one provider at one site."""
+    channels, side, residual, relu = site
+    size = batch * channels * side * side * dtype.itemsize
+    layer = provider(name, channels, device)
+    sets = []
+    for _ in range(max(1, min(6, int(ROTATE // size)))):
+        draw = torch.randn((3, batch, channels, side, side), device=device, dtype=dtype)
+        x, r, grad = (t.contiguous(memory_format=torch.channels_last) for t in draw)
+        sets.append((x.requires_grad_(), r.requires_grad_() if residual else None, grad))
+
+    def forward():
+        return [layer(x, residual=r, relu=relu) for x, r, _ in sets]
+
+    def backward(outputs):
+        for y, (x, r, grad) in zip(outputs, sets, strict=True):
+            inputs = [x, *([] if r is None else [r]), *layer.parameters()]
+            torch.autograd.grad(y, inputs, grad, retain_graph=True)
+
+    outputs = forward()
+    found = {}
+    for direction, step in (("forward", forward), ("backward", partial(backward, outputs))):
+        step()
+        replay = bench_common.captured(step) if device.type == "cuda" else step
+        times = [1e3 * t / len(sets) for t in bench_common.timed(replay, device, repeats)]
+        low, _, _, high = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+        tensors = 2 + residual if direction == "forward" else 3 + (residual and relu)
+        found[direction] = {
+            "microseconds": round(statistics.median(times), 2),
+            "p20": round(low, 2),
+            "p80": round(high, 2),
+            "bytes": tensors * size,
+        }
+    return found
+
+
+def copy_bandwidth(device: torch.device, repeats: int) -> float:
+    """Bytes a second, read and written, of a large elementwise copy."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**20, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    times = bench_common.timed(lambda: torch.mul(source, 1, out=target), device, repeats + 2)[2:]
+    return 2 * source.numel() * source.itemsize / (1e-3 * statistics.median(times))
+
+
+def plot(results: dict, path: str) -> None:
+    """Share of copy bandwidth by site, a line a provider."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    batch = max(row["batch"] for row in results["rows"])
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    for ax, direction in zip(axes, ("forward", "backward"), strict=True):
+        for name in dict.fromkeys(row["provider"] for row in results["rows"]):
+            rows = [row for row in results["rows"] if row["provider"] == name and row["batch"] == batch]
+            labels = [f"{r['channels']}x{r['side']}{'+res' if r['residual'] else ''}" for r in rows]
+            ax.plot(labels, [100 * row[direction]["share"] for row in rows], marker="o", label=name)
+        ax.set(title=f"{direction}, batch {batch}", ylabel="% of copy bandwidth on single-read bytes")
+        ax.tick_params(axis="x", rotation=70, labelsize=7)
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv=None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side of the network's input")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--provider", nargs="+", default=["batch", "batch:compile", "fused", "torch"])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", default="results/bench_normalizer.json", help="the picture lands beside it")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        bench_common.gate(device, "fused")
+    torch._functorch.config.donated_buffer = False  # compiled backward passes are repeated
+    bandwidth = copy_bandwidth(device, args.repeats)
+    results = {**bench_common.head(device), "copy_bytes_per_second": bandwidth, "dtype": "bf16", "rows": []}
+    for batch in args.batch:
+        for site, count in sites(args.model, args.size).items():
+            for name in args.provider:
+                torch._dynamo.reset()
+                found = measure(name, site, batch, torch.bfloat16, device, args.repeats)
+                for part in found.values():
+                    part["share"] = round(part["bytes"] / (1e-6 * part["microseconds"]) / bandwidth, 3)
+                row = dict(zip(("channels", "side", "residual", "relu"), site, strict=True))
+                results["rows"].append({"provider": name, "batch": batch, "count": count, **row, **found})
+                times = " ".join(f"{k} {v['microseconds']:.0f} us ({v['share']:.0%})" for k, v in found.items())
+                print(f"N = {batch} {site} x{count} {name}: {times}", flush=True)
+            bench_common.write(args.output, results)
+    plot(results, str(args.output).removesuffix(".json") + ".png")
+    return results
+
+
+if __name__ == "__main__":
+    main()
