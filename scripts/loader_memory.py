@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +119,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "loader_memory.json")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(long_index(Path(folder), options.images, VAL, CLASSES), options.epochs, options.workers)
+        # in a process of its own: millions of freed strings here would be taken for the workers' memory
+        with ProcessPoolExecutor(1) as other:
+            root = other.submit(long_index, Path(folder), options.images, VAL, CLASSES).result()
+        found = measure(root, options.epochs, options.workers)
     about = environment(world_size=1)
     found = {"hardware": hardware(), **{key: about[key] for key in ("versions", "git", "command")}, **found}
     options.output.write_text(json.dumps(found, indent=1) + "\n")

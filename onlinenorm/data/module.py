@@ -1,6 +1,7 @@
 """The one interface through which training sees images."""
 
 import functools
+import gc
 import logging
 import os
 from dataclasses import dataclass
@@ -251,6 +252,7 @@ class ImageDataModule(pl.LightningDataModule):
             dataset,
             batch_sampler=sampler,
             collate_fn=_ready,
+            worker_init_fn=_spare_shared_pages,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
@@ -280,6 +282,10 @@ class ImageDataModule(pl.LightningDataModule):
                 f"allowed fraction {self.unreadable_limit:g}; the last is {cause}. Repair the dataset, or raise "
                 "data.unreadable_limit."
             )
+
+
+def _spare_shared_pages(worker: int) -> None:
+    gc.freeze()  # a collection would write to, and so copy, every page of objects inherited from the main process
 
 
 def _ready(batch: Batch) -> Batch:

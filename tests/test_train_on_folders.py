@@ -1,0 +1,109 @@
+"""train.py on class folders, shards and archives: from files to results.json."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+from image_folders import write_tree
+from official_archives import write_official
+from tests_training import load_train_module
+
+from onlinenorm.data import ImageNet
+from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, read_split
+from onlinenorm.data.imagenet import open_splits
+from onlinenorm.data.prepare import chosen_classes, extract, pack
+from onlinenorm.training.errors import ConfigError
+
+train = load_train_module()
+TINY = [
+    "data=imagenet",
+    "data.num_workers=0",
+    "data.image_size=16",
+    "recipe=cifar",
+    "recipe.epochs=1",
+    "recipe.milestones=[]",
+    "recipe.batch_size=5",
+    "recipe.augmentation=random_resized_crop",
+    "model=cifar_resnet8",
+    "trainer=cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(folder, root, *overrides):
+    train.train(train.load_config([*TINY, f"data.root={root}", f"run_dir={folder}", *overrides]))
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_damaged_files_are_counted_in_the_results(tmp_path):
+    tree = write_tree(tmp_path / "set")
+    (tree / "train" / "ant" / "3.JPEG").write_bytes(b"")
+    (tree / "train" / "cat" / "0.JPEG").write_bytes((tree / "train" / "cat" / "0.JPEG").read_bytes()[:200])
+    (tree / "val" / "bee" / "1.JPEG").write_bytes(b"no image at all")
+    with pytest.raises(ConfigError, match=r"^data\.on_unreadable: .*cannot be decoded .*on_unreadable=skip"):
+        run(tmp_path / "strict", tree)
+    found = run(tmp_path / "lenient", tree, "data.on_unreadable=skip", "data.unreadable_limit=0.2")
+    assert found["unreadable"]["count"] == 3
+    assert sorted(found["unreadable"]["files"]) == ["train/ant/3.JPEG", "train/cat/0.JPEG", "val/bee/1.JPEG"]
+    assert found["dataset"]["val_images"] == 6 and found["scale"] == "imagenet-subset"
+
+
+def test_official_archives_train_the_same_in_every_layout(tmp_path):
+    official = write_official(tmp_path / "official")
+    splits = open_splits(str(official))
+    classes = chosen_classes(splits, None)
+    for split, index in zip(("train", "val"), splits, strict=True):
+        extract(index, tmp_path / "tree" / split, classes)
+        pack(index, tmp_path / "packed", split, classes)
+    roots = {name: tmp_path / name for name in ("official", "tree", "packed")}
+    found = {name: run(tmp_path / f"run-{name}", root) for name, root in roots.items()}
+    for key in ("parameters_sha256", "last", "dataset"):
+        assert found["tree"][key] == found["packed"][key] == found["official"][key]
+    assert found["tree"]["dataset"]["decoder"] == "pillow" and found["tree"]["dataset"]["val_decoder"] == "pillow"
+
+
+def write_photographs(root: Path, train_images: int, val_images: int) -> Path:
+    """Fashion-MNIST as colour JPEG files of 96 x 80, class folders."""
+    for split, count in (("train", train_images), ("val", val_images)):
+        images_NHW, labels_N = read_split(EMBEDDED_FOLDER, split, EMBEDDED[split])
+        for n in range(count):
+            path = root / split / f"class{labels_N[n]}" / f"{n:05d}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grown = Image.fromarray(images_NHW[n]).resize((96, 80), Image.Resampling.BICUBIC)
+            tinted = np.asarray(grown)[..., None] * np.array([1.0, 0.8, 0.6])
+            Image.fromarray(tinted.astype(np.uint8)).save(path, quality=90)
+    return root
+
+
+@pytest.mark.slow
+def test_accuracy_does_not_depend_on_the_decoder_of_validation(tmp_path):
+    tree = write_photographs(tmp_path / "set", 3000, 2000)
+    settings = ["data.image_size=28", "recipe.batch_size=50", "recipe.augmentation=none"]
+    found = {}
+    for decoder in ("pillow", "torchvision"):
+        # training sees the same pixels both times
+        found[decoder] = run(tmp_path / decoder, tree, *settings, f"data.val_decoder={decoder}")
+    assert found["pillow"]["parameters_sha256"] == found["torchvision"]["parameters_sha256"]
+    top1 = {decoder: results["last"]["val_top1"] for decoder, results in found.items()}
+    print(top1)
+    assert top1["pillow"] > 0.3 and abs(top1["pillow"] - top1["torchvision"]) <= 0.001
+
+    def pixels(decoder):
+        data = ImageNet(root=str(tree), image_size=28, val_decoder=decoder)
+        data.setup()
+        return torch.cat([batch[0] for batch in data.val_dataloader()]).int()
+
+    difference = (pixels("pillow") - pixels("torchvision")).abs().float()
+    print(f"grey levels: mean {difference.mean():.4f}, largest {difference.max():.0f}")
+    assert difference.mean() <= 1
