@@ -10,11 +10,12 @@ case ${1:-} in
   *) sed -n '2,4s/^# //p' "$0"; exit 2 ;;
 esac
 
+rebuilt=$(mktemp -d)
+trap 'rm -rf "$rebuilt"' EXIT
+
 for runs in results/*/runs; do
   study=${runs%/runs}
   if [[ ${1:-} == --check ]]; then
-    rebuilt=$(mktemp -d)
-    trap 'rm -rf "$rebuilt"' EXIT
     "$python" scripts/table1.py "$runs" --output "$rebuilt" >/dev/null
     for file in table1.md table1.json; do diff "$study/$file" "$rebuilt/$file"; done
     [[ -s $study/curves.png ]] || { echo "$study/curves.png is missing" >&2; exit 1; }
@@ -24,4 +25,10 @@ for runs in results/*/runs; do
     echo "$study: rebuilt"
   fi
 done
+"$python" scripts/bench_report.py results/bench_training.json --output "$rebuilt/bench_training.md"
+if [[ ${1:-} == --check ]]; then
+  diff results/bench_training.md "$rebuilt/bench_training.md"
+else
+  cp "$rebuilt/bench_training.md" results/
+fi
 "$python" scripts/readme.py ${1:+"$1"}
