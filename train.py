@@ -39,7 +39,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     path = Path(config["run_dir"] or Path("runs", names["experiment"], names["normalizer"], f"seed{seed}"))
     folder = RunFolder(path, is_leader())
     if results := folder.results(config):
-        print(finish.summary(results, path))
+        if folder.leader:
+            print(finish.summary(results, path))
         return results
     with prefixed("data", config["data"]):
         views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}

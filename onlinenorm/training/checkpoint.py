@@ -127,6 +127,13 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer, module) -> None:
         self.stop.install()  # again: Lightning has put its own handlers in between
+        step = torch.tensor(trainer.global_step, device=module.device)
+        low, high = (int(trainer.strategy.reduce(step.clone(), reduce_op=op)) for op in ("min", "max"))
+        if low != high:
+            raise RunError(
+                f"{self.folder}: the processes have found different checkpoints there (steps {low} to {high}); "
+                "the run folder must lie on a file system that all machines share"
+            )
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:

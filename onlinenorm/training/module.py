@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from onlinenorm.normalizers import average_statistics, gather_statistics
 from onlinenorm.training.errors import RunError
 from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule
 
@@ -39,6 +40,7 @@ class ImageClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images, or the logarithm of mean probabilities where images come in crops."""
+        images = images.to(self.dtype)  # float64 under 64-true
         if images.dim() == 4:
             return self.network(images.contiguous(memory_format=self.memory_format))
         crops = self.network(images.flatten(0, 1).contiguous(memory_format=self.memory_format))
@@ -56,10 +58,6 @@ class ImageClassifier(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.train_sums, self.bad_step = self.train_sums.to(self.device), self.bad_step.to(self.device)
-        for layer in self.network.modules():
-            if hasattr(layer, "gradient_scale"):
-                # A rank's loss is the mean over its own images: its gradients are world_size times the whole batch's.
-                layer.gradient_scale = 1.0 / self.trainer.world_size
 
     def on_train_epoch_start(self) -> None:  # not called where a run continues within an epoch
         self.train_sums = torch.zeros_like(self.train_sums)
@@ -69,7 +67,7 @@ class ImageClassifier(pl.LightningModule):
         logits = self(images)
         loss, total = _losses(logits, labels)
         self._watch(loss.detach())
-        self.train_sums = self.train_sums + _sums(logits.detach(), labels, total.detach())
+        self.train_sums = self.train_sums + _sums(logits.detach(), labels, total)
         return loss
 
     def _watch(self, loss: Tensor) -> None:
@@ -94,6 +92,7 @@ class ImageClassifier(pl.LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
+        average_statistics(self.network)  # where each process has a stream of its own: all validate one network
         self.val_sums = torch.zeros(4, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch, batch_idx: int) -> None:
@@ -119,23 +118,32 @@ class ImageClassifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["schedule"] = self.schedule.state_dict()
         checkpoint["train_sums"] = self.reduced(self.train_sums)
+        # Statistics that processes keep for themselves: their mean in the weights, and each as it is beside them, so
+        # that as many processes continue exactly, and another number from the mean.
+        gathered = {f"network.{name}": table.cpu() for name, table in gather_statistics(self.network).items()}
+        checkpoint["local_statistics"] = gathered
+        checkpoint["state_dict"] |= {name: table.double().mean(0).to(table.dtype) for name, table in gathered.items()}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._schedule_state = checkpoint["schedule"]
         if self.trainer.is_global_zero:  # reduced when saved: the other ranks start from nothing
             self.train_sums = torch.tensor(checkpoint["train_sums"], dtype=torch.float64)
+        for name, table in checkpoint["local_statistics"].items():
+            if len(table) == self.trainer.world_size:
+                checkpoint["state_dict"][name] = table[self.trainer.global_rank]
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, sum) of the cross entropy over images with a label, in float32 or better."""
+    """(mean, sum) of the cross entropy over images with a label: in float32 or better, and in float64."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1), total
+    each_N = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    # the sum in float64, where float32 values add up exactly: whatever batches and processes the images come in
+    return each_N.sum() / (labels != IGNORED).sum().clamp(min=1), each_N.detach().double().sum()
 
 
 @torch.no_grad()
 def _sums(logits: Tensor, labels: Tensor, loss_sum: Tensor) -> Tensor:
-    """(loss, top-1, top-5, images) of a batch as float64, where sums of float32 stay exact in any order."""
+    """(loss, top-1, top-5, images) of a batch, in float64."""
     top_N5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits_N5 = top_N5 == labels[:, None]
     counts = [hits_N5[:, 0].sum(), hits_N5.any(1).sum(), (labels != IGNORED).sum()]

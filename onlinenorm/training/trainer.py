@@ -9,13 +9,15 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.layer_sync import LayerSync
 from pytorch_lightning.strategies import DDPStrategy
 
+from onlinenorm.normalizers import synchronise_batch_norm
 from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.launch import cluster_environment, launched
 from onlinenorm.training.progress import RunProgress
 
 Precision = Literal["auto", "32-true", "64-true", "bf16-mixed", "16-mixed"]
@@ -36,7 +38,8 @@ _HARMLESS = (
 def resolve(settings: dict[str, Any]) -> dict[str, Any]:
     """The trainer node with "auto" replaced by what this machine has.
 
-    Raises ConfigError where GPUs are asked for that are not there, or processes that do not fit the strategy.
+    Under torchrun and srun the numbers of processes and machines are those that have been started. Raises ConfigError
+    where GPUs are asked for that are not there, or other processes than were started, and for 16-mixed.
     """
     defaults = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "auto"}
     settings = defaults | settings
@@ -49,6 +52,13 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
             "trainer.accelerator: a GPU is asked for and torch finds none (torch.cuda.is_available() is false); "
             "use trainer=cpu, or see that nvidia-smi works and torch is a CUDA build"
         )
+    if (launch := launched()) is not None:
+        if settings["devices"] not in ("auto", launch.devices) or settings["num_nodes"] not in (1, launch.num_nodes):
+            raise ConfigError(
+                f"trainer.devices: {settings['devices']} x {settings['num_nodes']} machine(s) asked for, {launch.name} "
+                f"has started {launch.devices} x {launch.num_nodes}; use trainer=ddp without naming them"
+            )
+        settings |= {"devices": launch.devices, "num_nodes": launch.num_nodes}
     if settings["devices"] == "auto":
         settings["devices"] = gpus if on_gpu else 1
     if isinstance(settings["devices"], str) or settings["devices"] < 1:
@@ -57,6 +67,13 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"trainer.devices: {settings['devices']} asked for, this machine has {gpus} GPU(s)")
     if settings["precision"] == "auto":
         settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    if settings["precision"] == "16-mixed":
+        # Gradients would come multiplied by a factor that changes, and with the infinities of every step that
+        # overflows, before u and v have been told; the same precision for all normalizers, so that rows compare.
+        raise ConfigError(
+            "trainer.precision: 16-mixed scales the loss by a changing factor and lets steps overflow, which "
+            "OnlineNorm's control state would keep; use bf16-mixed, as fast and without a loss scale, or 32-true"
+        )
     if settings["strategy"] == "auto" and settings["devices"] * settings["num_nodes"] > 1:
         settings["strategy"] = "ddp"
     return settings
@@ -100,10 +117,12 @@ def build_trainer(
     ):
         if value < 1:
             raise ValueError(f"{key}: {value!r} must be at least 1")
-    plugins: list[Any] = [VerifiedIO()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # ours saves and leaves; the batch script requeues
-    # Buffers are not broadcast: OnlineNorm's are identical on all ranks, and rank 0's would overwrite local streams.
+    plugins: list[Any] = [VerifiedIO(), cluster_environment()]
+    if sync_batchnorm and accelerator == "cpu" and strategy == "ddp":
+        sync_batchnorm = False  # Lightning's way is torch's SyncBatchNorm, which needs GPUs
+        plugins.append(SyncedBatchNorm())
+    # Buffers are not broadcast: OnlineNorm's are identical on all ranks, and rank 0's would overwrite local streams,
+    # which are averaged where they are used instead.
     ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if strategy == "ddp" else strategy
     return pl.Trainer(
         max_epochs=max_epochs,
@@ -130,6 +149,16 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+class SyncedBatchNorm(LayerSync):
+    """Lightning's door to `synchronise_batch_norm`."""
+
+    def apply(self, model):
+        return synchronise_batch_norm(model)
+
+    def revert(self, model):  # in eval mode they are ordinary ones
+        return model
 
 
 @contextlib.contextmanager
