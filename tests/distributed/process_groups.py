@@ -77,9 +77,9 @@ def finish(started: list[tuple[Any, Any]], seconds: float = 120) -> list[tuple[b
                 process.kill()
 
 
-def run(processes: int, function: Callable, *arguments: Any) -> list[Any]:
+def run(processes: int, function: Callable, *arguments: Any, seconds: float = 120) -> list[Any]:
     """The results of function(rank, *arguments) on each process; fails where one does."""
-    found = finish(start(processes, function, *arguments))
+    found = finish(start(processes, function, *arguments), seconds)
     for succeeded, result in found:
         assert succeeded, result[2] or result
     return [result for _, result in found]

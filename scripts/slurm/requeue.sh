@@ -1,0 +1,23 @@
+# Sourced by the batch scripts of this folder: start one process a task, pass signals on, requeue what has saved itself.
+
+# train_and_requeue OVERRIDE... : train.py over all tasks of the job; exits with its code.
+train_and_requeue() {
+  local status=0 asked=0 step
+  # Tasks of several nodes meet at the first one; a site may set another address.
+  export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" train.py trainer=ddp "$@" &
+  step=$!
+  # SLURM signals this shell before the time limit (--signal=B:USR1@...); the run saves at the next step and leaves.
+  trap 'asked=1; echo "SIGUSR1: passed on to the run"; kill -USR1 "$step"' USR1
+  while :; do # a trap ends wait early
+    status=0
+    wait "$step" || status=$?
+    kill -0 "$step" 2>/dev/null || break
+  done
+  if ((asked && status == 128 + 10)); then
+    echo "The run has saved itself; requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # SLURM ends this shell
+  fi
+  exit "$status"
+}
