@@ -159,7 +159,8 @@ def decode_rows(root: Path, options: argparse.Namespace) -> list[dict]:
         return lambda i: DECODERS[decoder](dataset.index.read(i), dataset.planner(draws[i]))
 
     def reference(i: int) -> object:
-        return transform(Image.open(dataset.index.path(i)).convert("RGB"))
+        with Image.open(dataset.index.path(i)) as image:
+            return transform(image.convert("RGB"))
 
     calls = {REFERENCE: reference, **{decoder: ours(decoder) for decoder in DECODERS}}
     rates: dict[str, list[float]] = {name: [] for name in calls}

@@ -41,7 +41,7 @@ def make_set(root: Path, unique: int, train: int, val: int) -> dict[str, float]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.link(pool_folder / f"{n % unique:05d}.JPEG", path)
     files = [pool_folder / f"{n:05d}.JPEG" for n in range(unique)]
-    sizes = np.array([Image.open(path).size for path in files], dtype=float)
+    sizes = np.array([_size(path) for path in files], dtype=float)
     return {
         "unique": unique,
         "train": train,
@@ -49,6 +49,11 @@ def make_set(root: Path, unique: int, train: int, val: int) -> dict[str, float]:
         "mean_height": round(float(sizes[:, 1].mean()), 1),
         "mean_bytes": round(float(np.mean([path.stat().st_size for path in files]))),
     }
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
 
 
 def size_of(number: int) -> tuple[int, int]:
