@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import struct
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -92,6 +93,15 @@ class RunFolder:
                     "Wait for it or stop it, or choose another run_dir"
                 ) from None
             yield
+
+    def is_held(self) -> bool:
+        """Whether a run is writing here now. The lock is not taken: a run that starts just then would fail."""
+        try:
+            with open(self.path / ".lock", "r+") as lock:
+                question = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+                return struct.unpack("hhqqi0q", fcntl.fcntl(lock, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
+        except FileNotFoundError:
+            return False
 
     def results(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """results.json of a finished run, or None; ConfigError where the folder is of another configuration."""

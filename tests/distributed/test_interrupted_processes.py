@@ -39,13 +39,15 @@ def start(processes, folder, *overrides):
 
 
 def checkpoint_moved(folder, since, started, seconds=60):
-    """Waits until last.ckpt is newer than `since`; its time of change, or None where the run has ended first."""
+    """Waits until last.ckpt is another than at `since`; its time of change, or None where the run has ended first."""
     last = folder / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if last.exists() and (changed := last.stat().st_mtime_ns) != since:
             return changed
-        if not any(process.is_alive() for process, _ in started):
+        if any(pipe.poll() for _, pipe in started):  # has ended
+            found = process_groups.finish(started)
+            assert all(succeeded for succeeded, _ in found), found
             return None
         time.sleep(0.002)
     raise TimeoutError(f"no new checkpoint in {folder}")

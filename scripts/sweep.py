@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""A matrix of runs that can be stopped and repeated: keys with several values x seeds, one run folder each.
+
+    scripts/sweep.py experiment=quickstart normalizer=online_clamp,batch seed=0,1,2
+    scripts/sweep.py experiment=table1 normalizer=batch seed=0,1 recipe.lr=0.05,0.1 data.root=IMAGENET
+    scripts/sweep.py experiment=table1 ... --sbatch scripts/slurm/row.sbatch        each run a job
+    scripts/sweep.py ... --status | --dry-run                                       the table | the commands as well
+
+Arguments are those of train.py. Runs are taken one after another (or submitted); finished, running and queued ones are
+left alone, the others started or continued, and one that fails does not stop the next. Folders are
+runs/<experiment>/<normalizer>/seed<k>; other keys with several values come in between, as in
+runs/table1/recipe.lr=0.1/batch/seed0. A run's output is in output.log there, a failure's last lines in failed.txt.
+
+Exit code 0: all done, or submitted; 1: some failed or are missing; 2: a configuration cannot be meant, nothing was
+started; 128 + signal: stopped, the run in hand has saved itself.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter, deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+sys.path.insert(0, str(ROOT))
+
+try:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    import train
+    from onlinenorm.training.config_check import check_config
+    from onlinenorm.training.epoch_log import read_rows
+    from onlinenorm.training.errors import ConfigError, told
+    from onlinenorm.training.progress import clock
+    from onlinenorm.training.run_folder import RunFolder
+except ModuleNotFoundError:
+    # called from a shell in which the project's environment is not active
+    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
+        raise
+    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+
+STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1)}  # exit codes of runs that have saved themselves
+LINES_KEPT = 30
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the matrix."""
+
+    overrides: tuple[str, ...]
+    folder: Path
+    normalizer: str
+    epochs: int
+
+    @property
+    def failure(self) -> Path:
+        return self.folder / "failed.txt"
+
+    @property
+    def job(self) -> Path:
+        return self.folder / "job.txt"
+
+    def state(self, queue: dict[str, str]) -> str:
+        """done | running | queued | failed | stopped (unfinished, to be continued) | missing"""
+        if (self.folder / "results.json").exists():
+            return "done"
+        if RunFolder(self.folder).is_held():
+            return "running"
+        number = self.job.read_text().strip() if self.job.exists() else None
+        if number in queue:
+            return "running" if queue[number] == "RUNNING" else "queued"
+        if self.failure.exists() or number is not None:
+            return "failed"
+        return "stopped" if any(self.folder.glob("checkpoints/*.ckpt")) else "missing"
+
+
+def plan(overrides: list[str], runs: Path) -> list[Row]:
+    """The rows of the matrix, their configurations checked; the folder is a function of the overrides alone."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    if any(override.key_or_group == "run_dir" for override in parsed):
+        raise ConfigError("run_dir: a sweep names its folders itself; --runs DIR moves them all")
+    swept = {o.key_or_group for o in parsed if o.is_sweep_override()} - {"experiment", "normalizer", "seed"}
+    rows = []
+    for job in train.jobs(overrides):
+        config = train.load_config(job)
+        check_config(config)
+        values = sorted(part for part in job if part.partition("=")[0].lstrip("+") in swept)
+        names = config["choices"]
+        between = [",".join(values).replace("/", "_")] if values else []
+        folder = Path(runs, names["experiment"], *between, names["normalizer"], f"seed{config['seed']}")
+        rows.append(Row(tuple(job), folder, names["normalizer"], config["recipe"]["epochs"]))
+    doubled = [str(folder) for folder, count in Counter(row.folder for row in rows).items() if count > 1]
+    if doubled:
+        raise ConfigError(f"{' '.join(overrides)}: two runs would share {doubled[0]}; name each value once")
+    return rows
+
+
+def queued_jobs() -> dict[str, str]:
+    """Job number -> state of this user's SLURM jobs; {} without SLURM."""
+    if shutil.which("squeue") is None:
+        return {}
+    answer = subprocess.run(["squeue", "--me", "-h", "-o", "%i|%T"], capture_output=True, text=True, check=False)
+    return dict(line.split("|") for line in answer.stdout.splitlines())
+
+
+def seconds_left(rows: list[Row], states: list[str]) -> list[float | None]:
+    """What each row will still take, from its own epochs, else from those of its normalizer, else of all rows."""
+    spent = [[float(epoch["seconds"]) for epoch in read_rows(row.folder / "metrics.csv")] for row in rows]
+
+    def mean(choose) -> float | None:
+        epochs = [seconds for row, own in zip(rows, spent, strict=True) if choose(row) for seconds in own]
+        return sum(epochs) / len(epochs) if epochs else None
+
+    left: list[float | None] = []
+    for row, own, state in zip(rows, spent, states, strict=True):
+        each = sum(own) / len(own) if own else mean(lambda other, row=row: other.normalizer == row.normalizer)
+        each = mean(lambda other: True) if each is None else each
+        left.append(0.0 if state == "done" else None if each is None else each * (row.epochs - len(own)))
+    return left
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[str]]:
+    """(states, lines for people)."""
+    queue = queued_jobs()
+    states = [row.state(queue) for row in rows]
+    left = seconds_left(rows, states)
+    lines = [f"{'state':8} {'epoch':>9} {'left':>9}  folder"]
+    for row, state, seconds in zip(rows, states, left, strict=True):
+        epochs = f"{len(read_rows(row.folder / 'metrics.csv'))}/{row.epochs}"
+        lines.append(f"{state:8} {epochs:>9} {'?' if seconds is None else clock(seconds):>9}  {row.folder}")
+    counts = Counter(states)
+    text = ", ".join(f"{counts[state]} {state}" for state in sorted(counts))
+    known = [seconds for seconds in left if seconds is not None]
+    more = "" if len(known) == len(left) else " and what is not known yet"
+    return states, [*lines, f"{text}; {clock(sum(known))} of computing left{more}"]
+
+
+def command(row: Row, folder: Path) -> list[str]:
+    return [*row.overrides, f"run_dir={folder}"]
+
+
+class Sweep:
+    """Takes rows one after another; a signal goes to the run in hand and ends the sweep."""
+
+    def __init__(self):
+        self.signum = 0
+        self._run: subprocess.Popen | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._stop)
+
+    def _stop(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        if self._run is not None:
+            self._run.send_signal(signal.SIGTERM if signum == signal.SIGINT else signum)
+
+    def take(self, row: Row) -> None:
+        row.folder.mkdir(parents=True, exist_ok=True)
+        row.failure.unlink(missing_ok=True)
+        row.job.unlink(missing_ok=True)
+        last: deque[str] = deque(maxlen=LINES_KEPT)
+        print(f"\n{row.folder}", flush=True)
+        with open(row.folder / "output.log", "a", encoding="utf-8") as log:
+            # a session of its own: a terminal's Ctrl-C reaches the run as a signal that it saves itself on
+            self._run = subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *command(row, row.folder)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            )  # fmt: skip
+            if self.signum:
+                self._stop(self.signum, None)
+            with self._run:
+                for line in self._run.stdout:
+                    print(f"  {line}", end="", flush=True)
+                    log.write(line)
+                    last.append(line)
+            code = self._run.returncode
+        if code and code not in STOPPED:
+            row.failure.write_text(f"exit code {code}\n{''.join(last)}", encoding="utf-8")
+
+
+def submit(row: Row, script: Path) -> None:
+    """Hands a row to SLURM."""
+    folder = row.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    row.failure.unlink(missing_ok=True)
+    options = ["--parsable", f"--job-name={row.folder}", f"--chdir={ROOT}", f"--output={folder / 'output.log'}"]
+    sbatch = ["sbatch", *options, str(script.resolve()), *command(row, folder)]
+    answer = subprocess.run(sbatch, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        row.failure.write_text(f"sbatch: exit code {answer.returncode}\n{answer.stderr}", encoding="utf-8")
+        print(f"{row.folder}: {answer.stderr.strip()}", file=sys.stderr)
+    else:
+        row.job.write_text(answer.stdout.partition(";")[0].strip() + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what is missing; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", metavar="KEY=VALUE[,VALUE...]", nargs="+", help="as for train.py")
+    parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="where the folders go")
+    parser.add_argument("--sbatch", metavar="SCRIPT", type=Path, help="submit each run with this batch script")
+    parser.add_argument("--status", action="store_true", help="show the table and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show the table and the commands, start nothing")
+    options = parser.parse_args(arguments)
+    if options.sbatch is not None and shutil.which("sbatch") is None:
+        parser.error("--sbatch: there is no sbatch command here; submit from a login node of the cluster")
+    rows = plan(options.overrides, options.runs)
+    states, lines = table(rows)
+    print(*lines, sep="\n", flush=True)
+    todo = [row for row, state in zip(rows, states, strict=True) if state in ("failed", "stopped", "missing")]
+    if options.dry_run:
+        start = ["sbatch", str(options.sbatch)] if options.sbatch else ["python", "train.py"]
+        print(*(shlex.join([*start, *command(row, row.folder)]) for row in todo), sep="\n")
+        return 0
+    if not options.status and todo:
+        sweep = Sweep()
+        for row in todo:
+            if sweep.signum:
+                break
+            if options.sbatch is not None:
+                submit(row, options.sbatch)
+            elif row.state({}) in ("failed", "stopped", "missing"):  # another sweep may have come first
+                sweep.take(row)
+        states, lines = table(rows)
+        print("", *lines, sep="\n")
+        if sweep.signum:
+            return 128 + sweep.signum
+    fine = {"done", "queued", "running"} if options.sbatch is not None else {"done"}
+    return int(not set(states) <= fine)
+
+
+if __name__ == "__main__":
+    with told():
+        sys.exit(main())

@@ -1,0 +1,161 @@
+"""scripts/sweep.py: what is missing is run, what failed does not stop the rest, what is done stays."""
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from distributed_runs import TINY
+from tests_training import ROOT, load_train_module
+
+from onlinenorm.training.errors import ConfigError
+
+FAKE_TRAIN = """
+import os, signal, sys, time
+from pathlib import Path
+options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+folder = Path(options["run_dir"])
+with open(folder / "started", "a") as file:
+    file.write("x")
+print("epoch 1/3", flush=True)
+if "recipe.lr" in options and float(options["recipe.lr"]) > 1 and not Path("repaired").exists():
+    sys.exit("the loss became NaN")
+if Path("slow").exists():
+    def stop(number, frame):
+        (folder / "saved").touch()
+        sys.exit(128 + number)
+    signal.signal(signal.SIGTERM, stop)
+    Path("waiting").touch()
+    time.sleep(60)
+(folder / "metrics.csv").write_text("epoch,seconds\\n1,2.0\\n2,2.0\\n3,2.0\\n")
+(folder / "results.json").write_text("{}")
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    load_train_module()
+    spec = importlib.util.spec_from_file_location("sweep", ROOT / "scripts" / "sweep.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sweep"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def matrix(sweep, tmp_path, monkeypatch):
+    """matrix(*arguments) -> exit code, with a stand-in for train.py, in an empty folder."""
+    (tmp_path / "train.py").write_text(FAKE_TRAIN)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "queued_jobs", dict)
+    monkeypatch.chdir(tmp_path)
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield lambda *arguments: sweep.main([*TINY, *arguments])
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+def test_folders_are_a_function_of_the_overrides(sweep, tmp_path):
+    rows = sweep.plan([*TINY, "normalizer=batch", "seed=range(2)", "recipe.lr=0.1,0.2"], tmp_path)
+    assert len(rows) == 4 == len({row.folder for row in rows})
+    assert rows[0].folder == tmp_path / "default" / "recipe.lr=0.1" / "batch" / "seed0"
+    (row,) = sweep.plan([*TINY, "normalizer=batch", "recipe.lr=0.1"], tmp_path)
+    assert row.folder == tmp_path / "default" / "batch" / "seed0", "the folder of the same train.py command"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["normalizer=batch,bach"], "'bach' is not one of its options"),
+        (["run_dir=x"], "run_dir: a sweep names its folders itself"),
+        (["seed=0,0"], "two runs would share"),
+        (["recipe.epocs=1,2"], "did you mean recipe.epochs"),
+    ],
+)
+def test_nothing_starts_where_one_row_cannot_be_meant(matrix, tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        matrix(*arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failure_does_not_stop_the_others_and_only_what_is_missing_is_run(matrix, tmp_path, capsys):
+    arguments = ("normalizer=batch", "recipe.lr=9,0.1")
+    assert matrix(*arguments) == 1
+    shown = capsys.readouterr().out
+    assert "1 done, 1 failed" in shown and "0:06 of computing left" in shown  # 3 epochs of 2 s
+    failed, done = (tmp_path / "runs" / "default" / f"recipe.lr={lr}" / "batch" / "seed0" for lr in ("9", "0.1"))
+    assert (failed / "failed.txt").read_text() == "exit code 1\nepoch 1/3\nthe loss became NaN\n"
+    assert (done / "output.log").read_text() == "epoch 1/3\n"
+    (tmp_path / "repaired").touch()
+    assert matrix(*arguments) == 0
+    assert (failed / "started").read_text() == "xx" and (done / "started").read_text() == "x"
+    assert "2 done; 0:00 of computing left" in capsys.readouterr().out
+    assert matrix(*arguments, "--status") == 0
+
+
+def test_dry_run_starts_nothing(matrix, tmp_path, capsys):
+    assert matrix("normalizer=batch,group", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "2 missing" in shown and "run_dir=runs/default/group/seed0" in shown and "python train.py" in shown
+    assert matrix("normalizer=batch,group", "--status") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_under_way_is_left_alone(matrix, tmp_path, capsys):
+    folder = tmp_path / "runs" / "default" / "batch" / "seed0"
+    folder.mkdir(parents=True)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        assert matrix("normalizer=batch") == 1
+        assert "1 running" in capsys.readouterr().out and not (folder / "started").exists()
+        other.communicate(b"\n")
+    assert matrix("normalizer=batch") == 0
+
+
+def test_stopping_the_sweep_lets_the_run_save_itself(matrix, tmp_path):
+    (tmp_path / "slow").touch()
+    watch = f"until [ -e {tmp_path}/waiting ]; do sleep 0.02; done; kill -INT {os.getpid()}"
+    with subprocess.Popen(["bash", "-c", watch]):
+        began = time.monotonic()
+        assert matrix("normalizer=batch,group") == 128 + signal.SIGINT
+    assert time.monotonic() - began < 30
+    batch, group = (tmp_path / "runs" / "default" / name for name in ("batch", "group"))
+    assert (batch / "seed0" / "saved").exists() and not (batch / "seed0" / "failed.txt").exists()
+    assert not group.exists(), "the next run is not begun"
+
+
+def test_jobs_that_left_the_queue_without_results_have_failed(sweep, matrix, tmp_path, monkeypatch, capsys):
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "sbatch").write_text('#!/bin/sh\necho "$@" >>submitted; echo 7\n')
+    (bin_folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+    script = tmp_path / "row.sbatch"
+    monkeypatch.setattr(sweep, "queued_jobs", lambda: {"7": "PENDING"} if (tmp_path / "submitted").exists() else {})
+    assert matrix("normalizer=batch", "--sbatch", str(script)) == 0
+    assert "1 queued" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "default" / "batch" / "seed0"
+    submitted = (tmp_path / "submitted").read_text()
+    assert f"{script} " in submitted and f"run_dir={folder}" in submitted and "normalizer=batch" in submitted
+    assert matrix("normalizer=batch", "--sbatch", str(script)) == 0, "not twice"
+    assert (tmp_path / "submitted").read_text() == submitted
+    monkeypatch.setattr(sweep, "queued_jobs", dict)
+    assert matrix("normalizer=batch", "--status") == 1
+    assert "1 failed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_real_matrix(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [*TINY, "recipe.epochs=1", "recipe.milestones=[]", "normalizer=batch,none", "seed=0"]
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 done" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "runs" / "default" / "none" / "seed0" / "results.json").exists()
