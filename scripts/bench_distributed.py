@@ -1,0 +1,237 @@
+"""Images per second on one and on several processes, normalizer against normalizer, after a check that all is exact.
+
+    torchrun --standalone --nproc-per-node 2 scripts/bench_distributed.py                     two GPUs, about 4 minutes
+    torchrun --standalone --nproc-per-node 2 scripts/bench_distributed.py --model cifar_resnet8 --size 16 --batch 4 \
+        --repeats 2 --dtype fp32 --output /tmp/bench.json                                     the same on CPUs
+
+A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images; `--batch`
+images a process, so that efficiency = rate of W processes / (W x rate of one). One process is measured on rank 0 while
+the others wait. Rates are medians over rounds that visit every row. First the exactness check: float32, the same global
+batches on one process and on all, parameters and statistics compared.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+import warnings
+from functools import partial
+
+import bench_common
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from onlinenorm import OnlineNorm2d, models
+from onlinenorm.normalizers import synchronise_batch_norm
+
+NORMALIZERS = {
+    "batch": nn.BatchNorm2d,
+    "sync_batch": nn.BatchNorm2d,
+    "online_local": partial(OnlineNorm2d, statistics="local"),
+    "online_global": partial(OnlineNorm2d, statistics="global"),
+}
+CHECKED = ("sync_batch", "online_global")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build(name: str, args, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    model = getattr(models, args.model)(NORMALIZERS[name]).to(device, memory_format=torch.channels_last)
+    if name == "sync_batch" and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif name == "sync_batch":
+        model = synchronise_batch_norm(model)
+    return model.train()
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    ids = [device] if device.type == "cuda" else None
+    # newer torch deprecates the key before its successor leaves each process its own statistics
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def trained(model: nn.Module, batches, steps: int, lr: float) -> list[float]:
+    """SGD over batches of (images, labels); the losses."""
+    sgd = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    losses = []
+    for images, labels in batches[:steps]:
+        sgd.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        sgd.step()
+        losses.append(loss.item())
+    return losses
+
+
+class Alone:
+    """Context in which layers of this process see no process group: what one process computes."""
+
+    def __enter__(self):
+        self.found = dist.is_initialized, dist.get_world_size
+        dist.is_initialized, dist.get_world_size = (lambda: False), (lambda *_: 1)
+
+    def __exit__(self, *_):
+        dist.is_initialized, dist.get_world_size = self.found
+
+
+def exactness(name: str, args, device: torch.device) -> dict:
+    """Largest difference of a loss, a parameter and a buffer between one process and all, in float32."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(1)
+    size, batch = min(args.size, 64), args.check_batch * world
+    images = torch.randn(args.check_steps, batch, 3, size, size, generator=generator) + 1
+    labels = torch.randint(10, (args.check_steps, batch), generator=generator)
+    images, labels = images.to(device), labels.to(device)
+    whole = [(x.to(memory_format=torch.channels_last), t) for x, t in zip(images, labels, strict=True)]
+    own = [(x.chunk(world)[rank], t.chunk(world)[rank]) for x, t in whole]
+    model = build(name, args, device)
+    one = copy.deepcopy(model)
+    several = torch.tensor(trained(parallel(model, device), own, args.check_steps, 0.01), device=device)
+    dist.all_reduce(several)
+    several /= world
+    with Alone():
+        single = torch.tensor(trained(one, whole, args.check_steps, 0.01), device=device)
+    state = {key: value for key, value in one.state_dict().items() if value.is_floating_point()}
+    found = model.state_dict()
+    far = {k: float((found[k] - v).abs().max() / v.abs().max().clamp(min=1e-12)) for k, v in state.items()}
+    buffers = {key for key, _ in one.named_buffers()}
+    same = torch.cat([value.flatten().double() for value in found.values()])
+    others = [torch.empty_like(same) for _ in range(world)]
+    dist.all_gather(others, same)
+    return {
+        "normalizer": name,
+        "steps": args.check_steps,
+        "largest_loss_difference": float((several - single).abs().max()),
+        "largest_parameter_difference": max(d for key, d in far.items() if key not in buffers),
+        "largest_buffer_difference": max(d for key, d in far.items() if key in buffers),
+        "ranks_identical": all(torch.equal(other, same) for other in others),
+    }
+
+
+class Row:
+    """One normalizer on one process or on all; its network lives through all rounds."""
+
+    def __init__(self, name: str, processes: int, args, device: torch.device):
+        self.name, self.processes, self.args, self.device = name, processes, args, device
+        self.rounds: list[float] = []
+        self.model = build(name, args, device)
+        if processes > 1:
+            self.run = parallel(self.model, device)
+        else:
+            self.run = self.model
+        if args.compile:
+            self.run = torch.compile(self.run, dynamic=False)
+        shape = (args.batch, 3, args.size, args.size)
+        self.x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+        self.target = torch.arange(args.batch, device=device) % 10
+        self.sgd = torch.optim.SGD(self.model.parameters(), 1e-4, 0.9)
+
+    def step(self) -> None:
+        self.sgd.zero_grad(set_to_none=True)
+        dtype = DTYPES[self.args.dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+            loss = F.cross_entropy(self.run(self.x), self.target)
+        loss.backward()
+        self.sgd.step()
+
+    def measure(self) -> None:
+        warm_up = 3 if self.rounds else 8
+        times = bench_common.timed(self.step, self.device, self.args.repeats + warm_up)[warm_up:]
+        self.rounds.append(statistics.median(times))
+
+    def record(self) -> dict:
+        milliseconds = statistics.median(self.rounds)
+        return {
+            "normalizer": self.name,
+            "processes": self.processes,
+            "dtype": self.args.dtype,
+            "mode": "compile" if self.args.compile else "eager",
+            "batch_per_process": self.args.batch,
+            "milliseconds": round(milliseconds, 3),
+            "images_per_second": round(1e3 * self.args.batch * self.processes / milliseconds, 1),
+            "repeat_spread": round((max(self.rounds) - min(self.rounds)) / milliseconds, 4),
+        }
+
+
+def measured(args, device: torch.device, write) -> list[dict]:
+    """Rows of all normalizers on one process and on all; `write` gets those there are after each."""
+    world = dist.get_world_size()
+    first = dist.get_rank() == 0
+    rows: list[Row] = []
+    for name in args.normalizer:
+        if name != "sync_batch" and first:
+            with Alone():
+                rows.append(Row(name, 1, args, device))
+        dist.barrier()
+        rows.append(Row(name, world, args, device))
+    for _ in range(args.rounds):
+        for name in args.normalizer:
+            for row in [row for row in rows if row.name == name]:
+                if row.processes == 1:
+                    with Alone():
+                        row.measure()
+                    continue
+                dist.barrier()  # the other processes wait here while rank 0 measures alone
+                row.measure()
+            write([row.record() for row in rows if row.rounds])
+    return [row.record() for row in rows]
+
+
+def with_efficiency(rows: list[dict]) -> list[dict]:
+    """Rows with what W processes reach of W times one; SyncBatchNorm is held against BatchNorm on one."""
+    alone = {row["normalizer"]: row["images_per_second"] for row in rows if row["processes"] == 1}
+    alone["sync_batch"] = alone.get("batch")
+    for row in rows:
+        base = alone.get(row["normalizer"])
+        row["scaling_efficiency"] = round(row["images_per_second"] / row["processes"] / base, 4) if base else None
+    return rows
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--batch", type=int, default=128, help="images a process")
+    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--normalizer", nargs="+", default=list(NORMALIZERS), choices=list(NORMALIZERS))
+    parser.add_argument("--compile", action="store_true", help="torch.compile, with DDP's own graph splitting")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=15, help="steps a round")
+    parser.add_argument("--check-steps", type=int, default=10)
+    parser.add_argument("--check-batch", type=int, default=8, help="images a process of the exactness check")
+    parser.add_argument("--output", default="results/bench_distributed.json")
+    args = parser.parse_args(argv)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    dist.init_process_group("nccl" if cuda else "gloo")
+    leader = dist.get_rank() == 0
+    results = {**bench_common.head(device), "backend": dist.get_backend(), "processes": dist.get_world_size()}
+    results["command"] = results["command"].replace("python", f"torchrun --nproc-per-node {dist.get_world_size()}", 1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    results["exactness_float32"] = [exactness(n, args, device) for n in CHECKED if n in args.normalizer]
+    torch.backends.cudnn.allow_tf32 = True
+
+    def write(rows: list[dict]) -> None:
+        if leader:
+            bench_common.write(args.output, {**results, "rows": with_efficiency(rows)})
+
+    write([])
+    rows = measured(args, device, write)
+    if leader:
+        for line in (*results["exactness_float32"], *with_efficiency(rows)):
+            print(line)
+    dist.destroy_process_group()
+    exact = all(r["ranks_identical"] and r["largest_loss_difference"] < 1e-4 for r in results["exactness_float32"])
+    return 0 if exact else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
