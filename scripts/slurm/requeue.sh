@@ -14,7 +14,8 @@ train_and_requeue() {
     wait "$step" || status=$?
     kill -0 "$step" 2>/dev/null || break
   done
-  if ((asked && status == 128 + 10)); then
+  # 138 from the task that saved, or 143 from one that srun ended beside it. A failure of the run itself is below 128.
+  if ((asked && status >= 128)); then
     echo "The run has saved itself; requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # SLURM ends this shell

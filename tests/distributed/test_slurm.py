@@ -18,7 +18,7 @@ import torch
 from distributed_runs import TINY, train
 from tests_training import ROOT, outcome
 
-RUN = (*TINY, "data.num_train=640", "recipe.epochs=60", "normalizer=online_clamp", "trainer.accelerator=cpu")
+RUN = (*TINY, "data.num_train=640", "recipe.epochs=12", "normalizer=online_clamp", "trainer.accelerator=cpu")
 LIMIT = 60 * 15
 
 
