@@ -34,6 +34,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         self._check_input_dim(x)
         dims, shape = (0, 2, 3), (1, -1, 1, 1)
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))  # half precision would lose digits in the sums
         own = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
         *_, count = total = _SumOverProcesses.apply(own)
         mean_C = total[:-1] / count
@@ -46,7 +48,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
                 self.running_mean.lerp_(mean_C, factor)
                 self.running_var.lerp_(var_C * (count / (count - 1)), factor)
         y = centered * torch.rsqrt(var_C + self.eps).view(shape)
-        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
+        return (y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y).to(dtype)
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:

@@ -36,8 +36,12 @@ def cluster_environment() -> ClusterEnvironment:
     launch = launched()
     if launch is None:
         return LightningEnvironment()
-    # requeueing is the batch script's business: the run saves itself and leaves
-    return TorchElasticEnvironment() if launch.name == "torchrun" else SLURMEnvironment(auto_requeue=False)
+    if launch.name == "torchrun":
+        return TorchElasticEnvironment()
+    os.environ.setdefault(
+        "SLURM_NTASKS_PER_NODE", str(launch.devices)
+    )  # Lightning insists on it; srun -n leaves it out
+    return SLURMEnvironment(auto_requeue=False)  # that is the batch script's business: the run saves itself and leaves
 
 
 def is_leader() -> bool:

@@ -149,6 +149,18 @@ def test_two_runs_on_one_folder_at_once(tmp_path):
         kill(first)
 
 
+def train_in_folder_of_rank(rank, folder):
+    return train(rank, f"{folder}/{rank}", *CLAMP, *DDP)
+
+
+def test_processes_that_found_different_checkpoints_do_not_begin(tmp_path):
+    """As where each machine has a disk of its own."""
+    process_groups.run(1, train, str(tmp_path / "0"), *CLAMP, "trainer.strategy=ddp")
+    (tmp_path / "0" / "results.json").unlink()
+    found = process_groups.finish(process_groups.start(2, train_in_folder_of_rank, str(tmp_path)))
+    assert all(not succeeded and "have found different checkpoints" in error[1] for succeeded, error in found), found
+
+
 def test_lightnings_launcher_then_torchrun(undisturbed, tmp_path):
     """SIGTERM reaches the first process of two; what continues is the same run under another launcher."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
