@@ -119,21 +119,24 @@ class Checkpoints(Checkpoint):
         self.folder, self.every_n_steps, self.stop = folder, every_n_steps, stop
         self.best_top1 = -1.0
         self._position: tuple[int, int] | None = None
+        self._resumed_step = 0
 
     def setup(self, trainer, module, stage) -> None:
         if stage == "fit":
             # Lightning asks rank 0 for its SIGTERM before each step and waits for the device; ours is agreed on below.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
-    def on_train_start(self, trainer, module) -> None:
-        self.stop.install()  # again: Lightning has put its own handlers in between
-        step = torch.tensor(trainer.global_step, device=module.device)
+    def on_fit_start(self, trainer, module) -> None:
+        step = torch.tensor(self._resumed_step, device=trainer.strategy.root_device)
         low, high = (int(trainer.strategy.reduce(step.clone(), reduce_op=op)) for op in ("min", "max"))
         if low != high:
             raise RunError(
                 f"{self.folder}: the processes have found different checkpoints there (steps {low} to {high}); "
                 "the run folder must lie on a file system that all machines share"
             )
+
+    def on_train_start(self, trainer, module) -> None:
+        self.stop.install()  # again: Lightning has put its own handlers in between
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -184,6 +187,7 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         self.best_top1 = checkpoint["best_top1"]
         position = checkpoint["position"]
+        self._resumed_step = position["global_step"]
         trainer.datamodule.resume(position["epoch"], position["step"])
         steps = trainer.datamodule.train_images // module.recipe.batch_size
         checkpoint["loops"] = {

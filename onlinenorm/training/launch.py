@@ -38,9 +38,7 @@ def cluster_environment() -> ClusterEnvironment:
         return LightningEnvironment()
     if launch.name == "torchrun":
         return TorchElasticEnvironment()
-    os.environ.setdefault(
-        "SLURM_NTASKS_PER_NODE", str(launch.devices)
-    )  # Lightning insists on it; srun -n leaves it out
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launch.devices))  # srun -n leaves out what Lightning needs
     return SLURMEnvironment(auto_requeue=False)  # that is the batch script's business: the run saves itself and leaves
 
 
