@@ -3,8 +3,9 @@
 # train_and_requeue OVERRIDE... : train.py over all tasks of the job; exits with its code.
 train_and_requeue() {
   local status=0 asked=0 step
-  # Tasks of several nodes meet at the first one; a site may set another address.
-  export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  local first=127.0.0.1 # where the processes meet: tasks of several nodes at the first one; a site may set another
+  ((SLURM_JOB_NUM_NODES == 1)) || first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export MASTER_ADDR=${MASTER_ADDR:-$first}
   srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" train.py trainer=ddp "$@" &
   step=$!
   # SLURM signals this shell before the time limit (--signal=B:USR1@...); the run saves at the next step and leaves.
