@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests_training import load_train_module
 
-from onlinenorm.data import DataError
+from onlinenorm.training.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def test_imagenet_commands_ask_for_the_images_only(command, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     module = load_train_module()
     overrides = [re.sub("^data.root=.*", f"data.root={tmp_path}/none", word) for word in shlex.split(command)[2:]]
-    with pytest.raises(DataError, match="image-net"):
+    with pytest.raises(ConfigError, match="image-net"):
         module.train(module.load_config(overrides))
 
 
