@@ -34,8 +34,7 @@ def finished(tmp_path_factory):
     "processes, normalizer",
     [
         *((2, normalizer) for normalizer in NORMALIZERS),
-        (4, "online_clamp"),
-        *(pytest.param(4, normalizer, marks=pytest.mark.slow) for normalizer in ("online_layer_scaling", "batch")),
+        *(pytest.param(4, normalizer, marks=pytest.mark.slow) for normalizer in NORMALIZERS),
     ],
 )
 def test_float64_weights_and_statistics(finished, normalizer, processes):
@@ -48,7 +47,10 @@ def test_float64_weights_and_statistics(finished, normalizer, processes):
     torch.testing.assert_close(curve(several, *columns), curve(one, *columns), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize(
+    "normalizer",
+    ["online_clamp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("online_layer_scaling", "batch"))],
+)
 def test_float32_loss_curve(finished, normalizer):
     # small steps: with large ones two runs of one process part by more, too, after a change of the last bit
     one, two = (finished(processes, "recipe.lr=0.002", *NORMALIZERS[normalizer]) for processes in (1, 2))

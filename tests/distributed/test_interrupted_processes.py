@@ -161,6 +161,7 @@ def test_processes_that_found_different_checkpoints_do_not_begin(tmp_path):
     assert all(not succeeded and "have found different checkpoints" in error[1] for succeeded, error in found), found
 
 
+@pytest.mark.slow
 def test_lightnings_launcher_then_torchrun(undisturbed, tmp_path):
     """SIGTERM reaches the first process of two; what continues is the same run under another launcher."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
