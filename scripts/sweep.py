@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,11 +175,18 @@ class Sweep:
             )  # fmt: skip
             if self.signum:
                 self._stop(self.signum, None)
-            with self._run:
+
+            def copy_output() -> None:
                 for line in self._run.stdout:
                     print(f"  {line}", end="", flush=True)
                     log.write(line)
                     last.append(line)
+
+            with self._run:
+                reader = threading.Thread(target=copy_output)
+                reader.start()
+                while reader.is_alive():
+                    reader.join(0.2)  # signals are heard here: a read that blocks may not let them through
             code = self._run.returncode
         if code and code not in STOPPED:
             row.failure.write_text(f"exit code {code}\n{''.join(last)}", encoding="utf-8")
