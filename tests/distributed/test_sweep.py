@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from distributed_runs import TINY
@@ -123,9 +122,7 @@ def test_stopping_the_sweep_lets_the_run_save_itself(matrix, tmp_path):
     (tmp_path / "slow").touch()
     watch = f"until [ -e {tmp_path}/waiting ]; do sleep 0.02; done; kill -INT {os.getpid()}"
     with subprocess.Popen(["bash", "-c", watch]):
-        began = time.monotonic()
         assert matrix("normalizer=batch,group") == 128 + signal.SIGINT
-    assert time.monotonic() - began < 30
     batch, group = (tmp_path / "runs" / "default" / name for name in ("batch", "group"))
     assert (batch / "seed0" / "saved").exists() and not (batch / "seed0" / "failed.txt").exists()
     assert not group.exists(), "the next run is not begun"
