@@ -127,7 +127,7 @@ def test_an_index_of_imagenets_length_loads_fast(tmp_path):
     lengths = {"labels": np.zeros(n, dtype=np.int32), "sizes": np.zeros(n, dtype=np.int64)}
     built = {"names": names, "offsets": np.arange(n + 1) * 30, **lengths}
     index_cache.cached_arrays(tmp_path, "big", "key", lambda: built)
-    start = time.perf_counter()
+    start = time.process_time()
     loaded = FolderIndex(tmp_path, ["n01440764"], **index_cache.cached_arrays(tmp_path, "big", "key", dict))
     assert loaded.relative_path(n - 1) == "n01440764/n01440764_10026.JPEG"
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
