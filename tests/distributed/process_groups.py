@@ -25,6 +25,8 @@ def free_port() -> int:
 def _target(function: Callable, rank: int, environment: dict[str, str], arguments: tuple, pipe) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    # as in a run of its own: loader workers of a nested server would outlive a killed process
+    multiprocessing.set_start_method("fork", force=True)
     try:
         result = io.BytesIO()  # by value: a tensor sent as such lives in memory that goes with this process
         torch.save(function(rank, *arguments), result)
