@@ -22,7 +22,7 @@ try:
     from onlinenorm.deploy import FORMS, load_trained
     from onlinenorm.deploy.card import TORCHSCRIPT
     from onlinenorm.deploy.command import told
-    from onlinenorm.deploy.export import export, table
+    from onlinenorm.deploy.export import export, facts, table
 except ModuleNotFoundError:
     # called as scripts/export.py from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             trained, names, options.output, command,
             options.keep_clamp, options.tolerance, options.images, max(options.latency_runs, 0),
         )  # fmt: skip
-        print(table(trained, result))
+        print(table(facts(trained, result, command)))
         if any(row.form == "torchscript" and row.file for row in result.rows):
             print(f"Note: {TORCHSCRIPT}.\n")
         for row in result.rows:

@@ -31,13 +31,11 @@ def accuracy_lines(trained: Trained) -> list[str]:
     ]
 
 
-def removal_line(agreement: Agreement | None) -> str:
-    """What removing the clamp did on the images of the verification."""
-    if agreement is None:
-        return ""
+def removal_line(found: dict) -> str:
+    """What removing the clamp did on the images of the verification, from `Agreement.as_dict`."""
     return (
-        f"Removing the clamp changed {agreement.changed_predictions} of {agreement.images} predictions "
-        f"(logits by up to {agreement.max_difference:.2e})."
+        f"Removing the clamp changed {found['changed_predictions']} of {found['images']} predictions "
+        f"(logits by up to {found['max_logit_difference']:.2e})."
     )
 
 
@@ -88,7 +86,7 @@ def render_card(
 
 Against the {reference}, on {agreement.images} validation images in float32: largest logit difference
 {agreement.max_difference:.2e}, {agreement.changed_predictions} predictions changed.
-{removal_line(removal)}
+{removal_line(removal.as_dict()) if removal else ""}
 
 ## Use
 

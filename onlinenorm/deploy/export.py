@@ -37,10 +37,7 @@ class Row:
             "file": self.file,
             "bytes": self.bytes,
             "milliseconds": self.milliseconds,
-            "max_logit_difference": self.agreement.max_difference,
-            "changed_predictions": self.agreement.changed_predictions,
-            "top1": self.agreement.top1,
-            "images": self.agreement.images,
+            **self.agreement.as_dict(),
         }
 
 
@@ -104,8 +101,10 @@ def export(
                 (work / row.file).with_suffix(".md").write_text(card, encoding="utf-8")
         result = Export(rows, latency_ms(trained.network, image, latency_runs) if latency_runs else None, removal)
         if len(names) > 1:
-            (work / "exports.json").write_text(_facts(trained, result, command), encoding="utf-8")
-            (work / "exports.md").write_text(table(trained, result), encoding="utf-8")
+            content = facts(trained, result, command)
+            text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+            (work / "exports.json").write_text(text, encoding="utf-8")
+            (work / "exports.md").write_text(page(content), encoding="utf-8")
     return result
 
 
@@ -150,43 +149,56 @@ def made_with() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     found["python"] = platform.python_version()
-    found["commit"] = git_state(Path(__file__).parent)["commit"]
+    git = git_state(Path(__file__).parent)
+    found["commit"] = git["commit"] + (" (with local changes)" if git["dirty"] else "")
     return found
 
 
-def _facts(trained: Trained, result: Export, command: str) -> str:
-    content = {
+def facts(trained: Trained, result: Export, command: str) -> dict:
+    """The content of exports.json."""
+    return {
         "model": trained.model_name,
         "normalizer": trained.config["choices"]["normalizer"],
+        "checkpoint": trained.checkpoint.name,
         "command": command,
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "made_with": made_with(),
         "source_milliseconds": result.source_milliseconds,
-        "clamp_removal": None if result.removal is None else Row("source", agreement=result.removal).as_dict(),
+        "clamp_removal": result.removal and result.removal.as_dict(),
         "rows": [row.as_dict() for row in result.rows],
     }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def table(trained: Trained, result: Export) -> str:
-    """The forms as a Markdown table with, below it, what the clamp's removal changed and which forms are refused."""
-    images = next(row.agreement.images for row in result.rows if row.agreement)
+def table(content: dict) -> str:
+    """What `facts` gives as Markdown: the forms, what the clamp's removal changed, and why forms are refused."""
+    written = [row for row in content["rows"] if "file" in row]
+    refused = [row for row in content["rows"] if "reason" in row]
     lines = [
-        f"| form | file | MB | ms, one image, CPU | largest logit difference | predictions changed (of {images}) |",
+        "| form | file | MB | ms, one image, CPU | largest logit difference | predictions changed |",
         "|---|---|---|---|---|---|",
     ]
-    if result.source_milliseconds is not None:
-        lines.append(f"| the trained network | {trained.checkpoint.name} | | {result.source_milliseconds:.2f} | | |")
-    for row in result.rows:
-        if row.agreement:
-            milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.2f}"
-            lines.append(
-                f"| {row.form} | {row.file} | {row.bytes / 1e6:.2f} | {milliseconds} "
-                f"| {row.agreement.max_difference:.1e} | {row.agreement.changed_predictions} |"
-            )
-    lines += [f"| {row.form} | refused | | | | |" for row in result.rows if row.reason]
-    notes = [f"{row.form}: {row.reason}" for row in result.rows if row.reason]
-    if result.removal:
-        notes.insert(0, removal_line(result.removal))
+    if content["source_milliseconds"] is not None:
+        lines.append(f"| the trained network | {content['checkpoint']} | | {content['source_milliseconds']:.2f} | | |")
+    for row in written:
+        milliseconds = "" if row["milliseconds"] is None else f"{row['milliseconds']:.2f}"
+        lines.append(
+            f"| {row['form']} | {row['file']} | {row['bytes'] / 1e6:.2f} | {milliseconds} "
+            f"| {row['max_logit_difference']:.1e} | {row['changed_predictions']} of {row['images']} |"
+        )
+    lines += [f"| {row['form']} | refused | | | | |" for row in refused]
+    notes = [f"{row['form']}: {row['reason']}" for row in refused]
+    if removal := content["clamp_removal"]:
+        notes.insert(0, removal_line(removal))
     return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
+
+
+def page(content: dict) -> str:
+    """exports.md: `table` with what it was made of, where and by which command."""
+    versions = ", ".join(f"{name} {value}" for name, value in content["made_with"].items())
+    threads = f"{content['threads']} thread" + "s" * (content["threads"] != 1)
+    return (
+        f"# {content['model']}, {content['normalizer']}: forms, sizes and latencies\n\n{table(content)}\n"
+        f"Against the network that was exported, in float32 on validation images. {content['hardware']}, {threads}; "
+        f"{versions}; `{content['command']}`\n"
+    )

@@ -34,6 +34,14 @@ class Agreement:
         self.correct += int((logits.argmax(1) == labels).sum())
         self.labelled += int((labels >= 0).sum())
 
+    def as_dict(self) -> dict[str, float | int | None]:
+        return {
+            "max_logit_difference": self.max_difference,
+            "changed_predictions": self.changed_predictions,
+            "top1": self.top1,
+            "images": self.images,
+        }
+
     def within(self, tolerance: float) -> bool:
         return self.images > 0 and self.max_difference <= tolerance and self.changed_predictions == 0
 
