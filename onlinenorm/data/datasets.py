@@ -86,21 +86,34 @@ class InMemoryDataset(Dataset):
 
     def __getitems__(self, requests: list[Request]) -> Batch:
         epochs, indices = split_requests(requests)
-        images_NCHW = self.source.images(indices)
-        draws_NK = uniforms(self.seed, epochs, indices, DRAWS)
-        if self.plan == "pad_crop":
-            images = torch.from_numpy(shift_and_mirror(images_NCHW, self.padding, draws_NK))
-        elif self.plan in ("none", "center_crop"):
-            images = torch.from_numpy(images_NCHW)
-        else:
-            images = self._planned(images_NCHW, draws_NK)
-        batch = images, torch.from_numpy(self.source.labels(indices)), torch.from_numpy(indices)
+        draws_NK = self.draws(epochs, indices)
+        images_NCHW, labels_N = self.originals(indices)
+        batch = self.views(images_NCHW, draws_NK), labels_N, torch.from_numpy(indices)
         return (*batch, torch.from_numpy(colour_shifts(draws_NK))) if self.plan == "scale_jitter" else batch
 
-    def _planned(self, images_NCHW: np.ndarray, draws_NK: np.ndarray) -> torch.Tensor:
+    @property
+    def native(self) -> bool:
+        """Whether the plan keeps the images' size, so that `views` works on whole batches on any device."""
+        return self.plan in ("pad_crop", "none", "center_crop")
+
+    def originals(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """(images, labels) as they are."""
+        return torch.from_numpy(self.source.images(indices)), torch.from_numpy(self.source.labels(indices))
+
+    def draws(self, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """The random numbers of images in epochs, N x DRAWS."""
+        return uniforms(self.seed, epochs, indices, DRAWS)
+
+    def views(self, images_NCHW: torch.Tensor, draws_NK: np.ndarray) -> torch.Tensor:
+        """What the network sees of original images, given their random numbers."""
+        if self.plan == "pad_crop":
+            return shift_and_mirror(images_NCHW, self.padding, draws_NK)
+        return images_NCHW if self.native else self._planned(images_NCHW, draws_NK)
+
+    def _planned(self, images_NCHW: torch.Tensor, draws_NK: np.ndarray) -> torch.Tensor:
         _, _, height, width = images_NCHW.shape
         crops = [
-            follow_plan(torch.from_numpy(image_CHW), PLANS[self.plan](width, height, width, self.padding, draws_K))
+            follow_plan(image_CHW, PLANS[self.plan](width, height, width, self.padding, draws_K))
             for image_CHW, draws_K in zip(images_NCHW, draws_NK, strict=True)
         ]
         return _channels_first(torch.from_numpy(np.stack(crops)))

@@ -4,6 +4,7 @@ import functools
 import gc
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
 from onlinenorm.data.device_decode import DeviceLoader
 from onlinenorm.data.encoded import EncodedDataset
 from onlinenorm.data.errors import UnreadableImageError
+from onlinenorm.data.resident import ResidentLoader
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 
@@ -39,6 +41,8 @@ class ImageDataModule(pl.LightningDataModule):
     Args:
         root: folder of the dataset, or None where the set has a place of its own.
         num_workers: loader processes; None chooses this process's share of the cores, at most 16.
+        on_device: keep the whole set in the device's memory and augment it there, without workers; for sets held in
+            memory and the augmentations that keep an image's size (pad_crop, none). The pixels are the same.
         limit_train, limit_val: use the first that many images in index order (all, if there are fewer). Class folders
             are indexed class by class, so there a limit keeps the first classes only.
         decoder: of training images: "pillow" (reference), "torchvision", or "nvjpeg" (on the GPU); without effect on
@@ -65,6 +69,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     root: str | None = None
     num_workers: int | None = 0
+    on_device: bool = False
     limit_train: int | None = None
     limit_val: int | None = None
     decoder: str = "pillow"
@@ -173,16 +178,16 @@ class ImageDataModule(pl.LightningDataModule):
         if self._train_sampler is not None:
             self._train_sampler.start_at(epoch, step)
 
-    def train_dataloader(self) -> DataLoader | DeviceLoader:
+    def train_dataloader(self) -> DataLoader | DeviceLoader | ResidentLoader:
         rank, world_size = self._process()
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
         self._train_sampler = GlobalBatchSampler(
             self.train_images, self.batch_size, self.seed, rank, world_size, accumulate, *self._resumed
         )
         loader = self._loader(self._sets[0], self._train_sampler)
-        return DeviceLoader(loader, self._device()) if isinstance(self._sets[0], EncodedDataset) else loader
+        return DeviceLoader(loader, self._gpu()) if isinstance(self._sets[0], EncodedDataset) else loader
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader | ResidentLoader:
         rank, world_size = self._process()
         size = self.val_batch_size
         if size is None:
@@ -234,7 +239,7 @@ class ImageDataModule(pl.LightningDataModule):
     def _process(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _device(self) -> torch.device:
+    def _gpu(self) -> torch.device:
         device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
         if device.type != "cuda" or not torch.cuda.is_available():
             raise ValueError(
@@ -243,7 +248,17 @@ class ImageDataModule(pl.LightningDataModule):
             )
         return device
 
-    def _loader(self, dataset: AnyDataset, sampler: GlobalBatchSampler | ValidationSampler) -> DataLoader:
+    def _loader(
+        self, dataset: AnyDataset, sampler: GlobalBatchSampler | ValidationSampler
+    ) -> DataLoader | ResidentLoader:
+        if self.on_device:
+            if not isinstance(dataset, InMemoryDataset) or not dataset.native:
+                raise ValueError(
+                    f"on_device: only sets held in memory whose images keep their size can lie on the device, and "
+                    f"this is {self.name} with {dataset.plan}; use on_device=false"
+                )
+            device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+            return ResidentLoader(dataset, sampler, device)
         workers = self.num_workers
         if workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -257,6 +272,8 @@ class ImageDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers > 0 else None,
+            # forked workers share the index and die with this process, however it ends
+            multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
             # a generator of its own: else each epoch's start would move torch's global one
             generator=torch.Generator(),
         )

@@ -151,19 +151,20 @@ def follow_plan(image_CHW: torch.Tensor, plan: Plan) -> np.ndarray:
     return cut_crops(image_CHW.permute(1, 2, 0).numpy(), plan)
 
 
-def shift_and_mirror(images_NCHW: np.ndarray, padding: int, draws_NK: np.ndarray) -> np.ndarray:
-    """`plan_pad_crop` for a whole batch of equal images at once: black padding, random crop, mirrored or not."""
+def shift_and_mirror(images_NCHW: torch.Tensor, padding: int, draws_NK: np.ndarray) -> torch.Tensor:
+    """`plan_pad_crop` for a whole batch of equal images at once, on their device."""
     n, c, h, w = images_NCHW.shape
-    padded = np.zeros((n, c, h + 2 * padding, w + 2 * padding), dtype=images_NCHW.dtype)
-    padded[:, :, padding : padding + h, padding : padding + w] = images_NCHW
-    top_N = (draws_NK[:, _TOP] * (2 * padding + 1)).astype(np.int64)
-    left_N = (draws_NK[:, _LEFT] * (2 * padding + 1)).astype(np.int64)
-    columns_NW = np.broadcast_to(np.arange(w), (n, w))
-    columns_NW = left_N[:, None] + np.where(draws_NK[:, _FLIP, None] < 0.5, columns_NW[:, ::-1], columns_NW)
-    rows_NH = top_N[:, None] + np.arange(h)
+    device = images_NCHW.device
+    offsets_N2 = (draws_NK[:, [_TOP, _LEFT]] * (2 * padding + 1)).astype(np.int64)
+    top_N1, left_N1 = torch.from_numpy(offsets_N2).to(device).split(1, dim=1)
+    mirrored_N1 = torch.from_numpy(draws_NK[:, [_FLIP]] < 0.5).to(device)
+    across_W = torch.arange(w, device=device)
+    columns_NW = left_N1 + torch.where(mirrored_N1, w - 1 - across_W, across_W)
+    rows_NH = top_N1 + torch.arange(h, device=device)
     # flat indices into each image's padded plane, shared by its channels
-    flat_NP = (rows_NH[:, :, None] * (w + 2 * padding) + columns_NW[:, None, :]).reshape(n, 1, h * w)
-    return np.take_along_axis(padded.reshape(n, c, -1), flat_NP, axis=2).reshape(n, c, h, w)
+    flat_NHW = rows_NH[:, :, None] * (w + 2 * padding) + columns_NW[:, None, :]
+    planes_NCP = torch.nn.functional.pad(images_NCHW, (padding,) * 4).flatten(2)
+    return planes_NCP.gather(2, flat_NHW.view(n, 1, h * w).expand(n, c, h * w)).view(n, c, h, w)
 
 
 def colour_shifts(draws_NK: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import yaml
 
 from onlinenorm import data as onlinenorm_data
 from onlinenorm.data import FashionMNIST, ImageDataModule, Synthetic
+from onlinenorm.data.resident import ResidentLoader
 
 
 def embedded(**arguments):
@@ -24,13 +25,45 @@ def pixels(data, epoch):
 @pytest.mark.parametrize("kind", [embedded, functools.partial(Synthetic, batch_size=32)])
 def test_same_pixels_for_the_same_seed_epoch_and_index(kind):
     base = pixels(kind(augmentation="pad_crop"), 3)
-    for same in ({"num_workers": 2}, {"batch_size": 25}, {"limit_train": 128}):
+    for same in ({"num_workers": 2}, {"batch_size": 25}, {"limit_train": 128}, {"on_device": True}):
         found = pixels(kind(augmentation="pad_crop", **same), 3)
         shared = set(found) & set(base)
         assert len(shared) > 100 and all(torch.equal(found[i], base[i]) for i in shared)
     for other in (pixels(kind(augmentation="pad_crop", seed=1), 3), pixels(kind(augmentation="pad_crop"), 4)):
         shared = set(other) & set(base)
         assert np.mean([torch.equal(other[i], base[i]) for i in shared]) < 0.1
+
+
+def test_resident_batches_are_those_of_the_loader():
+    arguments = {"augmentation": "pad_crop", "batch_size": 7}
+    for split in ("train_dataloader", "val_dataloader"):
+        plain, resident = (getattr(embedded(**arguments, on_device=flag), split)() for flag in (False, True))
+        assert isinstance(resident, ResidentLoader) and len(resident) == len(plain)
+        resident_batches = list(resident)
+        assert len(resident_batches) == len(plain) > 1
+        for a, b in zip(plain, resident_batches, strict=True):
+            assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+
+
+def test_resident_chunks_hold_all_batches_in_order(monkeypatch):
+    monkeypatch.setattr(onlinenorm_data.resident, "_IMAGES", 64)
+    chunked = embedded(batch_size=25, on_device=True).train_dataloader()
+    whole = embedded(batch_size=25).train_dataloader()
+    found, expected = ([batch[2].tolist() for batch in loader] for loader in (chunked, whole))
+    assert found == expected
+
+
+def test_resident_continues_where_a_run_stopped():
+    data = embedded(batch_size=30, on_device=True)
+    all_batches = [batch[2].tolist() for batch in data.train_dataloader()]
+    data.resume(0, 4)
+    assert [batch[2].tolist() for batch in data.train_dataloader()] == all_batches[4:]
+
+
+def test_resident_refuses_plans_that_resize():
+    data = embedded(augmentation="random_resized_crop", on_device=True)
+    with pytest.raises(ValueError, match="on_device: only sets held in memory"):
+        data.train_dataloader()
 
 
 def test_global_random_state_neither_matters_nor_moves():

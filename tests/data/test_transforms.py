@@ -94,7 +94,7 @@ def test_scale_jitter_spans_its_range():
 def test_batched_pad_crop_equals_the_plan_image_by_image(channels):
     images = np.random.default_rng(0).integers(1, 256, (64, channels, 12, 12), dtype=np.uint8)
     draws = uniforms(0, 1, np.arange(64), DRAWS)
-    found = shift_and_mirror(images, 3, draws)
+    found = shift_and_mirror(torch.from_numpy(images), 3, draws).numpy()
     for image, row, result in zip(images, draws, found, strict=True):
         plan = plan_pad_crop(12, 12, 12, 3, row)
         assert plan.size == (12, 12)
@@ -104,7 +104,7 @@ def test_batched_pad_crop_equals_the_plan_image_by_image(channels):
 
 def test_pad_crop_uses_all_shifts_and_both_mirrors():
     image = np.arange(1, 65, dtype=np.uint8).reshape(1, 1, 8, 8).repeat(3000, 0)
-    found = shift_and_mirror(image, 2, uniforms(0, 0, np.arange(3000), DRAWS))
+    found = shift_and_mirror(torch.from_numpy(image), 2, uniforms(0, 0, np.arange(3000), DRAWS)).numpy()
     counts = np.unique(found.reshape(3000, -1), axis=0, return_counts=True)[1]
     assert len(counts) == 5 * 5 * 2 and counts.min() > 25
 
