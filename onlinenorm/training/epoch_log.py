@@ -1,4 +1,4 @@
-"""metrics.csv: one row an epoch, kept in the checkpoint, mirrored to the loggers."""
+"""metrics.csv and clamping.csv: one row an epoch, kept in the checkpoint, mirrored to the loggers."""
 
 import csv
 import io
@@ -22,12 +22,13 @@ COLUMNS = (
     "images_per_second",
     "seconds",
 )
+CLAMPING_COLUMNS = ("epoch", "step", "clamped_fraction", "max_abs_activation")
 
 
-def to_csv(rows: list[dict[str, float]]) -> str:
-    """Rows as the text of metrics.csv, at full precision."""
+def to_csv(rows: list[dict[str, float]], columns: tuple[str, ...] = COLUMNS) -> str:
+    """These columns of rows as the text of metrics.csv or clamping.csv, at full precision."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -44,6 +45,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 class EpochLog(pl.Callback):
     """Makes the rows. They live in the checkpoint and the file is written anew from it: none is doubled or lost.
+
+    clamping.csv tells what about ten batches of each validation met: the fraction of activations beyond the clamp and
+    the largest one, before clamp, residual and ReLU.
 
     images_per_second counts training alone; seconds are those of the epoch with its validation, over all interruptions.
     """
@@ -116,6 +120,7 @@ class EpochLog(pl.Callback):
             "val_top5": val_top5 / max(val_images, 1),
             "images_per_second": images / self._training,
             "seconds": self._epoch + time.perf_counter() - self._mark,
+            **module.clamping(),
         }
         self.rows.append(row)
         self._write(trainer)
@@ -125,3 +130,5 @@ class EpochLog(pl.Callback):
     def _write(self, trainer) -> None:
         if trainer.is_global_zero:
             write_atomically(self.path, to_csv(self.rows))
+            if clamped := [row for row in self.rows if "clamped_fraction" in row]:
+                write_atomically(self.path.with_name("clamping.csv"), to_csv(clamped, CLAMPING_COLUMNS))

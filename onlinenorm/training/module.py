@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from onlinenorm.normalizers import average_statistics, gather_statistics
+from onlinenorm.training.clamping import ClampMeter
+from onlinenorm.training.cuda_graph import GraphedNetwork
 from onlinenorm.training.errors import RunError
 from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule
 
@@ -34,6 +36,8 @@ class ImageClassifier(pl.LightningModule):
         self.network.to(memory_format=self.memory_format)
         self.train_sums = self.val_sums = torch.zeros(4, dtype=torch.float64)
         self.bad_step = torch.tensor(-1)
+        self.graph: GraphedNetwork | None = None  # set where training replays CUDA graphs
+        self.clamp_meter: ClampMeter | None = None  # of the last validation
         self.collected: list[Tensor] | None = None  # a list: validation keeps (index, label, prediction) of each batch
         self.schedule = None
         self._schedule_state: dict | None = None
@@ -41,9 +45,10 @@ class ImageClassifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images, or the logarithm of mean probabilities where images come in crops."""
         images = images.to(self.dtype)  # float64 under 64-true
+        network = self.network if self.graph is None else self.graph
         if images.dim() == 4:
-            return self.network(images.contiguous(memory_format=self.memory_format))
-        crops = self.network(images.flatten(0, 1).contiguous(memory_format=self.memory_format))
+            return network(images.contiguous(memory_format=self.memory_format))
+        crops = network(images.flatten(0, 1).contiguous(memory_format=self.memory_format))
         log_p_NKC = F.log_softmax(crops.float(), dim=1).unflatten(0, images.shape[:2])
         return log_p_NKC.logsumexp(1) - torch.tensor(float(images.shape[1]), device=crops.device).log()
 
@@ -70,6 +75,12 @@ class ImageClassifier(pl.LightningModule):
         self.train_sums = self.train_sums + _sums(logits.detach(), labels, total)
         return loss
 
+    def on_after_backward(self) -> None:
+        if self.graph is not None and self.trainer.accumulate_grad_batches > 1:
+            # the next replay writes to the same memory, and its gradients are to be added to these
+            for parameter in self.network.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+
     def _watch(self, loss: Tensor) -> None:
         # the step of the first loss that is not finite, found without asking the device
         first = (self.bad_step < 0) & ~torch.isfinite(loss)
@@ -94,13 +105,29 @@ class ImageClassifier(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         average_statistics(self.network)  # where each process has a stream of its own: all validate one network
         self.val_sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.clamp_meter = ClampMeter(self.network)
 
     def validation_step(self, batch, batch_idx: int) -> None:
         images, labels, indices = batch
         logits = self(images)
+        if self.clamp_meter.layers and self.collected is None and batch_idx % self._metered_every() == 0:
+            # once more for the meter, whose hooks a compiled network would not call
+            with torch.compiler.set_stance("force_eager"), self.clamp_meter:
+                self(images)
         self.val_sums = self.val_sums + _sums(logits, labels, _losses(logits, labels)[1])
         if self.collected is not None:
             self.collected.append(torch.stack([indices, labels, logits.argmax(1)]).cpu())
+
+    def _metered_every(self) -> int:
+        # about ten batches, spread over the set: folders come class by class
+        return max(1, int(self.trainer.num_val_batches[0]) // 10)
+
+    def clamping(self) -> dict[str, float]:
+        """What the last validation saw at the clamps, over all processes; empty where nothing clamps."""
+        if self.clamp_meter is None or not self.clamp_meter.layers:
+            return {}
+        clamped, activations, largest = self.clamp_meter.totals(self.trainer.strategy)
+        return {"clamped_fraction": clamped / max(activations, 1.0), "max_abs_activation": largest}
 
     def reduced(self, sums: Tensor) -> list[float]:
         """Sums over all processes as (loss, top1, top5, images)."""

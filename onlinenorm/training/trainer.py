@@ -14,6 +14,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from onlinenorm.normalizers import synchronise_batch_norm
 from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
+from onlinenorm.training.cuda_graph import GraphedNetwork
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
@@ -39,7 +40,7 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
     """The trainer node with "auto" replaced by what this machine has.
 
     Under torchrun and srun the numbers of processes and machines are those that have been started. Raises ConfigError
-    where GPUs are asked for that are not there, or other processes than were started, and for 16-mixed.
+    where GPUs or CUDA graphs are asked for that cannot be had, or other processes than were started, and for 16-mixed.
     """
     defaults = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "auto"}
     settings = defaults | settings
@@ -59,6 +60,10 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
                 f"has started {launch.devices} x {launch.num_nodes}; use trainer=ddp without naming them"
             )
         settings |= {"devices": launch.devices, "num_nodes": launch.num_nodes}
+    if settings.get("cuda_graph") and not on_gpu:
+        raise ConfigError(
+            "trainer.cuda_graph: CUDA graphs need an NVIDIA GPU, and this run is on the CPU; leave it false"
+        )
     if settings["devices"] == "auto":
         settings["devices"] = gpus if on_gpu else 1
     if isinstance(settings["devices"], str) or settings["devices"] < 1:
@@ -93,6 +98,7 @@ def build_trainer(
     accumulate_grad_batches: int = 1,
     sync_batchnorm: bool = False,
     deterministic: bool = False,
+    cuda_graph: bool = False,
     log_every_n_steps: int = 50,
     checkpoint_every_n_steps: int | None = None,
 ) -> pl.Trainer:
@@ -107,6 +113,7 @@ def build_trainer(
         accumulate_grad_batches: parts that a step's batch is cut into, at least 1.
         sync_batchnorm: BatchNorm takes its statistics over all processes.
         deterministic: only kernels that give the same bits each time.
+        cuda_graph: replay the network's training passes as CUDA graphs.
         log_every_n_steps: optimizer steps between looks at the loss.
         checkpoint_every_n_steps: optimizer steps between checkpoints within an epoch, or None.
     """
@@ -130,6 +137,7 @@ def build_trainer(
             epoch_log,
             RunProgress(epoch_log),
             Checkpoints(folder / "checkpoints", checkpoint_every_n_steps, stop),
+            *([TrainingGraph()] if cuda_graph else []),
         ],
         logger=loggers or False,
         default_root_dir=folder,
@@ -149,6 +157,13 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+class TrainingGraph(pl.Callback):
+    """Has a module's training passes captured."""
+
+    def on_train_start(self, trainer, module) -> None:
+        module.graph = GraphedNetwork(module.network)
 
 
 class SyncedBatchNorm(LayerSync):

@@ -1,5 +1,8 @@
 """The figures of the clamp removal section."""
 
+import csv
+
+import pytest
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
@@ -32,3 +35,21 @@ def test_residual_and_relu_are_left_out():
     with ClampMeter(layer) as meter:
         layer(x, residual=torch.full_like(x, 100.0), relu=True)
     assert meter.largest < 10
+
+
+def test_each_epoch_tells_what_its_validation_met_at_the_clamps(run, tmp_path):
+    results = run(tmp_path, "normalizer.clamp_value=0.5", "data.val_batch_size=5")
+    with open(tmp_path / "clamping.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and [row["step"] for row in rows] == ["4", "8", "12"]
+    # fewer than 20 batches: all are metered, so the last row is what the final validation finds
+    clamping = results["clamping"]
+    assert float(rows[-1]["clamped_fraction"]) == pytest.approx(clamping["clamped_fraction"], rel=1e-12) and (
+        clamping["clamped_fraction"] > 0.01
+    )
+    assert float(rows[-1]["max_abs_activation"]) == pytest.approx(clamping["max_abs_activation"], rel=1e-6)
+
+
+def test_without_clamps_no_file(run, tmp_path):
+    run(tmp_path, "normalizer=batch", "recipe.epochs=1", "recipe.milestones=[]")
+    assert (tmp_path / "metrics.csv").exists() and not (tmp_path / "clamping.csv").exists()

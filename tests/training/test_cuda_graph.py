@@ -1,0 +1,61 @@
+"""Training as captured graphs: refused without a GPU, and the same run with one."""
+
+import pytest
+import torch
+from tests_training import outcome
+
+from onlinenorm import models
+from onlinenorm.normalizers import OnlineNorm2d
+from onlinenorm.training.cuda_graph import GraphedNetwork
+from onlinenorm.training.errors import ConfigError
+
+
+def test_without_a_gpu_it_is_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.cuda_graph: CUDA graphs need an NVIDIA GPU"):
+        run(tmp_path, "trainer.cuda_graph=true")
+
+
+def test_evaluation_is_the_network_itself():
+    network = models.cifar_resnet8(OnlineNorm2d, in_channels=1).eval()
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(GraphedNetwork(network)(x), network(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalizer", ["online_clamp", "online_layer_scaling", "batch"])
+def test_same_gradients_and_buffers_as_without(normalizer):
+    makers = {
+        "online_clamp": OnlineNorm2d,
+        "online_layer_scaling": lambda c: OnlineNorm2d(c, error_compensation="layer_scaling"),
+        "batch": torch.nn.BatchNorm2d,
+    }
+    torch.backends.cudnn.benchmark, before = False, torch.backends.cudnn.benchmark
+    found = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        network = models.cifar_resnet8(makers[normalizer], in_channels=1).cuda().train()
+        run = GraphedNetwork(network) if graphed else network
+        optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9)
+        for _ in range(5):
+            x = torch.randn(16, 1, 28, 28, device="cuda")
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = run(x).float().square().mean()
+            loss.backward()
+            optimizer.step()
+        found.append({**network.state_dict(), "loss": loss.detach()})
+    torch.backends.cudnn.benchmark = before
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overrides", [[], ["trainer.accumulate_grad_batches=2"], ["model.compile=true"]])
+def test_same_run_as_without(run, tmp_path, overrides):
+    shared = ["trainer=gpu", "trainer.precision=32-true", "trainer.deterministic=true", *overrides]
+    plain = run(tmp_path / "plain", *shared)
+    graphed = run(tmp_path / "graphed", *shared, "trainer.cuda_graph=true")
+    assert graphed["last"]["val_loss"] == pytest.approx(plain["last"]["val_loss"], rel=1e-4)
+    rows = [outcome(tmp_path / name)[1] for name in ("plain", "graphed")]
+    for a, b in zip(*rows, strict=True):
+        assert float(b["train_loss"]) == pytest.approx(float(a["train_loss"]), rel=1e-4)
