@@ -1,8 +1,6 @@
 """A trained network from its run folder, of which nothing is trusted: what is named is checked before it is built."""
 
 import json
-import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from onlinenorm import data, models
 from onlinenorm.deploy.errors import DeployError
 from onlinenorm.normalizers import OnlineNorm
-from onlinenorm.training.checkpoint import LAST, PREVIOUS, read, verify
+from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
 from onlinenorm.training.config_check import ALLOWED_TARGETS, build, check_config
 from onlinenorm.training.errors import ConfigError, RunError
 from onlinenorm.training.finish import parameters_sha256
@@ -192,20 +190,12 @@ def _targets(tree: Any, prefix: str):
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(the network's state, the whole content) of last.ckpt, previous.ckpt or best.ckpt."""
-    if problem := verify(path):
-        previous = path.with_name(PREVIOUS)
-        hint = f"; {previous} may be whole" if path.name == LAST and previous.exists() else ""
-        raise DeployError(f"{path}: is damaged or no checkpoint ({problem}){hint}")
     try:
         content = read(path)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to load it regardless
-        raise DeployError(
-            f"{path}: holds more than tensors and plain values{f' ({name[1]})' if name else ''} and is refused: "
-            "loading it could run code"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DeployError(f"{path}: is no checkpoint ({_first_line(error)})") from error
+    except RunError as error:
+        previous = path.with_name(PREVIOUS)
+        hint = f"; {previous} may be whole" if path.name == LAST and previous.exists() else ""
+        raise DeployError(f"{error}{hint}") from error
     state = content
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         state = {key.removeprefix("network."): value for key, value in content["state_dict"].items()}

@@ -1,6 +1,8 @@
 """Checkpoint files: written atomically, verified, read without trusting their content; and where a run resumes."""
 
 import os
+import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -13,6 +15,9 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from onlinenorm.training.errors import RunError
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+# What a run continues from; a checkpoint of an older version or of another program may lack some of it.
+REQUIRED = {"position", "best_top1", "state_dict", "optimizer_states", "callbacks", "schedule", "train_sums",
+            "local_statistics", "pytorch-lightning_version"}  # fmt: skip
 
 
 def verify(path: Path) -> str:
@@ -64,26 +69,48 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint on the CPU: tensors and plain values only."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """The content of a checkpoint on the CPU: tensors and plain values only.
+
+    Raises RunError where it is damaged, holds anything else, or is no checkpoint.
+    """
+    if problem := verify(path):
+        raise RunError(f"{path} is damaged or no checkpoint ({problem})")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to load it regardless
+        raise RunError(
+            f"{path} holds more than tensors and plain values{f' ({name[1]})' if name else ''} and is refused: "
+            "loading it could run code"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RunError(f"{path} is no checkpoint ({(str(error).splitlines() or [''])[0]})") from error
 
 
 def resumable(folder: Path) -> tuple[Path | None, dict[str, int] | None]:
-    """(checkpoint to continue from, its position), or (None, None) where there is none; reports damaged ones.
+    """(checkpoint to continue from, its position), or (None, None) where there is none; reports unusable ones.
 
-    Raises RunError when there are checkpoints and all are damaged: starting over is for the user to say.
+    Raises RunError when there are checkpoints and none can be used: starting over is for the user to say.
     """
-    damaged = []
+    unusable = []
     for name in (LAST, PREVIOUS):
         path = folder / name
         if path.exists():
-            if not (problem := verify(path)):
-                for line in damaged:
-                    print(f"{line}: continuing from {path}", file=sys.stderr)
-                return path, read(path)["position"]
-            damaged.append(f"{path} is damaged ({problem})")
-    if damaged:
-        raise RunError("; ".join(damaged) + f". Nothing is left to continue from: delete {folder} to start over")
+            try:
+                content = read(path)
+                if missing := sorted(REQUIRED - set(content if isinstance(content, dict) else ())):
+                    raise RunError(f"{path} was written by another program or version: it lacks {', '.join(missing)}")
+            except RunError as error:
+                unusable.append(str(error))
+                continue
+            for line in unusable:
+                print(f"{line}: continuing from {path}", file=sys.stderr)
+            return path, content["position"]
+    if unusable:
+        raise RunError(
+            "; ".join(unusable) + f". Nothing is left to continue from: delete {folder} to start over, "
+            "or choose another run_dir"
+        )
     return None, None
 
 

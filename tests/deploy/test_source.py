@@ -143,7 +143,7 @@ DAMAGE = {
     "yaml bomb": (yaml_bomb, "cannot be read as plain YAML"),
     "truncated": (truncated, "is damaged"),
     "flipped bits": (flipped, "is damaged"),
-    "a text": (lambda folder, trace: (folder / "checkpoints" / "last.ckpt").write_text("weights"), "last.ckpt: is"),
+    "a text": (lambda folder, trace: (folder / "checkpoints" / "last.ckpt").write_text("weights"), "last.ckpt is"),
     "empty": (lambda folder, trace: (folder / "checkpoints" / "last.ckpt").write_bytes(b""), "is damaged"),
     "tensors alone": (
         lambda folder, trace: torch.save(torch.zeros(3), folder / "checkpoints" / "last.ckpt"),

@@ -1,7 +1,6 @@
 """Checkpoint files survive what happens to files."""
 
 import os
-import pickle
 
 import pytest
 import pytorch_lightning as pl
@@ -13,7 +12,8 @@ from onlinenorm.training.trainer import quiet_lightning
 
 
 def state(value):
-    return {"position": {"epoch": value, "step": 0, "global_step": value}, "weights": torch.full((1000,), float(value))}
+    position = {"epoch": value, "step": 0, "global_step": value}
+    return dict.fromkeys(checkpoint.REQUIRED) | {"position": position, "weights": torch.full((1000,), float(value))}
 
 
 @pytest.fixture
@@ -76,9 +76,10 @@ def test_a_crash_between_the_two_renames_leaves_the_previous(folder, monkeypatch
 
 
 def test_what_cannot_be_read_back_never_becomes_the_last(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "verify", lambda path: "record x does not match its checksum")
-    with pytest.raises(RunError, match="cannot be read back"):
-        checkpoint.write(state(3), folder / "last.ckpt")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "verify", lambda path: "record x does not match its checksum")
+        with pytest.raises(RunError, match="cannot be read back"):
+            checkpoint.write(state(3), folder / "last.ckpt")
     assert checkpoint.read(folder / "last.ckpt")["position"]["epoch"] == 2
 
 
@@ -89,8 +90,32 @@ class Evil:
 
 def test_code_in_a_checkpoint_is_refused(tmp_path):
     torch.save({"position": Evil()}, tmp_path / "last.ckpt")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(
+        RunError, match=r"last.ckpt holds more than tensors .*system\) and is refused: loading it could run"
+    ):
         checkpoint.read(tmp_path / "last.ckpt")
+    with pytest.raises(RunError, match=r"is refused.* Nothing is left to continue from"):
+        checkpoint.resumable(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_told_and_not_continued(folder, capsys):
+    old = state(3)
+    del old["schedule"], old["local_statistics"]
+    torch.save(old, folder / "last.ckpt")
+    told = r"last.ckpt was written by another program or version: it lacks local_statistics, schedule"
+    assert checkpoint.resumable(folder) == (folder / "previous.ckpt", state(1)["position"])
+    assert told in capsys.readouterr().err
+    torch.save(torch.zeros(3), folder / "previous.ckpt")
+    with pytest.raises(
+        RunError, match=f"{told}.*previous.ckpt was written.*lacks best_top1, .*delete .*another run_dir"
+    ):
+        checkpoint.resumable(folder)
+
+
+def test_all_that_is_required_is_what_a_run_saves(run, tmp_path):
+    run(tmp_path, "normalizer=batch", "recipe.epochs=1", "recipe.milestones=[]")
+    saved = set(checkpoint.read(tmp_path / "checkpoints" / "last.ckpt"))
+    assert saved - checkpoint.REQUIRED == {"epoch", "global_step", "lr_schedulers"}
 
 
 def test_loop_state_has_every_counter_of_lightnings_loop():
