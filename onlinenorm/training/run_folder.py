@@ -8,6 +8,7 @@ import platform
 import struct
 import subprocess
 import sys
+import traceback
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import yaml
 
 from onlinenorm.training.config_check import flatten
-from onlinenorm.training.errors import ConfigError, RunError
+from onlinenorm.training.errors import ConfigError, Interrupted, RunError
 
 # Keys that may differ from one start of a run to the next: they change how it is computed, not what.
 MAY_CHANGE = (
@@ -34,6 +35,9 @@ MAY_CHANGE = (
     "trainer.num_nodes",
     "trainer.strategy",
 )
+
+
+FAILED = "failed.txt"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -78,7 +82,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self):
-        """Context in which no other run may write here; raises RunError where one does already."""
+        """Context in which no other run may write here; raises RunError where one does already.
+
+        An error that ends it is left in failed.txt, until the run is started again; a run that was interrupted, or
+        killed, has not failed.
+        """
         if not self.leader:
             yield
             return
@@ -92,7 +100,14 @@ class RunFolder:
                     f"{self.path}: another run is writing to this folder ({error.strerror}). "
                     "Wait for it or stop it, or choose another run_dir"
                 ) from None
-            yield
+            (self.path / FAILED).unlink(missing_ok=True)
+            try:
+                yield
+            except Exception as error:
+                if not isinstance(error, Interrupted):
+                    with contextlib.suppress(RunError):  # on a full disk
+                        write_atomically(self.path / FAILED, "".join(traceback.format_exception_only(error)))
+                raise
 
     def is_held(self) -> bool:
         """Whether a run is writing here now. The lock is not taken: a run that starts just then would fail."""

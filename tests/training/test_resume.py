@@ -151,6 +151,10 @@ def test_not_a_number_stops_before_the_last_good_checkpoint_is_replaced(run, mon
     with pytest.raises(RunError, match=r"loss became NaN or infinite at step 6 \(epoch 2, learning rate .*recipe.lr"):
         run(tmp_path, "normalizer=batch", "trainer.log_every_n_steps=3")
     assert read(tmp_path / "checkpoints" / "last.ckpt")["position"] == {"epoch": 1, "step": 0, "global_step": 4}
+    assert "the loss became NaN or infinite at step 6" in (tmp_path / "failed.txt").read_text()
+    monkeypatch.setattr(ImageClassifier, "training_step", original)
+    run(tmp_path, "normalizer=batch")
+    assert not (tmp_path / "failed.txt").exists() and (tmp_path / "results.json").exists()
 
 
 def test_infinite_weights_are_not_saved_either(run, monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from onlinenorm.training.errors import ConfigError, RunError
+from onlinenorm.training.errors import ConfigError, Interrupted, RunError
 from onlinenorm.training.run_folder import RunFolder, changed_keys, environment, git_state, write_atomically
 
 CONFIG = {"recipe": {"lr": 0.1}, "trainer": {"devices": 1, "precision": "32-true"}, "logger": {"_target_": "x"}}
@@ -50,6 +50,30 @@ def test_two_runs_at_once_are_refused_and_a_dead_one_leaves_no_lock(tmp_path):
         other.wait()
     with RunFolder(tmp_path).held():
         pass
+
+
+def test_what_ended_a_run_is_left_in_a_file_until_it_is_started_again(tmp_path):
+    folder, failed = RunFolder(tmp_path / "run"), tmp_path / "run" / "failed.txt"
+    with pytest.raises(ZeroDivisionError), folder.held():
+        1 / 0  # noqa: B018
+    assert failed.read_text() == "ZeroDivisionError: division by zero\n"
+    with pytest.raises(Interrupted), folder.held():
+        assert not failed.exists()
+        raise Interrupted("SIGTERM: saved", 15)
+    assert not failed.exists()
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "run", leader=False).held():
+        1 / 0  # noqa: B018
+    assert not failed.exists()
+
+
+def test_a_full_disk_does_not_hide_what_ended_a_run(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onlinenorm.training.run_folder.os.fsync", full)
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path).held():
+        1 / 0  # noqa: B018
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_starts_are_counted(tmp_path):
