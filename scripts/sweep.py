@@ -17,6 +17,7 @@ started; 128 + signal: stopped, the run in hand has saved itself.
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -40,7 +41,7 @@ try:
     from onlinenorm.training.epoch_log import read_rows
     from onlinenorm.training.errors import ConfigError, told
     from onlinenorm.training.progress import clock
-    from onlinenorm.training.run_folder import RunFolder
+    from onlinenorm.training.run_folder import FAILED, RunFolder
 except ModuleNotFoundError:
     # called from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
@@ -62,7 +63,7 @@ class Row:
 
     @property
     def failure(self) -> Path:
-        return self.folder / "failed.txt"
+        return self.folder / FAILED
 
     @property
     def job(self) -> Path:
@@ -144,7 +145,10 @@ def table(rows: list[Row]) -> tuple[list[str], list[str]]:
 
 
 def command(row: Row, folder: Path) -> list[str]:
-    return [*row.overrides, f"run_dir={folder}"]
+    # quoted where the override grammar would read on: folders of swept keys have "=" in them
+    plain = re.fullmatch(r"[\w./-]+", str(folder))
+    escaped = str(folder).replace("'", "\\'")
+    return [*row.overrides, f"run_dir={folder}" if plain else f"run_dir='{escaped}'"]
 
 
 class Sweep:

@@ -17,7 +17,7 @@ FAKE_TRAIN = """
 import os, signal, sys, time
 from pathlib import Path
 options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-folder = Path(options["run_dir"])
+folder = Path(options["run_dir"].strip("'"))
 with open(folder / "started", "a") as file:
     file.write("x")
 print("epoch 1/3", flush=True)
@@ -64,6 +64,12 @@ def test_folders_are_a_function_of_the_overrides(sweep, tmp_path):
     assert rows[0].folder == tmp_path / "default" / "recipe.lr=0.1" / "batch" / "seed0"
     (row,) = sweep.plan([*TINY, "normalizer=batch", "recipe.lr=0.1"], tmp_path)
     assert row.folder == tmp_path / "default" / "batch" / "seed0", "the folder of the same train.py command"
+
+
+@pytest.mark.parametrize("name", ["runs", "it's {odd}, this"])
+def test_folders_of_swept_keys_reach_the_run(sweep, tmp_path, name):
+    row = sweep.plan([*TINY, "normalizer=batch", "recipe.lr=0.1,0.2"], tmp_path / name)[0]
+    assert load_train_module().load_config(sweep.command(row, row.folder))["run_dir"] == str(row.folder)
 
 
 @pytest.mark.parametrize(
