@@ -1,56 +1,101 @@
-"""A network's training step on the GPU as CUDA graphs: two replays in place of hundreds of kernel launches."""
+"""Forward and backward of a training step as CUDA graphs: two replays in place of hundreds of kernel launches."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+
+_WARM_UPS = 3  # compilation, choice of algorithms and workspaces belong before the capture
 
 
-class _Call(nn.Module):
-    """The network as a module of its own: what is captured is `network(x)`, compiled or not."""
+class GraphedStep:
+    """`step(module, images, labels)` -> (loss, figures), with the device's work replayed from captured graphs.
 
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
-
-
-class GraphedNetwork:
-    """Calls `network` in eval mode and without gradients as it is, in training as captured graphs.
-
-    The first training batch is captured, after warm-up passes that leave no trace in the network's buffers; batches of
-    its shape are replayed, others run as they are. Gradients reach autograd as usual, so that hooks, data-parallel
+    The first batch is captured, after warm-up passes that leave no trace in the module's buffers; batches like it are
+    replayed, others run as they are. Gradients reach the parameters through autograd, so that hooks, data-parallel
     wrappers and optimizers see no difference. The memory of activations stays reserved between steps.
 
     Args:
-        network: (N, C, H, W) -> (N, classes), on a CUDA device, with buffers that are updated in place.
+        module: its parameters are trained; buffers are updated in place; on a CUDA device.
+        step: (forward, images, labels) -> (loss, figures); figures do not require gradients.
+        accumulates: gradients of several calls are added up before a step of the optimizer.
     """
 
-    def __init__(self, network: nn.Module):
-        self.network = network
-        self._replay = None
-        self._captured: tuple | None = None
+    def __init__(self, module: nn.Module, step: Callable[..., tuple[Tensor, Tensor]], accumulates: bool):
+        self.module, self.step, self.accumulates = module, step, accumulates
+        self._kind: tuple | None = None
 
-    def __call__(self, images: Tensor) -> Tensor:
-        if not (self.network.training and torch.is_grad_enabled()):
-            return self.network(images)
-        if self._replay is None:
-            self._captured = _kind(images)
-            self._replay = _capture(self.network, images)
-        return self._replay(images) if _kind(images) == self._captured else self.network(images)
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        kind = images.shape, images.dtype, images.stride()
+        if self._kind is None:
+            self._capture(images, labels)
+            self._kind = kind
+        if kind != self._kind:
+            return self.step(self.module, images, labels)
+        return _Replay.apply(self, images, labels, *self._parameters)
+
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._parameters = tuple(trained.values())
+        # Stand-ins that share memory: autograd ties a parameter it has met to the stream of the capture.
+        stand_ins = {name: nn.Parameter(p.detach()) for name, p in trained.items()}
+        self.images, self.labels = images.detach().clone(), labels.clone()
+
+        def forward(x: Tensor) -> Tensor:
+            return functional_call(self.module, stand_ins, (x,))
+
+        def gradients(loss: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(loss, tuple(stand_ins.values()), self.grad_loss)
+
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(images.device)
+        stream.wait_stream(torch.cuda.current_stream(images.device))
+        # weights cast by autocast are cast again in every replay, not once and kept
+        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    loss, _ = self.step(forward, self.images, self.labels)
+                    self.grad_loss = torch.ones_like(loss)
+                    gradients(loss)
+                del loss
+            torch.cuda.current_stream(images.device).wait_stream(stream)
+            with torch.cuda.graph(self._forward, stream=stream):
+                loss, figures = self.step(forward, self.images, self.labels)
+            with torch.cuda.graph(self._backward, pool=self._forward.pool(), stream=stream):
+                found = gradients(loss)
+        self._outputs, self._gradients = (loss.detach(), figures), found
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(buffers[name])
+
+    def replay_forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self._forward.replay()
+        loss, figures = self._outputs
+        return loss.clone(), figures.clone()
+
+    def replay_backward(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
+        self.grad_loss.copy_(grad_loss)
+        self._backward.replay()
+        # where they are added up, the next replay must not write over them
+        return tuple(g.clone() if self.accumulates else g.detach() for g in self._gradients)
 
 
-def _kind(images: Tensor) -> tuple:
-    return images.shape, images.dtype, images.stride()
+class _Replay(torch.autograd.Function):
+    """The replays as one operation on the parameters."""
 
+    @staticmethod
+    def forward(ctx, graphed: GraphedStep, images: Tensor, labels: Tensor, *parameters: Tensor):
+        ctx.graphed = graphed
+        loss, figures = graphed.replay_forward(images, labels)
+        ctx.mark_non_differentiable(figures)
+        return loss, figures
 
-def _capture(network: nn.Module, images: Tensor):
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    # weights cast by autocast must be cast again in every replay, not once and kept
-    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-    with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
-        replay = torch.cuda.make_graphed_callables(_Call(network), (images.clone(),))
-    with torch.no_grad():
-        for name, buffer in network.named_buffers():
-            buffer.copy_(before[name])
-    return replay
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor, _):
+        return None, None, None, *ctx.graphed.replay_backward(grad_loss)

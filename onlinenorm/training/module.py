@@ -1,5 +1,7 @@
 """The LightningModule: what one step of training and one batch of validation do."""
 
+from collections.abc import Callable
+
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from onlinenorm.normalizers import average_statistics, gather_statistics
 from onlinenorm.training.clamping import ClampMeter
-from onlinenorm.training.cuda_graph import GraphedNetwork
+from onlinenorm.training.cuda_graph import GraphedStep
 from onlinenorm.training.errors import RunError
 from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule
 
@@ -36,7 +38,7 @@ class ImageClassifier(pl.LightningModule):
         self.network.to(memory_format=self.memory_format)
         self.train_sums = self.val_sums = torch.zeros(4, dtype=torch.float64)
         self.bad_step = torch.tensor(-1)
-        self.graph: GraphedNetwork | None = None  # set where training replays CUDA graphs
+        self.graph: GraphedStep | None = None  # set where training replays CUDA graphs
         self.clamp_meter: ClampMeter | None = None  # of the last validation
         self.collected: list[Tensor] | None = None  # a list: validation keeps (index, label, prediction) of each batch
         self.schedule = None
@@ -45,10 +47,9 @@ class ImageClassifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images, or the logarithm of mean probabilities where images come in crops."""
         images = images.to(self.dtype)  # float64 under 64-true
-        network = self.network if self.graph is None else self.graph
         if images.dim() == 4:
-            return network(images.contiguous(memory_format=self.memory_format))
-        crops = network(images.flatten(0, 1).contiguous(memory_format=self.memory_format))
+            return self.network(images.contiguous(memory_format=self.memory_format))
+        crops = self.network(images.flatten(0, 1).contiguous(memory_format=self.memory_format))
         log_p_NKC = F.log_softmax(crops.float(), dim=1).unflatten(0, images.shape[:2])
         return log_p_NKC.logsumexp(1) - torch.tensor(float(images.shape[1]), device=crops.device).log()
 
@@ -69,22 +70,19 @@ class ImageClassifier(pl.LightningModule):
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         images, labels, _ = batch
-        logits = self(images)
-        loss, total = _losses(logits, labels)
+        loss, sums = _step(self, images, labels) if self.graph is None else self.graph(images, labels)
         self._watch(loss.detach())
-        self.train_sums = self.train_sums + _sums(logits.detach(), labels, total)
+        self.train_sums = self.train_sums + sums
         return loss
 
-    def on_after_backward(self) -> None:
-        if self.graph is not None and self.trainer.accumulate_grad_batches > 1:
-            # the next replay writes to the same memory, and its gradients are to be added to these
-            for parameter in self.network.parameters():
-                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+    def graph_steps(self) -> None:
+        """Has training steps replayed as CUDA graphs from the next one on."""
+        self.graph = GraphedStep(self, _step, self.trainer.accumulate_grad_batches > 1)
 
     def _watch(self, loss: Tensor) -> None:
         # the step of the first loss that is not finite, found without asking the device
         first = (self.bad_step < 0) & ~torch.isfinite(loss)
-        self.bad_step = torch.where(first, torch.full_like(self.bad_step, self.global_step + 1), self.bad_step)
+        self.bad_step = self.bad_step.masked_fill(first, self.global_step + 1)
 
     def assert_finite(self) -> None:
         """Raises RunError, on every process, where a loss or the network is not finite. Waits for the device."""
@@ -158,6 +156,13 @@ class ImageClassifier(pl.LightningModule):
         for name, table in checkpoint["local_statistics"].items():
             if len(table) == self.trainer.world_size:
                 checkpoint["state_dict"][name] = table[self.trainer.global_rank]
+
+
+def _step(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean loss, sums of the batch) of a training step."""
+    logits = forward(images)
+    loss, total = _losses(logits, labels)
+    return loss, _sums(logits.detach(), labels, total)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

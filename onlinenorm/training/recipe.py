@@ -172,7 +172,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
     The learning rate stands outside the momentum buffer b, so a drop acts on past gradients too.
     """
     groups = parameter_groups(model, recipe)
-    return SGD(groups, lr=recipe.scaled_lr, momentum=recipe.scaled_momentum)
+    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
+    return SGD(groups, lr=recipe.scaled_lr, momentum=recipe.scaled_momentum, fused=True if on_gpu else None)
 
 
 def build_schedule(optimizer: Optimizer, recipe: Recipe) -> LRScheduler:

@@ -14,7 +14,6 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from onlinenorm.normalizers import synchronise_batch_norm
 from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
-from onlinenorm.training.cuda_graph import GraphedNetwork
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
@@ -160,10 +159,10 @@ def build_trainer(
 
 
 class TrainingGraph(pl.Callback):
-    """Has a module's training passes captured."""
+    """Has a module's training steps captured."""
 
     def on_train_start(self, trainer, module) -> None:
-        module.graph = GraphedNetwork(module.network)
+        module.graph_steps()
 
 
 class SyncedBatchNorm(LayerSync):
