@@ -1,13 +1,15 @@
 """Images per second on one and on several processes, normalizer against normalizer, after a check that all is exact.
 
-    torchrun --standalone --nproc-per-node 2 scripts/bench_distributed.py                     two GPUs, about 4 minutes
+    torchrun --standalone --nproc-per-node 2 scripts/bench_distributed.py                     two GPUs, about 3 minutes
     torchrun --standalone --nproc-per-node 2 scripts/bench_distributed.py --model cifar_resnet8 --size 16 --batch 4 \
         --repeats 2 --dtype fp32 --output /tmp/bench.json                                     the same on CPUs
+    python scripts/bench_distributed_table.py results/bench_distributed.json                  the table alone
 
 A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images; `--batch`
 images a process, so that efficiency = rate of W processes / (W x rate of one). One process is measured on rank 0 while
-the others wait. Rates are medians over rounds that visit every row. First the exactness check: float32, the same global
-batches on one process and on all, parameters and statistics compared.
+the others wait. Rates are medians over rounds that visit every row. First the exactness check: float32 without TF32,
+the same global batches on one process and on all; losses, parameters and statistics compared. What has been measured is
+written after each row, as JSON and as a Markdown table beside it.
 """
 
 import argparse
@@ -15,13 +17,16 @@ import copy
 import os
 import statistics
 import sys
+import time
 import warnings
 from functools import partial
+from pathlib import Path
 
 import bench_common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from bench_distributed_table import render
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,14 +38,16 @@ NORMALIZERS = {
     "sync_batch": nn.BatchNorm2d,
     "online_local": partial(OnlineNorm2d, statistics="local"),
     "online_global": partial(OnlineNorm2d, statistics="global"),
+    "online_global_layer_scaling": partial(OnlineNorm2d, statistics="global", error_compensation="layer_scaling"),
 }
-CHECKED = ("sync_batch", "online_global")
+MEASURED = ("batch", "sync_batch", "online_local", "online_global")
+CHECKED = ("sync_batch", "online_global", "online_global_layer_scaling")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build(name: str, args, device: torch.device) -> nn.Module:
+def build(name: str, model: str, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    model = getattr(models, args.model)(NORMALIZERS[name]).to(device, memory_format=torch.channels_last)
+    model = getattr(models, model)(NORMALIZERS[name]).to(device, memory_format=torch.channels_last)
     if name == "sync_batch" and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif name == "sync_batch":
@@ -80,26 +87,30 @@ class Alone:
 
 
 def exactness(name: str, args, device: torch.device) -> dict:
-    """Largest difference of a loss, a parameter and a buffer between one process and all, in float32."""
+    """How far losses, parameters and statistics of all processes are from those of one, in float32."""
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(1)
-    size, batch = min(args.size, 64), args.check_batch * world
-    images = torch.randn(args.check_steps, batch, 3, size, size, generator=generator) + 1
+    batch = args.check_batch * world
+    images = torch.randn(args.check_steps, batch, 3, 32, 32, generator=generator) + 1
     labels = torch.randint(10, (args.check_steps, batch), generator=generator)
     images, labels = images.to(device), labels.to(device)
     whole = [(x.to(memory_format=torch.channels_last), t) for x, t in zip(images, labels, strict=True)]
     own = [(x.chunk(world)[rank], t.chunk(world)[rank]) for x, t in whole]
-    model = build(name, args, device)
+    model = build(name, args.check_model, device)
     one = copy.deepcopy(model)
-    several = torch.tensor(trained(parallel(model, device), own, args.check_steps, 0.01), device=device)
+    several = torch.tensor(trained(parallel(model, device), own, args.check_steps, args.check_lr), device=device)
     dist.all_reduce(several)
     several /= world
     with Alone():
-        single = torch.tensor(trained(one, whole, args.check_steps, 0.01), device=device)
-    state = {key: value for key, value in one.state_dict().items() if value.is_floating_point()}
-    found = model.state_dict()
-    far = {k: float((found[k] - v).abs().max() / v.abs().max().clamp(min=1e-12)) for k, v in state.items()}
-    buffers = {key for key, _ in one.named_buffers()}
+        single = torch.tensor(trained(one, whole, args.check_steps, args.check_lr), device=device)
+    found = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+    parameters = {key for key, _ in one.named_parameters()}
+
+    def far(keys) -> float:
+        pairs = [(found[key].flatten().double(), one.state_dict()[key].flatten().double()) for key in keys]
+        ours, truth = (torch.cat(side) for side in zip(*pairs, strict=True))
+        return float((ours - truth).norm() / truth.norm())
+
     same = torch.cat([value.flatten().double() for value in found.values()])
     others = [torch.empty_like(same) for _ in range(world)]
     dist.all_gather(others, same)
@@ -107,8 +118,8 @@ def exactness(name: str, args, device: torch.device) -> dict:
         "normalizer": name,
         "steps": args.check_steps,
         "largest_loss_difference": float((several - single).abs().max()),
-        "largest_parameter_difference": max(d for key, d in far.items() if key not in buffers),
-        "largest_buffer_difference": max(d for key, d in far.items() if key in buffers),
+        "parameter_difference": far(parameters),
+        "statistic_difference": far(found.keys() - parameters),
         "ranks_identical": all(torch.equal(other, same) for other in others),
     }
 
@@ -119,7 +130,7 @@ class Row:
     def __init__(self, name: str, processes: int, args, device: torch.device):
         self.name, self.processes, self.args, self.device = name, processes, args, device
         self.rounds: list[float] = []
-        self.model = build(name, args, device)
+        self.model = build(name, args.model, device)
         if processes > 1:
             self.run = parallel(self.model, device)
         else:
@@ -154,14 +165,16 @@ class Row:
             "batch_per_process": self.args.batch,
             "milliseconds": round(milliseconds, 3),
             "images_per_second": round(1e3 * self.args.batch * self.processes / milliseconds, 1),
+            "rounds": len(self.rounds),
             "repeat_spread": round((max(self.rounds) - min(self.rounds)) / milliseconds, 4),
         }
 
 
-def measured(args, device: torch.device, write) -> list[dict]:
-    """Rows of all normalizers on one process and on all; `write` gets those there are after each."""
+def measured(args, device: torch.device, write) -> None:
+    """Measures all normalizers on one process and on all, in rounds; `write` gets the rows there are after each."""
     world = dist.get_world_size()
     first = dist.get_rank() == 0
+    start = time.perf_counter()
     rows: list[Row] = []
     for name in args.normalizer:
         if name != "sync_batch" and first:
@@ -170,16 +183,18 @@ def measured(args, device: torch.device, write) -> list[dict]:
         dist.barrier()
         rows.append(Row(name, world, args, device))
     for _ in range(args.rounds):
-        for name in args.normalizer:
-            for row in [row for row in rows if row.name == name]:
-                if row.processes == 1:
-                    with Alone():
-                        row.measure()
-                    continue
+        for row in rows:
+            if row.processes == 1:
+                with Alone():
+                    row.measure()
+            else:
                 dist.barrier()  # the other processes wait here while rank 0 measures alone
                 row.measure()
-            write([row.record() for row in rows if row.rounds])
-    return [row.record() for row in rows]
+            write([row.record() for row in rows if row.rounds], row)
+        over = torch.tensor(time.perf_counter() - start > args.seconds, device=device, dtype=torch.int32)
+        dist.broadcast(over, 0)
+        if over:
+            break
 
 
 def with_efficiency(rows: list[dict]) -> list[dict]:
@@ -196,38 +211,50 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
-    parser.add_argument("--batch", type=int, default=128, help="images a process")
+    parser.add_argument("--batch", type=int, default=256, help="images a process")
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
-    parser.add_argument("--normalizer", nargs="+", default=list(NORMALIZERS), choices=list(NORMALIZERS))
+    parser.add_argument("--normalizer", nargs="+", default=list(MEASURED), choices=list(NORMALIZERS))
     parser.add_argument("--compile", action="store_true", help="torch.compile, with DDP's own graph splitting")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5, help="at most")
+    parser.add_argument("--seconds", type=float, default=100, help="after which no further round begins")
     parser.add_argument("--repeats", type=int, default=15, help="steps a round")
-    parser.add_argument("--check-steps", type=int, default=10)
-    parser.add_argument("--check-batch", type=int, default=8, help="images a process of the exactness check")
-    parser.add_argument("--output", default="results/bench_distributed.json")
+    parser.add_argument("--check-model", default="cifar_resnet8", help="of the exactness check, at 32 px")
+    parser.add_argument("--check-steps", type=int, default=30)
+    parser.add_argument("--check-lr", type=float, default=0.002, help="low: rounding errors grow with it")
+    parser.add_argument("--check-batch", type=int, default=32, help="images a process of the exactness check")
+    parser.add_argument("--output", type=Path, default=Path("results/bench_distributed.json"))
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    dist.init_process_group("nccl" if cuda else "gloo")
-    leader = dist.get_rank() == 0
-    results = {**bench_common.head(device), "backend": dist.get_backend(), "processes": dist.get_world_size()}
-    results["command"] = results["command"].replace("python", f"torchrun --nproc-per-node {dist.get_world_size()}", 1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    results["exactness_float32"] = [exactness(n, args, device) for n in CHECKED if n in args.normalizer]
-    torch.backends.cudnn.allow_tf32 = True
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    world, leader = dist.get_world_size(), dist.get_rank() == 0
+    start = time.perf_counter()
+    results = {**bench_common.head(device), "backend": dist.get_backend(), "processes": world}
+    results["command"] = results["command"].replace("python", f"torchrun --standalone --nproc-per-node {world}", 1)
+    results |= {"model": args.model, "size": args.size, "exactness_float32": [], "rows": []}
 
-    def write(rows: list[dict]) -> None:
+    def tell(line: dict) -> None:
         if leader:
-            bench_common.write(args.output, {**results, "rows": with_efficiency(rows)})
+            print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
+            bench_common.write(args.output, results)
+            if results["rows"]:
+                args.output.with_suffix(".md").write_text(render(results))
 
-    write([])
-    rows = measured(args, device, write)
-    if leader:
-        for line in (*results["exactness_float32"], *with_efficiency(rows)):
-            print(line)
+    def write(rows: list[dict], latest: Row) -> None:
+        results["rows"] = with_efficiency(rows)
+        tell(latest.record())
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for name in CHECKED:
+        results["exactness_float32"].append(exactness(name, args, device))
+        tell(results["exactness_float32"][-1])
+    torch.backends.cudnn.allow_tf32 = True
+    measured(args, device, write)
     dist.destroy_process_group()
     exact = all(r["ranks_identical"] and r["largest_loss_difference"] < 1e-4 for r in results["exactness_float32"])
     return 0 if exact else 1
