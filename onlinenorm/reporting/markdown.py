@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from onlinenorm.reporting import text
-from onlinenorm.reporting.table import COMPARED_METRICS, Report
+from onlinenorm.reporting.table import COMPARED_METRICS, Provenance, Report
 
 
 def render_markdown(report: Report) -> str:
@@ -12,7 +12,7 @@ def render_markdown(report: Report) -> str:
     parts += ["## Verdicts", *_verdicts(report)]
     parts += ["## Clamping removed before the final validation", *_removals(report)]
     parts += ["## Departures from the published setting", _departures(report)]
-    parts += ["## Where the numbers come from", _sources(report), _provenance(report)]
+    parts += ["## Where the numbers come from", _sources(report), provenance_markdown(report.provenance)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -30,10 +30,11 @@ def main_table(report: Report) -> str:
             cells += [text.published_cell(row, metric), text.reproduced_cell(row, metric, report.confidence)]
         cells += [text.reproduced_cell(row, metric, report.confidence) for metric in ("last_loss", "last_top1")]
         body.append([cell.main + (f"<br>{cell.detail}" if cell.detail else "") for cell in cells])
-    return _table(head, body)
+    return markdown_table(head, body)
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -48,13 +49,15 @@ def _verdicts(report: Report) -> list[str]:
         for name, group in text.comparison_groups(report, published).items():
             cells = [(f"**{text.verdict_text(c)}**", text.verdict_detail(c)) for c in group]
             lines.append([name, *(verdict + (f"<br>{detail}" if detail else "") for verdict, detail in cells)])
-        parts.append(_table([title, *(text.METRIC_NAMES[metric] for metric in COMPARED_METRICS)], lines))
+        parts.append(markdown_table([title, *(text.METRIC_NAMES[metric] for metric in COMPARED_METRICS)], lines))
     return parts
 
 
 def _removals(report: Report) -> list[str]:
     measured = [removal for removal in report.removals if removal.figures]
-    parts = [_table(text.REMOVAL_HEAD, [text.removal_cells(removal) for removal in measured])] if measured else []
+    parts = (
+        [markdown_table(text.REMOVAL_HEAD, [text.removal_cells(removal) for removal in measured])] if measured else []
+    )
     return [*parts, "\n".join(f"- {r.run or r.label}: {r.sentence}" for r in report.removals)]
 
 
@@ -62,7 +65,7 @@ def _departures(report: Report) -> str:
     if not report.departures:
         return "None."
     rows = [text.departure_cells(departure, report) for departure in report.departures]
-    return _table(["setting", "published", "here"], rows)
+    return markdown_table(["setting", "published", "here"], rows)
 
 
 def _sources(report: Report) -> str:
@@ -73,9 +76,10 @@ def _sources(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _provenance(report: Report) -> str:
+def provenance_markdown(provenance: Sequence[Provenance]) -> str:
+    """Commit, versions and hardware of runs, and a line a run with its command."""
     lines = []
-    for runs, environment in text.environments(report):
+    for runs, environment in text.environments(provenance):
         lines.append(f"- {', '.join(runs)}: " + "; ".join(f"{name}: {value}" for name, value in environment.items()))
-    body = [[*cells[:-1], f"`{cells[-1]}`"] for cells in map(text.run_cells, report.provenance)]
-    return "\n".join(lines) + "\n\n" + _table(text.RUN_HEAD, body)
+    body = [[*cells[:-1], f"`{cells[-1]}`"] for cells in map(text.run_cells, provenance)]
+    return "\n".join(lines) + "\n\n" + markdown_table(text.RUN_HEAD, body)

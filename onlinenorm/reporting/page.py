@@ -191,7 +191,7 @@ def _sources(report: Report) -> str:
 
 def _provenance(report: Report) -> str:
     blocks = []
-    for runs, environment in text.environments(report):
+    for runs, environment in text.environments(report.provenance):
         entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in environment.items())
         blocks.append(f'<dl class="facts"><dt>runs</dt><dd>{escape(", ".join(runs))}</dd>{entries}</dl>')
     rows = [text.run_cells(run) for run in report.provenance]

@@ -1,4 +1,4 @@
-"""Reads run folders (config.yaml, environment.json, metrics.csv, results.json) into `Run` and checks what they say."""
+"""Reads run folders (config.yaml, metrics.csv, results.json, ...) into `Run` and checks what they say."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import numpy as np
 from onlinenorm.reporting.errors import ReportError
 
 REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
+CLAMPING_COLUMNS = ("epoch", "step", "clamped_fraction", "max_abs_activation")
 _SCALES = ("imagenet", "imagenet-subset", "fashion_mnist", "embedded", "synthetic")
+_NOT_FINITE = re.compile(r"became NaN or infinite at step (\d+)(?: \(epoch (\d+))?")
 _NOT_RUN_FOLDERS = {"checkpoints", "wandb", "tensorboard", "lightning_logs", "node_modules"}
 
 
@@ -23,7 +25,8 @@ _NOT_RUN_FOLDERS = {"checkpoints", "wandb", "tensorboard", "lightning_logs", "no
 class Run:
     """One training run as its folder tells it; `results` is None until the run is done.
 
-    `metrics` maps a column of metrics.csv to float64 values, one an epoch (counted from 1), NaN where a field is empty.
+    `metrics` maps a column of metrics.csv to float64 values, one an epoch (counted from 1), NaN where a field is empty;
+    `clamping` the same of clamping.csv, {} for a run without clamps. `failure` is the text of failed.txt, if any.
     """
 
     folder: Path
@@ -34,6 +37,8 @@ class Run:
     environment: dict[str, Any]
     metrics: dict[str, np.ndarray]
     results: dict[str, Any] | None
+    clamping: dict[str, np.ndarray] = field(default_factory=dict)
+    failure: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -54,12 +59,24 @@ class Run:
 
     @property
     def status(self) -> str:
-        """ "finished", "running: epoch e of E" (also when it was interrupted), or "diverged: epoch e of E"."""
+        """ "finished", "diverged: step s, epoch e of E", "failed: epoch e of E", or "running: epoch e of E".
+
+        Diverged are runs that a NaN or infinity ended, as failed.txt or the last line of metrics.csv says; an
+        interrupted run cannot be told from a running one.
+        """
         if self.finished:
             return "finished"
+        planned = self.epochs_planned or "unknown"
+        if found := _NOT_FINITE.search(self.failure or ""):
+            return f"diverged: step {found[1]}, epoch {found[2] or self.epochs_done + 1} of {planned}"
         losses = [self.metrics[key][-1] for key in ("train_loss", "val_loss") if self.epochs_done]
-        word = "diverged" if any(math.isinf(x) or math.isnan(x) for x in losses) else "running"
-        return f"{word}: epoch {self.epochs_done} of {self.epochs_planned or 'unknown'}"
+        word = "failed" if self.failure is not None else "running"
+        word = "diverged" if any(math.isinf(x) or math.isnan(x) for x in losses) else word
+        return f"{word}: epoch {self.epochs_done} of {planned}"
+
+    @property
+    def diverged(self) -> bool:
+        return self.status.startswith("diverged")
 
     def value(self, metric: str) -> float:
         """A figure of a finished run: "best_loss", "best_top1", "last_loss" or "last_top1" (nats; fractions)."""
@@ -124,11 +141,16 @@ def load_run(folder: Path, read_yaml: Callable[[Path], Any], name: str | None = 
     normalizer = (
         results["normalizer"] if results else lookup(config, "choices.normalizer", folder.resolve().parent.name)
     )
-    return Run(folder, name or folder.name, normalizer, seed, config, environment, metrics, results)
+    clamping = folder / "clamping.csv"
+    return Run(
+        folder, name or folder.name, normalizer, seed, config, environment, metrics, results,
+        clamping=read_metrics(clamping, CLAMPING_COLUMNS) if clamping.exists() else {},
+        failure=_read_text(folder / "failed.txt"),
+    )  # fmt: skip
 
 
-def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a metrics.csv as float64 arrays, one entry an epoch; empty fields are NaN."""
+def read_metrics(path: Path, required: tuple[str, ...] = REQUIRED_COLUMNS) -> dict[str, np.ndarray]:
+    """Columns of a metrics.csv (or another file with a line an epoch) as float64 arrays; empty fields are NaN."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
@@ -139,7 +161,7 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     if not rows:
         return {}
     header, body = rows[0], rows[1:]
-    if missing := [column for column in REQUIRED_COLUMNS if column not in header]:
+    if missing := [column for column in required if column not in header]:
         raise ReportError(f"{path}: column {', '.join(missing)} is missing from its first line")
     table = np.empty((len(body), len(header)))
     for index, fields in enumerate(body):
@@ -183,6 +205,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ReportError(f"{path}: holds {type(content).__name__} where an object is expected")
     return content
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read: {error}") from error
 
 
 def _check_results(results: dict[str, Any], path: Path) -> None:

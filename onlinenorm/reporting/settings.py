@@ -12,8 +12,8 @@ from onlinenorm.reporting.spec import SettingSpec
 
 # Where files lie, how many workers read them and how fast a step runs does not change what is computed.
 _IRRELEVANT = {
-    "data.root", "data.num_workers", "data.val_batch_size", "data.on_unreadable", "data.unreadable_limit",
-    "model.compile", "normalizer.backend",
+    "data.root", "data.num_workers", "data.on_device", "data.val_batch_size", "data.on_unreadable",
+    "data.unreadable_limit", "model.compile", "normalizer.backend",
 }  # fmt: skip
 _COMPARED_GROUPS = ("model", "data", "recipe")
 UNKNOWN = "unknown"
@@ -55,6 +55,16 @@ def check_one_table(runs: Sequence[Run]) -> None:
                     "cannot count twice. Name the folder of one experiment"
                 )
             seen[run.seed] = run.name
+
+
+def differences(runs: Sequence[Run], besides: Sequence[str]) -> list[str]:
+    """Lines "key: value (runs) | value (runs)" where runs differ in more than the keys `besides` and the experiment."""
+    keep = {*besides, "experiment"}
+    lines = _mixture({run.name: {k: v for k, v in _setting(run).items() if k not in keep} for run in runs})
+    for normalizer in sorted({run.normalizer for run in runs}):
+        row = [run for run in runs if run.normalizer == normalizer]
+        lines += _mixture({r.name: {k: v for k, v in _normalizer_setting(r).items() if k not in keep} for r in row})
+    return lines
 
 
 def planned_scale(run: Run) -> str | None:
@@ -115,6 +125,15 @@ def _normalizer_setting(run: Run) -> dict[str, Any]:
 
 
 def _refuse_mixture(settings: dict[str, dict[str, Any]], where: str) -> None:
+    if lines := _mixture(settings):
+        shown = lines[:12] + ([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])
+        raise ReportError(
+            f"these runs differ in what {where} of one table must share:\n  " + "\n  ".join(shown) + "\n"
+            "Name a folder whose runs agree, e.g. that of one experiment"
+        )
+
+
+def _mixture(settings: dict[str, dict[str, Any]]) -> list[str]:
     """Compares runs key by key; one that lacks a key (older or unfinished) does not contradict the others."""
     lines = []
     for key in sorted({key for setting in settings.values() for key in setting}):
@@ -125,13 +144,8 @@ def _refuse_mixture(settings: dict[str, dict[str, Any]], where: str) -> None:
                 values[repr(float(value)) if type(value) is int else repr(value)].append(name)
         if len(values) > 1:
             shown = " | ".join(f"{value} ({_few(names)})" for value, names in values.items())
-            lines.append(f"  {key}: {shown}")
-    if lines:
-        shown = lines[:12] + ([f"  and {len(lines) - 12} more"] if len(lines) > 12 else [])
-        raise ReportError(
-            f"these runs differ in what {where} of one table must share:\n" + "\n".join(shown) + "\n"
-            "Name a folder whose runs agree, e.g. that of one experiment"
-        )
+            lines.append(f"{key}: {shown}")
+    return lines
 
 
 def _few(names: list[str]) -> str:

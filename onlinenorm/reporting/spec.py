@@ -51,6 +51,14 @@ class SettingSpec:
 
 
 @dataclass(frozen=True)
+class StudySpec:
+    """A study in a folder of studies: its title, and the command that makes its runs."""
+
+    title: str
+    command: str
+
+
+@dataclass(frozen=True)
 class ReportSpec:
     """Everything that is fixed before runs are looked at; `margins` maps scale -> metric -> margin."""
 
@@ -63,6 +71,7 @@ class ReportSpec:
     margins: dict[str, dict[str, float]]
     scales: dict[str, Scale]
     published_setting: list[SettingSpec]
+    studies: dict[str, StudySpec]
 
     def row(self, normalizer: str) -> RowSpec:
         """The row of a normalizer; one that the file does not name gets its own name as label and a spare colour."""
@@ -89,6 +98,7 @@ def parse_spec(content: Mapping[str, Any]) -> ReportSpec:
             margins=equivalence["margins"],
             scales={name: Scale(**scale) for name, scale in content["scales"].items()},
             published_setting=[SettingSpec(**entry) for entry in content["published_setting"]],
+            studies={name: StudySpec(**study) for name, study in content.get("studies", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(f"configs/report.yaml: {type(error).__name__}: {error}") from error

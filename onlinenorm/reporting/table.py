@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from onlinenorm.reporting.runs import Run
+from onlinenorm.reporting.runs import Run, lookup
 from onlinenorm.reporting.settings import UNKNOWN, Departure, check_one_table, departures, planned_scale
 from onlinenorm.reporting.spec import Published, ReportSpec
 from onlinenorm.reporting.statistics import (
@@ -110,12 +110,7 @@ class Report:
 def build_report(runs: Sequence[Run], spec: ReportSpec) -> Report:
     """The report on runs of one setting (none: all rows "not run"); ReportError when they cannot share a table."""
     check_one_table(runs)
-    finished = [run for run in runs if run.finished]
-    scale = finished[0].results["scale"] if finished else next(filter(None, map(planned_scale, runs)), UNKNOWN)
-    label, short = spec.scale(scale).label, spec.scale(scale).short
-    if finished:
-        dataset = finished[0].results["dataset"]
-        label += f" ({dataset['train_images']:,} training, {dataset['val_images']:,} validation images)"
+    scale, label, short = scale_labels(runs, spec)
     extra = sorted({run.normalizer for run in runs} - set(spec.rows), key=_order(spec))
     rows = [_row(name, runs, spec) for name in [*spec.rows, *extra]]
     found = departures(runs, spec.published_setting)
@@ -131,9 +126,23 @@ def build_report(runs: Sequence[Run], spec: ReportSpec) -> Report:
         comparisons=_against_published(rows, runs, spec, scale, found) + _between_rows(runs, spec, scale),
         removals=[removal for row in rows for removal in _removals(row, runs, spec)],
         departures=found,
-        provenance=[_provenance(run) for run in runs],
+        provenance=[provenance(run) for run in runs],
         milestones=list(schedule.get("milestones") or []) if schedule.get("schedule", "step") == "step" else [],
     )
+
+
+def scale_labels(runs: Sequence[Run], spec: ReportSpec) -> tuple[str, str, str]:
+    """Scale of these runs, its full label with the number of images and the network, and its short label."""
+    finished = [run for run in runs if run.finished]
+    scale = finished[0].results["scale"] if finished else next(filter(None, map(planned_scale, runs)), UNKNOWN)
+    label, details = spec.scale(scale).label, []
+    if finished:
+        dataset = finished[0].results["dataset"]
+        details = [f"{dataset['train_images']:,} training, {dataset['val_images']:,} validation images"]
+    for key, words in (("model._target_", "{}"), ("data.image_size", "{} px"), ("recipe.epochs", "{} epochs")):
+        if found := {plain(value) for run in runs if (value := lookup(run.config, key)) is not None}:
+            details.append(words.format("/".join(sorted(found))))
+    return scale, label + (f" ({', '.join(details)})" if details else ""), spec.scale(scale).short
 
 
 def _order(spec: ReportSpec):
@@ -219,7 +228,8 @@ def _removals(row: Row, runs: Sequence[Run], spec: ReportSpec) -> list[Removal]:
     return [Removal(row.normalizer, row.label, None, None, None, sentence)]
 
 
-def _provenance(run: Run) -> Provenance:
+def provenance(run: Run) -> Provenance:
+    """Where a run's numbers come from, as its environment.json tells it."""
     environment, results = run.environment, run.results or {}
     git = environment.get("git") if isinstance(environment.get("git"), dict) else {}
     commit = str(git.get("commit") or environment.get("git_commit") or environment.get("commit") or "unknown")

@@ -1,5 +1,6 @@
 """Numbers and table cells as words, shared by the terminal, the Markdown table and the page."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onlinenorm.reporting.settings import Departure
@@ -148,10 +149,10 @@ def departure_cells(departure: Departure, report: Report) -> list[str]:
     return [departure.name + rows, plain(departure.published) + note, plain(departure.actual)]
 
 
-def environments(report: Report) -> list[tuple[list[str], dict[str, str]]]:
+def environments(provenance: Sequence[Provenance]) -> list[tuple[list[str], dict[str, str]]]:
     """Runs that share commit, software and hardware, with these as words."""
     groups: dict[tuple[str, ...], list[str]] = {}
-    for run in report.provenance:
+    for run in provenance:
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items()) or "unknown"
         groups.setdefault((run.commit, versions, run.hardware, run.world_size), []).append(run.run)
     names = ("commit", "versions", "hardware", "processes")

@@ -63,8 +63,16 @@ def write_run(
     clamping: dict | None = None,
     normalizer_config: dict | None = None,
     environment: dict | None = None,
+    clamped: list[tuple[float, float]] | None = None,
+    wrong: list[int] | None = None,
+    failure: str | None = None,
+    data: dict | None = None,
 ) -> Path:
-    """A run folder root/normalizer/seed<k>; `top1` and `loss` set the best figures exactly, `done` cuts it short."""
+    """A run folder root/normalizer/seed<k>; `top1` and `loss` set the best figures exactly, `done` cuts it short.
+
+    `clamped` has (clamped fraction, largest activation) of each epoch for clamping.csv, `wrong` the indices of 100
+    images that predictions.npz gets wrong, `failure` the text of failed.txt.
+    """
     folder = root / normalizer / f"seed{seed}"
     folder.mkdir(parents=True)
     top1 = LEVELS.get(normalizer, 0.86) + 0.002 * math.sin(7 * seed + len(normalizer)) if top1 is None else top1
@@ -85,6 +93,7 @@ def write_run(
             "_target_": f"onlinenorm.data.{scale}",
             "root": f"/data/{seed}",
             "image_size": 224 if scale == "imagenet" else 28,
+            **(data or {}),
         },
         "recipe": recipe,
         "trainer": {"precision": "32-true", "devices": 1},
@@ -106,6 +115,15 @@ def write_run(
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+    if clamped is not None:
+        lines = [f"{i + 1},{100 * (i + 1)},{part!r},{largest!r}\n" for i, (part, largest) in enumerate(clamped)]
+        (folder / "clamping.csv").write_text("epoch,step,clamped_fraction,max_abs_activation\n" + "".join(lines))
+    if failure is not None:
+        (folder / "failed.txt").write_text(failure)
+    if wrong is not None:
+        label = np.arange(100) % 10
+        prediction = np.where(np.isin(np.arange(100), wrong), (label + 1) % 10, label)
+        np.savez(folder / "predictions.npz", index=np.arange(100), label=label, prediction=prediction)
     if finish and done is None:
         best_loss, best_top1 = min(rows, key=lambda r: r["val_loss"]), max(rows, key=lambda r: r["val_top1"])
         last = rows[-1]

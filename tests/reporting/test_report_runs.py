@@ -56,6 +56,47 @@ def test_a_run_that_ended_in_nan_is_called_diverged(tmp_path):
     assert load_runs(tmp_path, read_yaml)[0].status == "diverged: epoch 3 of 5"
 
 
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (
+            "the loss became NaN or infinite at step 41 (epoch 2, learning rate 0.1). The",
+            "diverged: step 41, epoch 2 of 5",
+        ),
+        (
+            "exit code 1\nRunError: a weight or statistic of the network became NaN or infinite at step 41",
+            "diverged: step 41, epoch 2 of 5",
+        ),
+        ("exit code 1\nOut of memory", "failed: epoch 1 of 5"),
+    ],
+)
+@pytest.mark.parametrize("metrics", ["kept", "header", "empty"])
+def test_what_ended_a_run_is_told_from_running(tmp_path, failure, status, metrics):
+    path = write_run(tmp_path, "batch", done=1, failure=failure) / "metrics.csv"
+    if metrics != "kept":
+        path.write_text(path.read_text().splitlines()[0] + "\n" if metrics == "header" else "")
+        status = status.replace("epoch 1 of", "epoch 0 of") if "failed" in status else status
+    (run,) = load_runs(tmp_path, read_yaml)
+    assert (run.status.split(", ")[0], run.diverged) == (status.split(", ")[0], "NaN" in failure)
+    if "(epoch" in failure or metrics == "kept":
+        assert run.status == status
+
+
+def test_a_finished_run_has_not_failed(tmp_path):
+    write_run(tmp_path, "batch", failure="exit code 1")
+    assert load_runs(tmp_path, read_yaml)[0].status == "finished"
+
+
+def test_clamping_over_training_is_read_and_checked(tmp_path):
+    folder = write_run(tmp_path, "online_clamp", clamped=[(1e-3, 9.5), (0.0, 4.0)])
+    (run,) = load_runs(tmp_path, read_yaml)
+    assert run.clamping["clamped_fraction"].tolist() == [1e-3, 0.0]
+    assert run.clamping["max_abs_activation"].tolist() == [9.5, 4.0]
+    (folder / "clamping.csv").write_text("epoch,step\n1,10\n")
+    with pytest.raises(ReportError, match=r"clamping\.csv: column clamped_fraction, max_abs_activation is missing"):
+        load_runs(tmp_path, read_yaml)
+
+
 def test_empty_fields_are_nan(tmp_path):
     path = write_run(tmp_path, "batch", done=1) / "metrics.csv"
     path.write_text(path.read_text() + "2,200,0.1,0.5,0.8,0.5,0.8,,,\n")

@@ -72,7 +72,8 @@ def test_a_small_run_cannot_be_read_as_imagenet(tmp_path, spec):
     for normalizer in THREE:
         write_run(tmp_path, normalizer, top1=0.7635, loss=0.935)
     report = report_on(tmp_path, spec)
-    label = "Fashion-MNIST subset (embedded), not ImageNet (10,000 training, 2,000 validation images)"
+    details = "10,000 training, 2,000 validation images, cifar_resnet8, 28 px, 5 epochs"
+    label = f"Fashion-MNIST subset (embedded), not ImageNet ({details})"
     page = render_page(report, b"png", b"png")
     assert report.scale_label == label
     assert render_markdown(report).startswith(f"# Table 1 on {label}\n")

@@ -1,0 +1,211 @@
+"""What a folder of studies shows, in sentences whose every number comes from run data; what was not run says so."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from onlinenorm.reporting import cost, text
+from onlinenorm.reporting.ablation import Ablation, Point, spread
+from onlinenorm.reporting.clamps import clamped_runs, course, fraction, span
+from onlinenorm.reporting.pooled import Pooled
+from onlinenorm.reporting.runs import Run
+from onlinenorm.reporting.spec import ReportSpec
+from onlinenorm.reporting.statistics import INCONCLUSIVE
+from onlinenorm.reporting.table import Report, Row
+
+
+def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec) -> list[str]:
+    """Rows over seeds, and the verdicts between them."""
+    main = [row for row in report.rows if row.published and (row.n or row.unfinished)]
+    others = [row for row in report.rows if not row.published]
+    lines = [f"best val accuracy and loss {_rows(main)}."]
+    if others:
+        lines.append(f"The other normalizers: {_rows(others)}.")
+    groups = text.comparison_groups(report, published=False)
+    judged = {name: group for name, group in groups.items() if any(c.verdict.difference for c in group)}
+    if judged:
+        margins = {c.metric: c.margin for group in judged.values() for c in group}
+        allowed = " and ".join(
+            f"{text.difference(value, metric).lstrip('+').rstrip('0')} "
+            f"{'points' if text.is_accuracy(metric) else 'nats'}"
+            for metric, value in margins.items()
+        )
+        told = "; ".join(f"{name}: {', '.join(map(_verdict, group))}" for name, group in judged.items())
+        lines.append(f"Verdicts by the margins fixed before the runs ({allowed}): {told}.")
+    else:
+        rates = [f"{_rate(row, runs)} ({row.label})" for row in report.rows if row.n]
+        lines.append(f"One seed a row gives no verdict ({INCONCLUSIVE}). Training ran at {', '.join(rates)} images/s.")
+    return lines
+
+
+def _details(scale_label: str) -> str:
+    """What stands in the brackets of a scale's label: images, network, pixels, epochs."""
+    return scale_label.partition("(")[2].rpartition(")")[0] or scale_label
+
+
+def _rows(rows: Sequence[Row]) -> str:
+    told = []
+    for row in rows:
+        figures = (
+            " and ".join(spread(row.summaries[m], m) for m in ("best_top1", "best_loss")) if row.n else "no figures"
+        )
+        seeds = "; ".join([f"n = {row.n}", *row.unfinished])
+        told.append(f"{row.label} {figures} ({seeds})")
+    return ", ".join(told)
+
+
+def _verdict(comparison) -> str:
+    found, metric = comparison.verdict.difference, comparison.metric
+    name = "accuracy" if text.is_accuracy(metric) else "loss"
+    if found is None:
+        return f"{name} {text.verdict_text(comparison)}"
+    low, high = (text.difference(value, metric) for value in (found.low, found.high))
+    unit = "points" if text.is_accuracy(metric) else "nats"
+    outcome = f"**{comparison.verdict.outcome}**"
+    return (
+        f"{name} {outcome} ({text.difference(found.mean, metric)} {unit}, {100 * found.level:g} % CI {low} to {high})"
+    )
+
+
+def _rate(row: Row, runs: Sequence[Run]) -> str:
+    rates = [run.results["images_per_second"] for run in runs if run.finished and run.normalizer == row.normalizer]
+    return f"{median(rates):,.0f}"
+
+
+def paired_line(pooled: Sequence[Pooled], spec: ReportSpec) -> str | None:
+    """Agreement of networks image by image, beside that of two seeds; None for single seeds."""
+    parts = []
+    for p in pooled:
+        same = [f"{share:.1%}" for share in p.same_within if share is not None]
+        if same:
+            first, second = spec.row(p.first).label, spec.row(p.second).label
+            parts.append(
+                f"{first} and {second} on {p.same:.1%} of the images (two seeds of either: {' and '.join(same)})"
+            )
+    return f"The same class at the last epoch: {'; '.join(parts)}." if parts else None
+
+
+def removal_line(studies: Mapping[str, Sequence[Run]]) -> str | None:
+    """The claim: removing the clamp leaves validation identical."""
+    parts = []
+    for study in studies:
+        found = [run.results for _, run in clamped_runs({study: studies[study]})]
+        if found:
+            changed = [r["clamping"]["changed_predictions"] for r in found]
+            points = [r["clamping"]["without"]["val_top1"] - r["clamping"]["with"]["val_top1"] for r in found]
+            images = found[0]["dataset"]["val_images"]
+            counts = span(changed, "{:,}")
+            worst = text.difference(max(points, key=abs), "top1")
+            parts.append(
+                f"{study}: {counts} of {images:,} predictions in {len(found)} run{'s' * (len(found) > 1)}, accuracy "
+                f"{worst} points at most"
+            )
+    every = [run.results["clamping"]["changed_predictions"] for _, run in clamped_runs(studies)]
+    if not every:
+        return None
+    exact = sum(n == 0 for n in every)
+    return (
+        "**Removing the clamp** after training ([table](clamping.md)), claimed to leave validation identical, "
+        f"changed no prediction in {exact} of {len(every)} runs ({'; '.join(parts)})."
+    )
+
+
+def course_line(studies: Mapping[str, Sequence[Run]]) -> str | None:
+    """Does the clamped fraction go to 0 as the learning rate is annealed?"""
+    parts, ends, fallen, compared = [], 0, 0, 0
+    for study, runs in studies.items():
+        found = [c for run in runs if run.finished and (c := course(run))]
+        if not found:
+            continue
+        ends += sum(c.last == 0 for c in found)
+        before = [c for c in found if c.before_drop is not None]
+        compared += len(before)
+        fallen += sum(c.last < c.before_drop for c in before)
+        drop, last = (
+            fraction(median(values)) for values in ([c.before_drop for c in before] or [0], [c.last for c in found])
+        )
+        parts.append(
+            f"{study}: median {drop} before the first drop, {last} at the end"
+            if before
+            else f"{study}: {last} at the end"
+        )
+    if not parts:
+        return None
+    total = sum(bool(run.finished and course(run)) for runs in studies.values() for run in runs)
+    return (
+        "**The clamped fraction**, claimed to vanish as the learning rate is annealed, is lower at the end than "
+        f"before the first drop in {fallen} of {compared} runs and exactly 0 in {ends} of {total} "
+        f"({'; '.join(parts)})."
+    )
+
+
+def ablation_line(ablation: Ablation) -> str:
+    """Range of the last accuracy over the values, beside the spread of seeds; what diverged."""
+    series: dict[str, list[Point]] = {}
+    for point in ablation.points:
+        series.setdefault(point.series, []).append(point)
+    parts = []
+    for name, points in series.items():
+        reached = [p for p in points if p.n]
+        if not reached:
+            parts.append(f"{name} finished nowhere")
+            continue
+        low, high = (pick(reached, key=lambda p: p.summaries["last_top1"].mean) for pick in (min, max))
+        at = [f"{text.figure(p.summaries['last_top1'].mean, 'top1')} at {p.value}" for p in (low, high)]
+        sds = [p.summaries["last_top1"].sd for p in reached if p.summaries["last_top1"].sd is not None]
+        seeds = f", seeds at one value ± {100 * (sum(sd**2 for sd in sds) / len(sds)) ** 0.5:.2f}" if sds else ""
+        where = "every value" if len(reached) > 1 else low.value
+        one = f"{text.figure(low.summaries['last_top1'].mean, 'top1')} at {where}"
+        parts.append(f"{name} {one}" if low is high else f"{name} {at[0]} to {at[1]}{seeds}")
+    diverged = [f"{len(p.diverged)} of {_started(p)} ({p.value}, {p.series})" for p in ablation.points if p.diverged]
+    unfinished = [f"{p.value}, {p.series}: {'; '.join(p.unfinished)}" for p in ablation.points if p.unfinished]
+    ends = [
+        f"diverged: {', '.join(diverged) or 'none'}",
+        *(["not finished: " + ", ".join(unfinished)] if unfinished else []),
+    ]
+    values = ", ".join(value + ("*" if value == ablation.published else "") for value in ablation.values)
+    star = "; * published" if ablation.published in ablation.values else ""
+    return f"last val accuracy over {values}{star}: {'; '.join(parts)}; {'; '.join(ends)}."
+
+
+def _started(point: Point) -> int:
+    return point.n + len(point.diverged) + len(point.unfinished)
+
+
+def cost_line(results: Mapping[str, Any] | None) -> str:
+    """Is clamping less expensive than layer scaling?"""
+    sentences = cost.cost_sentences(results, fastest=True) if results else []
+    if not sentences:
+        return "clamping against layer scaling: not measured here: `scripts/bench_training.py` on a GPU."
+    return f"a training step of ResNet-50 at 224 px, {results['device']}: {'; '.join(sentences)} ([table](cost.md))."
+
+
+def render_findings(
+    found: Mapping[str, tuple[Report | Ablation, Sequence[Run], Sequence[Pooled]]],
+    results: Mapping[str, Any] | None,
+    spec: ReportSpec,
+    picture: str | None,
+) -> str:
+    """The findings as a Markdown list, a line a study; `picture` is the file name of the figure, if there is one."""
+    lines = []
+    for name in [*spec.studies, *(name for name in found if name not in spec.studies)]:
+        title = spec.studies[name].title if name in spec.studies else name
+        if name not in found:
+            lines.append(f"**{title}**: not run here: `{spec.studies[name].command}`")
+            continue
+        made, runs, pooled = found[name]
+        if isinstance(made, Ablation):
+            link = f"[table]({name}/ablation.md)"
+            lines.append(f"**{title}** ({link}; {_details(made.scale_label)}): {ablation_line(made)}")
+            continue
+        told = [*table_lines(made, runs, spec), paired_line(pooled, spec)]
+        lines.append(f"**{title}** ([table]({name}/table1.md); {_details(made.scale_label)}): {told[0]}")
+        lines += filter(None, told[1:])
+    studies = {name: runs for name, (_, runs, _) in found.items()}
+    clamps = [line for line in (removal_line(studies), course_line(studies)) if line]
+    lines += clamps
+    lines.append(f"**Cost of error compensation**: {cost_line(results)}")
+    parts = ["\n".join(f"- {line}" for line in lines)]
+    if picture:
+        parts.append(f"![Accuracy by normalizer, clamped fraction over training, batch sizes, cost]({picture})")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Reports on the runs of several studies at once, or on one sweep of a key.
+
+    scripts/study.py results/study                    # studies, each with its runs in <study>/runs
+    scripts/study.py runs/quickstart --output /tmp/x  # runs of one scripts/sweep.py, in folders <key>=<value>
+
+A sweep gets ablation.md, ablation.json and ablation.png. Of several studies each gets these, or a table over
+normalizers (table1.md, table1.json, curves.png, paired.md); and all together findings.md, clamping.md, cost.md,
+imagenet.md and their figures. Reads files only. Exit code 0: written; 1: runs are missing, damaged or of different
+settings (nothing is written); 2: wrong usage.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+
+try:
+    import yaml
+
+    from onlinenorm.reporting.ablation import ablation_table, build_ablation
+    from onlinenorm.reporting.errors import ReportError
+    from onlinenorm.reporting.files import write_all
+    from onlinenorm.reporting.runs import find_run_folders, load_runs
+    from onlinenorm.reporting.spec import parse_spec
+    from onlinenorm.reporting.study import ablation_files, load_studies, study_files
+except ModuleNotFoundError:
+    # called as scripts/study.py from a shell in which the project's environment is not active
+    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
+        raise
+    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+
+
+def read_yaml(path: Path):
+    """Plain Python content of a YAML file."""
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Builds the reports; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="studies, or the runs of one sweep")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: FOLDER)")
+    parser.add_argument(
+        "--benchmark", metavar="JSON", type=Path, default=ROOT / "results" / "bench_training.json",
+        help="recorded rows of scripts/bench_training.py, for costs and hours (default: those of results/)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    output = options.output or options.folder
+    try:
+        spec = parse_spec(read_yaml(ROOT / "configs" / "report.yaml"))
+        if any(find_run_folders(options.folder)) and not any(options.folder.glob("*/runs")):
+            ablation = build_ablation(load_runs(options.folder, read_yaml), spec)
+            files = {".": ablation_files(ablation)}
+            print(ablation_table(ablation))
+        else:
+            benchmark = json.loads(options.benchmark.read_text()) if options.benchmark.exists() else None
+            files = study_files(load_studies(options.folder, read_yaml, spec), benchmark, spec)
+        for folder, contents in files.items():
+            write_all(output / folder, contents)
+            print(f"{output / folder}: {', '.join(contents)}")
+    except ReportError as error:
+        print(f"study.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
