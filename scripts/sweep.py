@@ -6,7 +6,8 @@
     scripts/sweep.py experiment=table1 ... --sbatch scripts/slurm/row.sbatch        each run a job
     scripts/sweep.py ... --status | --dry-run                                       the table | the commands as well
 
-Arguments are those of train.py. Runs are taken one after another (or submitted); finished, running and queued ones are
+Arguments are those of train.py. Runs are taken one after another, with --parallel N that many at a time with the
+machine's GPUs in turn, or are submitted; finished, running and queued ones are
 left alone, the others started or continued, and one that fails does not stop the next. Folders are
 runs/<experiment>/<normalizer>/seed<k>; other keys with several values come in between, as in
 runs/table1/recipe.lr=0.1/batch/seed0. A run's output is in output.log there, a failure's last lines in failed.txt.
@@ -34,6 +35,7 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 sys.path.insert(0, str(ROOT))
 
 try:
+    import torch
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     import train
@@ -49,6 +51,7 @@ except ModuleNotFoundError:
     os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
 
 STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1)}  # exit codes of runs that have saved themselves
+UNDONE = ("failed", "stopped", "missing")
 LINES_KEPT = 30
 
 
@@ -60,6 +63,7 @@ class Row:
     folder: Path
     normalizer: str
     epochs: int
+    devices: int | str = 1
 
     @property
     def failure(self) -> Path:
@@ -97,7 +101,8 @@ def plan(overrides: list[str], runs: Path) -> list[Row]:
         names = config["choices"]
         between = [",".join(values).replace("/", "_")] if values else []
         folder = Path(runs, names["experiment"], *between, names["normalizer"], f"seed{config['seed']}")
-        rows.append(Row(tuple(job), folder, names["normalizer"], config["recipe"]["epochs"]))
+        epochs, devices = config["recipe"]["epochs"], config["trainer"]["devices"]
+        rows.append(Row(tuple(job), folder, names["normalizer"], epochs, devices))
     doubled = [str(folder) for folder, count in Counter(row.folder for row in rows).items() if count > 1]
     if doubled:
         raise ConfigError(f"{' '.join(overrides)}: two runs would share {doubled[0]}; name each value once")
@@ -152,48 +157,71 @@ def command(row: Row, folder: Path) -> list[str]:
 
 
 class Sweep:
-    """Takes rows one after another; a signal goes to the run in hand and ends the sweep."""
+    """Takes rows, `parallel` at a time; a signal goes to the runs in hand and ends the sweep."""
 
-    def __init__(self):
-        self.signum = 0
-        self._run: subprocess.Popen | None = None
+    def __init__(self, parallel: int):
+        self.parallel, self.signum = parallel, 0
+        self._runs: set[subprocess.Popen] = set()
+        self._gpus = visible_gpus() if parallel > 1 else []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._stop)
 
+    def take_all(self, rows: list[Row]) -> None:
+        waiting = deque(rows)
+        workers = [threading.Thread(target=self._work, args=(waiting, slot)) for slot in range(self.parallel)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(0.2)  # signals are heard here: the main thread must not block for long
+
     def _stop(self, signum: int, frame: Any) -> None:
         self.signum = signum
-        if self._run is not None:
-            self._run.send_signal(signal.SIGTERM if signum == signal.SIGINT else signum)
+        for run in list(self._runs):
+            self._pass_on(run)
 
-    def take(self, row: Row) -> None:
+    def _pass_on(self, run: subprocess.Popen) -> None:
+        run.send_signal(signal.SIGTERM if self.signum == signal.SIGINT else self.signum)
+
+    def _work(self, waiting: deque[Row], slot: int) -> None:
+        while not self.signum:
+            try:
+                row = waiting.popleft()
+            except IndexError:
+                return
+            if row.state({}) in UNDONE:  # another sweep may have come first
+                self._take(row, slot)
+
+    def _take(self, row: Row, slot: int) -> None:
         row.folder.mkdir(parents=True, exist_ok=True)
         row.failure.unlink(missing_ok=True)
         row.job.unlink(missing_ok=True)
         last: deque[str] = deque(maxlen=LINES_KEPT)
+        mark = f"{row.folder}  " if self.parallel > 1 else "  "
+        gpu = {"CUDA_VISIBLE_DEVICES": self._gpus[slot % len(self._gpus)]} if self._gpus else {}
         print(f"\n{row.folder}", flush=True)
-        with open(row.folder / "output.log", "a", encoding="utf-8") as log:
-            # a session of its own: a terminal's Ctrl-C reaches the run as a signal that it saves itself on
-            self._run = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *command(row, row.folder)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            )  # fmt: skip
-            if self.signum:
-                self._stop(self.signum, None)
+        # a session of its own: a terminal's Ctrl-C reaches the run as a signal that it saves itself on
+        run = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *command(row, row.folder)], env={**os.environ, **gpu},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        self._runs.add(run)
+        if self.signum:
+            self._pass_on(run)
+        with run, open(row.folder / "output.log", "a", encoding="utf-8") as log:
+            for line in run.stdout:
+                print(f"{mark}{line}", end="", flush=True)
+                log.write(line)
+                last.append(line)
+        self._runs.discard(run)
+        if run.returncode and run.returncode not in STOPPED:
+            row.failure.write_text(f"exit code {run.returncode}\n{''.join(last)}", encoding="utf-8")
 
-            def copy_output() -> None:
-                for line in self._run.stdout:
-                    print(f"  {line}", end="", flush=True)
-                    log.write(line)
-                    last.append(line)
 
-            with self._run:
-                reader = threading.Thread(target=copy_output)
-                reader.start()
-                while reader.is_alive():
-                    reader.join(0.2)  # signals are heard here: a read that blocks may not let them through
-            code = self._run.returncode
-        if code and code not in STOPPED:
-            row.failure.write_text(f"exit code {code}\n{''.join(last)}", encoding="utf-8")
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(k) for k in range(torch.cuda.device_count())] if named is None else [k for k in named.split(",") if k]
 
 
 def submit(row: Row, script: Path) -> None:
@@ -216,29 +244,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", metavar="KEY=VALUE[,VALUE...]", nargs="+", help="as for train.py")
     parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="where the folders go")
+    parser.add_argument("--parallel", metavar="N", type=int, default=1, help="that many at a time, a GPU or none each")
     parser.add_argument("--sbatch", metavar="SCRIPT", type=Path, help="submit each run with this batch script")
     parser.add_argument("--status", action="store_true", help="show the table and start nothing")
     parser.add_argument("--dry-run", action="store_true", help="show the table and the commands, start nothing")
     options = parser.parse_args(arguments)
     if options.sbatch is not None and shutil.which("sbatch") is None:
         parser.error("--sbatch: there is no sbatch command here; submit from a login node of the cluster")
+    if options.parallel < 1:
+        parser.error(f"--parallel: {options.parallel} is not a whole number of at least 1")
     rows = plan(options.overrides, options.runs)
+    if options.parallel > 1 and any(row.devices != 1 for row in rows):
+        parser.error("--parallel: runs on several GPUs go one after another; leave it out, or use trainer.devices=1")
     states, lines = table(rows)
     print(*lines, sep="\n", flush=True)
-    todo = [row for row, state in zip(rows, states, strict=True) if state in ("failed", "stopped", "missing")]
+    todo = [row for row, state in zip(rows, states, strict=True) if state in UNDONE]
     if options.dry_run:
         start = ["sbatch", str(options.sbatch)] if options.sbatch else ["python", "train.py"]
         print(*(shlex.join([*start, *command(row, row.folder)]) for row in todo), sep="\n")
         return 0
     if not options.status and todo:
-        sweep = Sweep()
-        for row in todo:
+        sweep = Sweep(options.parallel)
+        if options.sbatch is None:
+            sweep.take_all(todo)
+        for row in todo if options.sbatch is not None else ():
             if sweep.signum:
                 break
-            if options.sbatch is not None:
-                submit(row, options.sbatch)
-            elif row.state({}) in ("failed", "stopped", "missing"):  # another sweep may have come first
-                sweep.take(row)
+            submit(row, options.sbatch)
         states, lines = table(rows)
         print("", *lines, sep="\n")
         if sweep.signum:

@@ -34,6 +34,18 @@ if Path("slow").exists():
 (folder / "results.json").write_text("{}")
 """
 
+# ends only when two of its kind have met
+MEETING_TRAIN = """
+import os, sys, time
+from pathlib import Path
+folder = Path(dict(argument.split("=", 1) for argument in sys.argv[1:])["run_dir"])
+(folder / "gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+while len(list(Path("runs").rglob("gpu"))) < 2:
+    time.sleep(0.02)
+print("met", flush=True)
+(folder / "results.json").write_text("{}")
+"""
+
 
 @pytest.fixture(scope="module")
 def sweep():
@@ -132,6 +144,29 @@ def test_stopping_the_sweep_lets_the_run_save_itself(matrix, tmp_path):
     batch, group = (tmp_path / "runs" / "default" / name for name in ("batch", "group"))
     assert (batch / "seed0" / "saved").exists() and not (batch / "seed0" / "failed.txt").exists()
     assert not group.exists(), "the next run is not begun"
+
+
+def test_several_at_a_time_on_the_gpus_in_turn(sweep, matrix, tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text(MEETING_TRAIN)
+    monkeypatch.setattr(sweep, "visible_gpus", lambda: ["4", "7"])
+    assert matrix("normalizer=batch,group", "--parallel", "2") == 0
+    folders = [tmp_path / "runs" / "default" / name / "seed0" for name in ("batch", "group")]
+    assert sorted((folder / "gpu").read_text() for folder in folders) == ["4", "7"]
+    shown = capsys.readouterr().out
+    assert all(f"{folder.relative_to(tmp_path)}  met" in shown for folder in folders)
+
+
+def test_runs_on_several_gpus_are_not_taken_side_by_side(matrix, capsys):
+    with pytest.raises(SystemExit):
+        matrix("normalizer=batch", "trainer.devices=2", "--parallel", "2")
+    assert "--parallel: runs on several GPUs" in capsys.readouterr().err
+
+
+def test_visible_gpus_are_those_that_the_user_left(sweep, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert sweep.visible_gpus() == ["2", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert sweep.visible_gpus() == []
 
 
 def test_jobs_that_left_the_queue_without_results_have_failed(sweep, matrix, tmp_path, monkeypatch, capsys):
