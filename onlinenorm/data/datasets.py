@@ -17,7 +17,7 @@ from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.sampler import Request, split_requests
-from onlinenorm.data.transforms import DRAWS, PLANS, Planner, colour_shifts, follow_plan, shift_and_mirror
+from onlinenorm.data.transforms import DRAWS, DRAWS_OF, PLANS, Planner, colour_shifts, follow_plan, shift_and_mirror
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -101,8 +101,8 @@ class InMemoryDataset(Dataset):
         return torch.from_numpy(self.source.images(indices)), torch.from_numpy(self.source.labels(indices))
 
     def draws(self, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """The random numbers of images in epochs, N x DRAWS."""
-        return uniforms(self.seed, epochs, indices, DRAWS)
+        """The random numbers that the plan reads for images in epochs, N x DRAWS."""
+        return uniforms(self.seed, epochs, indices, DRAWS, DRAWS_OF.get(self.plan))
 
     def views(self, images_NCHW: torch.Tensor, draws_NK: np.ndarray) -> torch.Tensor:
         """What the network sees of original images, given their random numbers."""

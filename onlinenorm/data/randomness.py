@@ -4,6 +4,8 @@ The generator chains the finaliser of SplitMix64 (Steele, Lea, Flood 2014) over 
 step is a bijection of 64-bit words, so distinct indices never collide within one (seed, epoch).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 ORDER, AUGMENTATION, CONTENT = 1, 2, 3  # streams: numbers drawn for one purpose never depend on another's
@@ -33,11 +35,19 @@ def hash64(seed: int, stream: int, *counters: int | np.ndarray) -> np.ndarray:
     return h
 
 
-def uniforms(seed: int, epochs: int | np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) for the augmentation of each image: float64, len(indices) x count."""
+def uniforms(
+    seed: int, epochs: int | np.ndarray, indices: np.ndarray, count: int, columns: Sequence[int] | None = None
+) -> np.ndarray:
+    """`count` numbers in [0, 1) for the augmentation of each image: float64, len(indices) x count.
+
+    Where only some `columns` are wanted, the others are 0.
+    """
     epochs_N1 = epochs[:, None] if isinstance(epochs, np.ndarray) else epochs
-    bits_NK = hash64(seed, AUGMENTATION, epochs_N1, indices[:, None], np.arange(count)[None, :])
-    return (bits_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    wanted_K = np.arange(count) if columns is None else np.array(columns, dtype=np.int64)
+    bits_NK = hash64(seed, AUGMENTATION, epochs_N1, indices[:, None], wanted_K)
+    numbers_NK = np.zeros((len(indices), count))
+    numbers_NK[:, wanted_K] = (bits_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers_NK
 
 
 def normals(uniforms_N2K: np.ndarray) -> np.ndarray:

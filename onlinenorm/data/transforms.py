@@ -20,6 +20,9 @@ EVALUATIONS = ("center_crop", "ten_crop")
 DRAWS = 30
 _AREA, _RATIO, _TOP, _LEFT, _FLIP, _SHORT, _COLOUR = 0, 10, 20, 21, 22, 23, 24
 
+# columns that a plan reads, where those are few
+DRAWS_OF = {"pad_crop": (_TOP, _LEFT, _FLIP), "none": (), "center_crop": (), "ten_crop": ()}
+
 _AREA_RANGE = (0.08, 1.0)
 _RATIO_RANGE = (3.0 / 4.0, 4.0 / 3.0)
 _SHORT_RANGE = (256, 480)  # of a 224 px crop, He et al. 2015

@@ -51,3 +51,10 @@ def test_permutation():
 
 def test_large_and_negative_seeds_wrap_silently():
     assert hash64(2**64 - 1, 1, 5)[0] == hash64(-1, 1, 5)[0] != hash64(0, 1, 5)[0]
+
+
+def test_wanted_columns_hold_the_same_numbers():
+    everything = uniforms(3, 1, np.arange(5), 30)
+    some = uniforms(3, 1, np.arange(5), 30, (20, 4))
+    assert np.array_equal(some[:, [20, 4]], everything[:, [20, 4]]) and (np.delete(some, [20, 4], axis=1) == 0).all()
+    assert uniforms(3, 1, np.arange(5), 30, ()).any() == np.False_
