@@ -24,7 +24,7 @@ def render(results: dict) -> str:
         f"{rows[0]['dtype']}, {rows[0]['mode']}: forward, backward with the gradients' all-reduce, and SGD; synthetic "
         f"images. Efficiency: images/s over {world} times those of one process (sync_batch: of batch on one).",
         _cost({row["normalizer"]: row["milliseconds"] for row in rows if row["processes"] == world}),
-        f"Float32 without TF32, {world} processes against one on the same global batches. Parameters and statistics: norm "
+        f"Float32 without TF32, {world} processes against one, same global batches. Parameters and statistics: norm "
         "of the difference over the norm.",
         _table(EXACTNESS, [_difference(row) for row in results["exactness_float32"]]),
         f"{world} x {results['device']}; {versions}; `{results['command']}`",

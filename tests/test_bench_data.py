@@ -67,3 +67,4 @@ def test_memory_of_workers_stays_flat(root, tmp_path):
     assert script.main(["--images", "200000", "--output", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["growth"]["pss"] < 0.05 and found["start_up_seconds"] < 2
+    assert found["growth_since_first_batches"]["pss_in_use"] < 0.05
