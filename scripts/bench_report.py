@@ -16,6 +16,7 @@ HEAD = (
     "backend",
     "mode",
     "dtype",
+    "optimizer",
     "ms a step",
     "images/s",
     "over BatchNorm",
@@ -25,20 +26,24 @@ HEAD = (
 
 def render(results: dict) -> str:
     """Markdown of a results file in the form of bench_training.json."""
-    step = "forward, backward and optimizer" if results.get("optimizer") else "forward and backward"
     lines = [
-        f"# ResNet-50, 224 px, {step}: {results['device']}",
+        f"# ResNet-50, 224 px, forward and backward, without and with the optimizer: {results['device']}",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|" + " --- |" * len(HEAD),
     ]
-    rows = sorted(results["rows"], key=lambda row: (-row["batch"], -row["images_per_second"]))
+    rows = sorted(results["rows"], key=lambda row: (row["optimizer"], -row["batch"], -row["images_per_second"]))
     for row in rows:
-        rivals = [r for r in rows if r["batch"] == row["batch"] and r["normalizer"] == "batch"]
+        same = [r for r in rows if (r["batch"], r["optimizer"]) == (row["batch"], row["optimizer"])]
+        rivals = [r for r in same if r["normalizer"] == "batch"]
         best = max(rivals, key=lambda r: r["images_per_second"], default=None)
         ratio = f"{row['images_per_second'] / best['images_per_second']:.3f}" if best else "not run"
         cells = [str(row[key]) for key in ("batch", "normalizer", "backend", "mode", "dtype")]
-        cells += [f"{row['milliseconds']:.2f} ± {row['repeat_spread'] / 2:.1%}", f"{row['images_per_second']:,.0f}"]
+        cells += [
+            "yes" if row["optimizer"] else "no",
+            f"{row['milliseconds']:.2f} ± {row['repeat_spread'] / 2:.1%}",
+            f"{row['images_per_second']:,.0f}",
+        ]
         lines.append("| " + " | ".join([*cells, ratio, f"{row['peak_memory_gib']:.2f}"]) + " |")
     lines += [
         "",

@@ -1,12 +1,13 @@
 """Images per second and peak memory of a whole training step, normalizer against normalizer.
 
-    python scripts/bench_training.py                     # all rows, one GPU, about 15 minutes
-    python scripts/bench_training.py --batch 256 --mode compile+graph --dtype bf16
+    python scripts/bench_training.py                     # all rows, one GPU
+    python scripts/bench_training.py --batch 256 --mode compile+graph --dtype bf16 --seconds 300
 
-A row is (normalizer, backend, mode, dtype, batch). All rows are measured in one process, in rounds that visit every
-row, so that drift of the GPU's clocks falls on all of them; a row's time is the median over rounds of medians. The step
-is forward + backward of the classification loss under autocast; ``--optimizer`` adds rows with SGD as well. The
-correctness gate runs first.
+A row is (normalizer, backend, mode, dtype, batch, with or without optimizer). All rows are measured in one process, in
+rounds that visit every row, so that drift of the GPU's clocks falls on all of them; a row's time is the median over
+rounds of medians. The step is forward + backward of the classification loss under autocast, and SGD where the row says
+so. Rows of one model share it, compiled once, and share its convolutions' tuning with those of other normalizers. The
+correctness gate runs first. Rows that ``--seconds`` leaves no time for are listed as not run.
 """
 
 import argparse
@@ -27,53 +28,70 @@ NORMALIZERS = {
     "batch": torch.nn.BatchNorm2d,
     "online_clamp": OnlineNorm2d,
     "online_layer_scaling": partial(OnlineNorm2d, error_compensation="layer_scaling"),
+    "online_none": partial(OnlineNorm2d, error_compensation="none"),
 }
 
 
-class Row:
-    """One configuration: its model lives through all rounds, graphs and activations only while it is timed."""
+class Network:
+    """One model and its input; lives through all rounds, graphs and activations only while a row is timed."""
 
-    def __init__(self, normalizer: str, backend: str, mode: str, dtype: str, batch: int, args):
-        self.key = {"normalizer": normalizer, "backend": backend, "mode": mode, "dtype": dtype, "batch": batch}
-        self.device, self.optimizer = torch.device(args.device), args.optimizer
+    def __init__(self, normalizer: str, backend: str, compiled: bool, dtype: str, batch: int, args):
+        self.device, self.dtype = torch.device(args.device), DTYPES[dtype]
         make = NORMALIZERS[normalizer]
         torch.manual_seed(0)
         model = getattr(models, args.model)(make if normalizer == "batch" else partial(make, backend=backend))
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
-        self.run = torch.compile(self.model, dynamic=False) if mode.startswith("compile") else self.model
+        self.run = torch.compile(self.model, dynamic=False) if compiled else self.model
         shape = (batch, 3, args.size, args.size)
         self.x = torch.randn(shape, device=self.device).to(memory_format=torch.channels_last)
         self.target = torch.arange(batch, device=self.device) % 1000
         self.sgd = torch.optim.SGD(self.model.parameters(), 1e-4, 0.9, foreach=True)
+
+    def step(self, optimizer: bool = False) -> None:
+        self.sgd.zero_grad(set_to_none=True)
+        # Casts of weights are part of the step; a cache of them would outlive a captured graph.
+        enabled = self.dtype is not torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False):
+            loss = F.cross_entropy(self.run(self.x), self.target)
+        loss.backward()
+        if optimizer:
+            self.sgd.step()
+
+    def held(self) -> int:
+        """Bytes of weights and of the optimizer's state, where it has any by now."""
+        tensors = [*self.model.parameters()]
+        tensors += [value for state in self.sgd.state.values() for value in state.values() if torch.is_tensor(value)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+class Row:
+    """One configuration of one network."""
+
+    def __init__(self, network: Network, key: dict):
+        self.network, self.key = network, key
         self.rounds: list[float] = []
         self.peak = 0.0
 
-    def step(self):
-        self.sgd.zero_grad(set_to_none=True)
-        dtype = DTYPES[self.key["dtype"]]
-        # Casts of weights are part of the step; a cache of them would outlive a captured graph.
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32, cache_enabled=False):
-            loss = F.cross_entropy(self.run(self.x), self.target)
-        loss.backward()
-        if self.optimizer:
-            self.sgd.step()
-
     def measure(self, repeats: int) -> None:
-        cuda = self.device.type == "cuda"
+        network = self.network
+        cuda = network.device.type == "cuda"
+        step = partial(network.step, self.key["optimizer"])
         if cuda:
             torch.cuda.empty_cache()
-        self.step()
-        self.step()
+        step()
+        step()
+        network.sgd.zero_grad(set_to_none=True)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0
-        step = bench_common.captured(self.step) if self.key["mode"].endswith("graph") else self.step
-        times = bench_common.timed(step, self.device, repeats + 2)[2:]
+        run = bench_common.captured(step) if self.key["mode"].endswith("graph") else step
+        times = bench_common.timed(run, network.device, repeats + 2)[2:]
         self.rounds.append(statistics.median(times))
         if cuda:
-            held = sum(p.numel() * 4 for p in self.model.parameters())
-            self.peak = max(self.peak, (torch.cuda.max_memory_allocated() - before + held) / 2**30)
-        self.sgd.zero_grad(set_to_none=True)
+            self.peak = max(self.peak, (torch.cuda.max_memory_allocated() - before + network.held()) / 2**30)
+        del run
+        network.sgd.zero_grad(set_to_none=True)
+        network.sgd.state.clear()
 
     def record(self) -> dict:
         milliseconds = statistics.median(self.rounds)
@@ -86,37 +104,49 @@ class Row:
         }
 
 
-def rows_of(args) -> list[Row]:
-    rows = []
-    for batch, dtype, mode, name in itertools.product(args.batch, args.dtype, args.mode, args.normalizer):
+def networks_of(args) -> list[tuple]:
+    """(normalizer, backend, compiled, dtype, batch) and the modes to time each in, the deciding ones first."""
+    wanted = []
+    for compiled, dtype, name, batch in itertools.product(
+        (True, False), args.dtype, args.normalizer, sorted(args.batch, reverse=True)
+    ):
+        modes = [mode for mode in args.mode if mode.startswith("compile") == compiled]
         for backend in ["torch"] if name == "batch" else args.backend:
-            rows.append(Row(name, backend, mode, dtype, batch, args))
-    return rows
+            # PyTorch's own backend keeps a dozen float32 copies of each tensor: small batches only.
+            if modes and (backend == "fused" or name == "batch" or (batch <= 64 and dtype == args.dtype[0])):
+                wanted.append(((name, backend, compiled, dtype, batch), modes))
+    return sorted(
+        wanted, key=lambda entry: (entry[0][0] != "batch" and entry[0][1] != "fused", entry[0][3] != args.dtype[0])
+    )
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Best row of each OnlineNorm kind over the best BatchNorm row, by batch size."""
+    """Best row of each OnlineNorm kind over the best BatchNorm row, by batch size and use of the optimizer."""
     lines = []
-    for batch in sorted({row["batch"] for row in rows}):
+    for batch, optimizer in sorted({(row["batch"], row["optimizer"]) for row in rows}):
         best = {}
         for row in rows:
             name = row["normalizer"]
-            if row["batch"] == batch and row["images_per_second"] > best.get(name, row)["images_per_second"] - 1e-9:
+            if (row["batch"], row["optimizer"]) == (batch, optimizer) and row["images_per_second"] > best.get(
+                name, row
+            )["images_per_second"] - 1e-9:
                 best[name] = row
-        for name in set(best) - {"batch"} if "batch" in best else ():
+        step = "with optimizer" if optimizer else "forward and backward"
+        for name in sorted(set(best) - {"batch"}) if "batch" in best else ():
             ratio = best[name]["images_per_second"] / best["batch"]["images_per_second"]
             memory = best[name]["peak_memory_gib"] / max(best["batch"]["peak_memory_gib"], 1e-9)
-            lines.append(f"N = {batch}: {name} / batch = {ratio:.3f} in speed, {memory:.3f} in peak memory")
+            lines.append(f"N = {batch}, {step}: {name} / batch = {ratio:.3f} in speed, {memory:.3f} in peak memory")
     return lines
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Bars of images per second, one panel a batch size."""
+    """Bars of images per second without the optimizer, one panel a batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    rows = [row for row in rows if not row["optimizer"]] or rows
     batches = sorted({row["batch"] for row in rows})
     height = max(sum(row["batch"] == batch for row in rows) for batch in batches)
     figure, axes = plt.subplots(1, len(batches), figsize=(6.5 * len(batches), 1 + 0.28 * height), squeeze=False)
@@ -142,32 +172,59 @@ def main(argv=None) -> dict:
     parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp16"], choices=list(DTYPES))
     parser.add_argument("--normalizer", nargs="+", default=list(NORMALIZERS), choices=list(NORMALIZERS))
-    parser.add_argument("--backend", nargs="+", default=["fused"], help="of the OnlineNorm rows")
-    parser.add_argument("--optimizer", action="store_true", help="include SGD in the step")
+    parser.add_argument("--backend", nargs="+", default=["fused"], help="of the OnlineNorm rows; torch at N <= 64 only")
+    parser.add_argument("--optimizer", choices=("without", "with", "both"), default="both", help="SGD in the step")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model after so long")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20, help="steps a round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="results/bench_training.json", help="the picture lands beside it")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    began, device = time.perf_counter(), torch.device(args.device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         for backend in args.backend:
             bench_common.gate(device, backend)
-    results = {**bench_common.head(device), "optimizer": args.optimizer, "rows": []}
-    rows = rows_of(args)
-    for _ in range(args.rounds):
+    results = {**bench_common.head(device), "not_run": [], "rows": []}
+    optimizers = {"without": [False], "with": [True], "both": [False, True]}[args.optimizer]
+    rows: list[Row] = []
+
+    def measure(row: Row) -> None:
+        start = time.perf_counter()
+        try:
+            row.measure(args.repeats)
+        except torch.OutOfMemoryError as error:
+            print(f"{row.key}: {error}", flush=True)
+            results["not_run"].append({**row.key, "why": "out of memory"})
+            rows.remove(row)
+            return
+        print(row.record(), f"{time.perf_counter() - start:.0f} s", flush=True)
+        results["rows"] = [measured.record() for measured in rows if measured.rounds]
+        bench_common.write(args.output, results)
+
+    for (name, backend, compiled, dtype, batch), modes in networks_of(args):
+        keys = [
+            {
+                "normalizer": name,
+                "backend": backend,
+                "mode": mode,
+                "dtype": dtype,
+                "batch": batch,
+                "optimizer": optimizer,
+            }
+            for mode, optimizer in itertools.product(modes, optimizers)
+        ]
+        if time.perf_counter() - began > args.seconds:
+            results["not_run"] += [{**key, "why": "out of time"} for key in keys]
+            continue
+        network = Network(name, backend, compiled, dtype, batch, args)
+        for key in keys:
+            rows.append(Row(network, key))
+            measure(rows[-1])
+    for _ in range(args.rounds - 1):
         for row in list(rows):
-            start = time.perf_counter()
-            try:
-                row.measure(args.repeats)
-            except torch.OutOfMemoryError as error:
-                print(f"{row.key}: {error}", flush=True)
-                rows.remove(row)
-                continue
-            print(row.record(), f"{time.perf_counter() - start:.0f} s", flush=True)
-            results["rows"] = [measured.record() for measured in rows if measured.rounds]
-            bench_common.write(args.output, results)
+            measure(row)
+    bench_common.write(args.output, results)
     plot(results["rows"], str(args.output).removesuffix(".json") + ".png")
     print(*summary(results["rows"]), sep="\n")
     return results

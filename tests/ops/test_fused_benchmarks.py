@@ -22,13 +22,15 @@ def test_training_benchmark_writes_rows_and_a_picture(script, tmp_path):
     path = tmp_path / "bench.json"
     options = (
         "--normalizer batch online_clamp --backend torch --model resnet18 --size 32 --batch 2 --mode eager "
-        "--dtype bf16 --rounds 1 --repeats 1"
+        "--dtype bf16 --rounds 1 --repeats 1 --optimizer without"
     )
     script("bench_training").main([*options.split(), "--device", "cpu", "--output", str(path)])
     results = json.loads(path.read_text())
     assert {"device", "torch", "triton", "commit", "command", "rows"} <= results.keys()
     assert [row["normalizer"] for row in results["rows"]] == ["batch", "online_clamp"]
-    columns = "normalizer backend mode dtype batch milliseconds images_per_second peak_memory_gib repeat_spread"
+    columns = (
+        "normalizer backend mode dtype batch optimizer milliseconds images_per_second peak_memory_gib repeat_spread"
+    )
     assert all(list(row) == columns.split() for row in results["rows"])
     assert path.with_suffix(".png").stat().st_size > 1000
 
@@ -42,10 +44,10 @@ def test_sites_are_those_of_the_network(script):
 
 def test_summary_compares_the_best_rows(script):
     def row(name, speed):
-        return {"normalizer": name, "batch": 32, "images_per_second": speed, "peak_memory_gib": 1.0}
+        return {"normalizer": name, "batch": 32, "optimizer": False, "images_per_second": speed, "peak_memory_gib": 1.0}
 
     lines = script("bench_training").summary([row("batch", 90.0), row("batch", 100.0), row("online_clamp", 110.0)])
-    assert lines == ["N = 32: online_clamp / batch = 1.100 in speed, 1.000 in peak memory"]
+    assert lines == ["N = 32, forward and backward: online_clamp / batch = 1.100 in speed, 1.000 in peak memory"]
 
 
 def test_a_red_gate_stops_the_benchmark(script, monkeypatch):

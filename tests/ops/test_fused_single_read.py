@@ -14,17 +14,24 @@ from onlinenorm.ops.spec import NormSpec
 TUNINGS = [row[-1] for row in single_read.TUNINGS]
 
 
-@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
-def test_tiles_cover_every_row_once_and_fit(tuning):
+@pytest.mark.parametrize("group", sorted({tuning.group for tuning in TUNINGS}))
+def test_tiles_cover_every_row_once_and_fit(group):
     for pixels in range(1, 600):
         for most_rows in (97, 128, 224, 448):
-            tiling = single_read.Tiling.of(pixels, tuning, most_rows)
-            assert tiling.stage_rows <= most_rows
-            row_lanes = tuning.threads // single_read.LANES
-            assert tiling.tile_rows <= tuning.rows * (row_lanes // tiling.segments)
+            tiling = single_read.Tiling.of(pixels, group, most_rows)
+            assert tiling.tile_rows * tiling.segments <= most_rows
+            assert tiling.tile_rows * tiling.segments <= tiling.boxes * tiling.box_rows <= most_rows + tiling.boxes
+            assert tiling.box_rows <= single_read.BOX_ROWS
             assert (tiling.tiles - 1) * tiling.tile_rows < pixels <= tiling.tiles * tiling.tile_rows
+            assert tiling.tiles == 1 or tiling.tile_rows % 2 == 0
             assert tiling.segments == 1 or tiling.tiles == 1
             assert tiling.items(7) * tiling.segments >= 7 * tiling.tiles
+
+
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
+def test_tunings_are_such_as_the_kernels_can_be_cut(tuning):
+    assert tuning.group % single_read.WIDTH == 0 and tuning.threads <= 1024
+    assert tuning.chunk % (tuning.group // single_read.WIDTH) == 0 and tuning.stages >= 2
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -51,7 +58,7 @@ def one_step(path, tensors, weight, bias, state, residual, relu, extra, spec):
         found = path.backward(*both, x, out, weight, bias, tables, None, u, v, spec, relu, residual and relu)
     names = "grad_x", "grad_residual", "grad_weight", "grad_bias"
     return {
-        "y": y, "tables": tables, "mean": mean, "var": var, "u": u, "v": v,
+        "y": y, "states": tables[-1], "mean": mean, "var": var, "u": u, "v": v,
         **{name: t for name, t in zip(names, found, strict=True) if t is not None},
     }  # fmt: skip
 

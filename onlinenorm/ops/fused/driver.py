@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 SHARED_MEMORY_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+MAP_UINT16 = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16
+MAP_PROMOTE_256 = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
 
 @functools.cache
@@ -61,6 +63,34 @@ def compile_source(source: str, architecture: str, options: tuple[str, ...]) -> 
         return code.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.lru_cache(4096)
+def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> bytes:
+    """Descriptor by which the copy engine reads boxes of a (rows, columns) matrix of 16-bit values; rows past the end
+    read as zeros."""
+    room = ctypes.create_string_buffer(128 + 63)
+    aligned = (ctypes.addressof(room) + 63) // 64 * 64
+    _check_driver(
+        _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(aligned), MAP_UINT16, 2, ctypes.c_void_p(address),
+            (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns),
+            (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
+            0, 0, MAP_PROMOTE_256, 0,
+        )
+    )  # fmt: skip
+    return ctypes.string_at(aligned, 128)
+
+
+def capture_of(stream: int) -> int:
+    """Number of the graph that ``stream`` is being captured into; differs from that of every other graph."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    _check_driver(
+        _driver().cuStreamGetCaptureInfo_v2(
+            ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+        )
+    )
+    return number.value
 
 
 class Kernel:

@@ -53,8 +53,9 @@ def fused_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward over a dense x, with the single-read kernels if ``once``.
 
-    Returns the output, the tables (2, M, C, 2), and what else backward needs: 1 / zeta (M, groups) of layer scaling,
-    the bits of a ReLU behind a residual (single-read), or nothing. M = N x processes samples.
+    Returns the output, the tables (1 or 2, M, 2 C) of the path, and what else backward needs: 1 / zeta (M, groups) of
+    layer scaling, the bits of a ReLU behind a residual (single-read), or nothing. M = N x processes samples. Tables of
+    four dimensions Inductor would take for images, and store anew in channels_last.
     """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
@@ -63,7 +64,7 @@ def fused_forward(
     path = single_read if once else two_pass
     with torch.cuda.device_of(x):
         y, tables, kept = path.forward(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
-    return y, tables, _or_empty(kept, x)
+    return y, tables.flatten(2), _or_empty(kept, x)
 
 
 @fused_forward.register_fake
@@ -77,7 +78,7 @@ def _(
         kept = x.new_empty((samples, channels // (group or channels)), dtype=torch.float32)
     elif once and relu and residual is not None:
         kept = x.new_empty(single_read.mask_size(x), dtype=torch.uint8)
-    return torch.empty_like(x), x.new_empty((2, samples, channels, 2), dtype=torch.float32), kept
+    return torch.empty_like(x), x.new_empty((1 if once else 2, samples, 2 * channels), dtype=torch.float32), kept
 
 
 @torch.library.custom_op("onlinenorm::fused_backward", mutates_args=("control_u", "control_v"))
@@ -111,6 +112,7 @@ def fused_backward(
         gradient_scale, processes,
     )  # fmt: skip
     grad, extra, state = like(grad, x), like(extra, x), (control_u, control_v)
+    tables = tables.unflatten(2, (-1, 2))
     with torch.cuda.device_of(x):
         if once:
             found = single_read.backward(grad, extra, x, _or_none(kept), weight, bias, tables, *state, spec, relu)
@@ -186,6 +188,7 @@ class OnlineNormFunction(torch.autograd.Function):
     def backward(ctx, grad):
         x, out, weight, bias, tables, kept = ctx.saved_tensors
         masked = ctx.has_residual and ctx.relu
+        grad = like(grad, x)  # here, so that a compiler makes it where the gradient is made
         grad_x, grad_residual, grad_weight, grad_bias = fused_backward(
             grad, None, x, out, weight, bias, tables, kept, ctx.control_u, ctx.control_v, masked, ctx.once, ctx.relu,
             *ctx.spec.as_arguments(), ctx.spec.processes,

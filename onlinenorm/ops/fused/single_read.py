@@ -8,17 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onlinenorm.ops.fused.driver import Kernel, compile_source
+from onlinenorm.ops.fused import messages
+from onlinenorm.ops.fused.driver import Kernel, compile_source, tensor_map
 from onlinenorm.ops.spec import NormSpec
 
-WIDTH, LANES, CHUNK = 64, 8, 16  # as in common.cu
+WIDTH = 64  # channels a block, as in common.cu
+BOX_ROWS = 256  # the most that the copy engine takes at once
+PAIRS = {"forward": 1, "backward": 2}  # pairs of sums of a sample and channel
 SOURCES = Path(__file__).parent / "cuda"
 
 POINTERS = (
-    "x", "residual", "grad", "extra", "out", "out_residual", "mask", "weight", "bias", "first", "second", "moments",
-    "state", "grad_weight", "grad_bias", "published", "slots", "tickets",
+    "out", "out_residual", "mask", "weight", "bias", "first", "second", "state", "grad_weight", "grad_bias",
+    "published", "slots", "tickets",
 )  # fmt: skip
-INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments")
+INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes")
 REALS = ("alpha", "rest", "eps", "clamp", "scale")
 
 
@@ -26,42 +29,46 @@ class Params(ctypes.Structure):
     """The kernels' argument; same order as in common.cu."""
 
     _fields_ = (
+        ("maps", ctypes.c_char * 128 * 3),
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int) for name in INTEGERS),
         *((name, ctypes.c_float) for name in REALS),
+        ("padding", ctypes.c_char * 32),  # to whole 64 bytes, as the maps are aligned
     )
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a kernel is compiled: threads a block, rows a thread holds of a tile, tiles between reducing and writing one,
-    tiles copied ahead (0 or 1), blocks a multiprocessor."""
+    """How a kernel is compiled and cut: reducers (and as many writers) a block, stages of the ring, samples the writers
+    advance over at once, and the most rows of a tile (the ring's size may allow fewer)."""
 
-    threads: int
+    group: int
+    stages: int
+    chunk: int
     rows: int
-    lag: int
-    ahead: int
-    blocks: int
-
-    @property
-    def stages(self) -> int:
-        return self.lag + 1 + self.ahead
 
     @property
     def defines(self) -> dict[str, int]:
-        names = "THREADS", "ROWS", "LAG", "AHEAD", "BLOCKS"
-        return dict(zip(names, (self.threads, self.rows, self.lag, self.ahead, self.blocks), strict=True))
+        return {"GROUP": self.group, "STAGES": self.stages, "CHUNK": self.chunk}
+
+    @property
+    def threads(self) -> int:
+        """Reducers, writers, and the warp that fetches."""
+        return 2 * self.group + 32
 
 
 # The fastest on an H100 at the norm sites of ResNet-50, batches 32 and 256 (results/kernels_tuning.json):
-# (direction, residual behind a ReLU, rows N * H * W from, pixels H * W from, tuning); the first match counts.
+# (direction, residual or second gradient, rows N * H * W from, pixels H * W from, tuning); the first match counts.
 TUNINGS = (
-    ("forward", False, 0, 0, Tuning(512, rows=7, lag=1, ahead=1, blocks=1)),
-    ("forward", True, 0, 0, Tuning(256, rows=7, lag=1, ahead=0, blocks=2)),
-    ("backward", False, 200_000, 784, Tuning(512, rows=7, lag=1, ahead=0, blocks=1)),
-    ("backward", False, 0, 0, Tuning(512, rows=4, lag=1, ahead=1, blocks=1)),
-    ("backward", True, 0, 1568, Tuning(512, rows=4, lag=1, ahead=0, blocks=1)),
-    ("backward", True, 0, 0, Tuning(256, rows=4, lag=1, ahead=0, blocks=2)),
+    ("forward", False, 0, 3136, Tuning(256, stages=4, chunk=16, rows=400)),
+    ("forward", False, 0, 0, Tuning(256, stages=3, chunk=32, rows=400)),
+    ("forward", True, 200_000, 0, Tuning(128, stages=3, chunk=16, rows=400)),
+    ("forward", True, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
+    ("backward", False, 0, 3136, Tuning(256, stages=3, chunk=8, rows=400)),
+    ("backward", False, 0, 0, Tuning(256, stages=2, chunk=16, rows=400)),
+    ("backward", True, 0, 3136, Tuning(256, stages=2, chunk=16, rows=400)),
+    ("backward", True, 0, 784, Tuning(128, stages=3, chunk=16, rows=400)),
+    ("backward", True, 0, 0, Tuning(256, stages=2, chunk=16, rows=400)),
 )
 
 
@@ -82,24 +89,49 @@ class Tiling:
     segments: int
 
     @classmethod
-    def of(cls, pixels: int, tuning: Tuning, most_rows: int) -> "Tiling":
-        """Tiles of equal size, of at most ``most_rows`` and of what the threads can hold."""
-        row_lanes = tuning.threads // LANES
-        segments = tuning.threads // WIDTH
-        while segments > 1 and (pixels > tuning.rows * (row_lanes // segments) or pixels * segments > most_rows):
+    def of(cls, pixels: int, group: int, most_rows: int) -> "Tiling":
+        """Tiles of equal size, ``most_rows`` at most; parts of a sample begin at even rows, as its ReLU bits need."""
+        segments = group // WIDTH
+        while segments > 1 and pixels * segments > most_rows:
             segments //= 2
-        if segments > 1:
+        if segments > 1 or pixels <= most_rows:
             return cls(pixels, 1, segments)
-        tiles = -(-pixels // min(tuning.rows * row_lanes, most_rows))
-        tile_rows = -(-pixels // tiles)
+        most_rows -= most_rows % 2
+        tile_rows = -(-pixels // -(-pixels // most_rows))
+        tile_rows += tile_rows % 2
         return cls(tile_rows, -(-pixels // tile_rows), 1)
 
     def items(self, samples: int) -> int:
         return -(-samples // self.segments) if self.segments > 1 else samples * self.tiles
 
     @property
-    def stage_rows(self) -> int:
-        return self.tile_rows * self.segments
+    def boxes(self) -> int:
+        """Copies a tile is brought in."""
+        return -(-self.tile_rows * self.segments // BOX_ROWS)
+
+    @property
+    def box_rows(self) -> int:
+        return -(-self.tile_rows * self.segments // self.boxes)
+
+
+def _shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling: Tiling) -> int:
+    """Bytes that a block takes, as the kernels lay them out."""
+    rows, segments, warps = tiling.boxes * tiling.box_rows, tuning.group // WIDTH, tuning.group // 32
+    pairs = PAIRS[direction]
+    scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * (2 * 8 * pairs * warps + 8 * segments)
+    if direction == "forward":
+        stage = rows * 2 * WIDTH * (1 + values["RESIDUAL"])
+        scratch += WIDTH * (8 * tuning.chunk + 2 * 4 * segments)
+    else:
+        stage = rows * 2 * WIDTH * (2 + values["EXTRA"]) + tiling.segments * 8 * WIDTH
+        if values["RELU"] and values["RESIDUAL"]:
+            stage += -(-tiling.segments * _even(tiling.tile_rows) * 8 // 128) * 128
+        scratch += WIDTH * (6 * 4 * tuning.chunk + 3 * 4 * segments)
+    return tuning.stages * stage + scratch
+
+
+def _even(rows: int) -> int:
+    return rows + rows % 2
 
 
 @functools.cache
@@ -116,20 +148,12 @@ def _prepared(
     """Compiled kernel, cut into tiles, shared memory in bytes, and the blocks that fill the device."""
     values = {**dict(flags), **tuning.defines}
     kernel = _kernel(device, direction, tuple(f"-D{name}={int(value)}" for name, value in values.items()))
-    segments, warps = tuning.threads // WIDTH, tuning.threads // 32
-    if direction == "forward":
-        row = 2 * WIDTH * (1 + values["RESIDUAL"])
-        tables = 8 * CHUNK + 2 * 4 * segments
-    else:
-        row = 2 * WIDTH * (2 + values["EXTRA"]) + 8 * (values["RELU"] and values["RESIDUAL"])
-        tables = 6 * 4 * CHUNK + 4 * 4 * segments
-    scratch = WIDTH * (8 * warps + tables) + 64
     properties = torch.cuda.get_device_properties(device)
-    space = min(
-        properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor // tuning.blocks - 1024
-    )
-    tiling = Tiling.of(pixels, tuning, (space - scratch) // tuning.stages // row - 1)
-    shared = tuning.stages * (-(-tiling.stage_rows * row // 16) * 16) + scratch
+    most_rows = tuning.rows
+    tiling = Tiling.of(pixels, tuning.group, most_rows)
+    while (shared := _shared_memory(direction, values, tuning, tiling)) > properties.shared_memory_per_block_optin:
+        most_rows -= 2
+        tiling = Tiling.of(pixels, tuning.group, most_rows)
     kernel.allow_shared_memory(shared)
     resident = kernel.blocks_per_multiprocessor(tuning.threads, shared)
     return kernel, tiling, shared, resident * properties.multi_processor_count
@@ -153,32 +177,36 @@ def _is_hopper(device: int) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _launch(direction: str, shaped: Tensor, flags: dict[str, bool], spec: NormSpec, **tensors) -> None:
+def _launch(direction: str, inputs: tuple[Tensor, ...], flags: dict[str, bool], spec: NormSpec, **tensors) -> None:
+    shaped = inputs[0]
     samples, channels, height, width = shaped.shape
     pixels, columns = height * width, channels // WIDTH
     tuning = tuning_for(direction, flags["RESIDUAL"] or flags.get("EXTRA", False), samples, pixels)
     flags = {"HALF": shaped.dtype == torch.float16, "CLAMP": spec.error_compensation == "clamp", **flags}
     kernel, tiling, shared, capacity = _prepared(shaped.device.index, direction, tuple(flags.items()), tuning, pixels)
     # Messages between blocks and tickets, empty at first: all bits set.
-    messages = samples * channels
-    slots = messages * tiling.tiles if tiling.tiles > 1 else 0
-    workspace = torch.empty(2 * (messages + slots) + columns, dtype=torch.int32, device=shaped.device).fill_(-1)
-    address = workspace.data_ptr()
+    sums = PAIRS[direction] * samples * channels
+    slots = sums * tiling.tiles if tiling.tiles > 1 else 0
+    address = messages.empty(8 * (sums + slots) + 4 * columns, shaped.device)
     params = Params(
         published=address,
-        slots=address + 8 * messages,
-        tickets=address + 8 * (messages + slots),
+        slots=address + 8 * sums,
+        tickets=address + 8 * (sums + slots),
         samples=samples,
         channels=channels,
         pixels=pixels,
         tile_rows=tiling.tile_rows,
         tiles=tiling.tiles,
         segments=tiling.segments,
+        box_rows=tiling.box_rows,
+        boxes=tiling.boxes,
         eps=spec.eps,
         clamp=spec.clamp_value,
         scale=spec.gradient_scale,
         **tensors,
     )
+    for i, tensor in enumerate(inputs):
+        params.maps[i][:] = tensor_map(tensor.data_ptr(), samples * pixels, channels, tiling.box_rows, WIDTH)
     per_column = max(1, min(capacity // columns, tiling.items(samples)))
     kernel.launch(per_column * columns, tuning.threads, shared, params)
 
@@ -192,8 +220,8 @@ def _parameter(tensor: Tensor | None) -> Tensor | None:
 
 
 def mask_size(x: Tensor) -> int:
-    """Bytes of the ReLU's bits for x."""
-    return x.numel() // 8
+    """Bytes of the ReLU's bits for x, samples padded to an even number of rows."""
+    return x.shape[0] * x.shape[1] // 8 * _even(x.shape[2] * x.shape[3])
 
 
 def forward(
@@ -206,17 +234,17 @@ def forward(
     spec: NormSpec,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, tables (2, N, C, 2) of moments and state, and the bits of a ReLU behind a residual; moves the state."""
+    """Output, table (1, N, C, 2) of states, and the bits of a ReLU behind a residual; moves the state."""
     y = torch.empty_like(x)
-    tables = torch.empty((2, *x.shape[:2], 2), dtype=torch.float32, device=x.device)
+    tables = torch.empty((1, *x.shape[:2], 2), dtype=torch.float32, device=x.device)
     masked = relu and residual is not None
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None
     weight, bias = _parameter(weight), _parameter(bias)
     _launch(
-        "forward", x, {"RELU": relu, "RESIDUAL": residual is not None}, spec,
-        x=_address(x), residual=_address(residual), out=_address(y), mask=_address(mask), weight=_address(weight),
-        bias=_address(bias), first=_address(running_mean), second=_address(running_var), moments=_address(tables[0]),
-        state=_address(tables[1]), alpha=spec.alpha_fwd, rest=1 - spec.alpha_fwd,
+        "forward", (x,) if residual is None else (x, residual), {"RELU": relu, "RESIDUAL": residual is not None}, spec,
+        out=_address(y), mask=_address(mask), weight=_address(weight), bias=_address(bias),
+        first=_address(running_mean), second=_address(running_var), state=_address(tables),
+        alpha=spec.alpha_fwd, rest=1 - spec.alpha_fwd,
     )  # fmt: skip
     return y, tables, mask
 
@@ -240,10 +268,10 @@ def backward(
     grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     weight, bias = _parameter(weight), _parameter(bias)
     _launch(
-        "backward", x, {"RELU": relu, "RESIDUAL": mask is not None, "EXTRA": extra is not None}, spec,
-        x=_address(x), grad=_address(grad), extra=_address(extra), out=_address(grad_x),
+        "backward", (grad, x) if extra is None else (grad, x, extra),
+        {"RELU": relu, "RESIDUAL": mask is not None, "EXTRA": extra is not None}, spec, out=_address(grad_x),
         out_residual=_address(grad_residual), mask=_address(mask), weight=_address(weight), bias=_address(bias),
-        first=_address(control_u), second=_address(control_v), moments=_address(tables[0]), state=_address(tables[1]),
+        first=_address(control_u), second=_address(control_v), state=_address(tables),
         grad_weight=_address(grad_weight), grad_bias=_address(grad_bias), alpha=spec.alpha_bkw, rest=1 - spec.alpha_bkw,
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias

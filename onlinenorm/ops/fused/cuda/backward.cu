@@ -2,39 +2,117 @@
 // the controls moved past the batch. g replaces the gradient in shared memory once it is masked.
 
 struct Scratch {
-    float2 warps[WARPS][WIDTH];
+    Stages stages;
+    alignas(16) float2 warps[2][2][WARPS * WIDTH];
+    float2 parts[SEGMENTS][WIDTH];
     float table[6][CHUNK][WIDTH];  // of the samples to advance over, see `row_of`
-    float gain[SEGMENTS][WIDTH], slope[SEGMENTS][WIDTH], constant[SEGMENTS][WIDTH], mean[SEGMENTS][WIDTH];
-    int queue[STAGES];
+    float gain[SEGMENTS][WIDTH], slope[SEGMENTS][WIDTH], constant[SEGMENTS][WIDTH];
 };
 
 constexpr int TENSORS = 2 + EXTRA;
-constexpr bool MASK = RELU && RESIDUAL;
+constexpr bool MASK = RELU && RESIDUAL, REWRITES = EXTRA || RELU || CLAMP;
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const Params p) {
-    extern __shared__ uint4 memory[];
-    const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size + (MASK ? (stage_rows(p) + 1) / 2 : 0);
-    Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size);
-    const Place at(p);
-    const int channel = at.channel_block * WIDTH + at.c;
-    float weight8[8], bias8[8];
-    parameters8(p.weight, at, 1.f, weight8);
-    parameters8(p.bias, at, 0.f, bias8);
-    const float weight = p.weight ? p.weight[channel] : 1.f;
-    // This block's copy of the recurrence: controls before sample `position`, one channel a thread of the first 64.
-    float u = p.first[channel], v = p.second[channel], grad_weight = 0.f, grad_bias = 0.f;
-    int position = 0;
+// A stage, in 16 bytes: tiles of grad, x and extra, (m, var) of its samples, and the ReLU's bits.
+__device__ __forceinline__ int states_at(const Params& p) { return TENSORS * stage_rows(p) * LANES; }
+__device__ __forceinline__ int mask_at(const Params& p) { return states_at(p) + p.segments * WIDTH / 2; }
+__device__ __forceinline__ int mask_rows(const Params& p) { return p.segments * even(p.tile_rows); }
+__device__ __forceinline__ int stage_size(const Params& p) {
+    return mask_at(p) + (MASK ? (mask_rows(p) * 8 + 127) / 128 * 8 : 0);
+}
+
+// Where the sums of a sample begin: of g and g (x - m), or of (x - m) and its square.
+__device__ __forceinline__ long long index_of(const Params& p, int sample, int which) {
+    return (2ll * sample + which) * p.channels;
+}
+
+__device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch& s, uint4* memory) {
+    const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
+    float bias[8];
+    parameters8(p.bias, at, 0.f, bias);
+    visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
+        uint4* start = memory + stage * stage_size(p);
+        uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
+        const unsigned char* bits = reinterpret_cast<const unsigned char*>(start + mask_at(p)) + at.segment * even(p.pixels) * 8 + at.lane;
+        uint4* out_residual = p.out_residual + (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
+        const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
+        float m[8], scale[8], weight[8];  // w = (x - m) scale + bias
+        parameters8(p.weight, at, 1.f, weight);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float4 two = reinterpret_cast<const float4*>(start + states_at(p) + (at.segment * WIDTH + at.lane * 8) / 2)[k];
+            m[2 * k] = two.x, scale[2 * k] = weight[2 * k] * rsqrtf(two.y + p.eps);
+            m[2 * k + 1] = two.z, scale[2 * k + 1] = weight[2 * k + 1] * rsqrtf(two.w + p.eps);
+        }
+        // Sums of g and g (x - m), and of (x - m) and its square: what the recurrence needs of x is not kept from forward.
+        float sum[8] = {}, product[8] = {}, offset[8] = {}, square[8] = {};
+#pragma unroll 2
+        for (int row = at.row; row < rows; row += at.step) {
+            float g[8], x[8];
+            unpack(tile[row * LANES], g);
+            unpack(tile[tile_size + row * LANES], x);
+#if EXTRA
+            float other[8];
+            unpack(tile[2 * tile_size + row * LANES], other);
+#pragma unroll
+            for (int k = 0; k < 8; k++) g[k] += other[k];
+#endif
+            const u32 mask = MASK ? bits[row * 8] : 0;
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                x[k] -= m[k];
+                offset[k] += x[k];
+                square[k] += x[k] * x[k];
+                if (MASK) g[k] = mask >> k & 1 ? g[k] : 0.f;
+                else if (RELU) g[k] = x[k] * scale[k] + bias[k] <= 0.f ? 0.f : g[k];
+            }
+            if (MASK) out_residual[(long long)row * pitch] = pack(g);
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                if (CLAMP) g[k] = fabsf(x[k] * scale[k] + bias[k]) < p.clamp ? g[k] : 0.f;
+                sum[k] += g[k];
+                product[k] += g[k] * x[k];
+            }
+            if (REWRITES) tile[row * LANES] = pack(g);
+        }
+        if (REWRITES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine writes here next
+        leave(s.stages.reduced + stage, at);
+        auto warps = s.warps[i & 1];
+        reduce_warp(sum, product, warps[0], at);
+        reduce_warp(offset, square, warps[1], at);
+        sync<1>();
+        if (segment < item.count) {
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const float2 total = sum_of_warps(p, warps[k], at);
+                u64* to = p.tiles == 1 ? p.published + index_of(p, item.sample + segment, k) + at.channel
+                                       : slots_of(p, at, 2 * item.sample + k) + item.tile * WIDTH + at.c;
+                publish(to, total.x, total.y);
+            }
+        }
+        if (p.tiles > 1 && item.tile == p.tiles - 1) {
+            for (int k = 0; k < 2; k++) {
+                float centre;
+                const float2 total = merge_slots(p, at, slots_of(p, at, 2 * item.sample + k), s.parts, centre,
+                                                 [](float2& sum, float2 part, int) { sum.x += part.x, sum.y += part.y; });
+                if (at.thread < WIDTH) publish(p.published + index_of(p, item.sample, k) + at.channel, total.x, total.y);
+            }
+        }
+    });
+}
+
+__device__ __forceinline__ void write(const Params& p, const Place& at, Scratch& s, const uint4* memory, float u, float v) {
+    const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
+    const float weight = p.weight ? p.weight[at.channel] : 1.f;
+    float grad_weight = 0.f, grad_bias = 0.f;
+    int position = 0;  // u and v are those before this sample, one channel a thread of the first 64
     bool closing = false;
-    // The state is overwritten once all sums are published, so it has to be here before this block publishes any.
-    s.gain[0][at.c] = u, s.slope[0][at.c] = v;
 
-    // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's tables and its
-    // sums of g and g (x - m).
-    auto row_of = [&](float2 moment, float2 state, float2 sums, float (&row)[6]) {
-        const float rstd = rsqrtf(state.y + p.eps), y = (moment.x - state.x) * rstd;
+    // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's variance and sums.
+    auto row_of = [&](float var, float2 sums, float2 powers, float (&row)[6]) {
+        const float rstd = rsqrtf(var + p.eps), y = powers.x * rstd / p.pixels;
         row[4] = sums.x / p.pixels;
         row[5] = sums.y * rstd / p.pixels;
-        row[0] = 1.f - p.rest * (moment.y * rstd * rstd + y * y);
+        row[0] = 1.f - p.rest * (powers.y * rstd * rstd / p.pixels);
         row[1] = p.scale * weight * row[5];
         row[2] = p.scale * weight * row[4] * rstd;
         row[3] = p.rest * y * rstd;
@@ -52,127 +130,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
         step(row);
     };
 
-    auto fetch = [&](const Item& item, int stage) {
-        uint4* to = memory + stage * stage_size;
-        fetch_tile(p, at, item, to, p.grad);
-        fetch_tile(p, at, item, to + tile_size, p.x);
-#if EXTRA
-        fetch_tile(p, at, item, to + 2 * tile_size, p.extra);
-#endif
-        if (MASK && at.lane == 0) {
-            unsigned char* bits = reinterpret_cast<unsigned char*>(to + TENSORS * tile_size);
-            for (int row = at.row; row < item.rows_of(at.segment); row += at.step) {
-                const int tile_row = at.segment * p.pixels + row;
-                copy_async<8>(bits + tile_row * 8, p.mask + mask_offset(p, at, item.first_row + tile_row));
-            }
-        }
-    };
-
-    float m[8], scale[8];  // of the tile to reduce: w = (x - m) scale + bias
-    auto prepare = [&](const Item& item) {
-        const int n = min(item.sample + at.segment, p.samples - 1);
-        const float2* states = p.state + (long long)n * p.channels + at.channel_block * WIDTH + at.lane * 8;
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const float4 two = reinterpret_cast<const float4*>(states)[k];
-            m[2 * k] = two.x, scale[2 * k] = weight8[2 * k] * rsqrtf(two.y + p.eps);
-            m[2 * k + 1] = two.z, scale[2 * k + 1] = weight8[2 * k + 1] * rsqrtf(two.w + p.eps);
-        }
-    };
-
-    auto reduce_tile = [&](const Item& item, int stage) {
-        const int rows = item.rows_of(at.segment), pitch = p.channels / 8;
-        uint4* start = memory + stage * stage_size;
-        uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
-        const unsigned char* bits = reinterpret_cast<const unsigned char*>(start + TENSORS * tile_size) + at.segment * p.pixels * 8 + at.lane;
-        const long long offset = (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
-        float sum[8] = {}, product[8] = {};
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const int row = at.row + i * at.step;
-            if (row < rows) {
-                float g[8], x[8];
-                unpack(tile[row * LANES], g);
-                unpack(tile[tile_size + row * LANES], x);
-#if EXTRA
-                float other[8];
-                unpack(tile[2 * tile_size + row * LANES], other);
-#pragma unroll
-                for (int k = 0; k < 8; k++) g[k] += other[k];
-#endif
-                const u32 mask = MASK ? bits[row * 8] : 0;
-#pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    x[k] -= m[k];
-                    if (MASK) g[k] = mask >> k & 1 ? g[k] : 0.f;
-                    else if (RELU) g[k] = x[k] * scale[k] + bias8[k] <= 0.f ? 0.f : g[k];
-                }
-                if (MASK) p.out_residual[offset + (long long)row * pitch] = pack(g);
-#pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    if (CLAMP) g[k] = fabsf(x[k] * scale[k] + bias8[k]) < p.clamp ? g[k] : 0.f;
-                    sum[k] += g[k];
-                    product[k] += g[k] * x[k];
-                }
-                if (EXTRA || RELU || CLAMP) tile[row * LANES] = pack(g);
-            }
-        }
-        reduce(sum, product, s.warps);
-        const int segment = threadIdx.x / WIDTH;  // in table work
-        if (segment < item.count) {
-            const int share = WARPS / p.segments;
-            float2 total = s.warps[segment * share][at.c];
-            for (int w = 1; w < share; w++) {
-                const float2 part = s.warps[segment * share + w][at.c];
-                total.x += part.x, total.y += part.y;
-            }
-            u64* to = p.tiles == 1 ? p.published + (long long)(item.sample + segment) * p.channels + channel
-                                   : slots_of(p, at, item.sample) + item.tile * WIDTH + at.c;
-            publish(to, total.x, total.y);
-        }
-        if (p.tiles > 1 && item.tile == p.tiles - 1) {
-            float centre;
-            const float2 total = merge_slots(p, slots_of(p, at, item.sample), s.warps, centre,
-                                             [](float2& sum, float2 part, int) { sum.x += part.x, sum.y += part.y; });
-            if (threadIdx.x < WIDTH) publish(p.published + (long long)item.sample * p.channels + channel, total.x, total.y);
-        }
-    };
-
-    // Ask for the sums of the next samples up to `last`, which may not be there yet, and read their tables.
-    u64 words[WORDS];
-    float2 moments[WORDS], states[WORDS], own;
-    const int mine = threadIdx.x / WIDTH;
+    // Ask for the sums of the next samples up to `last`, which may not be there yet, and read their states.
+    u64 words[2 * WORDS];
+    float vars[WORDS];
+    const int mine = at.thread / WIDTH;
+    auto sample_of = [&](int j) { return position + mine + SEGMENTS * j; };
+    auto message = [&](int j, int k) { return p.published + index_of(p, sample_of(j), k) + at.channel; };
     auto ask = [&](int last) {
 #pragma unroll
         for (int j = 0; j < WORDS; j++) {
-            const int n = position + mine + SEGMENTS * j;
-            const long long index = (long long)n * p.channels + channel;
-            words[j] = n < last ? peek(p.published + index) : 0;
-            if (n < last) moments[j] = p.moments[index], states[j] = p.state[index];
+            const bool wanted = sample_of(j) < last;
+            words[2 * j] = wanted ? peek(message(j, 0)) : 0;
+            words[2 * j + 1] = wanted ? peek(message(j, 1)) : 0;
+            if (wanted) vars[j] = p.state[(long long)sample_of(j) * p.channels + at.channel].y;
         }
     };
-    auto glance = [&](const Item& item) {
-        if (mine < item.count) own = p.state[(long long)(item.sample + mine) * p.channels + channel];
-        ask(item.sample + item.count - 1);
+    auto collect = [&]() {
+        bool missing = true;
+        while (missing) {
+            missing = false;
+#pragma unroll
+            for (int j = 0; j < 2 * WORDS; j++)
+                if (words[j] == EMPTY) words[j] = peek(message(j / 2, j % 2));
+#pragma unroll
+            for (int j = 0; j < 2 * WORDS; j++) missing |= words[j] == EMPTY;
+        }
     };
 
-    // Bring the recurrence to `last`, leaving the coefficients of samples first..last in shared memory.
-    auto advance = [&](int first, int last) {
-        if (mine <= last - first) s.mean[mine][at.c] = own.x, s.gain[mine][at.c] = rsqrtf(own.y + p.eps);
+    // Bring the recurrence to `last`, leaving the coefficients of samples first..last in shared memory; `own` are the
+    // states of those.
+    auto advance = [&](int first, int last, const float2* own) {
         while (true) {
             const int batch = min(CHUNK, last - position);
+            collect();
 #pragma unroll
             for (int j = 0; j < WORDS; j++) {
                 const int k = mine + SEGMENTS * j;
                 if (k < batch) {
                     float row[6];
-                    row_of(moments[j], states[j], wait_for(p.published + (long long)(position + k) * p.channels + channel, words[j]), row);
+                    row_of(vars[j], as_pair(words[2 * j]), as_pair(words[2 * j + 1]), row);
 #pragma unroll
                     for (int i = 0; i < 6; i++) s.table[i][k][at.c] = row[i];
                 }
             }
-            __syncthreads();
-            if (threadIdx.x < WIDTH) {
+            sync<2>();
+            if (position + batch < last) {
+                position += batch;
+                ask(last);
+                position -= batch;
+            }
+            if (at.thread < WIDTH) {
                 // Samples this tile does not hold go by in fours, so that only the recurrence itself is waited for.
                 const int passing = min(batch, first - position);
                 int j = 0;
@@ -186,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
                 for (; j <= batch; j++) {
                     const int n = position + j;
                     if (n >= first && (j < batch || n == last)) {
-                        const float rstd = s.gain[n - first][at.c], k = p.rest / p.scale;
+                        const float rstd = rsqrtf(own[(n - first) * WIDTH + at.c].y + p.eps), k = p.rest / p.scale;
                         s.gain[n - first][at.c] = weight * rstd;
                         s.slope[n - first][at.c] = -k * v * rstd * rstd;
                         s.constant[n - first][at.c] = -k * u;
@@ -195,45 +202,78 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
                 }
             }
             position += batch;
-            if (position < last) ask(last);
-            __syncthreads();
+            sync<2>();
             if (position >= last) break;
         }
     };
 
-    auto write_tile = [&](const Item& item, int stage) {
-        const uint4* tile = memory + stage * stage_size + at.segment * p.pixels * LANES + at.lane;
-        const int rows = item.rows_of(at.segment), pitch = p.channels / 8;
-        const long long offset = (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
-        const int last = item.sample + item.count - 1;
-        advance(item.sample, last);
+    visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
+        const uint4* start = memory + stage * stage_size(p);
+        const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
+        const float2* own = reinterpret_cast<const float2*>(start + states_at(p));
+        const int rows = item.rows_of(at.segment), last = item.sample + item.count - 1;
+        uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
+        ask(last);
+        advance(item.sample, last, own);
         closing |= last == p.samples - 1 && item.tile == 0;
         float gain[8], slope[8], constant[8], centre[8];
         load8(s.gain[at.segment] + at.lane * 8, gain);
         load8(s.slope[at.segment] + at.lane * 8, slope);
         load8(s.constant[at.segment] + at.lane * 8, constant);
-        load8(s.mean[at.segment] + at.lane * 8, centre);
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const int row = at.row + i * at.step;
-            if (row < rows) {
-                float g[8], x[8];
-                unpack(tile[row * LANES], g);
-                unpack(tile[tile_size + row * LANES], x);
+        for (int k = 0; k < 8; k++) centre[k] = own[at.segment * WIDTH + at.lane * 8 + k].x;
+        wait(s.stages.reduced + stage, i / STAGES & 1);
+#pragma unroll 4
+        for (int row = at.row; row < rows; row += at.step) {
+            float g[8], x[8];
+            unpack(tile[row * LANES], g);
+            unpack(tile[tile_size + row * LANES], x);
 #pragma unroll
-                for (int k = 0; k < 8; k++) g[k] = g[k] * gain[k] + ((x[k] - centre[k]) * slope[k] + constant[k]);
-                p.out[offset + (long long)row * pitch] = pack(g);
-            }
+            for (int k = 0; k < 8; k++) g[k] = g[k] * gain[k] + ((x[k] - centre[k]) * slope[k] + constant[k]);
+            out[(long long)row * pitch] = pack(g);
         }
-    };
-
-    pipeline(p, at, s.queue, fetch, prepare, glance, reduce_tile, write_tile);
-    if (closing && threadIdx.x < WIDTH) {
-        const long long index = (long long)(p.samples - 1) * p.channels + channel;
+        leave(s.stages.empty + stage, at);
+    });
+    if (closing && at.thread < WIDTH) {
+        const int n = p.samples - 1;
+        const u64* from = p.published + at.channel;
         float row[6];
-        row_of(p.moments[index], p.state[index], wait_for(p.published + index, peek(p.published + index)), row);
+        row_of(p.state[(long long)n * p.channels + at.channel].y, wait_for(from + index_of(p, n, 0)), wait_for(from + index_of(p, n, 1)), row);
         step(row);
-        p.first[channel] = u, p.second[channel] = v;
-        p.grad_weight[channel] = grad_weight * p.pixels, p.grad_bias[channel] = grad_bias * p.pixels;
+        p.first[at.channel] = u, p.second[at.channel] = v;
+        p.grad_weight[at.channel] = grad_weight * p.pixels, p.grad_bias[at.channel] = grad_bias * p.pixels;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) uint4 memory[];
+    Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size(p));
+    const int role = threadIdx.x / GROUP;
+    const Place at(p, threadIdx.x % GROUP);
+    // The state is overwritten once all sums are published, so it has to be here before this block publishes any.
+    float u = 0.f, v = 0.f;
+    if (role == 1) {
+        u = p.first[at.channel], v = p.second[at.channel];
+        s.gain[0][at.c] = u, s.slope[0][at.c] = v;
+    }
+    prepare_stages(s.stages);
+    if (role == 0) {
+        reduce(p, at, s, memory);
+    } else if (role == 1) {
+        write(p, at, s, memory, u, v);
+    } else if (at.warp_lane == 0) {
+        fetch_items(p, s.stages, [&](const Item& item, int stage) {
+            u64* barrier = s.stages.full + stage;
+            uint4* to = memory + stage * stage_size(p);
+            const int tile_size = stage_rows(p) * LANES;
+            const u32 bits = p.segments > 1 ? item.count * even(p.pixels) * 8 : even(item.rows) * 8;
+            arrive_expecting(barrier, TENSORS * tile_size * 16 + item.count * WIDTH * 8 + (MASK ? bits : 0));
+#pragma unroll
+            for (int t = 0; t < TENSORS; t++) copy_tile(p, item, to + t * tile_size, p.maps[t], barrier);
+            for (int k = 0; k < item.count; k++)
+                copy_bytes(to + states_at(p) + k * WIDTH / 2, p.state + (long long)(item.sample + k) * p.channels + at.channel_block * WIDTH,
+                           WIDTH * 8, barrier);
+            if (MASK) copy_bytes(to + mask_at(p), p.mask + mask_offset(p, at.channel_block, item.sample, item.tile * p.tile_rows), bits, barrier);
+        });
     }
 }

@@ -1,36 +1,42 @@
 // Single-read kernels: x (and the gradient) pass through shared memory once, because sample n needs statistics of earlier
-// samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, CLAMP, EXTRA (0 or 1), STAGES and ROWS.
+// samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, CLAMP, EXTRA (0 or 1), GROUP, STAGES, CHUNK.
 //
 // Work. Tensors are channels_last 16-bit matrices (N * pixels rows, channels). A block serves one block of 64 channels;
 // an item is a tile of rows: a part of one sample, or several whole samples (segments) where they are small. Items come
 // in sample order from a ticket counter, so an item waits only for items that running blocks already hold: no deadlock,
 // whatever else occupies the GPU.
-// Pipeline. A block copies tiles into shared memory with cp.async, AHEAD (0 or 1) tiles early; it reduces tile i and
-// publishes the sums, then advances the recurrence to tile i - LAG and writes that one: the sums of other blocks have LAG
-// tiles' time to arrive. A block takes its tickets one a tile: several at once would make the others wait for it in turn.
+// Roles. One thread draws tickets and has the copy engine bring tiles into a ring of STAGES shared-memory stages. GROUP
+// reducers sum a tile and publish the sums. GROUP writers advance the recurrence to the tile's sample and write the tile.
+// The three run side by side, so that reads, sums and writes of different tiles overlap within a block. Reducers wait
+// for loads (and, at a sample's last tile, for its other tiles), writers for sums of earlier samples, loads for a stage
+// that writers have left: each only for lower tickets.
 // Messages. A published pair of floats is one 8-byte relaxed store over memory filled with EMPTY, so the value is its own
-// flag. Sums of a sample's tiles sit in slots, which the holder of the sample's last tile adds in order; every block
+// flag. Sums of a sample's tiles sit in slots, which the reducers of the sample's last tile add in order; every block
 // advances its own copy of the recurrence over all samples. Fixed orders throughout: equal input gives equal bits.
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
-constexpr int WARPS = THREADS / 32, WIDTH = 64, LANES = WIDTH / 8, SEGMENTS = THREADS / WIDTH, CHUNK = 16;
-constexpr int STAGES = LAG + 1 + AHEAD;
-constexpr int WORDS = CHUNK / SEGMENTS;  // messages a thread collects of a chunk of samples
+constexpr int WARPS = GROUP / 32, WIDTH = 64, LANES = WIDTH / 8, SEGMENTS = GROUP / WIDTH;
+constexpr int WORDS = CHUNK / SEGMENTS;  // messages a writer collects of a chunk of samples
 constexpr u64 EMPTY = ~0ull;
 
+struct alignas(64) TensorMap {
+    unsigned char bytes[128];
+};
+
 struct Params {
-    const uint4 *x, *residual, *grad, *extra;    // rows of `channels` 16-bit values
+    TensorMap maps[3];                           // x and residual, or grad, x and extra: boxes of box_rows by 64
     uint4 *out, *out_residual;                   // y forward, grad_x and the residual's gradient backward
-    unsigned char* mask;                         // ReLU bits, (channel block, row, 8 bytes)
+    unsigned char* mask;                         // ReLU bits, (channel block, sample, pixels made even, 8 bytes)
     const float *weight, *bias;                  // null: 1 and 0
     float *first, *second;                       // state in place: mean and variance, or u and v
-    float2 *moments, *state;                     // tables (N, C)
+    float2* state;                               // table (N, C): mean and variance before each sample
     float *grad_weight, *grad_bias;
-    u64 *published, *slots;                      // EMPTY at launch: sample sums (N, C), tile sums (N, C / 64, tiles, 64)
+    // EMPTY at launch, in pairs of sums, of which backward has two: of samples (N, pairs, C), of tiles (N, pairs, C / 64, tiles, 64)
+    u64 *published, *slots;
     int* tickets;                                // -1 at launch, one a channel block
-    int samples, channels, pixels, tile_rows, tiles, segments;
+    int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
     float alpha, rest, eps, clamp, scale;        // decay and 1 - decay; unit of u and v
 };
 
@@ -51,16 +57,55 @@ __device__ __forceinline__ void publish(u64* p, float a, float b) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
 }
 
-__device__ __forceinline__ float2 wait_for(const u64* p, u64 word) {
+__device__ __forceinline__ float2 wait_for(const u64* p) {
+    u64 word = peek(p);
     while (word == EMPTY) word = peek(p);
     return as_pair(word);
 }
 
-template <int BYTES>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-    u32 shared = u32(__cvta_generic_to_shared(to));
-    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from));
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(from));
+// Shared memory's barriers and the copy engine.
+__device__ __forceinline__ u32 address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void barrier_init(u64* barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(address(barrier)), "r"(parity)
+                     : "memory");
+    } while (!done);
+}
+
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int channel, int row, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            address(to)),
+        "l"(&map), "r"(channel), "r"(row), "r"(address(barrier))
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)),
+                 "l"(from), "r"(bytes), "r"(address(barrier))
+                 : "memory");
+}
+
+// All threads of one role: 1 reducers, 2 writers.
+template <int ROLE>
+__device__ __forceinline__ void sync() {
+    asm volatile("bar.sync %0, %1;" ::"n"(ROLE), "n"(GROUP) : "memory");
 }
 
 __device__ __forceinline__ void unpack(uint4 v, float (&f)[8]) {
@@ -113,18 +158,20 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 
 __device__ __forceinline__ float finite(float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x : 0.f; }
 
-// What a thread knows of its place: 16 bytes of every row it owns, one segment.
+// What a reducer or writer knows of its place: 16 bytes of every row it owns, one segment.
 struct Place {
-    int channel_block, c, lane, segment, row, step, columns;
+    int thread, warp_lane, channel_block, c, lane, segment, row, step, columns, channel;
 
-    __device__ explicit Place(const Params& p) {
+    __device__ Place(const Params& p, int index) : thread(index) {
+        warp_lane = thread % 32;
         columns = p.channels / WIDTH;
         channel_block = blockIdx.x % columns;
-        c = threadIdx.x % WIDTH;  // the channel, within the block, that the thread serves in table work
-        lane = threadIdx.x % LANES;
-        step = THREADS / LANES / p.segments;
-        segment = threadIdx.x / LANES / step;
-        row = threadIdx.x / LANES % step;
+        c = thread % WIDTH;  // the channel, within the block, that the thread serves in table work
+        channel = channel_block * WIDTH + c;
+        lane = thread % LANES;
+        step = GROUP / LANES / p.segments;
+        segment = thread / LANES / step;
+        row = thread / LANES % step;
     }
 };
 
@@ -147,94 +194,130 @@ __device__ __forceinline__ int item_count(const Params& p) {
     return p.segments > 1 ? (p.samples + p.segments - 1) / p.segments : p.samples * p.tiles;
 }
 
-// Add the 16 sums of the threads that share a segment and lane; result for (segment, channel) in total[segment * 64 + c].
-__device__ __forceinline__ void reduce(float (&a)[8], float (&b)[8], float2 (*warps)[WIDTH]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-#pragma unroll
-        for (int offset = 8; offset < 32; offset *= 2) {
-            a[i] += __shfl_xor_sync(~0u, a[i], offset);
-            b[i] += __shfl_xor_sync(~0u, b[i], offset);
+struct Stages {
+    u64 full[STAGES], reduced[STAGES], empty[STAGES];
+    int queue[STAGES];  // item of a stage, -1 after the last
+};
+
+// Before any role begins; ends with all threads of the block in step.
+__device__ __forceinline__ void prepare_stages(Stages& s) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(s.full + i, 1);
+            barrier_init(s.reduced + i, WARPS);
+            barrier_init(s.empty + i, WARPS);
         }
-    }
-    if (threadIdx.x % 32 < LANES) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) warps[threadIdx.x / 32][threadIdx.x % 32 * 8 + i] = make_float2(a[i], b[i]);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
 }
 
-// The holder of a sample's last tile adds the slots in order, in parts side by side, and publishes the total.
+// The one thread that draws tickets; fetch(item, stage) begins the copies and arrives on the stage's barrier.
+template <class Fetch>
+__device__ __forceinline__ void fetch_items(const Params& p, Stages& s, Fetch fetch) {
+    const int items = item_count(p);
+    int* tickets = p.tickets + blockIdx.x % (p.channels / WIDTH);
+    for (int i = 0;; i++) {
+        const int stage = i % STAGES;
+        if (i >= STAGES) wait(s.empty + stage, i / STAGES - 1 & 1);
+        const int index = atomicAdd(tickets, 1) + 1;
+        s.queue[stage] = index < items ? index : -1;
+        if (index >= items) {
+            arrive(s.full + stage);
+            return;
+        }
+        fetch(Item(p, index), stage);
+    }
+}
+
+// Reducers and writers: visit(item, stage, how often the ring has gone round) for every item of the block.
+template <class Visit>
+__device__ __forceinline__ void visit_items(const Params& p, Stages& s, Visit visit) {
+    for (int i = 0;; i++) {
+        const int stage = i % STAGES;
+        wait(s.full + stage, i / STAGES & 1);
+        if (s.queue[stage] < 0) return;
+        visit(Item(p, s.queue[stage]), stage, i);
+    }
+}
+
+// A warp has finished with a stage.
+__device__ __forceinline__ void leave(u64* barrier, const Place& at) {
+    __syncwarp();
+    if (at.warp_lane == 0) arrive(barrier);
+}
+
+__device__ __forceinline__ void copy_tile(const Params& p, const Item& item, uint4* to, const TensorMap& map, u64* barrier) {
+    const int channel = blockIdx.x % (p.channels / WIDTH) * WIDTH;
+    for (int b = 0; b < p.boxes; b++)
+        copy_box(to + b * p.box_rows * LANES, map, channel, int(item.first_row) + b * p.box_rows, barrier);
+}
+
+__device__ __forceinline__ int stage_rows(const Params& p) { return p.boxes * p.box_rows; }
+
+// Add the sums of the threads of a warp that share a lane (8 channels); each thread keeps and stores two channels.
+__device__ __forceinline__ void reduce_warp(float (&a)[8], float (&b)[8], float2* warps, const Place& at) {
+    const bool upper = at.warp_lane & 16, odd = at.warp_lane & 8;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float give_a = upper ? a[i] : a[i + 4], give_b = upper ? b[i] : b[i + 4];
+        a[i] = (upper ? a[i + 4] : a[i]) + __shfl_xor_sync(~0u, give_a, 16);
+        b[i] = (upper ? b[i + 4] : b[i]) + __shfl_xor_sync(~0u, give_b, 16);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float give_a = odd ? a[i] : a[i + 2], give_b = odd ? b[i] : b[i + 2];
+        a[i] = (odd ? a[i + 2] : a[i]) + __shfl_xor_sync(~0u, give_a, 8);
+        b[i] = (odd ? b[i + 2] : b[i]) + __shfl_xor_sync(~0u, give_b, 8);
+    }
+    float2* to = warps + at.thread / 32 * WIDTH + at.lane * 8 + (upper ? 4 : 0) + (odd ? 2 : 0);
+    *reinterpret_cast<float4*>(to) = make_float4(a[0], b[0], a[1], b[1]);
+}
+
+// Sums of segment thread / 64, channel c, from those of its warps.
+__device__ __forceinline__ float2 sum_of_warps(const Params& p, const float2* warps, const Place& at) {
+    const int share = WARPS / p.segments, first = at.thread / WIDTH * share;
+    float2 total = warps[first * WIDTH + at.c];
+    for (int w = first + 1; w < first + share; w++) {
+        const float2 part = warps[w * WIDTH + at.c];
+        total.x += part.x, total.y += part.y;
+    }
+    return total;
+}
+
+// The reducers of a sample's last tile add the slots in order, in parts side by side.
 // combine(accumulator, slot value, tile) folds one slot in; centre is slot 0.
 template <class Combine>
-__device__ __forceinline__ float2 merge_slots(const Params& p, const u64* slots, float2 (*parts)[WIDTH], float& centre, Combine combine) {
-    const int c = threadIdx.x % WIDTH, part = threadIdx.x / WIDTH;
+__device__ __forceinline__ float2 merge_slots(const Params& p, const Place& at, const u64* slots, float2 (*parts)[WIDTH], float& centre, Combine combine) {
+    const int part = at.thread / WIDTH;
     const int share = (p.tiles + SEGMENTS - 1) / SEGMENTS, begin = part * share, end = min(p.tiles, begin + share);
-    centre = finite(wait_for(slots + c, peek(slots + c)).x);
+    centre = finite(wait_for(slots + at.c).x);
     float2 sum = make_float2(0.f, 0.f);
     for (int t = begin; t < end; t += 8) {
         u64 words[8];
+        bool missing = true;
 #pragma unroll
-        for (int j = 0; j < 8; j++) words[j] = t + j < end ? peek(slots + (t + j) * WIDTH + c) : 0;
+        for (int j = 0; j < 8; j++) words[j] = t + j < end ? EMPTY : 0;
+        while (missing) {
+            missing = false;
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                if (words[j] == EMPTY) words[j] = peek(slots + (t + j) * WIDTH + at.c);
+#pragma unroll
+            for (int j = 0; j < 8; j++) missing |= words[j] == EMPTY;
+        }
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            if (t + j < end) combine(sum, wait_for(slots + (t + j) * WIDTH + c, words[j]), t + j);
+            if (t + j < end) combine(sum, as_pair(words[j]), t + j);
     }
-    __syncthreads();
-    parts[part][c] = sum;
-    __syncthreads();
-    sum = parts[0][c];
-    for (int q = 1; q < SEGMENTS; q++) sum.x += parts[q][c].x, sum.y += parts[q][c].y;
+    parts[part][at.c] = sum;
+    sync<1>();
+    sum = parts[0][at.c];
+    for (int q = 1; q < SEGMENTS; q++) sum.x += parts[q][at.c].x, sum.y += parts[q][at.c].y;
+    sync<1>();
     return sum;
 }
-
-// Run `reduce_tile(item, stage)` on every item of this block, and LAG items later `write_tile(item, stage)`. `prepare` and
-// `glance` may ask global memory for what the two will need.
-template <class Fetch, class Prepare, class Glance, class Reduce, class Write>
-__device__ __forceinline__ void pipeline(
-    const Params& p, const Place& at, int* queue, Fetch fetch, Prepare prepare, Glance glance, Reduce reduce_tile,
-    Write write_tile) {
-    const int items = item_count(p);
-    int* tickets = p.tickets + at.channel_block;
-    if (threadIdx.x == 0) queue[0] = atomicAdd(tickets, 1) + 1;
-    __syncthreads();
-    if (queue[0] < items) fetch(Item(p, queue[0]), 0);
-    int count = 0x7fffffff;  // of this block's items, once known
-    for (int i = 0; i - LAG < count; i++) {
-        const int now = i % STAGES, next = (i + 1) % STAGES, old = (i + STAGES - LAG) % STAGES;
-        if (i < count && queue[now] >= items) count = i;
-        const bool read = i < count, write = i >= LAG && i - LAG < count;
-        int ticket = 0;
-        if (read && threadIdx.x == 0) ticket = atomicAdd(tickets, 1) + 1;
-        if (write) glance(Item(p, queue[old]));
-        if (read) {
-            prepare(Item(p, queue[now]));
-            if (AHEAD && threadIdx.x == 0) queue[next] = ticket;
-            asm volatile("cp.async.wait_all;" ::: "memory");
-            __syncthreads();
-            if (AHEAD && queue[next] < items) fetch(Item(p, queue[next]), next);
-            reduce_tile(Item(p, queue[now]), now);
-        }
-        if (write) write_tile(Item(p, queue[old]), old);
-        if (read && !AHEAD && threadIdx.x == 0) queue[next] = ticket;
-        __syncthreads();
-        if (read && !AHEAD && queue[next] < items) fetch(Item(p, queue[next]), next);
-    }
-}
-
-// Copy the thread's share of a tile into shared memory.
-__device__ __forceinline__ void fetch_tile(const Params& p, const Place& at, const Item& item, uint4* stage, const uint4* tensor) {
-    const int rows = item.rows_of(at.segment), pitch = p.channels / 8;
-    const uint4* from = tensor + (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
-    uint4* to = stage + at.segment * p.pixels * LANES + at.lane;
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        const int row = at.row + i * at.step;
-        if (row < rows) copy_async<16>(to + row * LANES, from + (long long)row * pitch);
-    }
-}
-
-__device__ __forceinline__ int stage_rows(const Params& p) { return p.segments > 1 ? p.segments * p.pixels : p.tile_rows; }
 
 // The parameters of the thread's eight channels; null stands for `otherwise`.
 __device__ __forceinline__ void parameters8(const float* from, const Place& at, float otherwise, float (&f)[8]) {
@@ -250,11 +333,14 @@ __device__ __forceinline__ float value_of(const uint4* row, int c) {
     return f[0];
 }
 
-// The sums of a sample's tiles, 64 channels each.
-__device__ __forceinline__ u64* slots_of(const Params& p, const Place& at, int sample) {
-    return p.slots + ((long long)sample * at.columns + at.channel_block) * p.tiles * WIDTH;
+// The sums of a sample's tiles, 64 channels each; `pair` counts the pairs of sums over all samples.
+__device__ __forceinline__ u64* slots_of(const Params& p, const Place& at, int pair) {
+    return p.slots + ((long long)pair * at.columns + at.channel_block) * p.tiles * WIDTH;
 }
 
-__device__ __forceinline__ long long mask_offset(const Params& p, const Place& at, long long row) {
-    return ((long long)at.channel_block * p.samples * p.pixels + row) * 8 + at.lane;
+// ReLU bits of a sample's row, 8 bytes; a sample has an even number of rows, so that every tile begins at 16 bytes.
+__device__ __forceinline__ int even(int rows) { return rows + (rows & 1); }
+
+__device__ __forceinline__ long long mask_offset(const Params& p, int channel_block, int sample, int row) {
+    return (((long long)channel_block * p.samples + sample) * even(p.pixels) + row) * 8;
 }

@@ -1,80 +1,45 @@
-// y = relu(clamp(weight (x - m) / s + bias) + residual), the tables, and the state moved past the batch.
+// y = relu(clamp(weight (x - m) / s + bias) + residual), the table of states, and the state moved past the batch.
 
 struct Scratch {
-    float2 warps[WARPS][WIDTH];
+    Stages stages;
+    alignas(16) float2 warps[2][WARPS * WIDTH];
+    float2 parts[SEGMENTS][WIDTH];
     float2 table[CHUNK][WIDTH];  // moments of the samples to advance over
     float mean[SEGMENTS][WIDTH], scale[SEGMENTS][WIDTH];
-    int queue[STAGES];
 };
 
 constexpr int TENSORS = 1 + RESIDUAL;
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const Params p) {
-    extern __shared__ uint4 memory[];
-    const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size;
-    Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size);
-    const Place at(p);
-    const int channel = at.channel_block * WIDTH + at.c;
-    float bias[8];
-    parameters8(p.bias, at, 0.f, bias);
-    const float weight = p.weight ? p.weight[channel] : 1.f;
-    // This block's copy of the recurrence: state before sample `position`, one channel a thread of the first 64.
-    float mean = p.first[channel], var = p.second[channel];
-    int position = 0;
-    bool closing = false;
-    // The state is overwritten once all sums are published, so it has to be here before this block publishes any.
-    s.mean[0][at.c] = mean, s.scale[0][at.c] = var;
-
-    auto announce = [&](int n, float mu, float q) {
-        p.moments[(long long)n * p.channels + channel] = make_float2(mu, q);
-        publish(p.published + (long long)n * p.channels + channel, mu, q);
-    };
-    auto step = [&](float2 moment) {
-        const float d = moment.x - mean;
-        var = p.alpha * var + p.rest * (moment.y + p.alpha * d * d);
-        mean += p.rest * d;
-    };
-
-    auto fetch = [&](const Item& item, int stage) {
-        fetch_tile(p, at, item, memory + stage * stage_size, p.x);
-#if RESIDUAL
-        fetch_tile(p, at, item, memory + stage * stage_size + tile_size, p.residual);
-#endif
-    };
-
-    auto reduce_tile = [&](const Item& item, int stage) {
+__device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
+    const int stage_size = TENSORS * stage_rows(p) * LANES;
+    auto announce = [&](int n, float mu, float q) { publish(p.published + (long long)n * p.channels + at.channel, mu, q); };
+    visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
         const uint4* start = memory + stage * stage_size;
         const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
-        const int rows = item.rows_of(at.segment);
+        const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
         // Sums are shifted by the segment's first row: no cancellation, however large the mean.
         float shift[8], sum[8] = {}, square[8] = {};
+        const float base = segment < item.count ? finite(value_of(start + segment * p.pixels * LANES, at.c)) : 0.f;
         unpack(tile[0], shift);
 #pragma unroll
         for (int k = 0; k < 8; k++) shift[k] = finite(shift[k]);
+#pragma unroll 4
+        for (int row = at.row; row < rows; row += at.step) {
+            float x[8];
+            unpack(tile[row * LANES], x);
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const int row = at.row + i * at.step;
-            if (row < rows) {
-                float x[8];
-                unpack(tile[row * LANES], x);
-#pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    const float d = x[k] - shift[k];
-                    sum[k] += d;
-                    square[k] += d * d;
-                }
+            for (int k = 0; k < 8; k++) {
+                const float d = x[k] - shift[k];
+                sum[k] += d;
+                square[k] += d * d;
             }
         }
-        reduce(sum, square, s.warps);
-        const int segment = threadIdx.x / WIDTH;  // in table work
+        leave(s.stages.reduced + stage, at);
+        float2* warps = s.warps[i & 1];
+        reduce_warp(sum, square, warps, at);
+        sync<1>();
         if (segment < item.count) {
-            const int share = WARPS / p.segments;
-            float2 total = s.warps[segment * share][at.c];
-            for (int w = 1; w < share; w++) {
-                const float2 part = s.warps[segment * share + w][at.c];
-                total.x += part.x, total.y += part.y;
-            }
-            const float base = finite(value_of(start + segment * p.pixels * LANES, at.c));
+            const float2 total = sum_of_warps(p, warps, at);
             const float mu = base + total.x / item.rows;
             const float scatter = max_nan(total.y - total.x * (total.x / item.rows), 0.f);
             if (p.tiles == 1) announce(item.sample + segment, mu, scatter / p.pixels);
@@ -82,39 +47,65 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
         }
         if (p.tiles > 1 && item.tile == p.tiles - 1) {
             float centre;
-            float2 total = merge_slots(p, slots_of(p, at, item.sample), s.warps, centre, [&](float2& sum, float2 part, int t) {
+            float2 total = merge_slots(p, at, slots_of(p, at, item.sample), s.parts, centre, [&](float2& sum, float2 part, int t) {
                 const float count = min(p.tile_rows, p.pixels - t * p.tile_rows), d = part.x - centre;
                 sum.x += count * d;
                 sum.y += part.y + count * d * d;
             });
-            if (threadIdx.x < WIDTH)
+            if (at.thread < WIDTH)
                 announce(item.sample, centre + total.x / p.pixels, max_nan(total.y - total.x * (total.x / p.pixels), 0.f) / p.pixels);
         }
+    });
+}
+
+__device__ __forceinline__ void write(const Params& p, const Place& at, Scratch& s, const uint4* memory, float mean, float var) {
+    const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size, pitch = p.channels / 8;
+    float bias[8];
+    parameters8(p.bias, at, 0.f, bias);
+    const float weight = p.weight ? p.weight[at.channel] : 1.f;
+    int position = 0;  // mean and var are those before this sample, one channel a thread of the first 64
+    bool closing = false;
+    auto step = [&](float2 moment) {
+        const float d = moment.x - mean;
+        var = p.alpha * var + p.rest * (moment.y + p.alpha * d * d);
+        mean += p.rest * d;
     };
 
     // Ask for the moments of the next samples up to `last`; some may not be there yet.
     u64 words[WORDS];
-    const int mine = threadIdx.x / WIDTH;
+    const int mine = at.thread / WIDTH;
+    auto message = [&](int j) { return p.published + (long long)(position + mine + SEGMENTS * j) * p.channels + at.channel; };
     auto ask = [&](int last) {
 #pragma unroll
-        for (int j = 0; j < WORDS; j++) {
-            const int n = position + mine + SEGMENTS * j;
-            words[j] = n < last ? peek(p.published + (long long)n * p.channels + channel) : 0;
+        for (int j = 0; j < WORDS; j++) words[j] = position + mine + SEGMENTS * j < last ? peek(message(j)) : 0;
+    };
+    auto collect = [&]() {
+        bool missing = true;
+        while (missing) {
+            missing = false;
+#pragma unroll
+            for (int j = 0; j < WORDS; j++)
+                if (words[j] == EMPTY) words[j] = peek(message(j));
+#pragma unroll
+            for (int j = 0; j < WORDS; j++) missing |= words[j] == EMPTY;
         }
     };
-    auto glance = [&](const Item& item) { ask(item.sample + item.count - 1); };
 
     // Bring the recurrence to `last`, leaving the normalisation of samples first..last in s.mean and s.scale.
     auto advance = [&](int first, int last, bool record) {
         while (true) {
             const int batch = min(CHUNK, last - position);
+            collect();
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) {
-                const int k = mine + SEGMENTS * j;
-                if (k < batch) s.table[k][at.c] = wait_for(p.published + (long long)(position + k) * p.channels + channel, words[j]);
+            for (int j = 0; j < WORDS; j++)
+                if (mine + SEGMENTS * j < batch) s.table[mine + SEGMENTS * j][at.c] = as_pair(words[j]);
+            sync<2>();
+            if (position + batch < last) {
+                position += batch;
+                ask(last);
+                position -= batch;
             }
-            __syncthreads();
-            if (threadIdx.x < WIDTH) {
+            if (at.thread < WIDTH) {
                 // Samples this tile does not hold go by in eights, so that only the recurrence itself is waited for.
                 const int passing = min(batch, first - position);
                 int j = 0;
@@ -130,66 +121,89 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) online_norm(const 
                     if (n >= first && (j < batch || n == last)) {
                         s.mean[n - first][at.c] = mean;
                         s.scale[n - first][at.c] = weight * rsqrtf(var + p.eps);
-                        if (record) p.state[(long long)n * p.channels + channel] = make_float2(mean, var);
+                        if (record) p.state[(long long)n * p.channels + at.channel] = make_float2(mean, var);
                     }
                     if (j < batch) step(s.table[j][at.c]);
                 }
             }
             position += batch;
-            if (position < last) ask(last);
-            __syncthreads();
+            sync<2>();
             if (position >= last) break;
         }
     };
 
-    auto write_tile = [&](const Item& item, int stage) {
+    visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
         const uint4* tile = memory + stage * stage_size + at.segment * p.pixels * LANES + at.lane;
-        const int rows = item.rows_of(at.segment), pitch = p.channels / 8;
-        const long long first_row = item.first_row + at.segment * p.pixels;
-        const long long offset = first_row * pitch + at.channel_block * LANES + at.lane;
-        const int last = item.sample + item.count - 1;
+        const int rows = item.rows_of(at.segment), last = item.sample + item.count - 1;
+        uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
+        unsigned char* mask = p.mask + mask_offset(p, at.channel_block, item.sample + at.segment, item.tile * p.tile_rows) + at.lane;
+        ask(last);
         advance(item.sample, last, item.tile == 0);
         closing |= last == p.samples - 1 && item.tile == 0;
         float m[8], scale[8];
         load8(s.mean[at.segment] + at.lane * 8, m);
         load8(s.scale[at.segment] + at.lane * 8, scale);
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const int row = at.row + i * at.step;
-            if (row < rows) {
-                float z[8];
-                unpack(tile[row * LANES], z);
+#pragma unroll 4
+        for (int row = at.row; row < rows; row += at.step) {
+            float z[8];
+            unpack(tile[row * LANES], z);
 #if RESIDUAL
-                float r[8];
-                unpack(tile[tile_size + row * LANES], r);
-                u32 bits = 0;
+            float r[8];
+            unpack(tile[tile_size + row * LANES], r);
+            u32 bits = 0;
 #endif
 #pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    z[k] = (z[k] - m[k]) * scale[k] + bias[k];
+            for (int k = 0; k < 8; k++) {
+                z[k] = (z[k] - m[k]) * scale[k] + bias[k];
 #if CLAMP
-                    z[k] = max_nan(min_nan(z[k], p.clamp), -p.clamp);
+                z[k] = max_nan(min_nan(z[k], p.clamp), -p.clamp);
 #endif
 #if RESIDUAL
-                    z[k] += r[k];
-                    bits |= u32(!(z[k] <= 0.f)) << k;
+                z[k] += r[k];
+                bits |= u32(!(z[k] <= 0.f)) << k;
 #endif
 #if RELU
-                    z[k] = max_nan(z[k], 0.f);
-#endif
-                }
-                p.out[offset + (long long)row * pitch] = pack(z);
-#if RESIDUAL && RELU
-                p.mask[mask_offset(p, at, first_row + row)] = bits;
+                z[k] = max_nan(z[k], 0.f);
 #endif
             }
+            out[(long long)row * pitch] = pack(z);
+#if RESIDUAL && RELU
+            mask[row * 8] = bits;
+#endif
         }
-    };
+        wait(s.stages.reduced + stage, i / STAGES & 1);
+        leave(s.stages.empty + stage, at);
+    });
+    if (closing && at.thread < WIDTH) {
+        step(wait_for(p.published + (long long)(p.samples - 1) * p.channels + at.channel));
+        p.first[at.channel] = mean, p.second[at.channel] = var;
+    }
+}
 
-    pipeline(p, at, s.queue, fetch, [](const Item&) {}, glance, reduce_tile, write_tile);
-    if (closing && threadIdx.x < WIDTH) {
-        const u64* from = p.published + (long long)(p.samples - 1) * p.channels + channel;
-        step(wait_for(from, peek(from)));
-        p.first[channel] = mean, p.second[channel] = var;
+extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) uint4 memory[];
+    const int stage_size = TENSORS * stage_rows(p) * LANES;
+    Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size);
+    const int role = threadIdx.x / GROUP;
+    const Place at(p, threadIdx.x % GROUP);
+    // The state is overwritten once all sums are published, so it has to be here before this block publishes any.
+    float mean = 0.f, var = 0.f;
+    if (role == 1) {
+        mean = p.first[at.channel], var = p.second[at.channel];
+        s.mean[0][at.c] = mean, s.scale[0][at.c] = var;
+    }
+    prepare_stages(s.stages);
+    if (role == 0) {
+        reduce(p, at, s, memory);
+    } else if (role == 1) {
+        write(p, at, s, memory, mean, var);
+    } else if (at.warp_lane == 0) {
+        fetch_items(p, s.stages, [&](const Item& item, int stage) {
+            u64* barrier = s.stages.full + stage;
+            uint4* to = memory + stage * stage_size;
+            arrive_expecting(barrier, stage_size * 16);
+#pragma unroll
+            for (int t = 0; t < TENSORS; t++) copy_tile(p, item, to + t * stage_rows(p) * LANES, p.maps[t], barrier);
+        });
     }
 }

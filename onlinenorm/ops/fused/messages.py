@@ -1,0 +1,58 @@
+"""Memory through which the blocks of a single-read kernel talk: all bits set at launch, used by one launch only.
+
+Filling it anew for every launch would cost a kernel each. Launches of one stream take consecutive pieces of a chunk
+that was filled at once. A chunk filled while a graph is captured serves that graph only, because only its replays fill
+it again.
+"""
+
+import sys
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onlinenorm.ops.fused.driver import capture_of
+
+CHUNK = 2 * 2**20  # bytes
+ALIGNMENT = 256
+
+
+@dataclass
+class _Chunk:
+    memory: Tensor
+    capture: int
+    used: int = 0
+
+
+_chunks: dict[tuple[int, int], _Chunk] = {}
+_lock = threading.Lock()
+
+
+def empty(size: int, device: torch.device) -> int:
+    """Address of ``size`` bytes with all bits set, for the next launch on the current stream of ``device``."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    capture = capture_of(stream) if torch.cuda.is_current_stream_capturing() else 0
+    key = device.index, stream
+    size = -(-size // ALIGNMENT) * ALIGNMENT
+    with _lock:
+        chunk = _chunks.get(key)
+        if chunk is None or chunk.capture != capture or chunk.used + size > chunk.memory.nbytes:
+            chunk = None  # gone before the next is taken
+            _chunks.pop(key, None)
+            memory = torch.empty(max(size, CHUNK) // 8, dtype=torch.int64, device=device).fill_(-1)
+            chunk = _Chunk(memory, capture)
+            if not (capture and _graph_must_own_all()):
+                _chunks[key] = chunk
+        address = chunk.memory.data_ptr() + chunk.used
+        chunk.used += size
+    return address
+
+
+def _graph_must_own_all() -> bool:
+    """Whether Inductor captures the graph: it refuses memory that lives on in the graph's pool, as a chunk would."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None:
+        return False
+    manager = trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    return manager is not None and manager.path_state == trees.ExecutionState.RECORDING
