@@ -24,6 +24,7 @@ from onlinenorm.training.errors import ConfigError, Interrupted, RunError
 MAY_CHANGE = (
     "choices.trainer",
     "choices.logger",
+    "data.on_device",
     "data.num_workers",
     "data.root",
     "logger",
@@ -160,7 +161,7 @@ def environment(world_size: int) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = "none"
     return {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": " ".join([Path(sys.executable).name, os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "git": git_state(Path(__file__).parent),
         "versions": versions,
         "hardware": hardware(),
@@ -169,7 +170,7 @@ def environment(world_size: int) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """{"commit", "dirty"} of the repository around `folder`; "unknown" and None outside one."""
+    """{"commit", "dirty"} of the repository around `folder`; outside one $GIT_COMMIT, else "unknown", and None."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -179,7 +180,7 @@ def git_state(folder: Path) -> dict[str, Any]:
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": "unknown", "dirty": None}
+        return {"commit": os.environ.get("GIT_COMMIT", "unknown"), "dirty": None}
 
 
 def hardware() -> str:

@@ -103,3 +103,10 @@ def test_write_atomically_replaces_or_leaves(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="could not be written"):
         write_atomically(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_outside_a_repository_the_commit_is_what_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert git_state(tmp_path) == {"commit": "unknown", "dirty": None}
+    monkeypatch.setenv("GIT_COMMIT", "abc123")
+    assert git_state(tmp_path) == {"commit": "abc123", "dirty": None}
