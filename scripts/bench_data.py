@@ -2,7 +2,7 @@
 """How fast images get in: decoding, loaders and training with them, beside torchvision's and timm's loaders.
 
     scripts/bench_data.py                          generates JPEG files of ImageNet's sizes, measures what is available
-    scripts/bench_data.py --draw                   the picture alone, from results/bench_data.json
+    scripts/bench_data.py --draw                   page and picture alone, from results/bench_data.json
 
 Every provider gives normalised float batches on the training device, ready for the network. Providers take turns, some
 seconds each, in several rounds; figures are medians over the rounds, and ratios are taken within a round, to
@@ -28,7 +28,9 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # runs from a plain checkout too
 
 try:
+    import bench_data_report
     import torch
+    from bench_data_report import REFERENCE
     from jpeg_set import make_set
 
     from onlinenorm.data import ImageNet
@@ -38,7 +40,6 @@ except ModuleNotFoundError:
         raise
     os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
 
-REFERENCE = "torchvision ImageFolder"
 RESULTS = ROOT / "results" / "bench_data.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -277,19 +278,6 @@ def _row(stage, provider, walls, cores, base, workers, base_cores=None) -> dict:
     return row
 
 
-def verdict(rows: list[dict]) -> str:
-    """Whether the fastest loader feeds the network with 1.2 times what it takes, or how much is short."""
-    loaders = [r for r in rows if r["stage"] == "loader" and r["provider"] not in (REFERENCE, "timm")]
-    needed = [r for r in rows if r["provider"] == "resident batch"]
-    if not loaders or not needed:
-        return ""
-    best, alone = max(loaders, key=lambda r: r["images_per_second"]), max(r["images_per_second"] for r in needed)
-    times = best["images_per_second"] / alone
-    rate = best["images_per_second"]
-    text = f"fastest path {best['provider']}: {rate:,.0f} images/s, {times:.2f} x training's {alone:,.0f}"
-    return text if times >= 1.2 else f"{text}; short of 1.2 x by {1.2 * alone - rate:,.0f} images/s"
-
-
 def head(options: argparse.Namespace) -> dict:
     """Where, with what and by which command a run was made."""
     from onlinenorm.training.run_folder import environment
@@ -343,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="resnet50" if gpu else "resnet18")
     parser.add_argument("--normalizer", default="batch", choices=("batch", "online_clamp"))
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--draw", action="store_true", help="draw the picture and measure nothing")
+    parser.add_argument("--draw", action="store_true", help="page and picture of what is recorded, no measurement")
     options = parser.parse_args(arguments)
     options.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     if not options.draw:
@@ -353,15 +341,9 @@ def main(arguments: list[str] | None = None) -> int:
             for row in stages[stage](options.images, options):
                 run["rows"].append(row)
                 print(json.dumps(row), flush=True)
-                run["verdict"] = verdict(run["rows"])
                 keep(options.output, run)  # after every row: an interrupted run leaves what it measured
-        print(run["verdict"])
-    try:
-        from bench_data_picture import draw
-    except ImportError as error:
-        print(f"no picture: {error}", file=sys.stderr)
-    else:
-        draw(options.output)
+    bench_data_report.main([str(options.output)])
+    print(options.output.with_suffix(".md").read_text().split("\n\n")[1])
     return 0
 
 

@@ -46,19 +46,40 @@ def test_loaders_are_measured_beside_the_reference(bench, tmp_path, capsys):
         assert {bench.REFERENCE, "pillow", "torchvision"} <= set(rows)
         assert rows[bench.REFERENCE]["ratio"] == 1 and all(row["images_per_second"] > 0 for row in rows.values())
     assert output.with_suffix(".png").stat().st_size > 10_000
+    page = output.with_suffix(".md").read_text()
+    assert page.split("\n\n")[1] in capsys.readouterr().out and f"{run['cores']} cores" in page
 
 
-def test_the_verdict_names_what_is_short(bench):
-    def rows(loader, training):
-        return [
-            {"stage": "loader", "provider": bench.REFERENCE, "images_per_second": 9e9},
-            {"stage": "loader", "provider": "pillow", "images_per_second": loader},
-            {"stage": "training", "provider": "resident batch", "images_per_second": training},
-        ]
+def test_the_page_names_what_is_short(root):
+    report = load(root, "bench_data_report")
 
-    assert bench.verdict(rows(1300.0, 1000.0)) == "fastest path pillow: 1,300 images/s, 1.30 x training's 1,000"
-    assert bench.verdict(rows(900.0, 1000.0)).endswith("0.90 x training's 1,000; short of 1.2 x by 300 images/s")
-    assert bench.verdict([]) == ""
+    def row(stage, provider, rate, **more):
+        return {"stage": stage, "provider": provider, "workers": 2, "images_per_second": rate, "ratio": 2.0,
+                "spread": 0.1, **more}  # fmt: skip
+
+    run = {
+        "device": "GPU", "processor": "P", "cores": 4, "git": {"commit": "abc", "dirty": True}, "command": "bench",
+        "versions": dict.fromkeys(("torch", "torchvision", "pillow", "timm"), "1"),
+        "images": {"unique": 2, "mean_width": 500.0, "mean_height": 375.0, "mean_bytes": 110_000},
+        "rows": [row("loader", *given) for given in ((report.REFERENCE, 9e9), ("pillow", 1100.0), ("nvjpeg", 1300.0))],
+    }  # fmt: skip
+    rates = [("batch", 1000.0), ("batch", 900.0), ("online_clamp", 1250.0)]
+    training = {"device": "GPU", "rows": [{"normalizer": n, "images_per_second": rate} for n, rate in rates]}
+    text = report.render({"runs": [run]}, training)
+    start = "| GPU, 4 cores | nvjpeg | 1,300 | 2.00 | "
+    assert f"{start}1,250 (resnet50, online_clamp) | 1.04 | short by 200 images/s |" in text
+    assert f"{start}1,000 (resnet50, batch) | 1.30 | yes |" in text and "900" not in text
+    assert "was not measured" in text and "commit abc with local changes" in text
+    assert f"{start}not measured |" in report.render({"runs": [run]}, {**training, "device": "another"})
+    run["rows"].append(row("training", "resident batch", 1100.0, model="resnet18", normalizer="batch"))
+    text = report.render({"runs": [run]}, training)
+    assert "1,100 (resnet18, batch) | 1.18 | short by 20 images/s |" in text and "resnet50" not in text
+
+
+def test_recorded_page_is_what_the_recorded_figures_give(root):
+    report = load(root, "bench_data_report")
+    read = [json.loads((root / "results" / f"{name}.json").read_text()) for name in ("bench_data", "bench_training")]
+    assert (root / "results" / "bench_data.md").read_text() == report.render(*read), "run scripts/bench_data_report.py"
 
 
 @pytest.mark.slow

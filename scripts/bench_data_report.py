@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""The recorded benchmark of the loaders as a page (whether they feed training, and all rows) and as a picture.
+
+scripts/bench_data_report.py         # bench_data.md and .png in results/, from bench_data.json and bench_training.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+NEEDED = 1.2  # times what training takes: what a loader should give
+REFERENCE = "torchvision ImageFolder"
+SUMMARY = ("machine", "fastest loader", "images/s", f"over {REFERENCE}", "training takes", "loader over training",
+           f"at least {NEEDED}?")  # fmt: skip
+ROWS = ("stage", "provider", "workers", "images/s", f"over {REFERENCE}", "spread", "the same a core-second")
+STAGES = {
+    "decode": "decode and crop (CPU decoders: one core)",
+    "loader": "loader alone, batches on the device",
+    "training": "training",
+}
+_COLOURS = {REFERENCE: "#B0B0B0", "timm": "#B0B0B0", "resident batch": "#D55E00"}  # others are ours
+
+
+def render(results: dict, training: dict) -> str:
+    """Markdown: for each machine whether the fastest loader feeds training, and all rows.
+
+    Args:
+        results: bench_data.json.
+        training: bench_training.json, whose rates are those of training where a run was made on the same kind of GPU
+            and did not measure training itself.
+    """
+    runs = results["runs"]
+    parts = ["# Loaders against training", _table(SUMMARY, [line for run in runs for line in _verdicts(run, training)])]
+    for run in runs:
+        parts.append(f"## {_machine(run)}")
+        parts.append(_table(ROWS, [_row(row) for row in run["rows"]]))
+        if all(row["stage"] != "training" for row in run["rows"]):
+            parts.append(
+                "Training with these loaders was not measured: a network that trains shares the machine with its "
+                "loader, and with `nvjpeg` the GPU."
+            )
+        images, versions = run["images"], run["versions"]
+        git = run["git"]["commit"] + (" with local changes" if run["git"]["dirty"] else "")
+        parts.append(
+            f"JPEG files of {images['mean_width']:.0f} x {images['mean_height']:.0f} pixels and "
+            f"{images['mean_bytes'] / 1e3:.0f} kB on average, {images['unique']} different ones; {run['processor']}; "
+            + ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "pillow", "timm"))
+            + f", commit {git}; `{run['command']}`"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdicts(run: dict, training: dict) -> list[list[str]]:
+    loaders = [row for row in run["rows"] if row["stage"] == "loader" and row["provider"] not in (REFERENCE, "timm")]
+    if not loaders:
+        return []
+    best = max(loaders, key=lambda row: row["images_per_second"])
+    rate = best["images_per_second"]
+    start = [_machine(run), best["provider"], f"{rate:,.0f}", f"{best['ratio']:.2f}"]
+    lines = []
+    for name, taken in _taken(run, training).items():
+        short = NEEDED * taken - rate
+        enough = "yes" if short <= 0 else f"short by {short:,.0f} images/s"
+        lines.append([*start, f"{taken:,.0f} ({name})", f"{rate / taken:.2f}", enough])
+    return lines or [[*start, "not measured", "", ""]]
+
+
+def _taken(run: dict, training: dict) -> dict[str, float]:
+    """Images/s that training takes from memory, by what trains: of this run, else the fastest on the same GPU."""
+    own = {f"{row['model']}, {row['normalizer']}": row["images_per_second"]
+           for row in run["rows"] if row["provider"] == "resident batch"}  # fmt: skip
+    if own or training["device"] != run["device"]:
+        return own
+    fastest: dict[str, float] = {}
+    for row in training["rows"]:
+        name = f"resnet50, {row['normalizer']}"
+        fastest[name] = max(row["images_per_second"], fastest.get(name, 0.0))
+    return dict(sorted(fastest.items(), key=lambda item: -item[1]))
+
+
+def _machine(run: dict) -> str:
+    return f"{run['device']}, {run['cores']} cores" if run["device"] != "cpu" else f"{run['cores']} cores, no GPU"
+
+
+def _row(row: dict) -> list:
+    core = f"{row['ratio_per_core']:.2f}" if "ratio_per_core" in row else ""
+    rate, ratio = f"{row['images_per_second']:,.0f}", f"{row['ratio']:.2f}"
+    return [row["stage"], row["provider"], row["workers"], rate, ratio, f"{row['spread']:.0%}", core]
+
+
+def _table(head, rows) -> str:
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def draw(results: Path) -> Path:
+    """Writes the picture beside `results` and returns its path: a panel a machine and stage, a bar a provider."""
+    import matplotlib.pyplot as plt
+
+    runs = json.loads(results.read_text())["runs"]
+    stages = [stage for stage in STAGES if any(row["stage"] == stage for run in runs for row in run["rows"])]
+    height = 0.8 + 2.6 * len(runs)
+    figure, panels = plt.subplots(
+        len(runs), len(stages), figsize=(5.2 * len(stages), height), squeeze=False, layout="constrained"
+    )
+    for line, run in zip(panels, runs, strict=True):
+        for panel, stage in zip(line, stages, strict=True):
+            rows = [row for row in run["rows"] if row["stage"] == stage]
+            _bars(panel, rows)
+            model = f" {rows[0]['model']}" if rows and "model" in rows[0] else ""
+            panel.set_title(f"{STAGES[stage]}{model}\n{_machine(run)}", fontsize=9, loc="left")
+    figure.supxlabel("images/s (times the reference of the same run)", fontsize=9)
+    path = results.with_suffix(".png")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _bars(panel, rows: list[dict]) -> None:
+    names = [row["provider"] + (f" ({row['normalizer']})" if "normalizer" in row else "") for row in rows]
+    colours = [_COLOURS.get(row["provider"], "#0072B2") for row in rows]
+    values = [row["images_per_second"] for row in rows]
+    panel.barh(range(len(rows)), values, color=colours)
+    panel.set_yticks(range(len(rows)), names, fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlim(0, max(values, default=1) * 1.35)
+    for place, row in enumerate(rows):
+        text = f" {row['images_per_second']:,.0f} ({row['ratio']:.2f}x)"
+        panel.text(row["images_per_second"], place, text, va="center", fontsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("results", nargs="?", type=Path, default=RESULTS / "bench_data.json", help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in (options.results, RESULTS / "bench_training.json")]
+    options.results.with_suffix(".md").write_text(render(*read), encoding="utf-8")
+    try:
+        draw(options.results)
+    except ImportError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
