@@ -28,9 +28,9 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # runs from a plain checkout too
 
 try:
-    import bench_data_report
+    import bench_data_table
     import torch
-    from bench_data_report import REFERENCE
+    from bench_data_table import REFERENCE
     from jpeg_set import make_set
 
     from onlinenorm.data import ImageNet
@@ -342,7 +342,13 @@ def main(arguments: list[str] | None = None) -> int:
                 run["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 keep(options.output, run)  # after every row: an interrupted run leaves what it measured
-    bench_data_report.main([str(options.output)])
+    bench_data_table.main([str(options.output)])
+    try:
+        from bench_data_picture import draw
+    except ImportError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+    else:
+        draw(options.output)
     print(options.output.with_suffix(".md").read_text().split("\n\n")[1])
     return 0
 

@@ -51,7 +51,7 @@ def test_loaders_are_measured_beside_the_reference(bench, tmp_path, capsys):
 
 
 def test_the_page_names_what_is_short(root):
-    report = load(root, "bench_data_report")
+    report = load(root, "bench_data_table")
 
     def row(stage, provider, rate, **more):
         return {"stage": stage, "provider": provider, "workers": 2, "images_per_second": rate, "ratio": 2.0,
@@ -77,9 +77,9 @@ def test_the_page_names_what_is_short(root):
 
 
 def test_recorded_page_is_what_the_recorded_figures_give(root):
-    report = load(root, "bench_data_report")
+    report = load(root, "bench_data_table")
     read = [json.loads((root / "results" / f"{name}.json").read_text()) for name in ("bench_data", "bench_training")]
-    assert (root / "results" / "bench_data.md").read_text() == report.render(*read), "run scripts/bench_data_report.py"
+    assert (root / "results" / "bench_data.md").read_text() == report.render(*read), "run scripts/bench_data_table.py"
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The recorded benchmark of the loaders as a page (whether they feed training, and all rows) and as a picture.
+"""The recorded benchmark of the loaders as Markdown: whether they feed training, and all rows.
 
-scripts/bench_data_report.py         # bench_data.md and .png in results/, from bench_data.json and bench_training.json
+scripts/bench_data_table.py          # writes results/bench_data.md from bench_data.json and bench_training.json there
 """
 
 import argparse
@@ -15,12 +15,6 @@ REFERENCE = "torchvision ImageFolder"
 SUMMARY = ("machine", "fastest loader", "images/s", f"over {REFERENCE}", "training takes", "loader over training",
            f"at least {NEEDED}?")  # fmt: skip
 ROWS = ("stage", "provider", "workers", "images/s", f"over {REFERENCE}", "spread", "the same a core-second")
-STAGES = {
-    "decode": "decode and crop (CPU decoders: one core)",
-    "loader": "loader alone, batches on the device",
-    "training": "training",
-}
-_COLOURS = {REFERENCE: "#B0B0B0", "timm": "#B0B0B0", "resident batch": "#D55E00"}  # others are ours
 
 
 def render(results: dict, training: dict) -> str:
@@ -94,53 +88,12 @@ def _table(head, rows) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
-def draw(results: Path) -> Path:
-    """Writes the picture beside `results` and returns its path: a panel a machine and stage, a bar a provider."""
-    import matplotlib.pyplot as plt
-
-    runs = json.loads(results.read_text())["runs"]
-    stages = [stage for stage in STAGES if any(row["stage"] == stage for run in runs for row in run["rows"])]
-    height = 0.8 + 2.6 * len(runs)
-    figure, panels = plt.subplots(
-        len(runs), len(stages), figsize=(5.2 * len(stages), height), squeeze=False, layout="constrained"
-    )
-    for line, run in zip(panels, runs, strict=True):
-        for panel, stage in zip(line, stages, strict=True):
-            rows = [row for row in run["rows"] if row["stage"] == stage]
-            _bars(panel, rows)
-            model = f" {rows[0]['model']}" if rows and "model" in rows[0] else ""
-            panel.set_title(f"{STAGES[stage]}{model}\n{_machine(run)}", fontsize=9, loc="left")
-    figure.supxlabel("images/s (times the reference of the same run)", fontsize=9)
-    path = results.with_suffix(".png")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
-
-
-def _bars(panel, rows: list[dict]) -> None:
-    names = [row["provider"] + (f" ({row['normalizer']})" if "normalizer" in row else "") for row in rows]
-    colours = [_COLOURS.get(row["provider"], "#0072B2") for row in rows]
-    values = [row["images_per_second"] for row in rows]
-    panel.barh(range(len(rows)), values, color=colours)
-    panel.set_yticks(range(len(rows)), names, fontsize=8)
-    panel.invert_yaxis()
-    panel.set_xlim(0, max(values, default=1) * 1.35)
-    for place, row in enumerate(rows):
-        text = f" {row['images_per_second']:,.0f} ({row['ratio']:.2f}x)"
-        panel.text(row["images_per_second"], place, text, va="center", fontsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("results", nargs="?", type=Path, default=RESULTS / "bench_data.json", help="(%(default)s)")
     options = parser.parse_args(arguments)
     read = [json.loads(path.read_text(encoding="utf-8")) for path in (options.results, RESULTS / "bench_training.json")]
     options.results.with_suffix(".md").write_text(render(*read), encoding="utf-8")
-    try:
-        draw(options.results)
-    except ImportError as error:
-        print(f"no picture: {error}", file=sys.stderr)
     return 0
 
 
