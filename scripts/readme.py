@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
-"""Puts recorded tables into the README: each block names a Markdown file and receives that file's first table.
+"""Puts recorded results into the README: a block names a Markdown file and receives its first table, or its whole text.
 
 <!-- table: results/quickstart/table1.md -->
 ...
 <!-- end -->
+<!-- text: results/study/findings.md -->
+...
+<!-- end -->
+
+A text comes without its first heading, its links made relative to the README.
 
 scripts/readme.py            # rewrites README.md
-scripts/readme.py --check    # exit code 1 where README.md differs from the recorded tables
+scripts/readme.py --check    # exit code 1 where README.md differs from what is recorded
 """
 
 import argparse
@@ -15,7 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|text): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def first_table(markdown: str) -> str:
@@ -26,9 +31,25 @@ def first_table(markdown: str) -> str:
     return found.group()
 
 
+def whole_text(markdown: str, folder: str) -> str:
+    """The text without its first heading; links to files beside it lead through `folder`."""
+    body = re.sub(r"\A# .*\n+", "", markdown)
+    return re.sub(r"(?<=\]\()(?!https?:|/|#)", f"{folder}/", body)
+
+
 def filled(readme: str, root: Path) -> str:
     """README text with every block filled from its file below `root`."""
-    return BLOCK.sub(lambda m: m[1] + first_table((root / m[2]).read_text(encoding="utf-8")) + m[3], readme)
+
+    def content(match: re.Match) -> str:
+        head, kind, name, end = match.groups()
+        markdown = (root / name).read_text(encoding="utf-8")
+        return (
+            head
+            + (first_table(markdown) if kind == "table" else whole_text(markdown, Path(name).parent.as_posix()))
+            + end
+        )
+
+    return BLOCK.sub(content, readme)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     new = filled(text, ROOT)
     if options.check:
         if new != text:
-            print("README.md differs from the recorded tables; run scripts/readme.py", file=sys.stderr)
+            print("README.md differs from what is recorded; run scripts/readme.py", file=sys.stderr)
         return int(new != text)
     path.write_text(new, encoding="utf-8")
     return 0

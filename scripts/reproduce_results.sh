@@ -1,34 +1,74 @@
 #!/usr/bin/env bash
 # Rebuild every table and figure in results/ from the run data recorded beside them (CPU, seconds), then the README's tables.
 #   reproduce_results.sh [--check]
-# --check rebuilds into a temporary folder and compares: exit code 1 where a committed table is not what the data give.
+# --check rebuilds into a temporary folder and compares: exit code 1 where a committed table is not what the data give, a
+# figure is missing, or results/ holds a table or figure that nothing here makes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-${VENV:-.venv}/bin/python}
 case ${1:-} in
   "" | --check) ;;
-  *) sed -n '2,4s/^# //p' "$0"; exit 2 ;;
+  *) sed -n '2,5s/^# //p' "$0"; exit 2 ;;
 esac
 
-rebuilt=$(mktemp -d)
+rebuilt=$(mktemp -d) # laid out as results/
 trap 'rm -rf "$rebuilt"' EXIT
 
-for runs in results/*/runs; do
-  study=${runs%/runs}
-  if [[ ${1:-} == --check ]]; then
-    "$python" scripts/table1.py "$runs" --output "$rebuilt" >/dev/null
-    for file in table1.md table1.json; do diff "$study/$file" "$rebuilt/$file"; done
-    [[ -s $study/curves.png ]] || { echo "$study/curves.png is missing" >&2; exit 1; }
-    echo "$study: as recorded"
+cp results/bench_*.json "$rebuilt" # reports on them are written beside them
+# One process for all: most of the time goes into imports.
+MPLBACKEND=Agg PYTHONPATH=scripts "$python" - "$rebuilt" <<'END'
+import contextlib, importlib, json, os, sys
+from pathlib import Path
+import bench_data_picture, bench_report, bench_training, study, table1
+
+rebuilt = Path(sys.argv[1])
+jobs = [(table1, [str(runs), "--output", str(rebuilt / runs.parent.name)]) for runs in sorted(Path("results").glob("*/runs"))]
+if Path("results/study").is_dir():
+    jobs.append((study, ["results/study", "--output", str(rebuilt / "study")]))
+jobs.append((bench_report, [str(rebuilt / "bench_training.json")]))
+for script in sorted(Path("scripts").glob("bench_*_table.py")):
+    data = rebuilt / f"{script.stem.removesuffix('_table')}.json"
+    if data.exists():
+        jobs.append((importlib.import_module(script.stem), [str(data)]))
+for module, arguments in jobs:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        if code := module.main(arguments):
+            sys.exit(code)
+bench_data_picture.draw(rebuilt / "bench_data.json")
+rows = json.loads((rebuilt / "bench_training.json").read_text())["rows"]
+bench_training.plot(rows, str(rebuilt / "bench_training.png"))
+END
+rm "$rebuilt"/bench_*.json
+
+status=0
+fail() { echo "$*" >&2; status=1; }
+while read -r file; do
+  if [[ ${1:-} != --check ]]; then
+    mkdir -p "$(dirname "results/$file")"
+    cp "$rebuilt/$file" "results/$file"
+    echo "results/$file: rebuilt"
+  elif [[ $file == *.html ]]; then
+    continue # not recorded: it repeats the others
+  elif [[ ! -s results/$file ]]; then
+    fail "results/$file: missing"
+  elif [[ $file == *.png ]]; then
+    echo "results/$file: there, and can be drawn again"
+  elif diff "results/$file" "$rebuilt/$file"; then
+    echo "results/$file: as recorded"
   else
-    "$python" scripts/table1.py "$runs" --output "$study" >/dev/null
-    echo "$study: rebuilt"
+    fail "results/$file: not what the recorded data give"
   fi
-done
-"$python" scripts/bench_report.py results/bench_training.json --output "$rebuilt/bench_training.md"
-if [[ ${1:-} == --check ]]; then
-  diff results/bench_training.md "$rebuilt/bench_training.md"
-else
-  cp "$rebuilt/bench_training.md" results/
-fi
-"$python" scripts/readme.py ${1:+"$1"}
+done < <(cd "$rebuilt" && find . -type f -printf '%P\n' | sort)
+
+# What remains is either data as a measurement left it or nothing that can be trusted.
+while read -r file; do
+  [[ ! -e $rebuilt/$file ]] || continue
+  case $file in
+    gpu_checks.md) echo "results/$file: a record of commands, not rebuilt" ;;
+    *.md | *.png | study/*.json | */table1.json) fail "results/$file: nothing here makes it" ;;
+    *) echo "results/$file: recorded data" ;;
+  esac
+done < <(cd results && find . -type f -not -path '*/runs/*' -not -name '*.html' -printf '%P\n' | sort)
+
+"$python" scripts/readme.py ${1:+"$1"} || status=1
+exit $status

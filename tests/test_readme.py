@@ -96,6 +96,40 @@ def test_recorded_tables_are_what_their_data_give():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
+def test_tables_and_figures_that_are_not_what_the_data_give_are_found(tmp_path):
+    """In a copy with a study of its own: rebuilt, then changed by hand in three ways."""
+    for name in ("onlinenorm", "configs", "scripts", "results"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "study"))
+    block = "<!-- text: results/study/findings.md -->\n<!-- end -->\n"
+    (tmp_path / "README.md").write_text(f"# Title\n\n{block}")
+    study = tmp_path / "results" / "study"
+    run = study / "own" / "runs" / "batch" / "seed0"
+    shutil.copytree(ROOT / "results/quickstart/runs/batch/seed0", run)
+
+    def reproduce(*arguments):
+        script = str(tmp_path / "scripts" / "reproduce_results.sh")
+        options = {"env": environment() | {"PYTHON": sys.executable}, "capture_output": True, "text": True}
+        return subprocess.run([script, *arguments], **options)
+
+    rebuilt = reproduce()
+    assert rebuilt.returncode == 0, rebuilt.stdout + rebuilt.stderr
+    readme = (tmp_path / "README.md").read_text()
+    assert "**own** ([table](results/study/own/table1.md)" in readme and "](results/study/overview.png)" not in readme
+    (study / "own" / "table1.md").write_text((study / "own" / "table1.md").read_text().replace("BatchNorm", "BestNorm"))
+    (study / "own" / "curves.png").unlink()
+    (study / "by_hand.md").write_text("# 99.9 %\n")
+    (tmp_path / "README.md").write_text(readme.replace("**own**", "**ours**"))
+    checked = reproduce("--check")
+    assert checked.returncode == 1
+    for line in (
+        "results/study/own/table1.md: not what the recorded data give", "results/study/own/curves.png: missing",
+        "results/study/by_hand.md: nothing here makes it", "README.md differs from what is recorded",
+    ):  # fmt: skip
+        assert line in checked.stderr, checked.stderr
+    assert "results/study/findings.md: as recorded" in checked.stdout
+
+
 def test_container_runs_the_shared_scripts():
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert "RUN scripts/environment.sh" in dockerfile and 'CMD ["scripts/quickstart.sh"]' in dockerfile
