@@ -12,9 +12,9 @@ def gather_samples(tables_KNC: Tensor, processes: int) -> Tensor:
     """
     if processes == 1:
         return tables_KNC
-    gathered = tables_KNC.new_empty(processes, *tables_KNC.shape)
-    dist.all_gather(list(gathered.unbind()), tables_KNC.contiguous())
-    return gathered.transpose(0, 1).flatten(1, 2)
+    gathered = tables_KNC.new_empty(processes * tables_KNC.shape[0], *tables_KNC.shape[1:])
+    dist.all_gather_into_tensor(gathered, tables_KNC.contiguous())  # straight into place: lists are copied once more
+    return gathered.unflatten(0, (processes, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def own_samples(table_MC: Tensor, processes: int) -> Tensor:
