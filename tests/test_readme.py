@@ -1,6 +1,7 @@
 """The README's commands run, its files exist, its tables are the recorded ones."""
 
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -86,6 +87,19 @@ def test_named_files_exist():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(((?!http)[\w./-]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_texts_come_without_their_heading_and_with_links_from_the_readme(tmp_path):
+    spec = importlib.util.spec_from_file_location("readme_script", ROOT / "scripts" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "a").mkdir()
+    text = "# Heading\n\n- [x](b/c.md), [y](https://z), ![p](p.png)\n\n| 1 |\n| 2 |\n"
+    (tmp_path / "a" / "f.md").write_text(text)
+    readme = "<!-- text: a/f.md -->\nold\n<!-- end -->\n<!-- table: a/f.md -->\n<!-- end -->\n"
+    whole = "- [x](a/b/c.md), [y](https://z), ![p](a/p.png)\n\n| 1 |\n| 2 |\n"
+    expected = f"<!-- text: a/f.md -->\n{whole}<!-- end -->\n<!-- table: a/f.md -->\n| 1 |\n| 2 |\n<!-- end -->\n"
+    assert module.filled(readme, tmp_path) == expected == module.filled(expected, tmp_path)
 
 
 def test_recorded_tables_are_what_their_data_give():

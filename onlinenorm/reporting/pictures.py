@@ -165,7 +165,7 @@ def fraction_panel(axis: Axes, runs: Sequence[Run]) -> None:
         fractions = run.clamping["clamped_fraction"]
         label = None if value in labelled else f"clamp value {value}"
         labelled.add(value)
-        drawn = np.where(fractions > 0, fractions, foot)
+        drawn = np.where(fractions == 0, foot, fractions)
         axis.plot(run.clamping["epoch"], drawn, color=colour, linewidth=1.3, alpha=0.85, label=label, zorder=3)
         zeros = fractions == 0
         axis.plot(run.clamping["epoch"][zeros], drawn[zeros], "o", color=colour, markersize=4, zorder=4)
