@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from onlinenorm.deploy import FORMS, DeployError, load_folded, load_trained
-from onlinenorm.deploy.export import export
+from onlinenorm.deploy.export import export, page
 from onlinenorm.deploy.forms import fold, prepare, stock_network, stock_state
 from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.verification import Agreement, latency_ms
@@ -116,6 +116,15 @@ def test_table_has_sizes_latencies_and_agreement(exported):
     assert facts["hardware"] and facts["made_with"]["commit"] and facts["source_milliseconds"] > 0
 
 
+def test_pages_are_what_their_figures_give(exported, root):
+    recorded = sorted((root / "results" / "exports").iterdir())
+    assert len(recorded) == 2
+    for folder in (exported, *recorded):
+        content = json.loads((folder / "exports.json").read_text())
+        assert (folder / "exports.md").read_text() == page(content), folder
+        assert len(content["rows"]) == len(FORMS) and content["rows"][2]["file"], folder
+
+
 def test_clamp_is_kept_where_asked_and_possible(clamp_run, tmp_path, script, capsys):
     assert script("export")(clamp_run, "--to", "torchscript", "--output", tmp_path, "--keep-clamp") == 0
     trained = load_trained(clamp_run)
@@ -136,15 +145,20 @@ def test_layer_scaling_is_refused_with_the_reason(form, scaling_run, tmp_path, s
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 def test_layer_scaling_is_held_by_the_other_forms(scaling_run, tmp_path):
     trained = load_trained(scaling_run)
-    result = export(trained, ["torchvision", "exported-program"], tmp_path, "test", latency_runs=0)
-    refused, written = result.rows
-    assert refused.file == "" and "all channels" in refused.reason
-    assert written.agreement.within(1e-4) and result.removal is None
-    network = torch.export.load(tmp_path / written.file).module()
-    images = 3 * torch.randn(2, 1, 28, 28)
-    torch.testing.assert_close(network(images), trained.network(images), atol=1e-4, rtol=0)
+    result = export(trained, list(FORMS), tmp_path, "test", latency_runs=0)
+    assert result.removal is None
+    images = 3 * torch.randn(3, 1, 28, 28)
+    for row in result.rows:
+        if row.form in ("torchvision", "folded"):
+            assert row.file == "" and "all channels" in row.reason
+            continue
+        assert row.agreement.within(1e-4)
+        network = FORMS[row.form].load(tmp_path / row.file, trained)
+        torch.testing.assert_close(network(images), trained.network(images), atol=1e-4, rtol=0)
+    assert {path.stem.partition("-")[2] for path in tmp_path.glob("cifar*")} == set(FORMS) - {"torchvision", "folded"}
 
 
 def test_batch_norm_networks_are_exported_too(batch_run, tmp_path):
