@@ -20,6 +20,7 @@ MPLBACKEND=Agg PYTHONPATH=scripts "$python" - "$rebuilt" <<'END'
 import contextlib, importlib, json, os, sys
 from pathlib import Path
 import bench_data_picture, bench_report, bench_training, study, table1
+from onlinenorm.deploy.export import page
 
 rebuilt = Path(sys.argv[1])
 jobs = [(table1, [str(runs), "--output", str(rebuilt / runs.parent.name)]) for runs in sorted(Path("results").glob("*/runs"))]
@@ -35,6 +36,10 @@ for module, arguments in jobs:
         if code := module.main(arguments):
             sys.exit(code)
 bench_data_picture.draw(rebuilt / "bench_data.json")
+for file in Path("results/exports").glob("*/exports.json"):
+    copy = rebuilt / file.relative_to("results").with_suffix(".md")
+    copy.parent.mkdir(parents=True)
+    copy.write_text(page(json.loads(file.read_text())))
 rows = json.loads((rebuilt / "bench_training.json").read_text())["rows"]
 bench_training.plot(rows, str(rebuilt / "bench_training.png"))
 END
