@@ -5,8 +5,9 @@
         --repeats 2 --dtype fp32 --output /tmp/bench.json                                     the same on CPUs
     python scripts/bench_distributed_table.py results/bench_distributed.json                  the table alone
 
-A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images; `--batch`
-images a process, so that efficiency = rate of W processes / (W x rate of one). One process is measured on rank 0 while
+A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images, eager or
+(as trainer.cuda_graph does) with forward and backward replayed as CUDA graphs, collectives included; `--batch` images a
+process, so that efficiency = rate of W processes / (W x rate of one). One process is measured on rank 0 while
 the others wait. Rates are medians over rounds that visit every row. First the exactness check: float32 without TF32,
 the same global batches on one process and on all; losses, parameters and statistics compared. What has been measured is
 written after each row, as JSON and as a Markdown table beside it.
@@ -14,6 +15,7 @@ written after each row, as JSON and as a Markdown table beside it.
 
 import argparse
 import copy
+import itertools
 import os
 import statistics
 import sys
@@ -32,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.normalizers import synchronise_batch_norm
+from onlinenorm.training.cuda_graph import GraphedStep
 
 NORMALIZERS = {
     "batch": nn.BatchNorm2d,
@@ -42,6 +45,7 @@ NORMALIZERS = {
 }
 MEASURED = ("batch", "sync_batch", "online_local", "online_global")
 CHECKED = ("sync_batch", "online_global", "online_global_layer_scaling")
+MODES = ("eager", "graph", "compile")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -124,19 +128,33 @@ def exactness(name: str, args, device: torch.device) -> dict:
     }
 
 
-class Row:
-    """One normalizer on one process or on all; its network lives through all rounds."""
+class Loss(nn.Module):
+    """(images, labels) -> cross entropy of a network; in the mode "graph" as CUDA graphs."""
 
-    def __init__(self, name: str, processes: int, args, device: torch.device):
-        self.name, self.processes, self.args, self.device = name, processes, args, device
+    def __init__(self, network: nn.Module, mode: str):
+        super().__init__()
+        self.network = torch.compile(network, dynamic=False) if mode == "compile" else network
+        self.graphed = GraphedStep(self.network, self.step, accumulates=False) if mode == "graph" else None
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (self.graphed or partial(self.step, self.network))(images, labels)[0]
+
+    @staticmethod
+    def step(forward, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = F.cross_entropy(forward(images), labels)
+        return loss, loss.detach()
+
+
+class Row:
+    """One normalizer in one mode on one process or on all; its network lives through all rounds."""
+
+    def __init__(self, name: str, mode: str, processes: int, args, device: torch.device):
+        self.name, self.mode, self.processes, self.args, self.device = name, mode, processes, args, device
         self.rounds: list[float] = []
         self.model = build(name, args.model, device)
+        self.run = Loss(self.model, mode)
         if processes > 1:
-            self.run = parallel(self.model, device)
-        else:
-            self.run = self.model
-        if args.compile:
-            self.run = torch.compile(self.run, dynamic=False)
+            self.run = parallel(self.run, device)
         shape = (args.batch, 3, args.size, args.size)
         self.x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
         self.target = torch.arange(args.batch, device=device) % 10
@@ -146,7 +164,7 @@ class Row:
         self.sgd.zero_grad(set_to_none=True)
         dtype = DTYPES[self.args.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
-            loss = F.cross_entropy(self.run(self.x), self.target)
+            loss = self.run(self.x, self.target)
         loss.backward()
         self.sgd.step()
 
@@ -161,7 +179,7 @@ class Row:
             "normalizer": self.name,
             "processes": self.processes,
             "dtype": self.args.dtype,
-            "mode": "compile" if self.args.compile else "eager",
+            "mode": self.mode,
             "batch_per_process": self.args.batch,
             "milliseconds": round(milliseconds, 3),
             "images_per_second": round(1e3 * self.args.batch * self.processes / milliseconds, 1),
@@ -176,12 +194,12 @@ def measured(args, device: torch.device, write) -> None:
     first = dist.get_rank() == 0
     start = time.perf_counter()
     rows: list[Row] = []
-    for name in args.normalizer:
+    for mode, name in itertools.product(args.mode, args.normalizer):
         if name != "sync_batch" and first:
             with Alone():
-                rows.append(Row(name, 1, args, device))
+                rows.append(Row(name, mode, 1, args, device))
         dist.barrier()
-        rows.append(Row(name, world, args, device))
+        rows.append(Row(name, mode, world, args, device))
     for _ in range(args.rounds):
         for row in rows:
             if row.processes == 1:
@@ -199,10 +217,9 @@ def measured(args, device: torch.device, write) -> None:
 
 def with_efficiency(rows: list[dict]) -> list[dict]:
     """Rows with what W processes reach of W times one; SyncBatchNorm is held against BatchNorm on one."""
-    alone = {row["normalizer"]: row["images_per_second"] for row in rows if row["processes"] == 1}
-    alone["sync_batch"] = alone.get("batch")
+    alone = {(row["normalizer"], row["mode"]): row["images_per_second"] for row in rows if row["processes"] == 1}
     for row in rows:
-        base = alone.get(row["normalizer"])
+        base = alone.get(("batch" if row["normalizer"] == "sync_batch" else row["normalizer"], row["mode"]))
         row["scaling_efficiency"] = round(row["images_per_second"] / row["processes"] / base, 4) if base else None
     return rows
 
@@ -214,7 +231,7 @@ def main(argv=None) -> int:
     parser.add_argument("--batch", type=int, default=256, help="images a process")
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
     parser.add_argument("--normalizer", nargs="+", default=list(MEASURED), choices=list(NORMALIZERS))
-    parser.add_argument("--compile", action="store_true", help="torch.compile, with DDP's own graph splitting")
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: eager and, on GPUs, graph")
     parser.add_argument("--rounds", type=int, default=5, help="at most")
     parser.add_argument("--seconds", type=float, default=100, help="after which no further round begins")
     parser.add_argument("--repeats", type=int, default=15, help="steps a round")
@@ -225,6 +242,7 @@ def main(argv=None) -> int:
     parser.add_argument("--output", type=Path, default=Path("results/bench_distributed.json"))
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
+    args.mode = args.mode or (["eager", "graph"] if cuda else ["eager"])
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 SYNCHRONISED = {"sync_batch": "batch", "online_global": "online_local"}  # and what each does without communication
-RATES = ("normalizer", "processes", "images a process", "ms a step", "images/s", "scaling efficiency")
+RATES = ("normalizer", "mode", "processes", "images a process", "ms a step", "images/s", "scaling efficiency")
 EXACTNESS = ("normalizer", "steps", "largest of a loss", "parameters", "statistics", "processes identical")
 
 
@@ -21,9 +21,9 @@ def render(results: dict) -> str:
     parts = [
         f"# {results['model']}, {results['size']} px, {results['backend']}: one process against {world}",
         _table(RATES, [_rate(row) for row in rows]),
-        f"{rows[0]['dtype']}, {rows[0]['mode']}: forward, backward with the gradients' all-reduce, and SGD; synthetic "
+        f"{rows[0]['dtype']}: forward, backward with the gradients' all-reduce, and SGD; synthetic "
         f"images. Efficiency: images/s over {world} times those of one process (sync_batch: of batch on one).",
-        _cost({row["normalizer"]: row["milliseconds"] for row in rows if row["processes"] == world}),
+        *(_cost([row for row in rows if row["processes"] == world], mode) for mode in {row["mode"]: 0 for row in rows}),
         f"Float32 without TF32, {world} processes against one, same global batches. Parameters and statistics: norm "
         "of the difference over the norm.",
         _table(EXACTNESS, [_difference(row) for row in results["exactness_float32"]]),
@@ -42,22 +42,23 @@ def _rate(row: dict) -> list:
     efficiency = "" if row["processes"] == 1 else "not measured"
     if row["processes"] > 1 and row["scaling_efficiency"] is not None:
         efficiency = f"{row['scaling_efficiency']:.1%}"
-    return [row["normalizer"], row["processes"], row["batch_per_process"], time, f"{row['images_per_second']:,.0f}",
-            efficiency]  # fmt: skip
+    rate = f"{row['images_per_second']:,.0f}"
+    return [*(row[key] for key in ("normalizer", "mode", "processes", "batch_per_process")), time, rate, efficiency]
 
 
-def _cost(together: dict[str, float]) -> str:
-    """What synchronisation adds to a step (milliseconds of all processes by normalizer), and which costs less."""
+def _cost(rows: list[dict], mode: str) -> str:
+    """What synchronisation adds to a step of all processes in a mode, and which costs less."""
+    together = {row["normalizer"]: row["milliseconds"] for row in rows if row["mode"] == mode}
     lines, cost = [], {}
     for name, base in SYNCHRONISED.items():
         if name in together and base in together:
             cost[name] = together[name] - together[base]
             share = cost[name] / together[base]
-            lines.append(f"- {name} takes {cost[name]:+.2f} ms a step over {base} ({share:+.1%}).")
+            lines.append(f"- {mode}: {name} takes {cost[name]:+.2f} ms a step over {base} ({share:+.1%}).")
     if len(cost) == 2:
         less = "less than" if cost["online_global"] < cost["sync_batch"] else "at least as much as"
         ratio = together["sync_batch"] / together["online_global"]
-        lines.append(f"- Global statistics cost {less} SyncBatchNorm: {ratio:.3f} times its images/s.")
+        lines.append(f"- {mode}: global statistics cost {less} SyncBatchNorm: {ratio:.3f} times its images/s.")
     return "\n".join(lines)
 
 

@@ -39,12 +39,12 @@ def test_rates_costs_and_exactness(table):
     text = table.render(RESULTS)
     for part in (
         "# resnet50, 224 px, nccl: one process against 2",
-        "| batch | 1 | 256 | 50.00 ± 1.0% | 5,120 |  |",
-        "| batch | 2 | 256 | 52.00 ± 1.0% | 9,846 | 96.2% |",
-        "| online_local | 2 | 256 | 45.00 ± 1.0% | 11,378 | not measured |",
-        "- sync_batch takes +8.00 ms a step over batch (+15.4%).",
-        "- online_global takes +3.00 ms a step over online_local (+6.7%).",
-        "- Global statistics cost less than SyncBatchNorm: 1.250 times its images/s.",
+        "| batch | eager | 1 | 256 | 50.00 ± 1.0% | 5,120 |  |",
+        "| batch | eager | 2 | 256 | 52.00 ± 1.0% | 9,846 | 96.2% |",
+        "| online_local | eager | 2 | 256 | 45.00 ± 1.0% | 11,378 | not measured |",
+        "- eager: sync_batch takes +8.00 ms a step over batch (+15.4%).",
+        "- eager: online_global takes +3.00 ms a step over online_local (+6.7%).",
+        "- eager: global statistics cost less than SyncBatchNorm: 1.250 times its images/s.",
         "| online_global | 30 | 2.0e-07 | 1.0e-08 | 3.0e-08 | yes |",
         "2 x NVIDIA; torch 2, triton 3, commit abc; `torchrun x`",
     ):
@@ -56,7 +56,7 @@ def test_what_is_worse_or_was_not_measured_is_said(table):
     worse["rows"][4]["milliseconds"] = 61.0
     worse["exactness_float32"][0]["ranks_identical"] = False
     text = table.render(worse)
-    assert "Global statistics cost at least as much as SyncBatchNorm: 0.984 times" in text and "| NO |" in text
+    assert "eager: global statistics cost at least as much as SyncBatchNorm: 0.984 times" in text and "| NO |" in text
     partial = table.render({**RESULTS, "rows": RESULTS["rows"][:2], "exactness_float32": []})
     assert "takes" not in partial and "SyncBatchNorm:" not in partial
 

@@ -4,6 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# its name from torch 2.14 on, and the one before
+_gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 def gather_samples(tables_KNC: Tensor, processes: int) -> Tensor:
     """K tables of this process's N samples -> (K, processes x N, C) of all, in rank order, by one collective.
@@ -13,7 +16,7 @@ def gather_samples(tables_KNC: Tensor, processes: int) -> Tensor:
     if processes == 1:
         return tables_KNC
     gathered = tables_KNC.new_empty(processes * tables_KNC.shape[0], *tables_KNC.shape[1:])
-    dist.all_gather_into_tensor(gathered, tables_KNC.contiguous())  # straight into place: lists are copied once more
+    _gather_into(gathered, tables_KNC.contiguous())  # straight into place: lists are copied once more
     return gathered.unflatten(0, (processes, -1)).transpose(0, 1).flatten(1, 2)
 
 
