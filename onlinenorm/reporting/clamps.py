@@ -10,8 +10,8 @@ from onlinenorm.reporting.runs import Run, lookup
 
 HOW = (
     "The clamped fraction is that of activations beyond the clamp value before clamp, residual and ReLU, over all "
-    "clamped layers; in the last column of a run over its whole validation set, over training in about ten batches "
-    "of each epoch's validation. `0` means that not one was."
+    "clamped layers: over training in about ten batches of each epoch's validation, after it over the whole validation "
+    "set. `0` means that not one was."
 )
 
 

@@ -26,7 +26,7 @@ def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec) -> list[s
     if judged:
         margins = {c.metric: c.margin for group in judged.values() for c in group}
         allowed = " and ".join(
-            f"{text.difference(value, metric).lstrip('+').rstrip('0')} "
+            f"{text.difference(value, metric).lstrip('+').rstrip('0').rstrip('.')} "
             f"{'points' if text.is_accuracy(metric) else 'nats'}"
             for metric, value in margins.items()
         )
@@ -40,7 +40,7 @@ def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec) -> list[s
 
 def _details(scale_label: str) -> str:
     """What stands in the brackets of a scale's label: images, network, pixels, epochs."""
-    return scale_label.partition("(")[2].rpartition(")")[0] or scale_label
+    return scale_label.rpartition(" (")[2].removesuffix(")")
 
 
 def _rows(rows: Sequence[Row]) -> str:

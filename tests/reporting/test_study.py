@@ -83,6 +83,14 @@ def test_the_commands_of_the_studies_are_those_of_their_experiments(root, spec):
         assert (root / "configs" / "experiment" / f"{experiment}.yaml").exists(), name
 
 
+def test_margins_are_told_as_they_were_fixed(tmp_path, spec):
+    for name in ("online_clamp", "batch"):
+        for seed in range(2):
+            write_run(tmp_path / "own" / "runs", name, seed)
+    text = study_files(load_studies(tmp_path, read_yaml, spec), None, spec)["."]["findings.md"].decode()
+    assert "Verdicts by the margins fixed before the runs (1 points and 0.03 nats): " in text
+
+
 def test_removal_that_changes_something_is_told(tmp_path, spec):
     clamping = {
         "layers": 19, "clamp_value": 5.0, "with": {"val_loss": 0.35, "val_top1": 0.87},
@@ -192,6 +200,7 @@ def test_the_script_writes_studies_or_one_sweep(main, tmp_path, capsys):
     write_run(tmp_path / "studies" / "own" / "runs", "batch")
     assert main(tmp_path / "studies", "--benchmark", tmp_path / "none.json") == 0
     assert (tmp_path / "studies" / "own" / "table1.md").exists() and (tmp_path / "studies" / "findings.md").exists()
-    assert "**own** ([table](own/table1.md)" in (tmp_path / "studies" / "findings.md").read_text()
+    details = "10,000 training, 2,000 validation images, cifar_resnet8, 28 px, 5 epochs"
+    assert f"**own** ([table](own/table1.md); {details}): best" in (tmp_path / "studies" / "findings.md").read_text()
     assert main(tmp_path / "nowhere") == 1
     assert "no such folder" in capsys.readouterr().err
