@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from onlinenorm.reporting import cost, text
 from onlinenorm.reporting.ablation import CLAMP_KEY, Ablation, Point, number, swept, value_of
@@ -200,6 +200,7 @@ def _epochs(axis: Axes, runs: Sequence[Run]) -> None:
     axis.set_xlabel("epoch")
     last = max(run.epochs_planned or 1 for run in runs)
     axis.set_xlim(0, last + 0.4)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     for milestone in {m for run in runs for m in milestones(run) if m < last}:
         axis.axvline(milestone, color="#a8a8a8", linewidth=0.9, linestyle=":", zorder=1)
 
