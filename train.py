@@ -36,7 +36,9 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     with prefixed("normalizer", config["normalizer"]):
         normalizer(num_features=64)  # a probe: a wrong value is found before data are looked for
     names, seed = config["choices"], config["seed"]
-    path = Path(config["run_dir"] or Path("runs", names["experiment"], names["normalizer"], f"seed{seed}"))
+    path = Path("runs", names["experiment"], names["normalizer"], f"seed{seed}")
+    if config["run_dir"]:
+        path = Path(str(config["run_dir"]))  # 2026 is a number to YAML
     folder = RunFolder(path, is_leader())
     if results := folder.results(config):
         if folder.leader:
