@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +111,7 @@ def write_results(folder: Path, results: dict[str, Any], arrays: dict[str, np.nd
     """predictions.npz first, then results.json, whose presence means done."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
-    partial = folder / ".predictions.partial"
-    partial.write_bytes(content.getvalue())
-    os.replace(partial, folder / "predictions.npz")
+    write_atomically(folder / "predictions.npz", content.getvalue())
     write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 

@@ -41,12 +41,12 @@ MAY_CHANGE = (
 FAILED = "failed.txt"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` by a file with `text`: readers see the old content or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces `path` by a file with `content`: readers see the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
