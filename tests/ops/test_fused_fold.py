@@ -1,0 +1,64 @@
+"""The compile pass over gradients: what two branches send is not added first, and is copied only where it must be."""
+
+import copy
+import os
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+if not torch.cuda.is_available():
+    if "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+from onlinenorm import OnlineNorm2d
+from onlinenorm.ops.fused.fold import FoldGradientAdd
+
+
+class TwoBlocks(nn.Module):
+    """Two residual additions and a mean over pixels, whose gradient comes in another memory order."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(OnlineNorm2d(4, backend="fused") for _ in range(2))
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x), residual=x, relu=True)
+        return x.mean((2, 3))
+
+
+def test_gradients_reach_the_operator_unadded_and_in_order():
+    torch.manual_seed(0)
+    plain = TwoBlocks().to(memory_format=torch.channels_last)
+    model, found = copy.deepcopy(plain), []
+
+    def compile_backward(module, _):
+        FoldGradientAdd()(module.graph)
+        module.recompile()
+        operator = torch.ops.onlinenorm.fused_backward.default
+        found.extend(node for node in module.graph.nodes if node.args[:1] == (operator,))
+        return make_boxed_func(module.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=lambda module, _: make_boxed_func(module.forward), bw_compiler=compile_backward)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
+    for run in (plain, compiled):
+        run(x).square().sum().backward()
+
+    last, first = found
+    assert last.kwargs["extra"] is None and first.kwargs["extra"] is not None
+    assert last.kwargs["grad"].target is torch.ops.aten.clone.default
+    for node in (last, first):
+        assert node.kwargs["grad"].meta["val"].is_contiguous(memory_format=torch.channels_last)
+    assert first.kwargs["grad"].target is not torch.ops.aten.clone.default
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
