@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A recorded training benchmark as a Markdown table: speed and memory beside the best BatchNorm row of the same batch.
+"""A recorded training benchmark as Markdown: the fastest row of each normalizer, then all rows, beside BatchNorm's.
 
 scripts/bench_report.py results/bench_training.json          # writes results/bench_training.md
 scripts/bench_report.py results/bench_training.json --output /tmp/bench.md
@@ -10,7 +10,19 @@ import json
 import sys
 from pathlib import Path
 
-HEAD = (
+BEST = (
+    "batch",
+    "normalizer",
+    "mode",
+    "dtype",
+    "ms a step",
+    "images/s",
+    "over BatchNorm",
+    "with the optimizer, over BatchNorm",
+    "peak memory, GiB",
+    "over BatchNorm's",
+)
+ALL = (
     "batch",
     "normalizer",
     "backend",
@@ -24,31 +36,91 @@ HEAD = (
 )
 
 
+def _fastest(rows: list[dict], **wanted) -> dict | None:
+    found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return max(found, key=lambda row: row["images_per_second"], default=None)
+
+
+def _over(row: dict | None, rival: dict | None, key: str) -> str:
+    return f"{row[key] / rival[key]:.3f}" if row and rival else "not run"
+
+
+def _time(row: dict) -> str:
+    return f"{row['milliseconds']:.2f} ± {row['repeat_spread'] / 2:.1%}"
+
+
+def _best(rows: list[dict]) -> list[list[str]]:
+    """The fastest row of each normalizer and batch size, without the optimizer; ratios to BatchNorm's fastest."""
+    lines = []
+    for batch in sorted({row["batch"] for row in rows}, reverse=True):
+        rivals = {
+            optimizer: _fastest(rows, batch=batch, normalizer="batch", optimizer=optimizer) for optimizer in (0, 1)
+        }
+        names = dict.fromkeys(row["normalizer"] for row in rows if row["batch"] == batch)
+        best = [row for name in names if (row := _fastest(rows, batch=batch, normalizer=name, optimizer=False))]
+        for row in sorted(best, key=lambda row: -row["images_per_second"]):
+            whole = _fastest(rows, batch=batch, normalizer=row["normalizer"], optimizer=True)
+            lines.append(
+                [
+                    *(str(row[key]) for key in ("batch", "normalizer", "mode", "dtype")),
+                    _time(row),
+                    f"{row['images_per_second']:,.0f}",
+                    _over(row, rivals[0], "images_per_second"),
+                    _over(whole, rivals[1], "images_per_second"),
+                    f"{row['peak_memory_gib']:.2f}",
+                    _over(row, rivals[0], "peak_memory_gib"),
+                ]
+            )
+    return lines
+
+
+def _all(rows: list[dict]) -> list[list[str]]:
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["optimizer"], -row["batch"], -row["images_per_second"])):
+        rival = _fastest(rows, batch=row["batch"], normalizer="batch", optimizer=row["optimizer"])
+        lines.append(
+            [
+                *(str(row[key]) for key in ("batch", "normalizer", "backend", "mode", "dtype")),
+                "yes" if row["optimizer"] else "no",
+                _time(row),
+                f"{row['images_per_second']:,.0f}",
+                _over(row, rival, "images_per_second"),
+                f"{row['peak_memory_gib']:.2f}",
+            ]
+        )
+    return lines
+
+
+def table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def origin(results: dict) -> str:
+    """Where a recorded benchmark comes from, in one line."""
+    commit = f"commit {results['commit']}"
+    return f"torch {results['torch']}, triton {results['triton']}, {commit}; `{results['command']}`"
+
+
 def render(results: dict) -> str:
     """Markdown of a results file in the form of bench_training.json."""
+    rows = [{"optimizer": results.get("optimizer", False), **row} for row in results["rows"]]
     lines = [
-        f"# ResNet-50, 224 px, forward and backward, without and with the optimizer: {results['device']}",
+        f"# A training step of ResNet-50 at 224 px on one {results['device']}",
         "",
-        "| " + " | ".join(HEAD) + " |",
-        "|" + " --- |" * len(HEAD),
-    ]
-    rows = sorted(results["rows"], key=lambda row: (row["optimizer"], -row["batch"], -row["images_per_second"]))
-    for row in rows:
-        same = [r for r in rows if (r["batch"], r["optimizer"]) == (row["batch"], row["optimizer"])]
-        rivals = [r for r in same if r["normalizer"] == "batch"]
-        best = max(rivals, key=lambda r: r["images_per_second"], default=None)
-        ratio = f"{row['images_per_second'] / best['images_per_second']:.3f}" if best else "not run"
-        cells = [str(row[key]) for key in ("batch", "normalizer", "backend", "mode", "dtype")]
-        cells += [
-            "yes" if row["optimizer"] else "no",
-            f"{row['milliseconds']:.2f} ± {row['repeat_spread'] / 2:.1%}",
-            f"{row['images_per_second']:,.0f}",
-        ]
-        lines.append("| " + " | ".join([*cells, ratio, f"{row['peak_memory_gib']:.2f}"]) + " |")
-    lines += [
+        "The fastest row of each normalizer: forward and backward; ± is half the range over rounds.",
         "",
-        f"torch {results['torch']}, triton {results['triton']}, commit {results['commit']}; `{results['command']}`",
+        *table(BEST, _best(rows)),
+        "",
+        "All rows:",
+        "",
+        *table(ALL, _all(rows)),
+        "",
     ]
+    for row in results.get("not_run", []):
+        name = " ".join(str(row[key]) for key in ("batch", "normalizer", "backend", "mode", "dtype"))
+        lines.append(f"- not run: {name}{', with optimizer' if row['optimizer'] else ''}: {row['why']}")
+    lines += [""] * bool(results.get("not_run")) + [origin(results)]
     return "\n".join(lines) + "\n"
 
 

@@ -146,7 +146,7 @@ def plot(rows: list[dict], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in rows if not row["optimizer"]] or rows
+    rows = [row for row in rows if not row.get("optimizer")] or rows
     batches = sorted({row["batch"] for row in rows})
     height = max(sum(row["batch"] == batch for row in rows) for batch in batches)
     figure, axes = plt.subplots(1, len(batches), figsize=(6.5 * len(batches), 1 + 0.28 * height), squeeze=False)

@@ -57,7 +57,7 @@ class Tuning:
         return 2 * self.group + 32
 
 
-# The fastest on an H100 at the norm sites of ResNet-50, batches 32 and 256 (results/kernels_tuning.json):
+# The fastest on an H100 at the norm sites of ResNet-50, batches 32 and 256 (results/bench_kernels.json):
 # (direction, residual or second gradient, rows N * H * W from, pixels H * W from, tuning); the first match counts.
 TUNINGS = (
     ("forward", False, 0, 3136, Tuning(256, stages=4, chunk=16, rows=400)),
