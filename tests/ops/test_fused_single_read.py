@@ -1,5 +1,6 @@
 """Single-read CUDA kernels: the cut into tiles, the run-time compiler, and races on the GPU."""
 
+import copy
 import itertools
 import random
 
@@ -8,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from onlinenorm import OnlineNorm2d
 from onlinenorm.ops.fused import driver, single_read, two_pass
 from onlinenorm.ops.spec import NormSpec
 
@@ -93,3 +95,114 @@ def test_random_shapes_agree_with_two_passes_while_the_gpu_is_busy():
                 distance = (first[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-9)
                 # Rounding moves a few values across the edge of a mask.
                 assert distance < 2e-2, (shape, arguments[4:7], name, distance.item())
+
+
+def three_backends(channels, **arguments):
+    """Equal layers: fused, PyTorch's in the same precision, PyTorch's in float64."""
+    fused = OnlineNorm2d(channels, backend="fused", device="cuda", **arguments)
+    for value in (fused.weight.data, fused.control_u, fused.control_v):
+        value.add_(0.1 * torch.randn_like(value))
+    eager, exact = copy.deepcopy(fused), copy.deepcopy(fused).double()
+    eager.backend = exact.backend = "torch"
+    return fused, eager, exact
+
+
+def run(layer, x, residual, grad, relu, repeats=2):
+    """Outputs, gradients and state of steps on the same input, by name; inputs in the layer's precision."""
+    dtype = torch.float64 if layer.running_mean.dtype == torch.float64 else x.dtype
+    x, grad = x.detach().to(dtype).requires_grad_(), grad.to(dtype)
+    residual = None if residual is None else residual.detach().to(dtype).requires_grad_()
+    found = {}
+    for step in range(repeats):
+        x.grad = None
+        y = layer(x, residual=residual, relu=relu)
+        y.backward(grad)
+        found |= {f"y{step}": y.detach(), f"grad_x{step}": x.grad}
+    if residual is not None:
+        found["grad_residual"] = residual.grad
+    found |= {name: p.grad for name, p in layer.named_parameters()}
+    return found | {name: value.clone() for name, value in layer.named_buffers()}
+
+
+def assert_as_near_as_eager(fused, eager, exact, *inputs):
+    ours, theirs, truth = (run(layer, *inputs) for layer in (fused, eager, exact))
+    for name, value in truth.items():
+        size = value.norm().clamp(min=1e-6)
+        mine, allowed = ((found[name].double() - value).norm() / size for found in (ours, theirs))
+        # Rounding of inputs moves a few values across the edge of a mask.
+        assert mine <= 2 * allowed + 2e-2, (tuple(inputs[0].shape), inputs[-1], name, mine.item(), allowed.item())
+
+
+@pytest.mark.gpu
+def test_thousands_of_random_shapes_against_float64():
+    torch.manual_seed(0)
+    rng = random.Random(1)
+    for _ in range(2000):
+        channels, height, width = 64 * rng.choice([1, 1, 2, 3, 4, 8]), rng.randint(1, 60), rng.randint(1, 60)
+        samples = rng.randint(1, max(1, min(200, 2_000_000 // (channels * height * width))))
+        shape, dtype = (samples, channels, height, width), rng.choice([torch.bfloat16, torch.float16])
+        draw = (torch.randn(shape, device="cuda") for _ in range(3))
+        x, residual, grad = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in draw)
+        layers = three_backends(channels, error_compensation=rng.choice(["clamp", "none"]), clamp_value=1.5)
+        assert single_read.suits(x, layers[0].spec)
+        assert_as_near_as_eager(*layers, x, residual if rng.random() < 0.5 else None, grad, rng.random() < 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guard", ["clamp", "none"])
+def test_start_up_extremes_large_means_and_constant_channels(guard):
+    """mean(y^2) of 10^4 to 10^5 on the first batch, channel means of 1000, no variance at all."""
+    torch.manual_seed(0)
+    x, residual, grad = torch.randn((3, 12, 64, 14, 14), device="cuda")
+    x[:, 0] *= 300
+    x[:, 1] += 1000
+    x[:, 2] = 7
+    inputs = [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x, residual, grad)]
+    assert_as_near_as_eager(*three_backends(64, error_compensation=guard), *inputs, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("side", [3, 14, 56])
+def test_bad_values_stay_in_their_channel(bad, side):
+    """What is not finite is so where the sample loop's is, and nowhere else; nothing waits for ever."""
+    torch.manual_seed(0)
+    x, residual, grad = torch.randn((3, 6, 64, side, side), device="cuda").bfloat16()
+    x[2, 5, 0, 0] = bad
+    inputs = [t.contiguous(memory_format=torch.channels_last) for t in (x, residual, grad)]
+    fused, loop, _ = three_backends(64)
+    loop.backend = "reference"
+    ours, theirs = (run(layer, *inputs, True) for layer in (fused, loop))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name].isfinite(), value.isfinite()), name
+
+
+@pytest.mark.gpu
+def test_messages_survive_capture_beside_eager_launches_and_other_streams():
+    """Chunks of messages: a graph replayed between eager steps gives what eager steps alone give, bit for bit."""
+    torch.manual_seed(0)
+    x, _, grad = torch.randn((3, 40, 256, 14, 14), device="cuda").bfloat16()
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    mixed = OnlineNorm2d(256, backend="fused", device="cuda")
+    alone = copy.deepcopy(mixed)
+    x.requires_grad_()
+
+    def step(layer):
+        layer(x, relu=True).backward(grad)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(mixed)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            step(mixed)
+    for _ in range(4):
+        graph.replay()
+        step(mixed)
+    for _ in range(1 + 4 * 4):
+        step(alone)
+    for name, value in alone.named_buffers():
+        assert torch.equal(dict(mixed.named_buffers())[name], value), name
