@@ -45,7 +45,7 @@ def call(folder, *arguments):
         ("recipe.milestones=[200]", r"^recipe.milestones: 200 lies past the last epoch \(100\)"),
         ("recipe.epochs=many", r"^recipe.epochs: 'many' is not a whole number$"),
         ("trainer.foo.bar=1", r"^trainer.foo.bar: no such key"),
-        ("experiment=null", r"^experiment: None is not one of its options; there are quickstart"),
+        ("experiment=null", r"^experiment: None is not one of its options; there are batch_size, fashion_mnist"),
         ("~normalizer", r"^normalizer: is missing"),
         ("recipe.batch_size=[", r"recipe.batch_size=\[.*overrides are key=value"),
         ("normalizer._target_=os.system", r"^normalizer._target_: 'os.system' is refused"),
@@ -126,7 +126,8 @@ def finished(tmp_path_factory):
 def test_run_folder(finished):
     folder, returned = finished
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
-        "config.yaml", "environment.json", "metrics.csv", "results.json", "checkpoints", "predictions.npz",
+        "config.yaml", "environment.json", "metrics.csv", "clamping.csv", "results.json", "checkpoints",
+        "predictions.npz",
     }  # fmt: skip
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     results, rows, predictions = outcome(folder)

@@ -27,7 +27,7 @@ def tree(tmp_path):
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(ImageNet, "_device", lambda self: CPU)
+    monkeypatch.setattr(ImageNet, "_gpu", lambda self: CPU)
 
 
 def module(tree, decoder="nvjpeg", **arguments):
