@@ -23,14 +23,13 @@ from onlinenorm.ops.spec import NormSpec
 __all__ = ["evaluate", "train_step"]
 
 
-def moments(x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and population variance (N, C) of each sample's channels, and x less that mean.
+def moments(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance (N, C) of each sample's channels.
 
     Two passes: the difference of mean square and squared mean loses all digits where the mean is large.
     """
     mean_NC = x_NCHW.mean((2, 3))
-    centered_NCHW = x_NCHW - per_channel(mean_NC)
-    return mean_NC, centered_NCHW.square().mean((2, 3)), centered_NCHW
+    return mean_NC, (x_NCHW - per_channel(mean_NC)).square_().mean((2, 3))
 
 
 def linear_recurrence(coefficient, addend_NC: Tensor, initial_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +124,7 @@ class _OnlineNorm(torch.autograd.Function):
         x_NCHW = x.to(dtype)
         weight_C = torch.ones_like(running_mean, dtype=dtype) if weight is None else weight.to(dtype)
         bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
-        mean_NC, var_NC, centered = moments(x_NCHW)
+        mean_NC, var_NC = moments(x_NCHW)
         tables = scan_statistics(mean_NC, var_NC, running_mean, running_var, spec.alpha_fwd, spec.eps, spec.processes)
         m_NC, rstd_NC, y_NC, yy_NC = (own_samples(table, spec.processes) for table in tables)
         scale_NC, shift_NC = weight_C * rstd_NC, bias_C.expand_as(rstd_NC)
@@ -134,7 +133,8 @@ class _OnlineNorm(torch.autograd.Function):
             scale_NC, shift_NC = scale_NC * rzeta_NC, shift_NC * rzeta_NC
         else:
             rzeta_NC = None
-        z = centered.mul_(per_channel(scale_NC)).add_(per_channel((mean_NC - m_NC) * scale_NC + shift_NC))
+        # of the running mean alone, so that a pixel that is not finite stays one pixel until the next sample
+        z = torch.addcmul(per_channel(shift_NC), x_NCHW - per_channel(m_NC), per_channel(scale_NC))
         if spec.error_compensation == "clamp":
             z = z.clamp_(-spec.clamp_value, spec.clamp_value)
         ctx.save_for_backward(x, weight, bias, rzeta_NC, *tables)
