@@ -17,10 +17,10 @@ if not torch.cuda.is_available():
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
 
-from onlinenorm.ops.fused import kernels
+from onlinenorm.ops.fused.kernels.forward import apply_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu" and "Interpreted" not in type(kernels.apply_kernel).__name__:
+if DEVICE.type == "cpu" and "Interpreted" not in type(apply_kernel).__name__:
     pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
 
 STATE = ("running_mean", "running_var", "control_u", "control_v")

@@ -11,7 +11,8 @@ import triton
 from torch import Tensor
 
 from onlinenorm.ops.across_processes import first_own_sample, gather_samples, own_samples
-from onlinenorm.ops.fused import kernels
+from onlinenorm.ops.fused.kernels import backward as backward_kernels
+from onlinenorm.ops.fused.kernels import forward as forward_kernels
 from onlinenorm.ops.spec import NormSpec
 
 PROGRAMS_WANTED = 1024  # reductions slice the rows of a sample until about this many programs share the work
@@ -91,7 +92,7 @@ def _from_all(partial: Tensor, processes: int) -> Tensor:
 
 def _reduce(x: Tensor, geo: Geometry) -> Tensor:
     partial = _table(x, geo.samples, geo.splits, geo.channels, 2)
-    kernels.moments_kernel[geo.reduce_grid](
+    forward_kernels.moments_kernel[geo.reduce_grid](
         x, partial, geo.pixels, geo.channels, geo.splits, geo.rows, *geo.strides, **geo.blocks, STAGES=3
     )
     return partial
@@ -106,7 +107,7 @@ def _layer_scale(moments, state, weight, bias, geo: Geometry, spec: NormSpec, st
         return None
     groups, size = geo.groups(spec)
     rzeta = _table(moments, geo.samples, groups)
-    kernels.layer_scale_kernel[(geo.samples * groups,)](
+    forward_kernels.layer_scale_kernel[(geo.samples * groups,)](
         moments, state, weight, bias, rzeta, geo.channels, groups, size, state_stride, spec.eps,
         spec.layer_scaling_eps, BLOCK_C=min(triton.next_power_of_2(size), 1024),
     )  # fmt: skip
@@ -115,7 +116,7 @@ def _layer_scale(moments, state, weight, bias, geo: Geometry, spec: NormSpec, st
 
 def _apply(x, residual, weight, bias, state, rzeta, geo: Geometry, spec: NormSpec, relu, state_stride) -> Tensor:
     y = torch.empty_like(x)
-    kernels.apply_kernel[geo.apply_grid](
+    forward_kernels.apply_kernel[geo.apply_grid](
         x, residual, y, state, weight, bias, rzeta, geo.pixels, geo.channels, *geo.groups(spec), state_stride,
         *geo.strides, spec.eps, spec.clamp_value,
         RELU=relu, CLAMP=spec.error_compensation == "clamp", **geo.blocks,
@@ -142,7 +143,7 @@ def forward(
     partial = _from_all(_reduce(x, geo), spec.processes)
     tables = _table(x, 2, everyone.samples, geo.channels, 2)
     scan = everyone.scan_blocks
-    kernels.forward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
+    forward_kernels.forward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
         partial, tables[0], tables[1], running_mean, running_var, everyone.samples, geo.channels, geo.splits, geo.rows,
         geo.pixels, spec.alpha_fwd, 1 - spec.alpha_fwd, **scan,
     )  # fmt: skip
@@ -168,7 +169,7 @@ def evaluate(
         # A scan from any state fills the table of moments; the copies keep the layer's own state still.
         tables = _table(x, 2, geo.samples, geo.channels, 2)
         scan = geo.scan_blocks
-        kernels.forward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
+        forward_kernels.forward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
             _reduce(x, geo), tables[0], tables[1], running_mean.clone(), running_var.clone(), geo.samples,
             geo.channels, geo.splits, geo.rows, geo.pixels, spec.alpha_fwd, 1 - spec.alpha_fwd, **scan,
         )  # fmt: skip
@@ -200,7 +201,7 @@ def backward(
     flags = {"RELU": relu, "CLAMP": spec.error_compensation == "clamp", **geo.blocks}
     sizes = geo.pixels, geo.channels
     partial = _table(x, geo.samples, geo.splits, geo.channels, 2)
-    kernels.gradient_moments_kernel[geo.reduce_grid](
+    backward_kernels.gradient_moments_kernel[geo.reduce_grid](
         grad, extra, x, out, partial, own_state, weight, bias, *sizes, geo.splits, geo.rows, *geo.strides,
         spec.eps, spec.clamp_value, **flags, STAGES=3,
     )  # fmt: skip
@@ -209,14 +210,14 @@ def backward(
     kappa = None
     if rzeta is not None:
         kappa = torch.empty_like(rzeta)
-        kernels.project_kernel[(rzeta.numel(),)](
+        backward_kernels.project_kernel[(rzeta.numel(),)](
             partial, weight, bias, rzeta, kappa, geo.channels, *groups, geo.splits, geo.pixels,
             BLOCK_C=min(triton.next_power_of_2(groups[1]), 1024),
         )  # fmt: skip
     control = _table(x, everyone.samples, geo.channels, 2)
     grad_weight, grad_bias = _table(x, geo.channels), _table(x, geo.channels)
     scan = everyone.scan_blocks
-    kernels.backward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
+    backward_kernels.backward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
         partial, moments, state, rzeta, kappa, weight, bias, control_u, control_v, control, grad_weight, grad_bias,
         everyone.samples, first_own_sample(geo.samples, spec.processes), geo.samples, geo.channels, *groups, geo.splits,
         geo.pixels, spec.eps, spec.alpha_bkw, 1 - spec.alpha_bkw, spec.gradient_scale, **scan,
@@ -224,7 +225,7 @@ def backward(
     control, rzeta, kappa = (_own(table, spec.processes) for table in (control, rzeta, kappa))
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if residual_gradient else None
-    kernels.gradient_apply_kernel[geo.apply_grid](
+    backward_kernels.gradient_apply_kernel[geo.apply_grid](
         grad, extra, x, out, grad_x, grad_residual, own_state, control, weight, bias, rzeta, kappa, *sizes, *groups,
         *geo.strides, spec.eps, spec.clamp_value, **flags,
     )  # fmt: skip
