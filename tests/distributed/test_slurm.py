@@ -27,7 +27,11 @@ def ask(*command):
 
 
 def nodes():
-    return len(ask("sinfo", "-h", "-N", "-o", "%N").split()) if shutil.which("sinfo") else 0
+    """Of a cluster that answers; SLURM may be installed without one."""
+    if not shutil.which("sinfo"):
+        return 0
+    answer = subprocess.run(["sinfo", "-h", "-N", "-o", "%N"], capture_output=True, text=True, check=False)
+    return len(answer.stdout.split()) if answer.returncode == 0 else 0
 
 
 class Job:
