@@ -55,3 +55,26 @@ def test_a_red_gate_stops_the_benchmark(script, monkeypatch):
     monkeypatch.setattr(common, "_distance", lambda found, truth: float("nan"))
     with pytest.raises(SystemExit, match="gate: torch"):
         common.gate(common.torch.device("cpu"), "torch", shapes=[(2, 3, 2, 2)])
+
+
+@pytest.mark.parametrize(
+    "kernel, part",
+    [
+        ("online_norm", "norm: single-read kernels"),
+        ("triton_poi_fused_add_max_pool2d_with_indices_backward_10", "max-pool"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16", "convolutions and matrix products"),
+        ("triton_red_fused__native_batch_norm_legit_functional_8", "norm: Triton"),
+        ("triton_poi_fused__to_copy_21", "casts of weights"),
+        ("something new", "other"),
+    ],
+)
+def test_each_kernel_of_a_step_belongs_to_a_part(script, kernel, part):
+    assert script("bench_kernels").part_of(kernel) == part
+
+
+def test_kernels_are_not_measured_without_a_gpu(script, monkeypatch, capsys):
+    kernels = script("bench_kernels")
+    monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        kernels.main([])
+    assert "need a GPU of the Hopper generation" in capsys.readouterr().err
