@@ -62,9 +62,11 @@ class GraphedStep:
                     gradients(loss)
                 del loss
             torch.cuda.current_stream(images.device).wait_stream(stream)
-            with torch.cuda.graph(self._forward, stream=stream):
+            # other threads go on: loaders pin memory and decode, NCCL watches its work
+            capture = {"stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(self._forward, **capture):
                 loss, figures = self.step(forward, self.images, self.labels)
-            with torch.cuda.graph(self._backward, pool=self._forward.pool(), stream=stream):
+            with torch.cuda.graph(self._backward, pool=self._forward.pool(), **capture):
                 found = gradients(loss)
         self._outputs, self._gradients = (loss.detach(), figures), found
         with torch.no_grad():
