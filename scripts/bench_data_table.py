@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from onlinenorm.reporting.markdown import markdown_table
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NEEDED = 1.2  # times what training takes: what a loader should give
 REFERENCE = "torchvision ImageFolder"
@@ -26,10 +28,13 @@ def render(results: dict, training: dict) -> str:
             and did not measure training itself.
     """
     runs = results["runs"]
-    parts = ["# Loaders against training", _table(SUMMARY, [line for run in runs for line in _verdicts(run, training)])]
+    parts = [
+        "# Loaders against training",
+        markdown_table(SUMMARY, [line for run in runs for line in _verdicts(run, training)]),
+    ]
     for run in runs:
         parts.append(f"## {_machine(run)}")
-        parts.append(_table(ROWS, [_row(row) for row in run["rows"]]))
+        parts.append(markdown_table(ROWS, [_row(row) for row in run["rows"]]))
         if all(row["stage"] != "training" for row in run["rows"]):
             parts.append(
                 "Training with these loaders was not measured: a network that trains shares the machine with its "
@@ -82,10 +87,6 @@ def _row(row: dict) -> list:
     core = f"{row['ratio_per_core']:.2f}" if "ratio_per_core" in row else ""
     rate, ratio = f"{row['images_per_second']:,.0f}", f"{row['ratio']:.2f}"
     return [row["stage"], row["provider"], row["workers"], rate, ratio, f"{row['spread']:.0%}", core]
-
-
-def _table(head, rows) -> str:
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def main(arguments: list[str] | None = None) -> int:

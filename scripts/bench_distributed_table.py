@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from onlinenorm.reporting.markdown import markdown_table
+
 SYNCHRONISED = {"sync_batch": "batch", "online_global": "online_local"}  # and what each does without communication
 RATES = ("normalizer", "mode", "processes", "images a process", "ms a step", "images/s", "scaling efficiency")
 EXACTNESS = ("normalizer", "steps", "largest of a loss", "parameters", "statistics", "processes identical")
@@ -20,21 +22,16 @@ def render(results: dict) -> str:
     versions = f"torch {results['torch']}, triton {results['triton']}, commit {results['commit']}"
     parts = [
         f"# {results['model']}, {results['size']} px, {results['backend']}: one process against {world}",
-        _table(RATES, [_rate(row) for row in rows]),
+        markdown_table(RATES, [_rate(row) for row in rows]),
         f"{rows[0]['dtype']}: forward, backward with the gradients' all-reduce, and SGD; synthetic "
         f"images. Efficiency: images/s over {world} times those of one process (sync_batch: of batch on one).",
         *(_cost([row for row in rows if row["processes"] == world], mode) for mode in {row["mode"]: 0 for row in rows}),
         f"Float32 without TF32, {world} processes against one, same global batches. Parameters and statistics: norm "
         "of the difference over the norm.",
-        _table(EXACTNESS, [_difference(row) for row in results["exactness_float32"]]),
+        markdown_table(EXACTNESS, [_difference(row) for row in results["exactness_float32"]]),
         f"{world} x {results['device']}; {versions}; `{results['command']}`",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _table(head: tuple[str, ...], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _rate(row: dict) -> list:

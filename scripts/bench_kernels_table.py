@@ -9,9 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from bench_report import table
-
 from onlinenorm.ops.fused.single_read import tuning_for
+from onlinenorm.reporting.markdown import markdown_table
 
 KERNELS = (
     "batch",
@@ -106,12 +105,12 @@ def render(results: dict) -> str:
         "Before: the fastest of the kernels before these, in which one loop read, reduced and wrote in turn.",
         f"Kernels: {results['kernels_commit']}. What backward takes since it sums x itself is not measured.",
         "",
-        *table(KERNELS, _kernels(results)),
+        markdown_table(KERNELS, _kernels(results)),
         "",
         "Where the time of a step goes at batch 256 under torch.compile, before these kernels "
         f"(commit {results['step_commit']}):",
         "",
-        *table(STEP, _step(results)),
+        markdown_table(STEP, _step(results)),
         "",
         f"The step with these kernels (commit {results['training']['commit']}, batch 256, compile + graph): "
         f"{ours['milliseconds']:.2f} ms against BatchNorm's {theirs['milliseconds']:.2f}, {speed:.3f} of its speed and",
@@ -120,7 +119,7 @@ def render(results: dict) -> str:
         "",
         "## What was tried",
         "",
-        *table(("change", "expected", "found"), [list(entry) for entry in TRIED]),
+        markdown_table(("change", "expected", "found"), [list(entry) for entry in TRIED]),
         "",
         "Small layers (28² and less without residual, a few microseconds of traffic) stay at a quarter to two thirds",
         "of the copy bandwidth: every block follows the recurrence over all samples for itself. The max-pool's",

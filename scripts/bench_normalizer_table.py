@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 from bench_normalizer import plot
-from bench_report import origin, table
+from bench_report import origin
+
+from onlinenorm.reporting.markdown import markdown_table
 
 HEAD = (
     "batch",
@@ -63,11 +65,11 @@ def render(results: dict) -> str:
         "",
         f"Bytes count every tensor once; shares are of the {bandwidth:.2f} TB/s that an elementwise copy reaches.",
         "",
-        *table(HEAD, lines),
+        markdown_table(HEAD, lines),
         "",
         "All sites of one training step, forward and backward:",
         "",
-        *table(("batch", "provider", "ms"), [[str(b), name, f"{ms:.2f}"] for (b, name), ms in totals.items()]),
+        markdown_table(("batch", "provider", "ms"), [[str(b), name, f"{ms:.2f}"] for (b, name), ms in totals.items()]),
         "",
         origin(results),
     ]

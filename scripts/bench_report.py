@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from onlinenorm.reporting.markdown import markdown_table
+
 BEST = (
     "batch",
     "normalizer",
@@ -91,11 +93,6 @@ def _all(rows: list[dict]) -> list[list[str]]:
     return lines
 
 
-def table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-
-
 def origin(results: dict) -> str:
     """Where a recorded benchmark comes from, in one line."""
     commit = f"commit {results['commit']}"
@@ -110,11 +107,11 @@ def render(results: dict) -> str:
         "",
         "The fastest row of each normalizer: forward and backward; ± is half the range over rounds.",
         "",
-        *table(BEST, _best(rows)),
+        markdown_table(BEST, _best(rows)),
         "",
         "All rows:",
         "",
-        *table(ALL, _all(rows)),
+        markdown_table(ALL, _all(rows)),
         "",
     ]
     for row in results.get("not_run", []):

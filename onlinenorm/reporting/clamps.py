@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from onlinenorm.reporting import text
 from onlinenorm.reporting.ablation import CLAMP_KEY, value_of
 from onlinenorm.reporting.markdown import markdown_table
-from onlinenorm.reporting.runs import Run, lookup
+from onlinenorm.reporting.runs import Run, milestones
 
 HOW = (
     "The clamped fraction is that of activations beyond the clamp value before clamp, residual and ReLU, over all "
@@ -38,12 +38,6 @@ def course(run: Run) -> Course | None:
         last=float(fractions[-1]),
         largest=float(run.clamping["max_abs_activation"][-1]),
     )
-
-
-def milestones(run: Run) -> list[int]:
-    """Epochs after which the learning rate drops."""
-    step = lookup(run.config, "recipe.schedule", "step") == "step"
-    return list(lookup(run.config, "recipe.milestones", None) or []) if step else []
 
 
 def clamped_runs(studies: Mapping[str, Sequence[Run]]) -> list[tuple[str, Run]]:

@@ -16,9 +16,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from onlinenorm.reporting import cost, text
 from onlinenorm.reporting.ablation import CLAMP_KEY, Ablation, Point, number, swept, value_of
-from onlinenorm.reporting.clamps import course, milestones
+from onlinenorm.reporting.clamps import course
 from onlinenorm.reporting.curves import STYLE
-from onlinenorm.reporting.runs import Run
+from onlinenorm.reporting.runs import Run, milestones
 from onlinenorm.reporting.spec import ReportSpec
 from onlinenorm.reporting.table import Report
 

@@ -95,6 +95,12 @@ def lookup(tree: dict[str, Any], dotted: str, default: Any = None) -> Any:
     return tree
 
 
+def milestones(run: Run) -> list[int]:
+    """Epochs after which the learning rate drops."""
+    step = lookup(run.config, "recipe.schedule", "step") == "step"
+    return list(lookup(run.config, "recipe.milestones", None) or []) if step else []
+
+
 def load_runs(root: str | Path, read_yaml: Callable[[Path], Any]) -> list[Run]:
     """All runs in or below `root`, sorted by folder.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from onlinenorm.reporting.runs import Run, lookup
+from onlinenorm.reporting.runs import Run, lookup, milestones
 from onlinenorm.reporting.settings import UNKNOWN, Departure, check_one_table, departures, planned_scale
 from onlinenorm.reporting.spec import Published, ReportSpec
 from onlinenorm.reporting.statistics import (
@@ -114,7 +114,6 @@ def build_report(runs: Sequence[Run], spec: ReportSpec) -> Report:
     extra = sorted({run.normalizer for run in runs} - set(spec.rows), key=_order(spec))
     rows = [_row(name, runs, spec) for name in [*spec.rows, *extra]]
     found = departures(runs, spec.published_setting)
-    schedule = runs[0].config.get("recipe", {}) if runs else {}
     return Report(
         title=spec.title,
         scale=scale,
@@ -127,7 +126,7 @@ def build_report(runs: Sequence[Run], spec: ReportSpec) -> Report:
         removals=[removal for row in rows for removal in _removals(row, runs, spec)],
         departures=found,
         provenance=[provenance(run) for run in runs],
-        milestones=list(schedule.get("milestones") or []) if schedule.get("schedule", "step") == "step" else [],
+        milestones=milestones(runs[0]) if runs else [],
     )
 
 
