@@ -147,7 +147,7 @@ class OnlineNorm(nn.Module):
         Under no_grad the batch is normalised as in training but not learned from. When activation checkpointing runs a
         layer again inside backward, it repeats the pass from the same statistics, without counting the batch twice.
         """
-        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if torch.compiler.is_compiling() or (self.running_mean.is_cuda and torch.cuda.is_current_stream_capturing()):
             return self.running_mean, self.running_var
         if not torch.is_grad_enabled():
             return self.running_mean.clone(), self.running_var.clone()
