@@ -1,5 +1,6 @@
 """What the benchmarks share: the correctness gate, the timer, and the head of a results file."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -95,16 +96,27 @@ def timed(step, device: torch.device, repeats: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
-def captured(step):
-    """``step`` as a CUDA graph, after a warm-up on a side stream; call the result to replay it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+@contextlib.contextmanager
+def side_stream():
+    """A current stream that is not the default one, behind what was queued before and ahead of what comes after."""
+    outer, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(outer)
     with torch.cuda.stream(side):
+        yield side
+    outer.wait_stream(side)
+
+
+def captured(step):
+    """``step`` as a CUDA graph, after a warm-up; call the result to replay it.
+
+    Backward runs on the stream of its forward: to capture backward alone, run forward and this under ``side_stream``.
+    """
+    current = torch.cuda.current_stream()
+    with side_stream() if current == torch.cuda.default_stream() else contextlib.nullcontext(current) as stream:
         for _ in range(2):
             step()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
 

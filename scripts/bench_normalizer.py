@@ -10,6 +10,7 @@ single read of every tensor moves, and those bytes' share of the measured copy b
 import argparse
 import statistics
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from typing import ClassVar
 
@@ -79,12 +80,17 @@ def measure(name: str, site, batch: int, dtype: torch.dtype, device: torch.devic
             inputs = [x, *([] if r is None else [r]), *layer.parameters()]
             torch.autograd.grad(y, inputs, grad, retain_graph=True)
 
-    outputs = forward()
     found = {}
-    for direction, step in (("forward", forward), ("backward", partial(backward, outputs))):
-        step()
-        replay = bench_common.captured(step) if device.type == "cuda" else step
-        times = [1e3 * t / len(sets) for t in bench_common.timed(replay, device, repeats)]
+    # One stream for all: backward runs where its forward ran, and the default stream cannot be captured.
+    with bench_common.side_stream() if device.type == "cuda" else nullcontext():
+        outputs = forward()
+        measured = {}
+        for direction, step in (("forward", forward), ("backward", partial(backward, outputs))):
+            step()
+            replay = bench_common.captured(step) if device.type == "cuda" else step
+            measured[direction] = bench_common.timed(replay, device, repeats)
+    for direction, milliseconds in measured.items():
+        times = [1e3 * t / len(sets) for t in milliseconds]
         low, _, _, high = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
         tensors = 2 + residual if direction == "forward" else 3 + (residual and relu)
         found[direction] = {

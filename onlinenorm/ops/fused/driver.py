@@ -9,6 +9,7 @@ import torch
 
 SHARED_MEMORY_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 MAP_UINT16 = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 MAP_PROMOTE_256 = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
 
@@ -33,11 +34,28 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
-def _check_driver(status: int) -> None:
+def _call(name: str, *arguments) -> None:
+    """Call a function of the driver; raises RuntimeError with the driver's words.
+
+    A thread of the autograd engine that has called nothing of CUDA yet has no context: it gets torch's.
+    """
+    function = getattr(_driver(), name)
+    status = function(*arguments)
+    if status == INVALID_CONTEXT:
+        _use_primary_context()
+        status = function(*arguments)
     if status:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver error {status}: {(text.value or b'unknown').decode()}")
+        raise RuntimeError(f"CUDA driver error {status} of {name}: {(text.value or b'unknown').decode()}")
+
+
+def _use_primary_context() -> None:
+    """Make the context that torch shares with every user of its current device this thread's own."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _driver().cuDeviceGet(ctypes.byref(device), torch.cuda.current_device())
+    _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    _driver().cuCtxSetCurrent(context)
 
 
 def compile_source(source: str, architecture: str, options: tuple[str, ...]) -> bytes:
@@ -71,13 +89,11 @@ def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns
     read as zeros."""
     room = ctypes.create_string_buffer(128 + 63)
     aligned = (ctypes.addressof(room) + 63) // 64 * 64
-    _check_driver(
-        _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(aligned), MAP_UINT16, 2, ctypes.c_void_p(address),
-            (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns),
-            (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
-            0, 0, MAP_PROMOTE_256, 0,
-        )
+    _call(
+        "cuTensorMapEncodeTiled", ctypes.c_void_p(aligned), MAP_UINT16, 2, ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
+        0, 0, MAP_PROMOTE_256, 0,
     )  # fmt: skip
     return ctypes.string_at(aligned, 128)
 
@@ -85,10 +101,9 @@ def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns
 def capture_of(stream: int) -> int:
     """Number of the graph that ``stream`` is being captured into; differs from that of every other graph."""
     status, number = ctypes.c_int(), ctypes.c_uint64()
-    _check_driver(
-        _driver().cuStreamGetCaptureInfo_v2(
-            ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
-        )
+    _call(
+        "cuStreamGetCaptureInfo_v2",
+        *(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None),
     )
     return number.value
 
@@ -97,23 +112,21 @@ class Kernel:
     """One function of a compiled module, loaded on the current device."""
 
     def __init__(self, code: bytes, name: str):
-        torch.cuda.current_stream()  # a context must exist
         self._module, self._function, self._shared_memory = ctypes.c_void_p(), ctypes.c_void_p(), 0
-        _check_driver(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
-        _check_driver(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
+        _call("cuModuleLoadData", ctypes.byref(self._module), code)
+        _call("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
 
     def allow_shared_memory(self, size: int) -> None:
         """Raise the limit of a launch's dynamic shared memory to ``size`` bytes at least."""
         if size > self._shared_memory:
-            _check_driver(_driver().cuFuncSetAttribute(self._function, SHARED_MEMORY_LIMIT, size))
+            _call("cuFuncSetAttribute", self._function, SHARED_MEMORY_LIMIT, size)
             self._shared_memory = size
 
     def blocks_per_multiprocessor(self, threads: int, shared_memory: int) -> int:
         blocks = ctypes.c_int()
-        _check_driver(
-            _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                ctypes.byref(blocks), self._function, threads, ctypes.c_size_t(shared_memory)
-            )
+        _call(
+            "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+            *(ctypes.byref(blocks), self._function, threads, ctypes.c_size_t(shared_memory)),
         )
         return blocks.value
 
@@ -121,8 +134,4 @@ class Kernel:
         """Queue the kernel on torch's current stream; its one argument is the structure, by value."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        _check_driver(
-            _driver().cuLaunchKernel(
-                self._function, blocks, 1, 1, threads, 1, 1, shared_memory, stream, arguments, None
-            )
-        )
+        _call("cuLaunchKernel", self._function, blocks, 1, 1, threads, 1, 1, shared_memory, stream, arguments, None)

@@ -14,7 +14,7 @@ from onlinenorm.ops.spec import NormSpec
 
 WIDTH = 64  # channels a block, as in common.cu
 BOX_ROWS = 256  # the most that the copy engine takes at once
-PAIRS = {"forward": 1, "backward": 2}  # pairs of sums of a sample and channel
+SMALLEST_REST = 1e-5  # 1 - alpha_fwd from which on backward can tell a sample's moments from the states around it
 SOURCES = Path(__file__).parent / "cuda"
 
 POINTERS = (
@@ -22,7 +22,7 @@ POINTERS = (
     "published", "slots", "tickets",
 )  # fmt: skip
 INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes")
-REALS = ("alpha", "rest", "eps", "clamp", "scale")
+REALS = ("alpha_fwd", "rest_fwd", "alpha_bkw", "rest_bkw", "eps", "clamp", "scale")
 
 
 class Params(ctypes.Structure):
@@ -33,7 +33,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int) for name in INTEGERS),
         *((name, ctypes.c_float) for name in REALS),
-        ("padding", ctypes.c_char * 32),  # to whole 64 bytes, as the maps are aligned
+        ("padding", ctypes.c_char * 24),  # to whole 64 bytes, as the maps are aligned
     )
 
 
@@ -117,8 +117,7 @@ class Tiling:
 def _shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling: Tiling) -> int:
     """Bytes that a block takes, as the kernels lay them out."""
     rows, segments, warps = tiling.boxes * tiling.box_rows, tuning.group // WIDTH, tuning.group // 32
-    pairs = PAIRS[direction]
-    scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * (2 * 8 * pairs * warps + 8 * segments)
+    scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * (2 * 8 * warps + 8 * segments)
     if direction == "forward":
         stage = rows * 2 * WIDTH * (1 + values["RESIDUAL"])
         scratch += WIDTH * (8 * tuning.chunk + 2 * 4 * segments)
@@ -167,6 +166,7 @@ def suits(x: Tensor, spec: NormSpec) -> bool:
         and x.shape[1] % WIDTH == 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and spec.error_compensation != "layer_scaling"
+        and 1 - spec.alpha_fwd >= SMALLEST_REST
         and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
         and _is_hopper(x.device.index)
     )
@@ -185,7 +185,7 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: dict[str, bool], 
     flags = {"HALF": shaped.dtype == torch.float16, "CLAMP": spec.error_compensation == "clamp", **flags}
     kernel, tiling, shared, capacity = _prepared(shaped.device.index, direction, tuple(flags.items()), tuning, pixels)
     # Messages between blocks and tickets, empty at first: all bits set.
-    sums = PAIRS[direction] * samples * channels
+    sums = samples * channels
     slots = sums * tiling.tiles if tiling.tiles > 1 else 0
     address = messages.empty(8 * (sums + slots) + 4 * columns, shaped.device)
     params = Params(
@@ -200,6 +200,10 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: dict[str, bool], 
         segments=tiling.segments,
         box_rows=tiling.box_rows,
         boxes=tiling.boxes,
+        alpha_fwd=spec.alpha_fwd,
+        rest_fwd=1 - spec.alpha_fwd,
+        alpha_bkw=spec.alpha_bkw,
+        rest_bkw=1 - spec.alpha_bkw,
         eps=spec.eps,
         clamp=spec.clamp_value,
         scale=spec.gradient_scale,
@@ -234,9 +238,9 @@ def forward(
     spec: NormSpec,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, table (1, N, C, 2) of states, and the bits of a ReLU behind a residual; moves the state."""
+    """Output, table (1, N + 1, C, 2) of states, and the bits of a ReLU behind a residual; moves the state."""
     y = torch.empty_like(x)
-    tables = torch.empty((1, *x.shape[:2], 2), dtype=torch.float32, device=x.device)
+    tables = torch.empty((1, x.shape[0] + 1, x.shape[1], 2), dtype=torch.float32, device=x.device)
     masked = relu and residual is not None
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None
     weight, bias = _parameter(weight), _parameter(bias)
@@ -244,7 +248,6 @@ def forward(
         "forward", (x,) if residual is None else (x, residual), {"RELU": relu, "RESIDUAL": residual is not None}, spec,
         out=_address(y), mask=_address(mask), weight=_address(weight), bias=_address(bias),
         first=_address(running_mean), second=_address(running_var), state=_address(tables),
-        alpha=spec.alpha_fwd, rest=1 - spec.alpha_fwd,
     )  # fmt: skip
     return y, tables, mask
 
@@ -272,6 +275,6 @@ def backward(
         {"RELU": relu, "RESIDUAL": mask is not None, "EXTRA": extra is not None}, spec, out=_address(grad_x),
         out_residual=_address(grad_residual), mask=_address(mask), weight=_address(weight), bias=_address(bias),
         first=_address(control_u), second=_address(control_v), state=_address(tables),
-        grad_weight=_address(grad_weight), grad_bias=_address(grad_bias), alpha=spec.alpha_bkw, rest=1 - spec.alpha_bkw,
+        grad_weight=_address(grad_weight), grad_bias=_address(grad_bias),
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias

@@ -3,7 +3,7 @@
 
 struct Scratch {
     Stages stages;
-    alignas(16) float2 warps[2][2][WARPS * WIDTH];
+    alignas(16) float2 warps[2][WARPS * WIDTH];
     float2 parts[SEGMENTS][WIDTH];
     float table[6][CHUNK][WIDTH];  // of the samples to advance over, see `row_of`
     float gain[SEGMENTS][WIDTH], slope[SEGMENTS][WIDTH], constant[SEGMENTS][WIDTH];
@@ -20,9 +20,9 @@ __device__ __forceinline__ int stage_size(const Params& p) {
     return mask_at(p) + (MASK ? (mask_rows(p) * 8 + 127) / 128 * 8 : 0);
 }
 
-// Where the sums of a sample begin: of g and g (x - m), or of (x - m) and its square.
-__device__ __forceinline__ long long index_of(const Params& p, int sample, int which) {
-    return (2ll * sample + which) * p.channels;
+// The sums of a sample, of g and g (x - m), of the thread's channel.
+__device__ __forceinline__ u64* sums_of(const Params& p, const Place& at, int sample) {
+    return p.published + (long long)sample * p.channels + at.channel;
 }
 
 __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch& s, uint4* memory) {
@@ -43,8 +43,7 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
             m[2 * k] = two.x, scale[2 * k] = weight[2 * k] * rsqrtf(two.y + p.eps);
             m[2 * k + 1] = two.z, scale[2 * k + 1] = weight[2 * k + 1] * rsqrtf(two.w + p.eps);
         }
-        // Sums of g and g (x - m), and of (x - m) and its square: what the recurrence needs of x is not kept from forward.
-        float sum[8] = {}, product[8] = {}, offset[8] = {}, square[8] = {};
+        float sum[8] = {}, product[8] = {};
 #pragma unroll 2
         for (int row = at.row; row < rows; row += at.step) {
             float g[8], x[8];
@@ -60,8 +59,6 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 x[k] -= m[k];
-                offset[k] += x[k];
-                square[k] += x[k] * x[k];
                 if (MASK) g[k] = mask >> k & 1 ? g[k] : 0.f;
                 else if (RELU) g[k] = x[k] * scale[k] + bias[k] <= 0.f ? 0.f : g[k];
             }
@@ -76,26 +73,19 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
         }
         if (REWRITES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine writes here next
         leave(s.stages.reduced + stage, at);
-        auto warps = s.warps[i & 1];
-        reduce_warp(sum, product, warps[0], at);
-        reduce_warp(offset, square, warps[1], at);
+        float2* warps = s.warps[i & 1];
+        reduce_warp(sum, product, warps, at);
         sync<1>();
         if (segment < item.count) {
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const float2 total = sum_of_warps(p, warps[k], at);
-                u64* to = p.tiles == 1 ? p.published + index_of(p, item.sample + segment, k) + at.channel
-                                       : slots_of(p, at, 2 * item.sample + k) + item.tile * WIDTH + at.c;
-                publish(to, total.x, total.y);
-            }
+            const float2 total = sum_of_warps(p, warps, at);
+            u64* to = p.tiles == 1 ? sums_of(p, at, item.sample + segment) : slots_of(p, at, item.sample) + item.tile * WIDTH + at.c;
+            publish(to, total.x, total.y);
         }
         if (p.tiles > 1 && item.tile == p.tiles - 1) {
-            for (int k = 0; k < 2; k++) {
-                float centre;
-                const float2 total = merge_slots(p, at, slots_of(p, at, 2 * item.sample + k), s.parts, centre,
-                                                 [](float2& sum, float2 part, int) { sum.x += part.x, sum.y += part.y; });
-                if (at.thread < WIDTH) publish(p.published + index_of(p, item.sample, k) + at.channel, total.x, total.y);
-            }
+            float centre;
+            const float2 total = merge_slots(p, at, slots_of(p, at, item.sample), s.parts, centre,
+                                             [](float2& sum, float2 part, int) { sum.x += part.x, sum.y += part.y; });
+            if (at.thread < WIDTH) publish(sums_of(p, at, item.sample), total.x, total.y);
         }
     });
 }
@@ -103,22 +93,26 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
 __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch& s, const uint4* memory, float u, float v) {
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
     const float weight = p.weight ? p.weight[at.channel] : 1.f;
+    const float per_rest = 1.f / p.rest_fwd;
     float grad_weight = 0.f, grad_bias = 0.f;
     int position = 0;  // u and v are those before this sample, one channel a thread of the first 64
     bool closing = false;
 
-    // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's variance and sums.
-    auto row_of = [&](float var, float2 sums, float2 powers, float (&row)[6]) {
-        const float rstd = rsqrtf(var + p.eps), y = powers.x * rstd / p.pixels;
+    // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's sums and the
+    // states before and after it. Their difference tells the sample's moments: of x - m its mean and that of its square.
+    auto row_of = [&](float2 before, float2 after, float2 sums, float (&row)[6]) {
+        const float rstd = rsqrtf(before.y + p.eps);
+        const float offset = (after.x - before.x) * per_rest;
+        const float square = (after.y - p.alpha_fwd * before.y) * per_rest + p.rest_fwd * offset * offset;
         row[4] = sums.x / p.pixels;
         row[5] = sums.y * rstd / p.pixels;
-        row[0] = 1.f - p.rest * (powers.y * rstd * rstd / p.pixels);
+        row[0] = 1.f - p.rest_bkw * (square * rstd * rstd);
         row[1] = p.scale * weight * row[5];
         row[2] = p.scale * weight * row[4] * rstd;
-        row[3] = p.rest * y * rstd;
+        row[3] = p.rest_bkw * offset * rstd * rstd;
     };
     auto step = [&](const float (&row)[6]) {
-        u = p.alpha * u + (row[2] - row[3] * v);
+        u = p.alpha_bkw * u + (row[2] - row[3] * v);
         v = row[0] * v + row[1];
         grad_bias += row[4];
         grad_weight += row[5];
@@ -130,19 +124,18 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         step(row);
     };
 
-    // Ask for the sums of the next samples up to `last`, which may not be there yet, and read their states.
-    u64 words[2 * WORDS];
-    float vars[WORDS];
+    // Ask for the sums of the next samples up to `last`, which may not be there yet, and read the states around them.
+    u64 words[WORDS];
+    float2 before[WORDS], after[WORDS];
     const int mine = at.thread / WIDTH;
+    auto state_of = [&](int sample) { return p.state[(long long)sample * p.channels + at.channel]; };
     auto sample_of = [&](int j) { return position + mine + SEGMENTS * j; };
-    auto message = [&](int j, int k) { return p.published + index_of(p, sample_of(j), k) + at.channel; };
     auto ask = [&](int last) {
 #pragma unroll
         for (int j = 0; j < WORDS; j++) {
             const bool wanted = sample_of(j) < last;
-            words[2 * j] = wanted ? peek(message(j, 0)) : 0;
-            words[2 * j + 1] = wanted ? peek(message(j, 1)) : 0;
-            if (wanted) vars[j] = p.state[(long long)sample_of(j) * p.channels + at.channel].y;
+            words[j] = wanted ? peek(sums_of(p, at, sample_of(j))) : 0;
+            if (wanted) before[j] = state_of(sample_of(j)), after[j] = state_of(sample_of(j) + 1);
         }
     };
     auto collect = [&]() {
@@ -150,10 +143,10 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         while (missing) {
             missing = false;
 #pragma unroll
-            for (int j = 0; j < 2 * WORDS; j++)
-                if (words[j] == EMPTY) words[j] = peek(message(j / 2, j % 2));
+            for (int j = 0; j < WORDS; j++)
+                if (words[j] == EMPTY) words[j] = peek(sums_of(p, at, sample_of(j)));
 #pragma unroll
-            for (int j = 0; j < 2 * WORDS; j++) missing |= words[j] == EMPTY;
+            for (int j = 0; j < WORDS; j++) missing |= words[j] == EMPTY;
         }
     };
 
@@ -168,7 +161,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
                 const int k = mine + SEGMENTS * j;
                 if (k < batch) {
                     float row[6];
-                    row_of(vars[j], as_pair(words[2 * j]), as_pair(words[2 * j + 1]), row);
+                    row_of(before[j], after[j], as_pair(words[j]), row);
 #pragma unroll
                     for (int i = 0; i < 6; i++) s.table[i][k][at.c] = row[i];
                 }
@@ -193,7 +186,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
                 for (; j <= batch; j++) {
                     const int n = position + j;
                     if (n >= first && (j < batch || n == last)) {
-                        const float rstd = rsqrtf(own[(n - first) * WIDTH + at.c].y + p.eps), k = p.rest / p.scale;
+                        const float rstd = rsqrtf(own[(n - first) * WIDTH + at.c].y + p.eps), k = p.rest_bkw / p.scale;
                         s.gain[n - first][at.c] = weight * rstd;
                         s.slope[n - first][at.c] = -k * v * rstd * rstd;
                         s.constant[n - first][at.c] = -k * u;
@@ -236,9 +229,8 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     });
     if (closing && at.thread < WIDTH) {
         const int n = p.samples - 1;
-        const u64* from = p.published + at.channel;
         float row[6];
-        row_of(p.state[(long long)n * p.channels + at.channel].y, wait_for(from + index_of(p, n, 0)), wait_for(from + index_of(p, n, 1)), row);
+        row_of(state_of(n), state_of(n + 1), wait_for(sums_of(p, at, n)), row);
         step(row);
         p.first[at.channel] = u, p.second[at.channel] = v;
         p.grad_weight[at.channel] = grad_weight * p.pixels, p.grad_bias[at.channel] = grad_bias * p.pixels;

@@ -31,13 +31,14 @@ struct Params {
     unsigned char* mask;                         // ReLU bits, (channel block, sample, pixels made even, 8 bytes)
     const float *weight, *bias;                  // null: 1 and 0
     float *first, *second;                       // state in place: mean and variance, or u and v
-    float2* state;                               // table (N, C): mean and variance before each sample
+    float2* state;                               // table (N + 1, C): mean and variance before each sample and after the last
     float *grad_weight, *grad_bias;
-    // EMPTY at launch, in pairs of sums, of which backward has two: of samples (N, pairs, C), of tiles (N, pairs, C / 64, tiles, 64)
+    // EMPTY at launch, a pair of sums each: of samples (N, C), of tiles (N, C / 64, tiles, 64)
     u64 *published, *slots;
     int* tickets;                                // -1 at launch, one a channel block
     int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
-    float alpha, rest, eps, clamp, scale;        // decay and 1 - decay; unit of u and v
+    float alpha_fwd, rest_fwd, alpha_bkw, rest_bkw;  // decay and 1 - decay
+    float eps, clamp, scale;                         // the last is the unit of u and v
 };
 
 __device__ __forceinline__ u64 peek(const u64* p) {
@@ -333,9 +334,9 @@ __device__ __forceinline__ float value_of(const uint4* row, int c) {
     return f[0];
 }
 
-// The sums of a sample's tiles, 64 channels each; `pair` counts the pairs of sums over all samples.
-__device__ __forceinline__ u64* slots_of(const Params& p, const Place& at, int pair) {
-    return p.slots + ((long long)pair * at.columns + at.channel_block) * p.tiles * WIDTH;
+// The sums of a sample's tiles, 64 channels each.
+__device__ __forceinline__ u64* slots_of(const Params& p, const Place& at, int sample) {
+    return p.slots + ((long long)sample * at.columns + at.channel_block) * p.tiles * WIDTH;
 }
 
 // ReLU bits of a sample's row, 8 bytes; a sample has an even number of rows, so that every tile begins at 16 bytes.

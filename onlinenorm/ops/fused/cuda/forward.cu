@@ -67,8 +67,8 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     bool closing = false;
     auto step = [&](float2 moment) {
         const float d = moment.x - mean;
-        var = p.alpha * var + p.rest * (moment.y + p.alpha * d * d);
-        mean += p.rest * d;
+        var = p.alpha_fwd * var + p.rest_fwd * (moment.y + p.alpha_fwd * d * d);
+        mean += p.rest_fwd * d;
     };
 
     // Ask for the moments of the next samples up to `last`; some may not be there yet.
@@ -177,6 +177,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     if (closing && at.thread < WIDTH) {
         step(wait_for(p.published + (long long)(p.samples - 1) * p.channels + at.channel));
         p.first[at.channel] = mean, p.second[at.channel] = var;
+        p.state[(long long)p.samples * p.channels + at.channel] = make_float2(mean, var);
     }
 }
 
