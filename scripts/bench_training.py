@@ -181,7 +181,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--output", default="results/bench_training.json", help="the picture lands beside it")
     args = parser.parse_args(argv)
     began, device = time.perf_counter(), torch.device(args.device)
-    # All networks share the code of one forward: past dynamo's limit of 8 versions of it they would run eagerly, unnoticed.
+    # All networks share the code of one forward: past dynamo's limit of 8 versions they would run eagerly, unnoticed.
     torch._dynamo.config.recompile_limit = 100
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     if device.type == "cuda":
