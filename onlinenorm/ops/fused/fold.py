@@ -34,7 +34,7 @@ class FoldGradientAdd(CustomGraphPass):
                 _replace(node, {"grad": ordered})
 
     def uuid(self):
-        # Part of the key of Inductor's cache on disk: no code is taken from there that expects other results of operators.
+        # Part of the key of Inductor's cache on disk: none of its code expects other results of the operators.
         return get_hash_for_files((__file__, str(Path(__file__).with_name("operators.py"))))
 
 
