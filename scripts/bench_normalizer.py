@@ -123,13 +123,16 @@ def plot(results: dict, path: str) -> None:
     for ax, (batch, direction) in zip(axes.flat, panels, strict=True):
         for name in dict.fromkeys(row["provider"] for row in results["rows"]):
             rows = [row for row in results["rows"] if row["provider"] == name and row["batch"] == batch]
+            rows.sort(key=lambda row: -row["forward"]["bytes"])
             labels = [f"{r['channels']}x{r['side']}²{'+res' * r['residual']}{'+relu' * r['relu']}" for r in rows]
             ax.plot(labels, [100 * row[direction]["share"] for row in rows], marker="o", label=name)
         ax.set(title=f"{direction}, batch {batch}", ylabel="% of copy bandwidth on bytes read once")
         ax.tick_params(axis="x", rotation=70, labelsize=7)
         ax.grid(alpha=0.3)
-    axes[0, 0].legend()
-    figure.tight_layout()
+        ax.set_ylim(0, 100)
+    handles, names = axes[-1, 0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.legend(handles, names, loc="lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

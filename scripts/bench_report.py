@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from onlinenorm.reporting.cost import step_time
 from onlinenorm.reporting.markdown import markdown_table
 
 BEST = (
@@ -47,10 +48,6 @@ def _over(row: dict | None, rival: dict | None, key: str) -> str:
     return f"{row[key] / rival[key]:.3f}" if row and rival else "not run"
 
 
-def _time(row: dict) -> str:
-    return f"{row['milliseconds']:.2f} ± {row['repeat_spread'] / 2:.1%}"
-
-
 def _best(rows: list[dict]) -> list[list[str]]:
     """The fastest row of each normalizer and batch size, without the optimizer; ratios to BatchNorm's fastest."""
     lines = []
@@ -65,7 +62,7 @@ def _best(rows: list[dict]) -> list[list[str]]:
             lines.append(
                 [
                     *(str(row[key]) for key in ("batch", "normalizer", "mode", "dtype")),
-                    _time(row),
+                    step_time(row),
                     f"{row['images_per_second']:,.0f}",
                     _over(row, rivals[0], "images_per_second"),
                     _over(whole, rivals[1], "images_per_second"),
@@ -84,7 +81,7 @@ def _all(rows: list[dict]) -> list[list[str]]:
             [
                 *(str(row[key]) for key in ("batch", "normalizer", "backend", "mode", "dtype")),
                 "yes" if row["optimizer"] else "no",
-                _time(row),
+                step_time(row),
                 f"{row['images_per_second']:,.0f}",
                 _over(row, rival, "images_per_second"),
                 f"{row['peak_memory_gib']:.2f}",
@@ -105,7 +102,7 @@ def render(results: dict) -> str:
     lines = [
         f"# A training step of ResNet-50 at 224 px on one {results['device']}",
         "",
-        "The fastest row of each normalizer: forward and backward; ± is half the range over rounds.",
+        "The fastest row of each normalizer: forward and backward; ± is half the range over rounds, if several.",
         "",
         markdown_table(BEST, _best(rows)),
         "",

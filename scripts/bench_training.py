@@ -5,9 +5,10 @@
 
 A row is (normalizer, backend, mode, dtype, batch, with or without optimizer). All rows are measured in one process, in
 rounds that visit every row, so that drift of the GPU's clocks falls on all of them; a row's time is the median over
-rounds of medians. The step is forward + backward of the classification loss under autocast, and SGD where the row says
-so. Rows of one model share it, compiled once, and share its convolutions' tuning with those of other normalizers. The
-correctness gate runs first. Rows that ``--seconds`` leaves no time for are listed as not run.
+rounds of medians. OnlineNorm on PyTorch's own backend, which takes minutes to compile, has its own rounds afterwards.
+The step is forward + backward of the classification loss under autocast, and SGD where the row says so. Rows of one
+model share it, compiled once, and share its convolutions' tuning with those of other normalizers. The correctness gate
+runs first. Rows that ``--seconds`` leaves no time for are listed as not run.
 """
 
 import argparse
@@ -15,12 +16,15 @@ import itertools
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 
 import bench_common
 import torch
 import torch.nn.functional as F
+import yaml
 
 from onlinenorm import OnlineNorm2d, models
+from onlinenorm.reporting.spec import parse_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("eager", "graph", "compile", "compile+graph")
@@ -30,6 +34,9 @@ NORMALIZERS = {
     "online_layer_scaling": partial(OnlineNorm2d, error_compensation="layer_scaling"),
     "online_none": partial(OnlineNorm2d, error_compensation="none"),
 }
+
+
+FP16_LOSS_SCALE = 2.0**10  # gradients that vanish would be zeros, and arithmetic on zeros takes less power and time
 
 
 class Network:
@@ -53,7 +60,7 @@ class Network:
         enabled = self.dtype is not torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False):
             loss = F.cross_entropy(self.run(self.x), self.target)
-        loss.backward()
+        (loss * FP16_LOSS_SCALE if self.dtype is torch.float16 else loss).backward()
         if optimizer:
             self.sgd.step()
 
@@ -95,17 +102,18 @@ class Row:
 
     def record(self) -> dict:
         milliseconds = statistics.median(self.rounds)
+        spread = (max(self.rounds) - min(self.rounds)) / milliseconds
         return {
             **self.key,
             "milliseconds": round(milliseconds, 3),
             "images_per_second": round(1e3 * self.key["batch"] / milliseconds, 1),
             "peak_memory_gib": round(self.peak, 3),
-            "repeat_spread": round((max(self.rounds) - min(self.rounds)) / milliseconds, 4),
+            "repeat_spread": round(spread, 4) if len(self.rounds) > 1 else None,
         }
 
 
 def networks_of(args) -> list[tuple]:
-    """(normalizer, backend, compiled, dtype, batch) and the modes to time each in, the deciding ones first."""
+    """(normalizer, backend, compiled, dtype, batch) and the modes to time each in."""
     wanted = []
     for compiled, dtype, name, batch in itertools.product(
         (True, False), args.dtype, args.normalizer, sorted(args.batch, reverse=True)
@@ -115,9 +123,7 @@ def networks_of(args) -> list[tuple]:
             # PyTorch's own backend keeps a dozen float32 copies of each tensor: small batches only.
             if modes and (backend == "fused" or name == "batch" or (batch <= 64 and dtype == args.dtype[0])):
                 wanted.append(((name, backend, compiled, dtype, batch), modes))
-    return sorted(
-        wanted, key=lambda entry: (entry[0][0] != "batch" and entry[0][1] != "fused", entry[0][3] != args.dtype[0])
-    )
+    return sorted(wanted, key=lambda entry: entry[0][3] != args.dtype[0])
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -140,26 +146,50 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Bars of images per second without the optimizer, one panel a batch size."""
+    """Images per second without the optimizer by mode and normalizer, a panel a batch size; a line a second dtype.
+
+    Of OnlineNorm the fused backend where there are such rows: PyTorch's own would be slivers beside it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    spec = parse_spec(yaml.safe_load((Path(__file__).parents[1] / "configs" / "report.yaml").read_text("utf-8")))
     rows = [row for row in rows if not row.get("optimizer")] or rows
-    batches = sorted({row["batch"] for row in rows})
-    height = max(sum(row["batch"] == batch for row in rows) for batch in batches)
-    figure, axes = plt.subplots(1, len(batches), figsize=(6.5 * len(batches), 1 + 0.28 * height), squeeze=False)
-    for ax, batch in zip(axes[0], batches, strict=True):
-        chosen = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["images_per_second"])
-        colors = ["tab:gray" if row["normalizer"] == "batch" else "tab:blue" for row in chosen]
-        labels = [f"{row['normalizer']} {row['backend']} {row['mode']} {row['dtype']}" for row in chosen]
-        bars = ax.barh(labels, [row["images_per_second"] for row in chosen], color=colors)
-        ax.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
-        ax.tick_params(axis="y", labelsize=7)
-        ax.set(title=f"batch {batch}", xlabel="images per second, forward + backward")
-        ax.margins(x=0.12)
-    figure.tight_layout()
+    rows = [row for row in rows if row["normalizer"] == "batch" or row["backend"] == "fused"] or rows
+    names, modes, dtypes, batches = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("normalizer", "mode", "dtype", "batch")
+    )
+    modes.sort(key=MODES.index)
+    figure, axes = plt.subplots(1, len(batches), figsize=(6.5 * len(batches), 4.6), squeeze=False)
+    width = 0.8 / len(names)
+    for ax, batch in zip(axes[0], sorted(batches), strict=True):
+        shown = [row for row in rows if row["batch"] == batch]
+        for row in shown:
+            x = modes.index(row["mode"]) + (names.index(row["normalizer"]) - (len(names) - 1) / 2) * width
+            rate = row["images_per_second"]
+            if row["dtype"] == dtypes[0]:
+                ax.bar(x, rate, 0.92 * width, color=spec.row(row["normalizer"]).colour)
+                inside = rate > 0.2 * max(row["images_per_second"] for row in shown)
+                place = {"va": "bottom", "ha": "center", "rotation": 90, "fontsize": 8}
+                ax.annotate(f"{rate:.0f}", (x, 0 if inside else rate), (0, 4), textcoords="offset points",
+                            color="white" if inside else "black", **place)  # fmt: skip
+            else:
+                ax.hlines(rate, x - width / 2, x + width / 2, color="black", linewidth=1.5)
+        rivals = [row["images_per_second"] for row in shown if row["normalizer"] == "batch"]
+        if rivals:
+            ax.axhline(max(rivals), color=spec.row("batch").colour, linestyle=":", zorder=0)
+        ax.set_xticks(range(len(modes)), modes)
+        ax.set(title=f"batch {batch}", ylabel="images/s, forward + backward")
+        ax.margins(y=0.15)
+        ax.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=spec.row(name).colour) for name in names]
+    handles += [plt.Line2D([], [], color="black", linewidth=1.5) for _ in dtypes[1:]]
+    labels = [*(spec.row(name).label for name in names), *dtypes[1:]]
+    figure.tight_layout(rect=(0, 0.07, 1, 0.94))
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(f"A training step, {dtypes[0]}; dotted: the fastest BatchNorm")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -174,7 +204,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--normalizer", nargs="+", default=list(NORMALIZERS), choices=list(NORMALIZERS))
     parser.add_argument("--backend", nargs="+", default=["fused"], help="of the OnlineNorm rows; torch at N <= 64 only")
     parser.add_argument("--optimizer", choices=("without", "with", "both"), default="both", help="SGD in the step")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further row after so long")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20, help="steps a round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -192,6 +222,9 @@ def main(argv=None) -> dict:
     optimizers = {"without": [False], "with": [True], "both": [False, True]}[args.optimizer]
     rows: list[Row] = []
 
+    def out_of_time() -> bool:
+        return time.perf_counter() - began > args.seconds
+
     def measure(row: Row) -> None:
         start = time.perf_counter()
         try:
@@ -205,28 +238,26 @@ def main(argv=None) -> dict:
         results["rows"] = [measured.record() for measured in rows if measured.rounds]
         bench_common.write(args.output, results)
 
-    for (name, backend, compiled, dtype, batch), modes in networks_of(args):
-        keys = [
-            {
-                "normalizer": name,
-                "backend": backend,
-                "mode": mode,
-                "dtype": dtype,
-                "batch": batch,
-                "optimizer": optimizer,
-            }
-            for mode, optimizer in itertools.product(modes, optimizers)
-        ]
-        if time.perf_counter() - began > args.seconds:
-            results["not_run"] += [{**key, "why": "out of time"} for key in keys]
-            continue
-        network = Network(name, backend, compiled, dtype, batch, args)
-        for key in keys:
-            rows.append(Row(network, key))
-            measure(rows[-1])
-    for _ in range(args.rounds - 1):
-        for row in list(rows):
-            measure(row)
+    wanted = networks_of(args)
+    slow = [entry for entry in wanted if entry[0][0] != "batch" and entry[0][1] == "torch"]
+    for group in ([entry for entry in wanted if entry not in slow], slow):
+        others = len(rows)
+        for (name, backend, compiled, dtype, batch), modes in group:
+            keys = [
+                {"normalizer": name, "backend": backend, "mode": mode, "dtype": dtype, "batch": batch, "optimizer": sgd}
+                for mode, sgd in itertools.product(modes, optimizers)
+            ]
+            if out_of_time():
+                results["not_run"] += [{**key, "why": "out of time"} for key in keys]
+                continue
+            network = Network(name, backend, compiled, dtype, batch, args)
+            for key in keys:
+                rows.append(Row(network, key))
+                measure(rows[-1])
+        for _ in range(args.rounds - 1):
+            for row in rows[others:]:
+                if not out_of_time():
+                    measure(row)
     bench_common.write(args.output, results)
     plot(results["rows"], str(args.output).removesuffix(".json") + ".png")
     print(*summary(results["rows"]), sep="\n")

@@ -50,7 +50,7 @@ def cost_table(results: Mapping[str, Any], spec: ReportSpec) -> str:
             cells = [
                 describe(case),
                 spec.row(name).label,
-                f"{row['milliseconds']:.2f} ± {row['repeat_spread'] / 2:.1%}",
+                step_time(row),
             ]
             cells += [f"{row['images_per_second']:,.0f}", f"{row['peak_memory_gib']:.2f}"]
             cells.append(f"{over(row, bare):+.1%}" if bare and name != BARE else "–")
@@ -61,6 +61,12 @@ def cost_table(results: Mapping[str, Any], spec: ReportSpec) -> str:
         "memory over it, GiB",
     ]  # fmt: skip
     return markdown_table(head, body)
+
+
+def step_time(row: Row) -> str:
+    """Milliseconds of a step, and half their range over rounds, if there were several."""
+    spread = row["repeat_spread"]
+    return f"{row['milliseconds']:.2f}" + ("" if spread is None else f" ± {spread / 2:.1%}")
 
 
 def over(row: Row, other: Row) -> float:
@@ -83,9 +89,7 @@ def cost_sentences(results: Mapping[str, Any], fastest: bool = False) -> list[st
     for case, group in both.items():
         clamp, scaling = group[CLAMP], group[SCALING]
         gap = scaling["milliseconds"] - clamp["milliseconds"]
-        noise = (
-            clamp["repeat_spread"] * clamp["milliseconds"] + scaling["repeat_spread"] * scaling["milliseconds"]
-        ) / 2
+        noise = sum((row["repeat_spread"] or 0) * row["milliseconds"] for row in (clamp, scaling)) / 2
         word = "equal within the spread of repeats" if abs(gap) <= noise else "cheaper" if gap > 0 else "dearer"
         verdict = "clamping and layer scaling are" if word.startswith("equal") else "clamping is"
         than = "" if word.startswith("equal") else " than layer scaling"
@@ -108,8 +112,8 @@ def render_cost(results: Mapping[str, Any], spec: ReportSpec) -> str:
             f"# Cost of error compensation: ResNet-50, 224 px, {results['device']}",
             cost_table(results, spec),
             "\n".join(f"- {sentence}." for sentence in sentences) or missing,
-            "A step is forward and backward, and the optimizer's where the setting says so. ± is half the spread of "
-            "repeats.",
+            "A step is forward and backward, and the optimizer's where the setting says so. ± is half the range over "
+            "rounds, if there were several.",
             f"torch {results['torch']}, triton {results['triton']}, commit {results['commit']}; `{results['command']}`",
         ]
     ) + "\n"  # fmt: skip

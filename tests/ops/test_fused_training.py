@@ -44,7 +44,7 @@ def test_the_sample_loop_and_torch_draw_the_same_curve():
 def test_resnet50_learns_the_same_in_200_steps(monkeypatch):
     """Within 1e-3 for 20 steps, and never farther from float64 than thrice what PyTorch's own float32 has been, + 1e-3.
 
-    Training from scratch amplifies rounding: PyTorch's backend in float32 leaves its own float64 curve by more than 1e-3
+    Training from scratch amplifies rounding: PyTorch's backend in float32 leaves its own float64 curve by over 1e-3
     within 50 steps, at any learning rate that learns, so that no two programs can agree over 200.
     """
     pytest.importorskip("triton")
