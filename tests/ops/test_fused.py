@@ -17,7 +17,9 @@ if not torch.cuda.is_available():
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
 
+from onlinenorm.ops.fused import operators, single_read
 from onlinenorm.ops.fused.kernels.forward import apply_kernel
+from onlinenorm.ops.spec import NormSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu" and "Interpreted" not in type(apply_kernel).__name__:
@@ -218,6 +220,24 @@ def assert_compiled_equals_eager(compiler, channels, dtype, tolerance):
 
 def test_compiled_without_graph_breaks_equals_eager():
     assert_compiled_equals_eager("aot_eager", 8, torch.float32, 1e-4)
+
+
+@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
+def test_operators_keep_what_their_schemas_and_fakes_promise(guard):
+    """On a GPU the single-read path too, where it takes the tensor."""
+    x, residual, grad = next(batches((3, 64, 5, 5), torch.bfloat16 if DEVICE.type == "cuda" else torch.float32))
+    spec = NormSpec(error_compensation=guard)
+    once, parameters = single_read.suits(x, spec), (torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE))
+    mean, var, u, v = (torch.full((64,), float(k == 1), device=DEVICE) for k in range(4))
+    state, constants = (mean, var), spec.as_arguments()
+    inputs = (x, residual, *parameters, *state, once, True, *constants, 1)
+    y, tables, kept = operators.fused_forward(x, residual, *parameters, mean.clone(), var.clone(), *inputs[6:])
+    back = (grad, None, x, None if once else y, *parameters, tables, kept, u, v, True, once, True, *constants, 1)
+    evaluated = (x, residual, *parameters, *state, True, *constants)
+    checks = ("test_schema", "test_faketensor")
+    for operator, arguments in (("forward", inputs), ("backward", back), ("evaluate", evaluated)):
+        overload = getattr(operators, f"fused_{operator}")
+        assert set(torch.library.opcheck(overload, arguments, test_utils=checks).values()) == {"SUCCESS"}
 
 
 @pytest.mark.gpu

@@ -1,9 +1,12 @@
 """Single-read CUDA kernels: the cut into tiles, the run-time compiler, and races on the GPU."""
 
 import copy
+import ctypes
 import itertools
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from onlinenorm import OnlineNorm2d
-from onlinenorm.ops.fused import driver, single_read, two_pass
+from onlinenorm.ops.fused import driver, messages, single_read, two_pass
 from onlinenorm.ops.spec import NormSpec
 
 TUNINGS = [row[-1] for row in single_read.TUNINGS]
@@ -47,6 +50,54 @@ def test_cuda_compiles_without_a_gpu(direction):
     assert code[:4] == b"\x7fELF" and b"online_norm" in code
     with pytest.raises(RuntimeError, match="NVRTC failed"):
         driver.compile_source("not CUDA", "sm_90", ())
+
+
+def test_parameters_are_laid_out_as_the_kernels_read_them():
+    source = (single_read.SOURCES / "common.cu").read_text()
+    body = re.sub(r"//.*", "", source.partition("struct Params {")[2].partition("};")[0])
+    declared = [name for line in body.split(";") for name in re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", line.strip())]
+    assert declared == [name for name, *_ in single_read.Params._fields_ if name != "padding"]
+    assert ctypes.sizeof(single_read.Params) % 64 == 0
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_launch_passes_every_tensor(residual, monkeypatch):
+    """Forward with everything around the kernel as on a GPU, but for the GPU."""
+    launched = []
+
+    class Recorder:
+        def allow_shared_memory(self, size):
+            assert size <= 232_448
+
+        def blocks_per_multiprocessor(self, threads, shared_memory):
+            return 1
+
+        def launch(self, blocks, threads, shared_memory, stream, params):
+            launched.append((blocks, stream, single_read.Params.from_buffer_copy(params)))
+
+    gpu = SimpleNamespace(shared_memory_per_block_optin=232_448, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(single_read, "_kernel", lambda *arguments: Recorder())
+    monkeypatch.setattr(single_read, "tensor_map", lambda address, *cut: address.to_bytes(8, "little") * 16)
+    single_read._plan.cache_clear()
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 5, 64, 30, 30).bfloat16())
+    mean, var, weight, bias = torch.rand(4, 64)
+    spec, extra = NormSpec(alpha_fwd=0.75), other if residual else None
+    y, tables, mask = single_read.forward(x, extra, weight, bias, mean, var, spec, True)
+    single_read._plan.cache_clear()
+    messages._chunks.clear()
+    ((blocks, stream, params),) = launched
+    for name, tensor in {"out": y, "state": tables, "first": mean, "weight": weight, "bias": bias}.items():
+        assert getattr(params, name) == tensor.data_ptr(), name
+    assert params.mask == (mask.data_ptr() if residual else None) and params.out_residual is None
+    assert bytes(params)[:8] == x.data_ptr().to_bytes(8, "little")
+    assert bytes(params)[128:136] == (other.data_ptr() if residual else 0).to_bytes(8, "little")
+    assert (params.samples, params.channels, params.pixels, stream) == (5, 64, 900, 7)
+    assert (params.alpha_fwd, params.rest_fwd) == (0.75, 0.25) and tables.shape == (1, 6, 128)
+    assert params.tiles > 1 and blocks == params.samples * params.tiles
+    assert params.slots - params.published == 8 * 5 * 64 and params.tickets - params.slots == 8 * 5 * 64 * params.tiles
 
 
 class ThreadWithoutContext:
@@ -95,7 +146,7 @@ def test_a_new_thread_compiles_and_launches():
     layer = OnlineNorm2d(64, backend="fused", device="cuda")
     twin = copy.deepcopy(layer)
     expected = twin(x)
-    single_read._prepared.cache_clear()
+    single_read._plan.cache_clear()
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(layer, x).result(), expected)
 
@@ -112,7 +163,7 @@ def one_step(path, tensors, weight, bias, state, residual, relu, extra, spec):
         found = path.backward(*both, x, out, weight, bias, tables, None, u, v, spec, relu, residual and relu)
     names = "grad_x", "grad_residual", "grad_weight", "grad_bias"
     return {
-        "y": y, "states": tables[-1][: len(x)], "mean": mean, "var": var, "u": u, "v": v,
+        "y": y, "states": tables[-1][: len(x)].reshape(len(x), -1), "mean": mean, "var": var, "u": u, "v": v,
         **{name: t for name, t in zip(names, found, strict=True) if t is not None},
     }  # fmt: skip
 

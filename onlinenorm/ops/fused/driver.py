@@ -130,8 +130,7 @@ class Kernel:
         )
         return blocks.value
 
-    def launch(self, blocks: int, threads: int, shared_memory: int, parameters: ctypes.Structure) -> None:
-        """Queue the kernel on torch's current stream; its one argument is the structure, by value."""
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        _call("cuLaunchKernel", self._function, blocks, 1, 1, threads, 1, 1, shared_memory, stream, arguments, None)
+    def launch(self, blocks: int, threads: int, shared_memory: int, stream: int, parameters: ctypes.Structure) -> None:
+        """Queue the kernel on ``stream``; its one argument is the structure, by value."""
+        on, arguments = ctypes.c_void_p(stream), (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        _call("cuLaunchKernel", self._function, blocks, 1, 1, threads, 1, 1, shared_memory, on, arguments, None)

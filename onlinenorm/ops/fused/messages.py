@@ -29,9 +29,8 @@ _chunks: dict[tuple[int, int], _Chunk] = {}
 _lock = threading.Lock()
 
 
-def empty(size: int, device: torch.device) -> int:
-    """Address of ``size`` bytes with all bits set, for the next launch on the current stream of ``device``."""
-    stream = torch.cuda.current_stream(device).cuda_stream
+def empty(size: int, device: torch.device, stream: int) -> int:
+    """Address of ``size`` bytes with all bits set, for the next launch on ``stream``, the current one of ``device``."""
     capture = capture_of(stream) if torch.cuda.is_current_stream_capturing() else 0
     key = device.index, stream
     size = -(-size // ALIGNMENT) * ALIGNMENT

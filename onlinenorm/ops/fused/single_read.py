@@ -72,6 +72,7 @@ TUNINGS = (
 )
 
 
+@functools.cache
 def tuning_for(direction: str, residual: bool, samples: int, pixels: int) -> Tuning:
     """Row of TUNINGS for a tensor of ``samples`` images of ``pixels``."""
     for name, with_residual, rows, least, tuning in TUNINGS:
@@ -140,12 +141,35 @@ def _kernel(device: int, direction: str, defines: tuple[str, ...]) -> Kernel:
     return Kernel(compile_source(source, f"sm_{major}{minor}", defines), "online_norm")
 
 
-@functools.cache
-def _prepared(
-    device: int, direction: str, flags: tuple[tuple[str, int], ...], tuning: Tuning, pixels: int
-) -> tuple[Kernel, Tiling, int, int]:
-    """Compiled kernel, cut into tiles, shared memory in bytes, and the blocks that fill the device."""
-    values = {**dict(flags), **tuning.defines}
+@dataclass(frozen=True)
+class Launch:
+    """All of a launch but for its tensors."""
+
+    kernel: Kernel
+    blocks: int
+    threads: int
+    shared_memory: int
+    box_rows: int
+    sums: int  # messages, 8 bytes each: sums of samples
+    messages: int  # and of tiles
+    bytes: int  # of them and the tickets
+    params: bytes
+
+
+@functools.lru_cache(4096)
+def _plan(
+    device: int, direction: str, shape: tuple[int, ...], half: bool, flags: tuple[str, ...], spec: NormSpec,
+    tuning: Tuning,
+) -> Launch:  # fmt: skip
+    """The kernel compiled, cut into tiles for a shape, and its parameters as far as they are known.
+
+    ``flags`` are the names of common.cu that are 1.
+    """
+    samples, channels, height, width = shape
+    pixels, columns = height * width, channels // WIDTH
+    names = "RELU", "RESIDUAL", "EXTRA"
+    values = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", **{name: name in flags for name in names}}
+    values |= tuning.defines
     kernel = _kernel(device, direction, tuple(f"-D{name}={int(value)}" for name, value in values.items()))
     properties = torch.cuda.get_device_properties(device)
     most_rows = tuning.rows
@@ -155,7 +179,30 @@ def _prepared(
         tiling = Tiling.of(pixels, tuning.group, most_rows)
     kernel.allow_shared_memory(shared)
     resident = kernel.blocks_per_multiprocessor(tuning.threads, shared)
-    return kernel, tiling, shared, resident * properties.multi_processor_count
+    per_column = max(1, min(resident * properties.multi_processor_count // columns, tiling.items(samples)))
+    sums = samples * channels
+    words = sums * (1 + tiling.tiles) if tiling.tiles > 1 else sums
+    params = Params(
+        samples=samples,
+        channels=channels,
+        pixels=pixels,
+        tile_rows=tiling.tile_rows,
+        tiles=tiling.tiles,
+        segments=tiling.segments,
+        box_rows=tiling.box_rows,
+        boxes=tiling.boxes,
+        alpha_fwd=spec.alpha_fwd,
+        rest_fwd=1 - spec.alpha_fwd,
+        alpha_bkw=spec.alpha_bkw,
+        rest_bkw=1 - spec.alpha_bkw,
+        eps=spec.eps,
+        clamp=spec.clamp_value,
+        scale=spec.gradient_scale,
+    )
+    return Launch(
+        kernel, per_column * columns, tuning.threads, shared, tiling.box_rows, sums, words,
+        8 * words + 4 * columns, bytes(params),
+    )  # fmt: skip
 
 
 def suits(x: Tensor, spec: NormSpec) -> bool:
@@ -177,46 +224,24 @@ def _is_hopper(device: int) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _launch(direction: str, inputs: tuple[Tensor, ...], flags: dict[str, bool], spec: NormSpec, **tensors) -> None:
+def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], spec: NormSpec, **tensors) -> None:
     shaped = inputs[0]
-    samples, channels, height, width = shaped.shape
-    pixels, columns = height * width, channels // WIDTH
-    tuning = tuning_for(direction, flags["RESIDUAL"] or flags.get("EXTRA", False), samples, pixels)
-    flags = {"HALF": shaped.dtype == torch.float16, "CLAMP": spec.error_compensation == "clamp", **flags}
-    kernel, tiling, shared, capacity = _prepared(shaped.device.index, direction, tuple(flags.items()), tuning, pixels)
+    shape, device = tuple(shaped.shape), shaped.device
+    samples, channels, height, width = shape
+    tuning = tuning_for(direction, "RESIDUAL" in flags or "EXTRA" in flags, samples, height * width)
+    plan = _plan(device.index, direction, shape, shaped.dtype == torch.float16, flags, spec, tuning)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    params = Params.from_buffer_copy(plan.params)
     # Messages between blocks and tickets, empty at first: all bits set.
-    sums = samples * channels
-    slots = sums * tiling.tiles if tiling.tiles > 1 else 0
-    address = messages.empty(8 * (sums + slots) + 4 * columns, shaped.device)
-    params = Params(
-        published=address,
-        slots=address + 8 * sums,
-        tickets=address + 8 * (sums + slots),
-        samples=samples,
-        channels=channels,
-        pixels=pixels,
-        tile_rows=tiling.tile_rows,
-        tiles=tiling.tiles,
-        segments=tiling.segments,
-        box_rows=tiling.box_rows,
-        boxes=tiling.boxes,
-        alpha_fwd=spec.alpha_fwd,
-        rest_fwd=1 - spec.alpha_fwd,
-        alpha_bkw=spec.alpha_bkw,
-        rest_bkw=1 - spec.alpha_bkw,
-        eps=spec.eps,
-        clamp=spec.clamp_value,
-        scale=spec.gradient_scale,
-        **tensors,
-    )
-    for i, tensor in enumerate(inputs):
-        params.maps[i][:] = tensor_map(tensor.data_ptr(), samples * pixels, channels, tiling.box_rows, WIDTH)
-    per_column = max(1, min(capacity // columns, tiling.items(samples)))
-    kernel.launch(per_column * columns, tuning.threads, shared, params)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    params.published = address = messages.empty(plan.bytes, device, stream)
+    params.slots, params.tickets = address + 8 * plan.sums, address + 8 * plan.messages
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(params, name, tensor.data_ptr())
+    rows = samples * height * width
+    maps = b"".join([tensor_map(t.data_ptr(), rows, channels, plan.box_rows, WIDTH) for t in inputs])
+    ctypes.memmove(ctypes.addressof(params) + Params.maps.offset, maps, len(maps))
+    plan.kernel.launch(plan.blocks, plan.threads, plan.shared_memory, stream, params)
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
@@ -238,16 +263,15 @@ def forward(
     spec: NormSpec,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, table (1, N + 1, C, 2) of states, and the bits of a ReLU behind a residual; moves the state."""
+    """Output, table (1, N + 1, 2 C) of states, and the bits of a ReLU behind a residual; moves the state."""
     y = torch.empty_like(x)
-    tables = torch.empty((1, x.shape[0] + 1, x.shape[1], 2), dtype=torch.float32, device=x.device)
+    tables = torch.empty((1, x.shape[0] + 1, 2 * x.shape[1]), dtype=torch.float32, device=x.device)
     masked = relu and residual is not None
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None
-    weight, bias = _parameter(weight), _parameter(bias)
+    flags = ("RELU",) * relu + ("RESIDUAL",) * (residual is not None)
     _launch(
-        "forward", (x,) if residual is None else (x, residual), {"RELU": relu, "RESIDUAL": residual is not None}, spec,
-        out=_address(y), mask=_address(mask), weight=_address(weight), bias=_address(bias),
-        first=_address(running_mean), second=_address(running_var), state=_address(tables),
+        "forward", (x,) if residual is None else (x, residual), flags, spec, out=y, mask=mask,
+        weight=_parameter(weight), bias=_parameter(bias), first=running_mean, second=running_var, state=tables,
     )  # fmt: skip
     return y, tables, mask
 
@@ -269,12 +293,10 @@ def backward(
     grad_x = torch.empty_like(x)
     grad_residual = None if mask is None else torch.empty_like(x)
     grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
-    weight, bias = _parameter(weight), _parameter(bias)
+    flags = ("RELU",) * relu + ("RESIDUAL",) * (mask is not None) + ("EXTRA",) * (extra is not None)
     _launch(
-        "backward", (grad, x) if extra is None else (grad, x, extra),
-        {"RELU": relu, "RESIDUAL": mask is not None, "EXTRA": extra is not None}, spec, out=_address(grad_x),
-        out_residual=_address(grad_residual), mask=_address(mask), weight=_address(weight), bias=_address(bias),
-        first=_address(control_u), second=_address(control_v), state=_address(tables),
-        grad_weight=_address(grad_weight), grad_bias=_address(grad_bias),
+        "backward", (grad, x) if extra is None else (grad, x, extra), flags, spec, out=grad_x,
+        out_residual=grad_residual, mask=mask, weight=_parameter(weight), bias=_parameter(bias), first=control_u,
+        second=control_v, state=tables, grad_weight=grad_weight, grad_bias=grad_bias,
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias
