@@ -69,12 +69,14 @@ def test_findings_name_what_was_not_run_with_its_command(files, spec):
     lines = [line for line in files["."]["findings.md"].decode().splitlines() if "not run here" in line]
     assert lines == [
         f"- **{spec.studies[name].title}**: not run here: `{spec.studies[name].command}`"
-        for name in ("alpha_fwd", "alpha_bkw")
+        for name in spec.studies
+        if name not in ("fashion_mnist", "resnet50", "clamp_value", "batch_size")
     ]
+    assert lines
     nothing = study_files({}, None, spec)
     assert list(nothing) == ["."] and list(nothing["."]) == ["findings.md"]
     text = nothing["."]["findings.md"].decode()
-    assert text.count("not run here") == len(spec.studies) == 6 and "not measured here" in text
+    assert text.count("not run here") == len(spec.studies) and "not measured here" in text
 
 
 def test_the_commands_of_the_studies_are_those_of_their_experiments(root, spec):
