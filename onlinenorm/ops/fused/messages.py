@@ -1,8 +1,8 @@
 """Memory through which the blocks of a single-read kernel talk: all bits set at launch, used by one launch only.
 
-Filling it anew for every launch would cost a kernel each. Launches of one stream take consecutive pieces of a chunk
-that was filled at once. A chunk filled while a graph is captured serves that graph only, because only its replays fill
-it again.
+Filling it anew for every launch would cost a kernel each. Small launches of one stream take consecutive pieces of a
+chunk that was filled at once; a large one fills its own, which goes back as soon as it is queued. A chunk filled while a
+graph is captured serves that graph only, because only its replays fill it again.
 """
 
 import sys
@@ -15,6 +15,7 @@ from torch import Tensor
 from onlinenorm.ops.fused.driver import capture_of
 
 CHUNK = 2 * 2**20  # bytes
+LARGE = CHUNK // 2
 ALIGNMENT = 256
 
 
@@ -29,23 +30,32 @@ _chunks: dict[tuple[int, int], _Chunk] = {}
 _lock = threading.Lock()
 
 
-def empty(size: int, device: torch.device, stream: int) -> int:
-    """Address of ``size`` bytes with all bits set, for the next launch on ``stream``, the current one of ``device``."""
+def empty(size: int, device: torch.device, stream: int) -> tuple[int, Tensor]:
+    """Address of ``size`` bytes with all bits set, for the next launch on ``stream``, the current one of ``device``.
+
+    The tensor is what holds them: keep it until the launch is queued.
+    """
+    size = -(-size // ALIGNMENT) * ALIGNMENT
+    if size > LARGE:
+        memory = _filled(size, device)
+        return memory.data_ptr(), memory
     capture = capture_of(stream) if torch.cuda.is_current_stream_capturing() else 0
     key = device.index, stream
-    size = -(-size // ALIGNMENT) * ALIGNMENT
     with _lock:
         chunk = _chunks.get(key)
         if chunk is None or chunk.capture != capture or chunk.used + size > chunk.memory.nbytes:
             chunk = None  # gone before the next is taken
             _chunks.pop(key, None)
-            memory = torch.empty(max(size, CHUNK) // 8, dtype=torch.int64, device=device).fill_(-1)
-            chunk = _Chunk(memory, capture)
+            chunk = _Chunk(_filled(CHUNK, device), capture)
             if not (capture and _graph_must_own_all()):
                 _chunks[key] = chunk
         address = chunk.memory.data_ptr() + chunk.used
         chunk.used += size
-    return address
+    return address, chunk.memory
+
+
+def _filled(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size // 8, dtype=torch.int64, device=device).fill_(-1)
 
 
 def _graph_must_own_all() -> bool:

@@ -233,7 +233,8 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     stream = torch.cuda.current_stream(device).cuda_stream
     params = Params.from_buffer_copy(plan.params)
     # Messages between blocks and tickets, empty at first: all bits set.
-    params.published = address = messages.empty(plan.bytes, device, stream)
+    address, held = messages.empty(plan.bytes, device, stream)
+    params.published = address
     params.slots, params.tickets = address + 8 * plan.sums, address + 8 * plan.messages
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -242,6 +243,7 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     maps = b"".join([tensor_map(t.data_ptr(), rows, channels, plan.box_rows, WIDTH) for t in inputs])
     ctypes.memmove(ctypes.addressof(params) + Params.maps.offset, maps, len(maps))
     plan.kernel.launch(plan.blocks, plan.threads, plan.shared_memory, stream, params)
+    del held
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
