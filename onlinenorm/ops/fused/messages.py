@@ -1,8 +1,8 @@
 """Memory through which the blocks of a single-read kernel talk: all bits set at launch, used by one launch only.
 
 Filling it anew for every launch would cost a kernel each. Small launches of one stream take consecutive pieces of a
-chunk that was filled at once; a large one fills its own, which goes back as soon as it is queued. A chunk filled while a
-graph is captured serves that graph only, because only its replays fill it again.
+chunk that was filled at once; a large one fills its own, which goes back as soon as it is queued. A chunk filled while
+a graph is captured serves that graph only, because only its replays fill it again.
 """
 
 import sys
