@@ -102,7 +102,7 @@ def render(results: dict) -> str:
     lines = [
         f"# A training step of ResNet-50 at 224 px on one {results['device']}",
         "",
-        "The fastest row of each normalizer: forward and backward; ± is half the range over rounds, if several.",
+        "The fastest row of each normalizer: forward and backward; ± is half the spread of repeats, where recorded.",
         "",
         markdown_table(BEST, _best(rows)),
         "",

@@ -5,7 +5,9 @@
 
 A row is (normalizer, backend, mode, dtype, batch, with or without optimizer). All rows are measured in one process, in
 rounds that visit every row, so that drift of the GPU's clocks falls on all of them; a row's time is the median over
-rounds of medians. OnlineNorm on PyTorch's own backend, which takes minutes to compile, has its own rounds afterwards.
+rounds of medians, its spread the range from the 20th to the 80th percentile of the steps of all rounds over the median.
+Rounds after the first take the fastest rows first. OnlineNorm on PyTorch's own backend, which takes minutes to compile,
+has its own rounds afterwards.
 The step is forward + backward of the classification loss under autocast, and SGD where the row says so. Rows of one
 model share it, compiled once, and share its convolutions' tuning with those of other normalizers. The correctness gate
 runs first. Rows that ``--seconds`` leaves no time for are listed as not run.
@@ -76,7 +78,7 @@ class Row:
 
     def __init__(self, network: Network, key: dict):
         self.network, self.key = network, key
-        self.rounds: list[float] = []
+        self.rounds: list[list[float]] = []  # milliseconds of each step
         self.peak = 0.0
 
     def measure(self, repeats: int) -> None:
@@ -92,23 +94,24 @@ class Row:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0
         run = bench_common.captured(step) if self.key["mode"].endswith("graph") else step
-        times = bench_common.timed(run, network.device, repeats + 2)[2:]
-        self.rounds.append(statistics.median(times))
+        self.rounds.append(bench_common.timed(run, network.device, repeats + 2)[2:])
         if cuda:
             self.peak = max(self.peak, (torch.cuda.max_memory_allocated() - before + network.held()) / 2**30)
         del run
         network.sgd.zero_grad(set_to_none=True)
         network.sgd.state.clear()
 
+    @property
+    def milliseconds(self) -> float:
+        return statistics.median(map(statistics.median, self.rounds))
+
     def record(self) -> dict:
-        milliseconds = statistics.median(self.rounds)
-        spread = (max(self.rounds) - min(self.rounds)) / milliseconds
         return {
             **self.key,
-            "milliseconds": round(milliseconds, 3),
-            "images_per_second": round(1e3 * self.key["batch"] / milliseconds, 1),
+            "milliseconds": round(self.milliseconds, 3),
+            "images_per_second": round(1e3 * self.key["batch"] / self.milliseconds, 1),
             "peak_memory_gib": round(self.peak, 3),
-            "repeat_spread": round(spread, 4) if len(self.rounds) > 1 else None,
+            "repeat_spread": round(bench_common.spread([*itertools.chain(*self.rounds)]), 4),
         }
 
 
@@ -255,7 +258,7 @@ def main(argv=None) -> dict:
                 rows.append(Row(network, key))
                 measure(rows[-1])
         for _ in range(args.rounds - 1):
-            for row in rows[others:]:
+            for row in sorted(rows[others:], key=lambda row: row.milliseconds / row.key["batch"]):
                 if not out_of_time():
                     measure(row)
     bench_common.write(args.output, results)

@@ -1,22 +1,20 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one go: GPU tests, then both benchmarks. Results land in $OUT (default results/).
-# Usage: scripts/gpu_check.sh [quick]     quick: the two rows that decide, about five minutes
+# Everything that needs an NVIDIA GPU: tests, then norm sites and training steps; recorded in results/, or in $OUT.
+#   gpu_check.sh [quick]     quick: of the training steps the rows that decide; some ten minutes in all
+# What is stopped early leaves what it has measured. Tests that fail do not stop the rest; the exit code tells.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out="${OUT:-results}"
-python="${PYTHON:-python3}"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${OUT:-results}
+python=${PYTHON:-python3}
 export PYTHONPATH=. PYTHONUNBUFFERED=1
-deciding=(--mode compile+graph --dtype bf16 --normalizer batch online_clamp --rounds 2 --repeats 10)
-[ "${1:-}" = quick ] || deciding=()
-timeout "${TRAINING_SECONDS:-3600}" "$python" scripts/bench_training.py "${deciding[@]}" \
-    --output "$out/bench_training.json" 2>&1 | tee "$out/bench_training.log"
-trained=$?
-# Warnings stay warnings: a GPU machine may hold another torch than the pinned one.
-timeout "${TEST_SECONDS:-1200}" "$python" -m pytest tests/ops/test_fused.py tests/ops/test_fused_single_read.py tests/ops/test_fused_training.py \
-    -p no:cacheprovider --noconftest -o filterwarnings=default --durations=5 2>&1 | tee "$out/kernels_tests.log"
+rows=(--backend fused torch)
+[[ ${1:-} != quick ]] || rows=(--mode compile+graph --normalizer batch online_clamp online_layer_scaling)
+
+"$python" scripts/gpu_tests.py --output "$out/gpu_tests.json"
 tested=$?
-timeout "${SITES_SECONDS:-1200}" "$python" scripts/bench_normalizer.py \
-    --output "$out/bench_normalizer.json" 2>&1 | tee "$out/bench_normalizer.log"
-measured=$?
-echo "training $trained, tests $tested, sites $measured"
-exit $((trained || tested || measured))
+"$python" scripts/bench_normalizer.py --output "$out/bench_normalizer.json"
+sites=$?
+"$python" scripts/bench_training.py "${rows[@]}" --repeats 10 --output "$out/bench_training.json"
+steps=$?
+echo "tests $tested, sites $sites, training steps $steps"
+exit $((tested || sites || steps))

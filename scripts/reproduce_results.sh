@@ -14,12 +14,14 @@ esac
 rebuilt=$(mktemp -d) # laid out as results/
 trap 'rm -rf "$rebuilt"' EXIT
 
-cp results/bench_*.json "$rebuilt" # reports on them are written beside them
+for file in results/bench_*.json results/gpu_tests.json; do
+  [[ ! -f $file ]] || cp "$file" "$rebuilt" # reports on them are written beside them
+done
 # One process for all: most of the time goes into imports.
 MPLBACKEND=Agg PYTHONPATH=scripts "$python" - "$rebuilt" <<'END'
 import contextlib, importlib, json, os, sys
 from pathlib import Path
-import bench_data_picture, bench_report, bench_training, study, table1
+import bench_data_picture, bench_report, bench_training, gpu_tests, study, table1
 from onlinenorm.deploy.export import page
 
 rebuilt = Path(sys.argv[1])
@@ -42,8 +44,10 @@ for file in Path("results/exports").glob("*/exports.json"):
     copy.write_text(page(json.loads(file.read_text())))
 rows = json.loads((rebuilt / "bench_training.json").read_text())["rows"]
 bench_training.plot(rows, str(rebuilt / "bench_training.png"))
+if (tests := rebuilt / "gpu_tests.json").exists():
+    tests.with_suffix(".md").write_text(gpu_tests.render(json.loads(tests.read_text())))
 END
-rm "$rebuilt"/bench_*.json
+rm -f "$rebuilt"/*.json
 
 status=0
 fail() { echo "$*" >&2; status=1; }

@@ -64,7 +64,7 @@ def cost_table(results: Mapping[str, Any], spec: ReportSpec) -> str:
 
 
 def step_time(row: Row) -> str:
-    """Milliseconds of a step, and half their range over rounds, if there were several."""
+    """Milliseconds of a step, and half the spread of repeats, where it was recorded."""
     spread = row["repeat_spread"]
     return f"{row['milliseconds']:.2f}" + ("" if spread is None else f" ± {spread / 2:.1%}")
 
@@ -112,8 +112,8 @@ def render_cost(results: Mapping[str, Any], spec: ReportSpec) -> str:
             f"# Cost of error compensation: ResNet-50, 224 px, {results['device']}",
             cost_table(results, spec),
             "\n".join(f"- {sentence}." for sentence in sentences) or missing,
-            "A step is forward and backward, and the optimizer's where the setting says so. ± is half the range over "
-            "rounds, if there were several.",
+            "A step is forward and backward, and the optimizer's where the setting says so. ± is half the spread of "
+            "repeats, where recorded.",
             f"torch {results['torch']}, triton {results['triton']}, commit {results['commit']}; `{results['command']}`",
         ]
     ) + "\n"  # fmt: skip

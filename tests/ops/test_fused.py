@@ -1,15 +1,17 @@
 """Fused kernels against the float64 sample loop: on the GPU, or on the CPU through Triton's interpreter."""
 
 import copy
+import itertools
 import os
 import pickle
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from onlinenorm import OnlineNorm2d
+from onlinenorm import OnlineNorm2d, models
 
 if not torch.cuda.is_available():
     if "triton" not in sys.modules:
@@ -27,6 +29,10 @@ if DEVICE.type == "cpu" and "Interpreted" not in type(apply_kernel).__name__:
 
 STATE = ("running_mean", "running_var", "control_u", "control_v")
 LAYOUTS = {"last": torch.channels_last, "first": torch.contiguous_format}
+REAL = [
+    (3, 64, 112, 112), (9, 64, 56, 56), (5, 256, 28, 28), (33, 64, 7, 7), (7, 2048, 7, 7), (3, 100, 13, 11),
+    (1, 64, 14, 14), (40, 128, 1, 1),
+]  # fmt: skip
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 6), (2, 17, 1, 9), (5, 33, 4, 2)]
 
 
@@ -222,6 +228,25 @@ def test_compiled_without_graph_breaks_equals_eager():
     assert_compiled_equals_eager("aot_eager", 8, torch.float32, 1e-4)
 
 
+def test_resnet50_is_one_graph():
+    """Training of the whole network traced, nothing run: the compiler hands out zeros."""
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        (outputs,) = graph.graph.output_node().args
+        return lambda *_: [torch.zeros_like(node.meta["example_value"], device=DEVICE) for node in outputs]
+
+    network = models.resnet50(partial(OnlineNorm2d, backend="fused")).to(DEVICE, memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    x = torch.zeros(2, 3, 64, 64, device=DEVICE).to(memory_format=torch.channels_last)
+    assert torch.compile(network.train(), backend=compiler, fullgraph=True)(x).shape == (2, 1000)
+    (graph,) = graphs
+    calls = [node.target for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes]
+    for operator in (operators.fused_forward, operators.fused_backward):
+        assert calls.count(operator) == 53
+
+
 @pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
 def test_operators_keep_what_their_schemas_and_fakes_promise(guard):
     """On a GPU the single-read path too, where it takes the tensor."""
@@ -258,10 +283,13 @@ def test_inductor_with_folded_additions_equals_eager(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("shape", [(9, 64, 56, 56), (5, 256, 28, 28), (33, 64, 7, 7), (3, 100, 13, 11)], ids=str)
+@pytest.mark.parametrize("shape", REAL, ids=str)
 def test_real_shapes_on_the_gpu(shape, layout, dtype):
-    for guard in ("clamp", "layer_scaling", "none"):
-        assert_near_reference(shape, dtype, layout, error_compensation=guard)
+    """Stem, tail, between, ragged, one sample, one pixel; residual and ReLU take turns, as compiling is slow."""
+    turns = itertools.cycle([(True, True), (False, True), (True, False), (False, False)])
+    turns = itertools.islice(turns, REAL.index(shape) + 2 * list(LAYOUTS).index(layout), None)
+    for guard, (residual, relu) in zip(("clamp", "layer_scaling", "none"), turns, strict=False):
+        assert_near_reference(shape, dtype, layout, residual, relu, error_compensation=guard)
 
 
 @pytest.mark.gpu

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,3 +81,57 @@ def test_kernels_are_not_measured_without_a_gpu(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         kernels.main([])
     assert "need a GPU of the Hopper generation" in capsys.readouterr().err
+
+
+TESTS = '''
+import pytest
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_holds(k):
+    """What holds,
+    in one sentence.
+
+    And more.
+    """
+    print(f"apart by {k}")
+
+
+def test_fails():
+    assert 1 + 1 == 3
+
+
+@pytest.fixture
+def absent():
+    pytest.skip("one GPU")
+
+
+def test_second_gpu(absent):
+    pass
+'''
+
+
+def test_tests_on_a_gpu_are_recorded_one_by_one(script, tmp_path):
+    """In a process of its own, which is told that there is a GPU."""
+    (tmp_path / "test_all.py").write_text(TESTS)
+    told = "import torch, bench_common, gpu_tests; torch.cuda.is_available = lambda: True; "
+    told += "torch.cuda.get_device_name = lambda device: 'a GPU'; raise SystemExit(gpu_tests.main())"
+    call = [sys.executable, "-c", told, str(tmp_path / "test_all.py"), "--output", str(tmp_path / "gpu_tests.json")]
+    done = subprocess.run(call, env={**os.environ, "PYTHONPATH": SCRIPTS}, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gpu_tests.json").read_text())
+    assert results["device"] == "a GPU" and [row["outcome"] for row in results["tests"]] == [
+        "passed", "passed", "failed", "skipped",
+    ]  # fmt: skip
+    page = (tmp_path / "gpu_tests.md").read_text()
+    assert page == script("gpu_tests").render(results)
+    assert "| What holds, in one sentence. | 2 passed |" in page and "apart by 1<br>apart by 2" in page
+    assert "second gpu | 1 skipped |" in page and "Skipped: one GPU" in page
+    assert "assert (1 + 1) == 3" in page
+
+
+def test_tests_that_were_not_reached_are_recorded_as_such(script, tmp_path):
+    item = SimpleNamespace(nodeid="test_all.py::test_later", obj=lambda: None)
+    script("gpu_tests").Recorder(tmp_path / "tests.json", {}).pytest_collection_finish(SimpleNamespace(items=[item]))
+    (row,) = json.loads((tmp_path / "tests.json").read_text())["tests"]
+    assert (row["outcome"], row["summary"]) == ("not run", "")

@@ -210,7 +210,7 @@ def three_backends(channels, **arguments):
     return fused, eager, exact
 
 
-def run(layer, x, residual, grad, relu, repeats=2):
+def run(layer, x, residual, grad, relu, repeats=3):
     """Outputs, gradients and state of steps on the same input, by name; inputs in the layer's precision."""
     dtype = torch.float64 if layer.running_mean.dtype == torch.float64 else x.dtype
     x, grad = x.detach().to(dtype).requires_grad_(), grad.to(dtype)

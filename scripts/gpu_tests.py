@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""The tests that need an NVIDIA GPU, recorded one by one as they end.
+
+scripts/gpu_tests.py                                        # results/gpu_tests.json, and gpu_tests.md beside it
+scripts/gpu_tests.py tests/ops -k single_read --output /tmp/gpu_tests.json
+
+Arguments that are not its own are pytest's: files to take tests from (all that hold GPU tests otherwise), -k, -x. What
+was collected and has not ended by the time the command is stopped is recorded as not run. Exit code: pytest's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import bench_common
+import torch
+
+from onlinenorm.reporting.markdown import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = (
+    "tests/ops/test_fused.py", "tests/ops/test_fused_single_read.py", "tests/ops/test_fused_training.py",
+    "tests/training/test_cuda_graph.py", "tests/data/test_device_decode.py", "tests/deploy/test_audit.py",
+    "tests/deploy/test_predict.py",
+)  # fmt: skip
+NOT_RUN = "not run"
+
+
+class Recorder:
+    """A plugin of pytest that writes the file anew after every test."""
+
+    def __init__(self, path: Path, results: dict):
+        self.path, self.results = path, results
+        self._rows: dict[str, dict] = {}
+
+    def pytest_collection_finish(self, session) -> None:
+        for item in session.items:
+            summary = (item.obj.__doc__ or "").strip().split("\n\n")[0]
+            self._rows[item.nodeid] = {
+                "test": item.nodeid, "summary": " ".join(summary.split()), "outcome": NOT_RUN, "seconds": 0.0,
+                "printed": "",
+            }  # fmt: skip
+        self._write()
+
+    def pytest_runtest_logreport(self, report) -> None:
+        row = self._rows[report.nodeid]
+        row["seconds"] = round(row["seconds"] + report.duration, 2)
+        if report.when == "call":
+            row["printed"] = report.capstdout.strip()
+        if report.when == "call" or not report.passed:
+            row["outcome"] = report.outcome
+            if report.failed:
+                row["printed"] = str(report.longrepr)[-2000:]
+            elif report.skipped:
+                row["printed"] = str(report.longrepr[-1])
+        self._write()
+
+    def _write(self) -> None:
+        self.results["tests"] = list(self._rows.values())
+        bench_common.write(str(self.path), self.results)
+
+
+def render(results: dict) -> str:
+    """Markdown of a results file: a line a test, its variants together."""
+    groups: dict[str, list[dict]] = {}
+    for row in results["tests"]:
+        groups.setdefault(row["test"].partition("[")[0], []).append(row)
+    body, failures = [], []
+    for name, rows in groups.items():
+        outcomes = [row["outcome"] for row in rows]
+        counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+        said = dict.fromkeys(line for row in rows if row["outcome"] != "failed" for line in row["printed"].splitlines())
+        words = rows[0]["summary"] or name.rpartition("::")[2].removeprefix("test_").replace("_", " ")
+        body.append([f"`{name}`", words, counts, f"{sum(row['seconds'] for row in rows):.1f}", "<br>".join(said)])
+        failures += [row for row in rows if row["outcome"] == "failed"]
+    text = [
+        f"# Tests on one {results['device']}",
+        markdown_table(("test", "what holds", "outcome", "seconds", "printed"), body),
+        *(f"`{row['test']}` failed:\n\n```\n{row['printed']}\n```" for row in failures),
+        f"torch {results['torch']}, triton {results['triton']}, commit {results['commit']}; `{results['command']}`",
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu_tests.json")
+    options, rest = parser.parse_known_args(arguments)
+    import pytest  # of the extra "test"; rendering does without
+
+    if not torch.cuda.is_available():
+        parser.error("no GPU here: these tests need an NVIDIA GPU that torch.cuda sees")
+    results = {**bench_common.head(torch.device("cuda")), "tests": []}
+    chosen = any(not word.startswith("-") and Path(word.partition("::")[0]).exists() for word in rest)
+    # Warnings stay warnings: a GPU machine may hold another torch than the pinned one.
+    settings = ["-p", "no:cacheprovider", "-o", "filterwarnings=default", "--durations=5", "--rootdir", str(ROOT)]
+    code = pytest.main([*settings, *([] if chosen else [str(ROOT / name) for name in FILES]), *rest],
+                       plugins=[Recorder(options.output, results)])  # fmt: skip
+    options.output.with_suffix(".md").write_text(render(results), encoding="utf-8")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
