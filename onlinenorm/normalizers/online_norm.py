@@ -155,7 +155,8 @@ class OnlineNorm(nn.Module):
         if inside_backward and self._replay is not None:
             (mean, var), self._replay = self._replay, None
             return mean, var
-        if not inside_backward:
+        # A pass that will be repeated runs under hooks on what it saves; for all others two copies would be wasted.
+        if not inside_backward and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             self._replay = self.running_mean.clone(), self.running_var.clone()
         return self.running_mean, self.running_var
 

@@ -112,6 +112,7 @@ def test_activation_checkpointing_counts_a_batch_once(backend, reentrant):
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(recomputed.state_dict()[name], value, msg=name)
     torch.testing.assert_close(recomputed[0].weight.grad, plain[0].weight.grad)
+    assert plain[1]._replay is None, "statistics were copied for a pass that is not repeated"
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])

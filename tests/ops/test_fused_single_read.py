@@ -77,7 +77,7 @@ def test_a_launch_passes_every_tensor(residual, monkeypatch):
 
     gpu = SimpleNamespace(shared_memory_per_block_optin=232_448, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(single_read, "_kernel", lambda *arguments: Recorder())
     monkeypatch.setattr(single_read, "tensor_map", lambda address, *cut: address.to_bytes(8, "little") * 16)

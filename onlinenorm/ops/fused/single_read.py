@@ -230,7 +230,7 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     samples, channels, height, width = shape
     tuning = tuning_for(direction, "RESIDUAL" in flags or "EXTRA" in flags, samples, height * width)
     plan = _plan(device.index, direction, shape, shaped.dtype == torch.float16, flags, spec, tuning)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
     params = Params.from_buffer_copy(plan.params)
     # Messages between blocks and tickets, empty at first: all bits set.
     address, held = messages.empty(plan.bytes, device, stream)
