@@ -18,7 +18,8 @@ from onlinenorm.reporting.runs import Run, find_run_folders, load_runs, lookup
 from onlinenorm.reporting.spec import ReportSpec
 from onlinenorm.reporting.table import Report, build_report
 
-MAIN, BATCHES, IMAGENET_NETWORK = "fashion_mnist", "batch_size", "resnet50"
+MAIN = ("fashion_mnist", "embedded")  # the first with runs is drawn in the summary figure
+BATCHES, IMAGENET_NETWORK = "batch_size", "resnet50"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _trained(studies: Mapping[str, Study]) -> dict[str, tuple[float, int]]:
 def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, spec: ReportSpec) -> dict[str, Callable]:
     """Panels of the summary figure by title, as far as there are data."""
     panels: dict[str, Callable] = {}
-    main, batches = studies.get(MAIN), studies.get(BATCHES)
+    main, batches = next((studies[name] for name in MAIN if name in studies), None), studies.get(BATCHES)
     if main and isinstance(main.made, Report) and any(row.n for row in main.made.rows):
         panels[f"{main.made.scale_short}: a point a seed"] = lambda axis: pictures.accuracy_panel(
             axis, main.made, main.runs
