@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onlinenorm.arguments import check_choice
+from onlinenorm.normalizers.replay import Replay
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class OnlineNorm(nn.Module):
             self.register_parameter("bias", None)
         for name in ("running_mean", "running_var", "control_u", "control_v"):
             self.register_buffer(name, torch.empty(num_features, **state))
-        self._replay = None
+        self._replay = Replay()
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
@@ -147,18 +148,14 @@ class OnlineNorm(nn.Module):
         Under no_grad the batch is normalised as in training but not learned from. When activation checkpointing runs a
         layer again inside backward, it repeats the pass from the same statistics, without counting the batch twice.
         """
-        if torch.compiler.is_compiling() or (self.running_mean.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return self.running_mean, self.running_var
+        statistics = self.running_mean, self.running_var
         if not torch.is_grad_enabled():
             return self.running_mean.clone(), self.running_var.clone()
-        inside_backward = torch._C._current_graph_task_id() != -1
-        if inside_backward and self._replay is not None:
-            (mean, var), self._replay = self._replay, None
-            return mean, var
-        # A pass that will be repeated runs under hooks on what it saves; for all others two copies would be wasted.
-        if not inside_backward and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            self._replay = self.running_mean.clone(), self.running_var.clone()
-        return self.running_mean, self.running_var
+        if torch.compiler.is_compiling():
+            return statistics
+        if torch._C._current_graph_task_id() == -1:
+            return self._replay.first_pass(statistics)
+        return self._replay.repeated_pass() or statistics
 
     def _as_images(self, x: Tensor) -> Tensor:
         """(N, C), (N, C, L) or (N, C, H, W) as (N, C, H, W)."""
@@ -175,10 +172,15 @@ class OnlineNorm(nn.Module):
             )
         if not x.is_floating_point():
             raise ValueError(f"{name} takes floating point, got {x.dtype}; convert images with x.float()")
+        if x.device != self.running_mean.device:
+            raise ValueError(f"{name} is on {self.running_mean.device}, its input on {x.device}; move one with .to()")
         if self.training and x.numel() == 0:
             raise ValueError(f"{name} cannot take statistics from an empty input of shape {tuple(x.shape)}")
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"{name}: residual {tuple(residual.shape)} must have the input's shape {tuple(x.shape)}")
+        if residual is not None and (residual.shape != x.shape or residual.device != x.device):
+            raise ValueError(
+                f"{name}: residual {tuple(residual.shape)} on {residual.device}, but it must be as the input is: "
+                f"{tuple(x.shape)} on {x.device}"
+            )
 
     def _announce(self, backend: str) -> None:
         if backend not in OnlineNorm._announced:
@@ -194,7 +196,7 @@ class OnlineNorm(nn.Module):
         return super()._apply(keep_precision, recurse)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_replay": None}
+        return {**super().__getstate__(), "_replay": Replay()}
 
     def extra_repr(self) -> str:
         guard = {
@@ -218,8 +220,11 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
     derivative of the forward pass.
 
     Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order;
-    under ``torch.no_grad()`` nothing moves. Eval: the statistics are constants, gradients ordinary, nothing moves, and
-    the guard still applies (``remove_clamping`` takes the clamp away).
+    under ``torch.no_grad()`` nothing moves. Activation checkpointing counts a batch once; under torch.compile it would
+    repeat a pass from moved statistics, so keep norms out of regions that are both.
+
+    Eval: the statistics are constants, gradients ordinary, nothing moves, and the guard still applies
+    (``remove_clamping`` takes the clamp away).
 
     Args:
         num_features: channels C, at least 1.

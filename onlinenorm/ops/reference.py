@@ -197,6 +197,7 @@ class _OnlineNorm(torch.autograd.Function):
         return z
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_z):
         y, s_NC, weight, bias = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = backward(

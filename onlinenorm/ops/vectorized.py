@@ -136,13 +136,15 @@ class _OnlineNorm(torch.autograd.Function):
         # of the running mean alone, so that a pixel that is not finite stays one pixel until the next sample
         z = torch.addcmul(per_channel(shift_NC), x_NCHW - per_channel(m_NC), per_channel(scale_NC))
         if spec.error_compensation == "clamp":
-            z = z.clamp_(-spec.clamp_value, spec.clamp_value)
+            z = z.clamp(-spec.clamp_value, spec.clamp_value)  # not in place, see below
         ctx.save_for_backward(x, weight, bias, rzeta_NC, *tables)
         # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
         ctx.control_u, ctx.control_v, ctx.spec = control_u, control_v, spec
-        return z.to(x.dtype)
+        # Compiled by torch 2.11, an output that shares memory with another value gets that value's gradient: zero.
+        return z if z.dtype == x.dtype else z.to(x.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_z):
         x, weight, bias, rzeta_NC, *tables = ctx.saved_tensors
         spec, k = ctx.spec, 1 - ctx.spec.alpha_bkw

@@ -14,7 +14,8 @@ class GraphedStep:
 
     The first batch is captured, after warm-up passes that leave no trace in the module's buffers; batches like it are
     replayed, others run as they are. Gradients reach the parameters through autograd, so that hooks, data-parallel
-    wrappers and optimizers see no difference. The memory of activations stays reserved between steps.
+    wrappers and optimizers see no difference; they are the graph's own memory until the next step, so set them to None
+    between steps, as Lightning does, not to zero. The memory of activations stays reserved between steps.
 
     Args:
         module: its parameters are trained; buffers are updated in place; on a CUDA device.

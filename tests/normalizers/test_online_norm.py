@@ -96,6 +96,9 @@ def test_no_grad_in_train_mode_normalises_without_learning(backend):
         y = layer(x)
     assert_state_equal(layer.state_dict(), before)
     assert torch.equal(y, twin(x))
+    with torch.no_grad():
+        torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    assert_state_equal(layer.state_dict(), before)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -112,7 +115,27 @@ def test_activation_checkpointing_counts_a_batch_once(backend, reentrant):
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(recomputed.state_dict()[name], value, msg=name)
     torch.testing.assert_close(recomputed[0].weight.grad, plain[0].weight.grad)
-    assert plain[1]._replay is None, "statistics were copied for a pass that is not repeated"
+    assert not plain[1]._replay._passes, "statistics were copied for a pass that is not repeated"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointed_regions_repeat_their_own_passes(backend):
+    """Two views before one backward, a layer twice in a region, and a graph kept for a second backward."""
+    shared = OnlineNorm2d(3, backend=backend, alpha_fwd=0.9)
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1), shared, nn.Tanh(), nn.Conv2d(3, 3, 1), shared).double()
+    recomputed = copy.deepcopy(plain)
+    views = torch.randn(2, 4, 3, 3, 3, dtype=torch.float64).unbind()
+    found = []
+    for network, run in ((plain, plain), (recomputed, lambda x: checkpoint(recomputed, x, use_reentrant=False))):
+        inputs = [view.clone().requires_grad_() for view in views]
+        abandoned = run(views[0].clone().requires_grad_())
+        del abandoned
+        loss = sum((run(x) - 1).square().sum() for x in inputs)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found.append([x.grad for x in inputs] + [p.grad for p in network.parameters()] + list(network.buffers()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
@@ -246,6 +269,14 @@ def test_wrong_inputs_are_named(layer, x, message):
 def test_wrong_residual_is_named():
     with pytest.raises(ValueError, match="residual"):
         OnlineNorm2d(2)(torch.zeros(2, 2, 3, 3), residual=torch.zeros(2, 2, 3, 1))
+
+
+def test_tensors_on_another_device_are_told():
+    layer, x = OnlineNorm2d(3), torch.randn(2, 3, 2, 2)
+    with pytest.raises(ValueError, match=r"OnlineNorm2d is on cpu, its input on meta; move one"):
+        layer(x.to("meta"))
+    with pytest.raises(ValueError, match=r"residual \(2, 3, 2, 2\) on meta, but it must be as the input is"):
+        layer(x, residual=x.to("meta"))
 
 
 def test_backend_is_logged_once(caplog):

@@ -163,6 +163,54 @@ def test_gradients_of_any_stride():
     assert error(*found) < 1e-5
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_what_backward_needs_may_come_back_in_another_order_or_place(offset):
+    """Offloading packs what is saved as it likes; here channels first, and at an odd address."""
+
+    def unpack(packed):
+        room = packed.new_empty(packed.numel() + offset)[offset:]
+        return room.view(packed.shape).copy_(packed)
+
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    found = []
+    for unpacked in (lambda packed: packed, unpack):
+        (x, r, grad), *_ = batches((4, 64, 3, 3), dtype, steps=1)
+        layer, x = layer_of(64, "fused"), x.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpacked):
+            y = layer(x, residual=r, relu=True)
+        y.backward(grad)
+        found.append([x.grad, *(p.grad for p in layer.parameters()), layer.control_u, layer.control_v])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_gradients_are_refused():
+    (x, *_), *_ = batches((3, 5, 4, 4), torch.float32, steps=1)
+    y = layer_of(5, "fused")(x.requires_grad_())
+    (once,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
+
+
+@pytest.mark.gpu
+def test_reduce_overhead_of_inductor_equals_eager():
+    """Its graphs own their memory; messages must neither stay in it nor be lost."""
+    torch.manual_seed(0)
+    eager = Blocks("fused", 64).to(DEVICE, memory_format=torch.channels_last)
+    model = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    x = torch.randn(4, 3, 6, 6, device=DEVICE).to(memory_format=torch.channels_last)
+    for _ in range(5):
+        for run in (eager, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                loss = run(x).square().sum()
+            loss.backward()
+    for name, value in eager.named_buffers():
+        assert error(dict(model.named_buffers())[name], value) <= 3e-2, name
+
+
 @pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
 def test_evaluation_is_the_torch_backends_and_moves_nothing(guard):
     layers = [layer_of(5, backend, error_compensation=guard).eval() for backend in ("fused", "torch")]

@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import random
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -98,6 +99,54 @@ def test_a_launch_passes_every_tensor(residual, monkeypatch):
     assert (params.alpha_fwd, params.rest_fwd) == (0.75, 0.25) and tables.shape == (1, 6, 128)
     assert params.tiles > 1 and blocks == params.samples * params.tiles
     assert params.slots - params.published == 8 * 5 * 64 and params.tickets - params.slots == 8 * 5 * 64 * params.tiles
+
+
+@pytest.mark.parametrize(
+    ("capability", "known", "target"),
+    [
+        ((9, 0), [80, 90, 100], "sm_90"),
+        ((10, 3), [90, 100, 120], "sm_100"),  # code of an older minor version runs on a newer one
+        ((10, 0), [90, 103], None),
+        ((12, 1), [100, 120, 121], "sm_121"),
+    ],
+)
+def test_the_target_is_the_newest_that_device_and_compiler_know(capability, known, target, monkeypatch):
+    class Compiler:
+        def nvrtcGetNumSupportedArchs(self, count):
+            count._obj.value = len(known)
+
+        def nvrtcGetSupportedArchs(self, archs):
+            archs[:] = known
+
+    monkeypatch.setattr(driver, "_nvrtc", Compiler)
+    assert driver.architecture(*capability) == target
+
+
+def test_the_compiler_that_comes_with_torch_knows_hopper(monkeypatch):
+    if torch.version.cuda is None:
+        pytest.skip("torch without CUDA carries no NVRTC")
+    assert driver.architecture(9, 0) == "sm_90" and driver.architecture(19, 9) is None
+
+    def missing():
+        raise RuntimeError("libnvrtc not found")
+
+    monkeypatch.setattr(driver, "_nvrtc", missing)
+    assert driver.architecture(9, 0) is None
+
+
+def test_no_chunk_of_messages_outlives_a_run_of_inductors_graphs(monkeypatch):
+    """Their pool refuses it. Other streams, and large launches, are served as ever."""
+    here = torch.device("cpu", 0)
+    manager = SimpleNamespace(stream=SimpleNamespace(cuda_stream=7))
+    trees = SimpleNamespace(get_manager=lambda index, create_if_none_exists: manager)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(messages, "_chunks", {})
+    address, memory = messages.empty(1000, here, 7)
+    assert memory.nbytes == 1024 and address == memory.data_ptr() and (memory == -1).all() and not messages._chunks
+    addresses = [messages.empty(1000, here, 8)[0] for _ in range(2)]
+    assert addresses[1] - addresses[0] == 1024 and list(messages._chunks) == [(0, 8)]
+    assert messages.empty(messages.LARGE + 1, here, 8)[1].nbytes > messages.LARGE and list(messages._chunks) == [(0, 8)]
 
 
 class ThreadWithoutContext:

@@ -58,6 +58,22 @@ def _use_primary_context() -> None:
     _driver().cuCtxSetCurrent(context)
 
 
+def architecture(major: int, minor: int) -> str | None:
+    """What to compile for a device of this capability: the newest of its generation that it and the compiler know.
+
+    None where the compiler knows none, or is not there.
+    """
+    try:
+        nvrtc, count = _nvrtc(), ctypes.c_int()
+    except RuntimeError:
+        return None
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    known = (ctypes.c_int * count.value)()
+    nvrtc.nvrtcGetSupportedArchs(known)
+    fitting = [number for number in known if number // 10 == major and number % 10 <= minor]
+    return f"sm_{max(fitting)}" if fitting else None
+
+
 def compile_source(source: str, architecture: str, options: tuple[str, ...]) -> bytes:
     """Machine code of ``source`` for an architecture such as "sm_90".
 

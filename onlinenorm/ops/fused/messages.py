@@ -2,7 +2,8 @@
 
 Filling it anew for every launch would cost a kernel each. Small launches of one stream take consecutive pieces of a
 chunk that was filled at once; a large one fills its own, which goes back as soon as it is queued. A chunk filled while
-a graph is captured serves that graph only, because only its replays fill it again.
+a graph is captured serves that graph only, because only its replays fill it again; where Inductor makes the graphs
+(mode="reduce-overhead"), no chunk may outlive a run, so that every launch fills its own.
 """
 
 import sys
@@ -46,9 +47,10 @@ def empty(size: int, device: torch.device, stream: int) -> tuple[int, Tensor]:
         if chunk is None or chunk.capture != capture or chunk.used + size > chunk.memory.nbytes:
             chunk = None  # gone before the next is taken
             _chunks.pop(key, None)
-            chunk = _Chunk(_filled(CHUNK, device), capture)
-            if not (capture and _graph_must_own_all()):
-                _chunks[key] = chunk
+            if _inductor_makes_graphs_on(device, stream):
+                memory = _filled(size, device)
+                return memory.data_ptr(), memory
+            _chunks[key] = chunk = _Chunk(_filled(CHUNK, device), capture)
         address = chunk.memory.data_ptr() + chunk.used
         chunk.used += size
     return address, chunk.memory
@@ -58,10 +60,16 @@ def _filled(size: int, device: torch.device) -> Tensor:
     return torch.empty(size // 8, dtype=torch.int64, device=device).fill_(-1)
 
 
-def _graph_must_own_all() -> bool:
-    """Whether Inductor captures the graph: it refuses memory that lives on in the graph's pool, as a chunk would."""
+def _inductor_makes_graphs_on(device: torch.device, stream: int) -> bool:
+    """Whether ``stream`` is that of Inductor's CUDA-graph trees, in warm-up as in capture.
+
+    Either refuses memory that lives on in its pool, as a chunk would.
+    """
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is None:
         return False
-    manager = trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)
-    return manager is not None and manager.path_state == trees.ExecutionState.RECORDING
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+    except AssertionError:  # torch 2.11, in a thread that has compiled nothing
+        return False
+    return manager is not None and manager.stream.cuda_stream == stream

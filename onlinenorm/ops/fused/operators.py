@@ -140,6 +140,8 @@ def fused_backward(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
         gradient_scale, processes,
     )  # fmt: skip
+    if once:  # hooks on saved tensors, such as save_on_cpu, may have given x back in another order
+        x = x.contiguous(memory_format=torch.channels_last)
     grad, extra, state = like(grad, x), like(extra, x), (control_u, control_v)
     with torch.cuda.device_of(x):
         if once:
@@ -214,6 +216,7 @@ class OnlineNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, out, weight, bias, tables, kept = ctx.saved_tensors
         masked = ctx.has_residual and ctx.relu

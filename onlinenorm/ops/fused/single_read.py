@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onlinenorm.ops.fused import messages
-from onlinenorm.ops.fused.driver import Kernel, compile_source, tensor_map
+from onlinenorm.ops.fused.driver import Kernel, architecture, compile_source, tensor_map
 from onlinenorm.ops.spec import NormSpec
 
 WIDTH = 64  # channels a block, as in common.cu
@@ -137,8 +137,8 @@ def _even(rows: int) -> int:
 @functools.cache
 def _kernel(device: int, direction: str, defines: tuple[str, ...]) -> Kernel:
     source = (SOURCES / "common.cu").read_text() + (SOURCES / f"{direction}.cu").read_text()
-    major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(compile_source(source, f"sm_{major}{minor}", defines), "online_norm")
+    target = architecture(*torch.cuda.get_device_capability(device))
+    return Kernel(compile_source(source, target, defines), "online_norm")
 
 
 @dataclass(frozen=True)
@@ -215,16 +215,27 @@ def suits(x: Tensor, spec: NormSpec) -> bool:
         and spec.error_compensation != "layer_scaling"
         and 1 - spec.alpha_fwd >= SMALLEST_REST
         and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
-        and _is_hopper(x.device.index)
+        and serves(x.device.index)
     )
 
 
 @torch.compiler.assume_constant_result
-def _is_hopper(device: int) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+def serves(device: int) -> bool:
+    """Whether the kernels run on a device: Hopper or later, which have a copy engine, and known to the compiler."""
+    return _serves(device)
+
+
+@functools.cache
+def _serves(device: int) -> bool:
+    if torch.version.cuda is None:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (9, 0) and architecture(*capability) is not None
 
 
 def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], spec: NormSpec, **tensors) -> None:
+    # The copy engine reads from multiples of 16 bytes only.
+    inputs = tuple([t if t.data_ptr() % 16 == 0 else t.clone() for t in inputs])
     shaped = inputs[0]
     shape, device = tuple(shaped.shape), shaped.device
     samples, channels, height, width = shape
