@@ -2,8 +2,9 @@
 # The CUDA libraries come with torch's wheels; the base image adds the container settings that expose the driver.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
 
+# gcc and Python's headers: Triton builds its launchers, torch.compile its wrappers.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends git python3 python3-venv \
+ && apt-get install -y --no-install-recommends gcc git libc6-dev python3 python3-dev python3-venv \
  && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /onlinenorm

@@ -129,6 +129,14 @@ def spread(times: list[float]) -> float:
     return (fifths[3] - fifths[0]) / statistics.median(times)
 
 
+def check_device(parser, args) -> None:
+    """Ends with usage where what is recorded from a GPU would be written over, or no GPU is there to measure."""
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here: these figures are of an NVIDIA GPU; --device cpu --output FILE tries the script out")
+    if args.device == "cpu" and args.output == parser.get_default("output"):
+        parser.error(f"--device cpu would write over {args.output}; name another file with --output")
+
+
 def head(device: torch.device) -> dict:
     """Where, with what and by which command a benchmark ran."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
@@ -137,7 +145,8 @@ def head(device: torch.device) -> dict:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": os.environ.get("GIT_COMMIT") or commit.stdout.strip() or "unknown",
-        "command": "python " + shlex.join(sys.argv),
+        # without the folders of this machine
+        "command": "python " + shlex.join(Path(word).name if word.startswith("/") else word for word in sys.argv),
     }
 
 

@@ -110,30 +110,45 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
     return 2 * source.numel() * source.itemsize / (1e-3 * statistics.median(times))
 
 
+LOOKS = {  # provider: legend, colour, marker
+    "fused": ("OnlineNorm + clamp, fused", "#0072B2", "o"),
+    "batch:compile": ("BatchNorm, compiled", "#009E73", "s"),
+    "batch": ("BatchNorm, eager", "#009E73", "x"),
+    "torch": ("OnlineNorm + clamp, PyTorch", "#7F7F7F", "+"),
+}
+
+
 def plot(results: dict, path: str) -> None:
-    """Share of copy bandwidth by site, a line a provider."""
+    """Share of copy bandwidth by site, largest first, a mark a provider."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     batches = sorted({row["batch"] for row in results["rows"]}, reverse=True)
-    figure, axes = plt.subplots(len(batches), 2, figsize=(13, 4.6 * len(batches)), sharey=True, squeeze=False)
-    panels = [(batch, direction) for batch in batches for direction in ("forward", "backward")]
-    for ax, (batch, direction) in zip(axes.flat, panels, strict=True):
-        for name in dict.fromkeys(row["provider"] for row in results["rows"]):
-            rows = [row for row in results["rows"] if row["provider"] == name and row["batch"] == batch]
-            rows.sort(key=lambda row: -row["forward"]["bytes"])
-            labels = [f"{r['channels']}x{r['side']}²{'+res' * r['residual']}{'+relu' * r['relu']}" for r in rows]
-            ax.plot(labels, [100 * row[direction]["share"] for row in rows], marker="o", label=name)
-        ax.set(title=f"{direction}, batch {batch}", ylabel="% of copy bandwidth on bytes read once")
-        ax.tick_params(axis="x", rotation=70, labelsize=7)
-        ax.grid(alpha=0.3)
-        ax.set_ylim(0, 100)
+    sites = len({(row["channels"], row["side"], row["residual"], row["relu"]) for row in results["rows"]})
+    size = (12, len(batches) * (0.28 * sites + 1.1) + 1)
+    figure, axes = plt.subplots(len(batches), 2, figsize=size, sharex=True, sharey="row", squeeze=False)
+    for across, batch in zip(axes, batches, strict=True):
+        for ax, direction in zip(across, ("forward", "backward"), strict=True):
+            for name in dict.fromkeys(row["provider"] for row in results["rows"]):
+                rows = [row for row in results["rows"] if row["provider"] == name and row["batch"] == batch]
+                rows.sort(key=lambda row: row["forward"]["bytes"])
+                labels = [f"{r['channels']} x {r['side']}²{', residual' * r['residual']}" for r in rows]
+                label, colour, marker = LOOKS.get(name, (name, "black", "d"))
+                shares = [100 * row[direction]["share"] for row in rows]
+                ax.plot(shares, labels, marker, color=colour, label=label, markersize=6)
+            ax.set_title(f"{direction}, batch {batch}", fontsize=11)
+            ax.grid(alpha=0.3)
+            ax.set_xlim(0, 100)
+            ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("% of copy bandwidth, every tensor counted once")
     handles, names = axes[-1, 0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.suptitle(f"Norm sites of ResNet-50, {results['dtype']}, {results['device']}")
+    figure.tight_layout(rect=(0, 0.035, 1, 0.99))
     figure.legend(handles, names, loc="lower center", ncols=len(names), frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
@@ -144,9 +159,10 @@ def main(argv=None) -> dict:
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--provider", nargs="+", default=["batch", "batch:compile", "fused", "torch"])
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", default="results/bench_normalizer.json", help="the picture lands beside it")
     args = parser.parse_args(argv)
+    bench_common.check_device(parser, args)
     device = torch.device(args.device)
     if device.type == "cuda":
         bench_common.gate(device, "fused")

@@ -48,9 +48,9 @@ def _over(row: dict | None, rival: dict | None, key: str) -> str:
     return f"{row[key] / rival[key]:.3f}" if row and rival else "not run"
 
 
-def _best(rows: list[dict]) -> list[list[str]]:
-    """The fastest row of each normalizer and batch size, without the optimizer; ratios to BatchNorm's fastest."""
-    lines = []
+def _best(rows: list[dict], dtype: str) -> list[list[str]]:
+    """Each normalizer's fastest row in ``dtype`` a batch size, without the optimizer; ratios to BatchNorm's fastest."""
+    lines, rows = [], [row for row in rows if row["dtype"] == dtype]
     for batch in sorted({row["batch"] for row in rows}, reverse=True):
         rivals = {
             optimizer: _fastest(rows, batch=batch, normalizer="batch", optimizer=optimizer) for optimizer in (0, 1)
@@ -102,10 +102,12 @@ def render(results: dict) -> str:
     lines = [
         f"# A training step of ResNet-50 at 224 px on one {results['device']}",
         "",
-        "The fastest row of each normalizer: forward and backward; ± is half the spread of repeats, where recorded.",
+        "Forward and backward, the fastest row of each normalizer; ± is half the spread of repeats, where recorded.",
         "",
-        markdown_table(BEST, _best(rows)),
-        "",
+    ]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        lines += [f"In {dtype}:", "", markdown_table(BEST, _best(rows, dtype)), ""]
+    lines += [
         "All rows:",
         "",
         markdown_table(ALL, _all(rows)),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Puts recorded results into the README: a block names a Markdown file and receives its first table, or its whole text.
 
-<!-- table: results/quickstart/table1.md -->
+<!-- table: results/study/quickstart/table1.md -->
 ...
 <!-- end -->
 <!-- text: results/study/findings.md -->

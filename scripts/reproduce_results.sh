@@ -42,8 +42,8 @@ for file in Path("results/exports").glob("*/exports.json"):
     copy = rebuilt / file.relative_to("results").with_suffix(".md")
     copy.parent.mkdir(parents=True)
     copy.write_text(page(json.loads(file.read_text())))
-rows = json.loads((rebuilt / "bench_training.json").read_text())["rows"]
-bench_training.plot(rows, str(rebuilt / "bench_training.png"))
+steps = json.loads((rebuilt / "bench_training.json").read_text())
+bench_training.plot(steps["rows"], str(rebuilt / "bench_training.png"), steps["device"])
 if (tests := rebuilt / "gpu_tests.json").exists():
     tests.with_suffix(".md").write_text(gpu_tests.render(json.loads(tests.read_text())))
 END

@@ -119,7 +119,7 @@ def test_tables_and_figures_that_are_not_what_the_data_give_are_found(tmp_path):
     (tmp_path / "README.md").write_text(f"# Title\n\n{block}")
     study = tmp_path / "results" / "study"
     run = study / "own" / "runs" / "batch" / "seed0"
-    shutil.copytree(ROOT / "results/quickstart/runs/batch/seed0", run)
+    shutil.copytree(ROOT / "results/study/quickstart/runs/batch/seed0", run)
 
     def reproduce(*arguments):
         script = str(tmp_path / "scripts" / "reproduce_results.sh")
@@ -129,7 +129,7 @@ def test_tables_and_figures_that_are_not_what_the_data_give_are_found(tmp_path):
     rebuilt = reproduce()
     assert rebuilt.returncode == 0, rebuilt.stdout + rebuilt.stderr
     readme = (tmp_path / "README.md").read_text()
-    assert "**own** ([table](results/study/own/table1.md)" in readme and "](results/study/overview.png)" not in readme
+    assert "**own** ([table](results/study/own/table1.md)" in readme and "](results/study/overview.png)" in readme
     (study / "own" / "table1.md").write_text((study / "own" / "table1.md").read_text().replace("BatchNorm", "BestNorm"))
     (study / "own" / "curves.png").unlink()
     (study / "by_hand.md").write_text("# 99.9 %\n")

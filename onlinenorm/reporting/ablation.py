@@ -90,7 +90,8 @@ def build_ablation(runs: Sequence[Run], spec: ReportSpec) -> Ablation:
             taken.setdefault(key, set()).add(value)
     if not taken:
         raise ReportError(
-            "no folder is named <key>=<value>: an ablation needs runs of scripts/sweep.py with a key of several values"
+            "no folder is named <key>=<value>: an ablation needs runs of scripts/sweep.py with a key of several "
+            "values; normalizers and seeds are compared by scripts/table1.py"
         )
     key = max(taken, key=lambda name: (len(taken[name]), name))
     others = sorted(name for name in taken if name != key)

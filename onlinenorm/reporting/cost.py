@@ -9,6 +9,7 @@ from onlinenorm.reporting.spec import ReportSpec
 BARE, CLAMP, SCALING = "online_none", "online_clamp", "online_layer_scaling"
 ORDER = (BARE, CLAMP, SCALING, "batch")
 IMAGENET_IMAGES = 1_281_167
+TRAINABLE = ("bf16", "fp32")  # train.py refuses fp16, whose changing loss scale the control state would keep
 EPOCHS = 100
 Row = Mapping[str, Any]
 Case = tuple[int, str, str, str, bool]  # batch, backend of the OnlineNorm rows, mode, dtype, with optimizer
@@ -124,18 +125,26 @@ def imagenet_table(results: Mapping[str, Any], trained: Mapping[str, tuple[float
 
     `trained` maps a normalizer to (images/s, batch) of a whole training run of the same network and image size.
     """
-    batches = sorted({row["batch"] for row in results["rows"]})
+    rows = [row for row in results["rows"] if row["dtype"] in TRAINABLE]
+    batches = sorted({row["batch"] for row in rows})
     body = []
     for name, published in spec.rows.items():
-        cells = [published.label, f"`python train.py experiment=table1 normalizer={name} data.root=IMAGENET`"]
+        fastest = []
         for batch in batches:
-            mine = [row for row in results["rows"] if (row["normalizer"], row["batch"]) == (name, batch)]
+            mine = [row for row in rows if (row["normalizer"], row["batch"]) == (name, batch)]
             mine = [row for row in mine if row.get("optimizer", results.get("optimizer"))] or mine
-            cells.append(hours(max(row["images_per_second"] for row in mine)) if mine else "not measured")
-        cells.append(f"{hours(trained[name][0])}, batch {trained[name][1]}" if name in trained else "not run here")
+            fastest.append(max(mine, key=lambda row: row["images_per_second"], default=None))
+        command = f"python train.py experiment=table1 normalizer={name} data.root=IMAGENET"
+        mode = next((row["mode"] for row in fastest if row), "")
+        command += " model.compile=true" * ("compile" in mode) + " trainer.cuda_graph=true" * ("graph" in mode)
+        cells = [published.label, f"`{command}`"]
+        cells += [hours(row["images_per_second"]) if row else "not measured" for row in fastest]
+        if trained:
+            cells.append(f"{hours(trained[name][0])}, batch {trained[name][1]}" if name in trained else "not run here")
         body.append([*cells, "not run here"])
     head = ["ImageNet, 100 epochs", "command", *(f"GPU hours by steps of {batch}" for batch in batches)]
-    return markdown_table([*head, "GPU hours by the training run at 224 px", "best val accuracy, best val loss"], body)
+    head += ["GPU hours by the training run at 224 px"] * bool(trained)
+    return markdown_table([*head, "best val accuracy, best val loss"], body)
 
 
 def hours(images_per_second: float) -> str:
@@ -151,11 +160,11 @@ def render_imagenet(results: Mapping[str, Any], trained: Mapping[str, tuple[floa
             "# ImageNet: not run here",
             imagenet_table(results, trained, spec),
             f"Hours on one {results['device']} for {millions:.1f} million training images. Steps are those of "
-            "`results/bench_training.json`, the fastest setting recorded, with the optimizer where such rows are: "
-            "no input pipeline, no validation. The other column is the whole training run above, its images in GPU "
-            "memory. Decoding JPEG fast enough is in neither: `scripts/check.py` tells before a run. The commands "
-            "train with batches of 32; `recipe.batch_size=256` follows the same path by the recipe's rule, in "
-            "larger steps.",
+            "`results/bench_training.json` in the precision that training uses, the fastest setting recorded, with the "
+            "optimizer where such rows are: no input pipeline, no validation."
+            + " The other column is the whole training run above, its images in GPU memory." * bool(trained)
+            + " Decoding JPEG fast enough is not in them: `scripts/check.py` tells before a run. The commands train "
+            "with batches of 32; `recipe.batch_size=256` follows the same path by the recipe's rule, in larger steps.",
             expectations(),
         ]
     ) + "\n"  # fmt: skip

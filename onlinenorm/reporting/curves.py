@@ -58,7 +58,8 @@ def draw_curves(runs: Sequence[Run], report: Report, narrow: bool = False) -> by
                 for part in split:
                     _draw_row(axis, mine, f"{part}_{kind}", _FACTOR[kind], row.colour, part == "train", place, crowded)
             _dress(axis, runs, split, kind, report.milestones, start)
-        label = textwrap.fill(report.scale_label, 52 if narrow else 115)
+        label = "\n(".join(report.scale_label.rsplit(" (", 1))
+        label = textwrap.fill(report.scale_label, 52) if narrow else label
         figure.suptitle(f"{report.title}: training curves\n{label}", fontsize=11 if narrow else 13, fontweight="bold")
         figure.legend(handles=entries, loc="outside lower center", ncols=legend_columns, frameon=False)
         buffer = io.BytesIO()

@@ -188,11 +188,8 @@ def render_findings(
 ) -> str:
     """The findings as a Markdown list, a line a study; `picture` is the file name of the figure, if there is one."""
     lines = []
-    for name in [*spec.studies, *(name for name in found if name not in spec.studies)]:
+    for name in sorted(found, key=lambda name: [*spec.studies, *found].index(name)):
         title = spec.studies[name].title if name in spec.studies else name
-        if name not in found:
-            lines.append(f"**{title}**: not run here: `{spec.studies[name].command}`")
-            continue
         made, runs, pooled = found[name]
         if isinstance(made, Ablation):
             link = f"[table]({name}/ablation.md)"
@@ -205,6 +202,8 @@ def render_findings(
     clamps = [line for line in (removal_line(studies), course_line(studies)) if line]
     lines += clamps
     lines.append(f"**Cost of error compensation**: {cost_line(results)}")
+    missing = [study for name, study in spec.studies.items() if name not in found]
+    lines += [f"**{study.title}**: not run here: `{study.command}`" for study in missing]
     parts = ["\n".join(f"- {line}" for line in lines)]
     if picture:
         parts.append(f"![Accuracy by normalizer, clamped fraction over training, batch sizes, cost]({picture})")

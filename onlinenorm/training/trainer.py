@@ -76,7 +76,7 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         # overflows, before u and v have been told; the same precision for all normalizers, so that rows compare.
         raise ConfigError(
             "trainer.precision: 16-mixed scales the loss by a changing factor and lets steps overflow, which "
-            "OnlineNorm's control state would keep; use bf16-mixed, as fast and without a loss scale, or 32-true"
+            "OnlineNorm's control state would keep; use bf16-mixed, which needs no loss scale, or 32-true"
         )
     if settings["strategy"] == "auto" and settings["devices"] * settings["num_nodes"] > 1:
         settings["strategy"] = "ddp"

@@ -32,7 +32,8 @@ NORMALIZERS = {
     "batch": {"_target_": "torch.nn.BatchNorm2d", "eps": 1e-5, "momentum": 0.1},
 }
 PUBLISHED_RECIPE = {
-    "epochs": 100, "batch_size": 32, "lr": 0.1, "momentum": 0.9, "scaling": "horizon", "schedule": "step",
+    "epochs": 100, "batch_size": 32, "base_batch_size": 256, "lr": 0.1, "momentum": 0.9,
+    "scaling": "horizon", "schedule": "step",
     "milestones": [30, 60, 80, 90], "lr_factor": 0.1, "weight_decay": 1e-4, "decay_norm_weight": True,
     "decay_norm_bias": False, "decay_bias": True, "augmentation": "random_resized_crop", "evaluation": "center_crop",
 }  # fmt: skip

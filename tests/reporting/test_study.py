@@ -169,13 +169,17 @@ def test_hours_of_imagenet_follow_from_rates(spec):
     text = cost.imagenet_table(benchmark("batch", "online_clamp"), {"batch": (1000.0, 256)}, spec)
     clamp, scaling, batch = text.splitlines()[2:]
     assert "| 4.4 h (8,000 images/s) |" in clamp  # 128,116,700 / 8000 / 3600
-    assert "normalizer=online_clamp data.root=IMAGENET`" in clamp and clamp.endswith("| not run here | not run here |")
+    settings = "data.root=IMAGENET model.compile=true trainer.cuda_graph=true"
+    assert f"normalizer=online_clamp {settings}`" in clamp and clamp.endswith("| not run here | not run here |")
     assert scaling.count("not measured") == 2 and "35.6 h (1,000 images/s), batch 256" in batch
     with_optimizer = benchmark("batch")
     with_optimizer["rows"].append(
         {**with_optimizer["rows"][0], "batch": 256, "images_per_second": 500.0, "optimizer": True}
     )
     assert "71.2 h (500 images/s)" in cost.imagenet_table(with_optimizer, {}, spec)
+    half = benchmark("batch")
+    half["rows"].append({**half["rows"][0], "dtype": "fp16", "images_per_second": 1e6})
+    assert cost.imagenet_table(half, {}, spec) == cost.imagenet_table(benchmark("batch"), {}, spec), "no fp16 training"
 
 
 def test_runs_that_ended_before_they_began_are_not_passed_over(tmp_path, spec):
