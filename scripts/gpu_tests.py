@@ -2,13 +2,15 @@
 """The tests that need an NVIDIA GPU, recorded one by one as they end.
 
 scripts/gpu_tests.py                                        # results/gpu_tests.json, and gpu_tests.md beside it
-scripts/gpu_tests.py tests/ops -k single_read --output /tmp/gpu_tests.json
+scripts/gpu_tests.py tests/ops -k single_read --output some.json
+scripts/gpu_tests.py tests/ops -k "not single_read" --after some.json     # and keeps what that call recorded
 
 Arguments that are not its own are pytest's: files to take tests from (all that hold GPU tests otherwise), -k, -x. What
 was collected and has not ended by the time the command is stopped is recorded as not run. Exit code: pytest's.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -31,7 +33,7 @@ class Recorder:
 
     def __init__(self, path: Path, results: dict):
         self.path, self.results = path, results
-        self._rows: dict[str, dict] = {}
+        self._rows = {row["test"]: row for row in results["tests"]}
 
     def pytest_collection_finish(self, session) -> None:
         for item in session.items:
@@ -85,12 +87,18 @@ def render(results: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu_tests.json")
+    parser.add_argument("--after", type=Path, metavar="JSON", help="a record of this commit and GPU to add to")
     options, rest = parser.parse_known_args(arguments)
     import pytest  # of the extra "test"; rendering does without
 
     if not torch.cuda.is_available():
         parser.error("no GPU here: these tests need an NVIDIA GPU that torch.cuda sees")
     results = {**bench_common.head(torch.device("cuda")), "tests": []}
+    if options.after:
+        former = json.loads(options.after.read_text(encoding="utf-8"))
+        if differing := [key for key in ("device", "torch", "triton", "commit") if former[key] != results[key]]:
+            parser.error(f"--after: {options.after} has another {', '.join(differing)}; record all tests anew")
+        results |= {"tests": former["tests"], "command": f"{former['command']}; {results['command']}"}
     chosen = any(not word.startswith("-") and Path(word.partition("::")[0]).exists() for word in rest)
     # Warnings stay warnings: a GPU machine may hold another torch than the pinned one.
     settings = ["-p", "no:cacheprovider", "-o", "filterwarnings=default", "--durations=5", "--rootdir", str(ROOT)]

@@ -25,13 +25,13 @@ def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec) -> list[s
     judged = {name: group for name, group in groups.items() if any(c.verdict.difference for c in group)}
     if judged:
         margins = {c.metric: c.margin for group in judged.values() for c in group}
-        allowed = " and ".join(
-            f"{text.difference(value, metric).lstrip('+').rstrip('0').rstrip('.')} "
-            f"{'points' if text.is_accuracy(metric) else 'nats'}"
-            for metric, value in margins.items()
-        )
+        allowed = []
+        for metric, value in margins.items():
+            number = text.difference(value, metric).lstrip("+").rstrip("0").rstrip(".")
+            unit = "point" + "s" * (number != "1") if text.is_accuracy(metric) else "nats"
+            allowed.append(f"{number} {unit}")
         told = "; ".join(f"{name}: {', '.join(map(_verdict, group))}" for name, group in judged.items())
-        lines.append(f"Verdicts by the margins fixed before the runs ({allowed}): {told}.")
+        lines.append(f"Verdicts by the margins fixed before the runs ({' and '.join(allowed)}): {told}.")
     else:
         rates = [f"{_rate(row, runs)} ({row.label})" for row in report.rows if row.n]
         lines.append(f"One seed a row gives no verdict ({INCONCLUSIVE}). Training ran at {', '.join(rates)} images/s.")

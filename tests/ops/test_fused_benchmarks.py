@@ -128,10 +128,16 @@ def test_tests_on_a_gpu_are_recorded_one_by_one(script, tmp_path):
     assert "| What holds, in one sentence. | 2 passed |" in page and "apart by 1<br>apart by 2" in page
     assert "second gpu | 1 skipped |" in page and "Skipped: one GPU" in page
     assert "assert (1 + 1) == 3" in page
+    again = [*call[:3], *call[3:4], "-k", "second", "--after", call[-1], "--output", str(tmp_path / "both.json")]
+    assert subprocess.run(again, env={**os.environ, "PYTHONPATH": SCRIPTS}, capture_output=True).returncode == 0
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert [row["outcome"] for row in both["tests"]] == [row["outcome"] for row in results["tests"]]
+    assert both["command"].startswith(results["command"] + "; ")
 
 
 def test_tests_that_were_not_reached_are_recorded_as_such(script, tmp_path):
     item = SimpleNamespace(nodeid="test_all.py::test_later", obj=lambda: None)
-    script("gpu_tests").Recorder(tmp_path / "tests.json", {}).pytest_collection_finish(SimpleNamespace(items=[item]))
+    recorder = script("gpu_tests").Recorder(tmp_path / "tests.json", {"tests": []})
+    recorder.pytest_collection_finish(SimpleNamespace(items=[item]))
     (row,) = json.loads((tmp_path / "tests.json").read_text())["tests"]
     assert (row["outcome"], row["summary"]) == ("not run", "")

@@ -90,7 +90,7 @@ def test_margins_are_told_as_they_were_fixed(tmp_path, spec):
         for seed in range(2):
             write_run(tmp_path / "own" / "runs", name, seed)
     text = study_files(load_studies(tmp_path, read_yaml, spec), None, spec)["."]["findings.md"].decode()
-    assert "Verdicts by the margins fixed before the runs (1 points and 0.03 nats): " in text
+    assert "Verdicts by the margins fixed before the runs (1 point and 0.03 nats): " in text
 
 
 def test_removal_that_changes_something_is_told(tmp_path, spec):
