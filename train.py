@@ -44,13 +44,13 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         if folder.leader:
             print(finish.summary(results, path))
         return results
-    with prefixed("data", config["data"]):
+    with prefixed("recipe", config["recipe"]), prefixed("data", config["data"]):
         views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
         data = build(config, "data", batch_size=recipe.batch_size, seed=seed, **views)
         data.prepare_data()
         data.setup("fit")
     with StopSignals() as stop, folder.held(), quiet_lightning():
-        checkpoint, position = resumable(folder.checkpoints)
+        checkpoint, position = resumable(folder.checkpoints, config, data.fingerprint)
         pl.seed_everything(seed, workers=False, verbose=False)  # before the network: all normalizers share its weights
         sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
         with prefixed("normalizer", config["normalizer"]):
@@ -62,7 +62,11 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
         resumed = folder.record_start(config, trainer.world_size, position)
         try:
-            with prefixed("recipe", config["recipe"]), prefixed("data", config["data"]):
+            with (
+                prefixed("normalizer", config["normalizer"]),
+                prefixed("recipe", config["recipe"]),
+                prefixed("data", config["data"]),
+            ):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             clamping, arrays = finish.final_validation(trainer, module, data)
         finally:

@@ -32,12 +32,14 @@ try:
 
     from onlinenorm.data import ImageDataModule
     from onlinenorm.data.datasets import FolderDataset
+    from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
     from onlinenorm.reporting.runs import Run
     from onlinenorm.reporting.settings import departures
     from onlinenorm.reporting.spec import parse_spec
-    from onlinenorm.training.config_check import build, check_config
+    from onlinenorm.training.config_check import build, check_config, prefixed
     from onlinenorm.training.errors import ConfigError, RunError
     from onlinenorm.training.recipe import build_optimizer
+    from onlinenorm.training.run_folder import RunFolder
     from onlinenorm.training.trainer import quiet_lightning, resolve
     from train import load_config
 except ModuleNotFoundError:
@@ -66,11 +68,17 @@ def check(overrides: list[str], seconds: float, limit: float | None) -> Iterator
     data.prepare_data()
     data.setup()
     yield check_data(data)
+    processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+    accumulate = config["trainer"]["accumulate_grad_batches"]
+    with prefixed("recipe", config["recipe"]), prefixed("data", config["data"]):
+        GlobalBatchSampler(data.train_images, recipe.batch_size, 0, 0, processes, accumulate)
+        ValidationSampler(data.val_images, data.val_batch_size or 2, 0, processes)
     torch.manual_seed(config["seed"])
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     network = build(config, "model", normalizer=normalizer, **sizes)
     names = config["choices"]
     folder = Path(config["run_dir"] or Path("runs", names["experiment"], names["normalizer"], f"seed{config['seed']}"))
+    RunFolder(folder, leader=False).check_config(config)
     yield check_disk(folder, network, recipe)
     classifier = build(config, "classifier", network=network, recipe=recipe)
     step = check_step(classifier, data, recipe, config["trainer"], seconds)
@@ -164,7 +172,8 @@ def check_step(classifier, data: ImageDataModule, recipe, trainer: dict[str, Any
     except torch.OutOfMemoryError:
         text = (
             f"a batch of {batch} does not fit into the GPU's {_gpu_memory(device):.0f} GiB; "
-            "trainer.accumulate_grad_batches=2 halves it and leaves the result the same"
+            "trainer.accumulate_grad_batches=2 halves it and leaves the result the same, but for BatchNorm, whose "
+            "statistics are then of the halves"
         )
         return _finding("step", FAIL, text, **figures)
     median = sorted(times or [first])[len(times) // 2]

@@ -101,6 +101,8 @@ def plan(overrides: list[str], runs: Path) -> list[Row]:
         names = config["choices"]
         between = [",".join(values).replace("/", "_")] if values else []
         folder = Path(runs, names["experiment"], *between, names["normalizer"], f"seed{config['seed']}")
+        # of the trainer only train.py knows what it resolves to, on the machine where it runs
+        RunFolder(folder, leader=False).check_config(config, ignored=("trainer",))
         epochs, devices = config["recipe"]["epochs"], config["trainer"]["devices"]
         rows.append(Row(tuple(job), folder, names["normalizer"], epochs, devices))
     doubled = [str(folder) for folder, count in Counter(row.folder for row in rows).items() if count > 1]

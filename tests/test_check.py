@@ -117,3 +117,12 @@ def test_too_little_memory_is_told(findings, script, monkeypatch):
     code, found = findings(*SYNTHETIC)
     assert code == 1 and "does not fit" in found["step"]["text"] and "accumulate_grad_batches" in found["step"]["text"]
     assert "speed" not in found
+
+
+def test_what_would_end_the_run_at_once_is_told(script, capsys, tmp_path):
+    arguments = [*SYNTHETIC, "--seconds", "0.2"]
+    assert script.main([f"run_dir={tmp_path / 'run'}", "trainer.accumulate_grad_batches=3", *arguments]) == 2
+    assert "does not divide by 1 processes x 3 accumulated batches" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert script.main([f"run_dir={tmp_path / 'file'}", *arguments]) == 2
+    assert "is a file, not a folder" in capsys.readouterr().err

@@ -45,7 +45,10 @@ def call(folder, *arguments):
         ("recipe.milestones=[200]", r"^recipe.milestones: 200 lies past the last epoch \(100\)"),
         ("recipe.epochs=many", r"^recipe.epochs: 'many' is not a whole number$"),
         ("trainer.foo.bar=1", r"^trainer.foo.bar: no such key"),
-        ("experiment=null", r"^experiment: None is not one of its options; there are batch_size, fashion_mnist"),
+        (
+            "experiment=null",
+            r"^experiment: None is not one of its options; there are batch_size, embedded",
+        ),
         ("~normalizer", r"^normalizer: is missing"),
         ("recipe.batch_size=[", r"recipe.batch_size=\[.*overrides are key=value"),
         ("normalizer._target_=os.system", r"^normalizer._target_: 'os.system' is refused"),

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import logging
 import os
 import sys
@@ -292,11 +293,25 @@ class ImageDataModule(pl.LightningDataModule):
             return
         self.unreadable.append(path)
         log.warning("skipped: %s", cause)
+        self._check_limit(split, f"{cause}.")
+
+    def agree_on_unreadable(self) -> None:
+        """Make the list that of all processes, by rank, and hold it against the limit; every process calls this."""
+        if self._process()[1] == 1 or self.on_unreadable == "raise":
+            return
+        lists: list[Any] = [None] * self._process()[1]
+        torch.distributed.all_gather_object(lists, self.unreadable)
+        self.unreadable = list(dict.fromkeys(itertools.chain(*lists)))
+        for split in ("train", "val"):
+            self._check_limit(split, f"{[p for p in self.unreadable if p.startswith(split)][-1:]}.")
+
+    def _check_limit(self, split: str, last: str) -> None:
         count = sum(p.startswith(f"{split}/") for p in self.unreadable)
-        if count > self.unreadable_limit * len(dataset):
+        images = len(self._sets[0 if split == "train" else 1])
+        if count > self.unreadable_limit * images:
             raise UnreadableImageError(
-                f"unreadable_limit: {count} of {len(dataset)} images in {split}/ cannot be decoded, more than the "
-                f"allowed fraction {self.unreadable_limit:g}; the last is {cause}. Repair the dataset, or raise "
+                f"unreadable_limit: {count} of {images} images in {split}/ cannot be decoded, more than the allowed "
+                f"fraction {self.unreadable_limit:g}; the last is {last} Repair the dataset, or raise "
                 "data.unreadable_limit."
             )
 

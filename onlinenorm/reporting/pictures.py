@@ -151,7 +151,8 @@ def _coloured(runs: Sequence[Run]) -> list[tuple[Run, str, Any]]:
     """(run, clamp value, colour), a colour a clamp value."""
     values = sorted({value_of(run, CLAMP_KEY) for run in runs}, key=lambda v: number(v) or 0.0)
     colours = ["#0072B2"] if len(values) == 1 else plt.get_cmap("plasma")(np.linspace(0, 0.85, len(values)))
-    return [(run, value_of(run, CLAMP_KEY), colours[values.index(value_of(run, CLAMP_KEY))]) for run in runs]
+    found = [(run, value_of(run, CLAMP_KEY)) for run in runs]
+    return [(run, v, colours[values.index(v)]) for run, v in sorted(found, key=lambda pair: values.index(pair[1]))]
 
 
 def fraction_panel(axis: Axes, runs: Sequence[Run]) -> None:
@@ -180,7 +181,7 @@ def fraction_panel(axis: Axes, runs: Sequence[Run]) -> None:
     axis.set_ylabel("clamped fraction of activations")
     _epochs(axis, runs)
     if labelled:
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
 
 
 def largest_panel(axis: Axes, runs: Sequence[Run]) -> None:

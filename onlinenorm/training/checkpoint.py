@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from onlinenorm.training.errors import RunError
+from onlinenorm.training.errors import ConfigError, RunError
+from onlinenorm.training.run_folder import CONFIG, changed_keys
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # What a run continues from; a checkpoint of an older version or of another program may lack some of it.
@@ -25,13 +27,19 @@ def verify(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        EOFError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the last: flags it cannot serve
         return f"{type(error).__name__}: {error}"
     return f"record {damaged} does not match its checksum" if damaged else ""
 
 
 def write(state: dict[str, Any], path: Path) -> None:
-    """Replaces `path` by a verified file with `state`; the last.ckpt that was there becomes previous.ckpt.
+    """Replaces `path` by a verified file with `state`; a whole last.ckpt that was there becomes previous.ckpt.
 
     At any moment, also of a power cut, last.ckpt or previous.ckpt is whole. Raises RunError when the disk is full.
     """
@@ -54,7 +62,7 @@ def write(state: dict[str, Any], path: Path) -> None:
             f"{path}: could not be saved ({error}). Free some space and run the same command again: "
             f"it continues from {path.parent}, which still holds the last good checkpoint"
         ) from error
-    if path.name == LAST and path.exists():
+    if path.name == LAST and path.exists() and not verify(path):
         os.replace(path, path.with_name(PREVIOUS))
     os.replace(partial, path)
     _sync_folder(path.parent)
@@ -87,10 +95,13 @@ def read(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is no checkpoint ({(str(error).splitlines() or [''])[0]})") from error
 
 
-def resumable(folder: Path) -> tuple[Path | None, dict[str, int] | None]:
+def resumable(
+    folder: Path, config: dict[str, Any] | None = None, fingerprint: str | None = None
+) -> tuple[Path | None, dict[str, int] | None]:
     """(checkpoint to continue from, its position), or (None, None) where there is none; reports unusable ones.
 
-    Raises RunError when there are checkpoints and none can be used: starting over is for the user to say.
+    Raises RunError when there are checkpoints and none can be used: starting over is for the user to say; ConfigError
+    when the one to continue from belongs to another configuration or to other images, where these are given.
     """
     unusable = []
     for name in (LAST, PREVIOUS):
@@ -103,6 +114,7 @@ def resumable(folder: Path) -> tuple[Path | None, dict[str, int] | None]:
             except RunError as error:
                 unusable.append(str(error))
                 continue
+            _check_kinship(path, content, config, fingerprint)
             for line in unusable:
                 print(f"{line}: continuing from {path}", file=sys.stderr)
             return path, content["position"]
@@ -112,6 +124,16 @@ def resumable(folder: Path) -> tuple[Path | None, dict[str, int] | None]:
             "or choose another run_dir"
         )
     return None, None
+
+
+def _check_kinship(path: Path, content: dict[str, Any], config: dict[str, Any] | None, fingerprint: str | None) -> None:
+    if config is not None and (changes := changed_keys(content.get("config", config), config)):
+        raise ConfigError(f"run_dir: {path} is a checkpoint of another configuration:\n  " + "\n  ".join(changes))
+    if fingerprint is not None and content.get("fingerprint", fingerprint) != fingerprint:
+        raise ConfigError(
+            f"data.root: holds other images than those that {path} was trained on; give back the former ones, or "
+            "choose another run_dir= to start over"
+        )
 
 
 class VerifiedIO(CheckpointIO):
@@ -187,9 +209,10 @@ class Checkpoints(Checkpoint):
             self.stop.leave(epoch, step)
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        _, top1, _, images = module.reduced(module.val_sums)
+        loss, top1, _, images = module.reduced(module.val_sums)
         top1 = top1 / max(images, 1.0)
         module.assert_finite()
+        module.assert_finite_validation(loss)
         if top1 > self.best_top1:
             self.best_top1 = top1
             if trainer.is_global_zero:
@@ -202,6 +225,7 @@ class Checkpoints(Checkpoint):
     def save(self, trainer, epoch: int, step: int) -> None:
         """Writes last.ckpt, unless the weights or the loss have stopped being finite."""
         trainer.lightning_module.assert_finite()
+        trainer.datamodule.agree_on_unreadable()
         self._position = (epoch, step)
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
 
@@ -210,6 +234,8 @@ class Checkpoints(Checkpoint):
         del checkpoint["loops"]
         checkpoint["position"] = {"epoch": epoch, "step": step, "global_step": trainer.global_step}
         checkpoint["best_top1"] = self.best_top1
+        checkpoint["config"] = yaml.safe_load((self.folder.parent / CONFIG).read_text(encoding="utf-8"))
+        checkpoint["fingerprint"] = trainer.datamodule.fingerprint
 
     def on_load_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         self.best_top1 = checkpoint["best_top1"]

@@ -107,8 +107,8 @@ def check_config(config: dict[str, Any]) -> None:
         if key in PROVIDED:
             _check_node(key, value)
     seed = config.get("seed")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed: {seed!r} is not a whole number of at least 0")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed: {seed!r} is not a whole number from 0 to {2**32 - 1}")
 
 
 def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:

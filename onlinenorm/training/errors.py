@@ -37,6 +37,9 @@ def told():
         print(error, file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
     except torch.OutOfMemoryError as error:
-        advice = "try trainer.accumulate_grad_batches=2: the same run, its batches in smaller parts"
+        advice = (
+            "try trainer.accumulate_grad_batches=2: the same run, its batches in smaller parts (but for BatchNorm, "
+            "whose statistics are then of the parts)"
+        )
         print(f"{str(error).splitlines()[0]}\nThe GPU's memory is too small for this batch; {advice}", file=sys.stderr)
         sys.exit(1)

@@ -46,6 +46,7 @@ def validate(trainer: pl.Trainer, module: ImageClassifier, data: pl.LightningDat
     distinct = len(np.unique(table_3N[0]))
     assert distinct == table_3N.shape[1] == data.val_images, "every validation image once"
     loss, top1, top5, images = module.reduced(module.val_sums)
+    module.assert_finite_validation(loss)
     images = max(images, 1.0)
     figures = {"val_loss": loss / images, "val_top1": top1 / images, "val_top5": top5 / images}
     return figures | dict(zip(("index", "label", "prediction"), table_3N, strict=True))
@@ -85,6 +86,7 @@ def build_results(
     """The content of results.json, apart from files: accuracies are fractions, losses nats, epochs count from 1."""
     rows = log.rows
     last = rows[-1]
+    data.agree_on_unreadable()
     by_loss = min(rows, key=lambda row: row["val_loss"])
     by_top1 = max(rows, key=lambda row: row["val_top1"])
     return {
@@ -112,7 +114,7 @@ def write_results(folder: Path, results: dict[str, Any], arrays: dict[str, np.nd
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     write_atomically(folder / "predictions.npz", content.getvalue())
-    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 def summary(results: dict[str, Any], folder: Path) -> str:

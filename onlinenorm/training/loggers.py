@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from onlinenorm.training.launch import is_leader
 from onlinenorm.training.run_folder import write_atomically
 
 
@@ -34,6 +35,8 @@ def wandb_logger(
         project, entity, tags: where and how the run is listed.
         mode: "auto" is online where a key is found (WANDB_API_KEY or netrc), else offline.
     """
+    if not is_leader():
+        return []
     identity = folder / "wandb_id"
     if not identity.exists():
         folder.mkdir(parents=True, exist_ok=True)

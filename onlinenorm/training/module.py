@@ -1,6 +1,8 @@
 """The LightningModule: what one step of training and one batch of validation do."""
 
+import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -93,12 +95,20 @@ class ImageClassifier(pl.LightningModule):
             bad_step = self.trainer.strategy.reduce(bad_step, reduce_op="max")
         if (step := int(bad_step)) >= 0:
             what = "the loss" if int(self.bad_step) >= 0 else "a weight or statistic of the network"
-            lr = self.optimizers().param_groups[0]["lr"]
-            raise RunError(
-                f"{what} became NaN or infinite at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
-                "The last good checkpoint is kept. To go on, start over in another run_dir with a lower recipe.lr, "
-                "with trainer.precision=32-true, or with a normalizer that limits activations (normalizer=online_clamp)"
-            )
+            self._refuse(what, step)
+
+    def assert_finite_validation(self, loss: float) -> None:
+        """Raises RunError where the validation loss, already that of all processes, is not finite."""
+        if not math.isfinite(loss):
+            self._refuse("the validation loss", self.global_step)
+
+    def _refuse(self, what: str, step: int) -> NoReturn:
+        lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.optimizers().param_groups[0]["lr"]
+        raise RunError(
+            f"{what} became NaN or infinite at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
+            "The last good checkpoint is kept. To go on, start over in another run_dir with a lower recipe.lr, "
+            "with trainer.precision=32-true, or with a normalizer that limits activations (normalizer=online_clamp)"
+        )
 
     def on_validation_epoch_start(self) -> None:
         average_statistics(self.network)  # where each process has a stream of its own: all validate one network

@@ -26,7 +26,9 @@ MAY_CHANGE = (
     "choices.logger",
     "data.on_device",
     "data.num_workers",
+    "data.on_unreadable",
     "data.root",
+    "data.unreadable_limit",
     "logger",
     "run_dir",
     "trainer.accumulate_grad_batches",
@@ -38,7 +40,7 @@ MAY_CHANGE = (
 )
 
 
-FAILED = "failed.txt"
+CONFIG, FAILED = "config.yaml", "failed.txt"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -91,7 +93,10 @@ class RunFolder:
         if not self.leader:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"run_dir: {self.path} cannot be made ({error.strerror}); choose another run_dir=") from None
         with open(self.path / ".lock", "a+") as lock:
             try:
                 # lockf, unlike flock, is not passed on to loader workers, which may outlive a killed run by seconds
@@ -125,13 +130,19 @@ class RunFolder:
         path = self.path / "results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def check_config(self, config: dict[str, Any]) -> None:
-        """Raises ConfigError, naming the keys, where the folder holds progress of a run with another configuration."""
-        path = self.path / "config.yaml"
+    def check_config(self, config: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
+        """Raises ConfigError, naming the keys, where the folder holds progress of a run with another configuration.
+
+        The parts of the configuration in `ignored` are not compared.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run_dir: {self.path} is a file, not a folder; choose another run_dir=")
+        path = self.path / CONFIG
         progress = [self.path / "results.json", *self.checkpoints.glob("*.ckpt")]
         if not path.exists() or not any(file.exists() for file in progress):
             return
-        if changes := changed_keys(yaml.safe_load(path.read_text(encoding="utf-8")), config):
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if changes := changed_keys(*({k: v for k, v in c.items() if k not in ignored} for c in (old, config))):
             raise ConfigError(
                 f"run_dir: {self.path} holds a run with another configuration:\n  "
                 + "\n  ".join(changes)
@@ -146,7 +157,7 @@ class RunFolder:
         time = datetime.now(UTC).isoformat(timespec="seconds")
         starts.append({"time": time, "host": platform.node(), "world_size": world_size, "resumed_from": resumed_from})
         if self.leader:
-            write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            write_atomically(self.path / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             write_atomically(path, json.dumps({**now, "starts": starts}, indent=2) + "\n")
         return sum(start["resumed_from"] is not None for start in starts)
 

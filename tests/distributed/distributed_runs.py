@@ -2,8 +2,12 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+
+from onlinenorm.data import FashionMNIST
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from tests_training import TINY, load_train_module, rows
@@ -37,3 +41,16 @@ def distance(found: Path, expected: Path) -> float:
 def curve(folder: Path, *columns: str) -> torch.Tensor:
     """Columns of metrics.csv."""
     return torch.tensor([[float(row[column]) for column in columns] for row in rows(folder)], dtype=torch.float64)
+
+
+def agree(rank: int, limit: float) -> list[str]:
+    """Unreadable images of both processes, after each has met one of its own and one that both have met."""
+    data = FashionMNIST(
+        embedded=True, limit_train=10, limit_val=10, batch_size=2, on_unreadable="skip", unreadable_limit=limit
+    )
+    data.setup("fit")
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    data.unreadable = ["train/shared", f"val/{rank}"]
+    data.agree_on_unreadable()
+    return data.unreadable

@@ -5,7 +5,7 @@ import json
 import process_groups
 import pytest
 import torch
-from distributed_runs import THIRTY_STEPS, curve, distance, train
+from distributed_runs import THIRTY_STEPS, agree, curve, distance, train
 
 NORMALIZERS = {
     "online_clamp": ("normalizer=online_clamp", "normalizer.clamp_value=2"),
@@ -69,3 +69,13 @@ def test_local_statistics_are_one_network_when_validated(finished):
     results = json.loads((folder / "results.json").read_text())
     assert results["clamping"]["with"]["val_loss"] == pytest.approx(results["last"]["val_loss"], abs=1e-12)
     assert distance(folder, finished(1, "normalizer=online_clamp")) > 1e-4, "another run than with global statistics"
+
+
+def test_unreadable_images_are_those_of_all_processes():
+    assert process_groups.run(2, agree, 0.2) == [["train/shared", "val/0", "val/1"]] * 2
+
+
+def test_the_limit_of_unreadable_images_is_one_for_all_processes():
+    found = process_groups.finish(process_groups.start(2, agree, 0.15))
+    assert [error[0] for _, error in found] == ["UnreadableImageError"] * 2
+    assert "2 of 10 images in val/ cannot be decoded" in found[0][1][1]

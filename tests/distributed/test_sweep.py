@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from distributed_runs import TINY
 from tests_training import ROOT, load_train_module
 
@@ -97,6 +98,18 @@ def test_nothing_starts_where_one_row_cannot_be_meant(matrix, tmp_path, argument
     with pytest.raises(ConfigError, match=re.escape(message)):
         matrix(*arguments)
     assert not (tmp_path / "runs").exists()
+
+
+def test_folders_of_another_configuration_are_not_called_done(matrix, sweep, tmp_path):
+    """All but the trainer is compared: what it resolves to is known only on the machine that trains."""
+    (row,) = sweep.plan([*TINY, "normalizer=batch"], tmp_path / "runs")
+    config = load_train_module().load_config(list(row.overrides))
+    row.folder.mkdir(parents=True)
+    (row.folder / "config.yaml").write_text(yaml.safe_dump(config | {"trainer": {"accelerator": "gpu"}}))
+    (row.folder / "results.json").write_text("{}")
+    assert matrix("normalizer=batch") == 0
+    with pytest.raises(ConfigError, match=r"another configuration:\n  recipe.lr: 0.1 -> 0.7"):
+        matrix("normalizer=batch", "recipe.lr=0.7")
 
 
 def test_a_failure_does_not_stop_the_others_and_only_what_is_missing_is_run(matrix, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 
 from onlinenorm.training import checkpoint
-from onlinenorm.training.errors import RunError
+from onlinenorm.training.errors import ConfigError, RunError
 from onlinenorm.training.trainer import quiet_lightning
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_another_version_is_told_and_not_continued(folder, capsy
 def test_all_that_is_required_is_what_a_run_saves(run, tmp_path):
     run(tmp_path, "normalizer=batch", "recipe.epochs=1", "recipe.milestones=[]")
     saved = set(checkpoint.read(tmp_path / "checkpoints" / "last.ckpt"))
-    assert saved - checkpoint.REQUIRED == {"epoch", "global_step", "lr_schedulers"}
+    assert saved - checkpoint.REQUIRED == {"config", "epoch", "fingerprint", "global_step", "lr_schedulers"}
 
 
 def test_loop_state_has_every_counter_of_lightnings_loop():
@@ -128,3 +128,32 @@ def test_loop_state_has_every_counter_of_lightnings_loop():
     assert moved["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"] == 34
     between = checkpoint.loop_state(fresh, accumulate=1, steps=10, epoch=3, step=0, global_step=30)
     assert set(between["epoch_progress"]["total"].values()) == {3}
+
+
+def test_a_damaged_one_does_not_replace_the_previous(folder):
+    (folder / "last.ckpt").write_bytes(b"damaged")
+    checkpoint.write(state(3), folder / "last.ckpt")
+    assert checkpoint.read(folder / "last.ckpt")["position"]["epoch"] == 3
+    assert checkpoint.read(folder / "previous.ckpt")["position"]["epoch"] == 1
+
+
+def test_flags_that_zip_cannot_serve_are_damage(folder):
+    """A bit of the directory that says "encrypted", or another compression."""
+    content = bytearray((folder / "last.ckpt").read_bytes())
+    for offset, value in ((8, 1), (10, 9)):
+        changed = bytearray(content)
+        changed[content.index(b"PK\x01\x02") + offset] |= value
+        (folder / "last.ckpt").write_bytes(changed)
+        assert checkpoint.verify(folder / "last.ckpt")
+        assert checkpoint.resumable(folder)[0] == folder / "previous.ckpt"
+
+
+def test_one_of_another_run_is_not_continued(folder):
+    checkpoint.write(
+        state(3) | {"config": {"seed": 1, "data": {"root": "a"}}, "fingerprint": "x"}, folder / "last.ckpt"
+    )
+    assert checkpoint.resumable(folder, {"seed": 1, "data": {"root": "b"}}, "x")[0] == folder / "last.ckpt"
+    with pytest.raises(ConfigError, match=r"is a checkpoint of another configuration:\n  seed: 1 -> 0"):
+        checkpoint.resumable(folder, {"seed": 0, "data": {"root": "a"}}, "x")
+    with pytest.raises(ConfigError, match=r"^data.root: holds other images than those that .*last.ckpt was trained on"):
+        checkpoint.resumable(folder, {"seed": 1, "data": {"root": "a"}}, "y")

@@ -41,7 +41,7 @@ def test_a_sound_configuration_passes():
         ({"trainer": {"precision": "bf16-mixd"}}, "trainer.precision: .* is not one of auto, 32-true.*bf16-mixed?"),
         ({"trainer": {"devices": "two"}}, "trainer.devices: 'two' is not a whole number or one of auto"),
         ({"normaliser": {"_target_": "x"}}, r"normaliser: no such key; did you mean normalizer\?"),
-        ({"seed": -1}, "seed: -1 is not a whole number of at least 0"),
+        ({"seed": -1}, "seed: -1 is not a whole number from 0 to 4294967295"),
         ({"data": None}, "data: is missing; name one, as in data=NAME"),
         ({"recipe": {"_target_": "os.system"}}, "recipe._target_: 'os.system' is refused"),
         ({"recipe": {"_target_": "onlinenormal.evil"}}, "'onlinenormal.evil' is refused"),

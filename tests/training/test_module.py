@@ -53,3 +53,23 @@ def test_the_first_bad_step_is_remembered():
     for loss in (1.0, float("inf"), float("nan"), 2.0):
         module._watch(torch.tensor(loss))
     assert module.bad_step == 1  # global_step is 0 without a trainer: the step being taken is 1
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_before_it_is_saved(run, tmp_path, monkeypatch):
+    """Weights still finite, training losses too: the first run keeps its first epoch, a run of one epoch has no results."""
+    from onlinenorm.training import ImageClassifier
+    from onlinenorm.training.errors import RunError
+
+    original = ImageClassifier.validation_step
+
+    def overflow(self, batch, batch_idx):
+        original(self, batch, batch_idx)
+        if self.trainer.current_epoch == last:
+            self.val_sums = self.val_sums + torch.tensor([float("nan"), 0, 0, 0], dtype=torch.float64)
+
+    monkeypatch.setattr(ImageClassifier, "validation_step", overflow)
+    last = 1
+    with pytest.raises(RunError, match=r"the validation loss became NaN or infinite at step \d+ \(epoch 2"):
+        run(tmp_path, "recipe.epochs=2", "recipe.milestones=[]")
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["position"]["epoch"] == 1 and not (tmp_path / "results.json").exists()

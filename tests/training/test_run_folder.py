@@ -110,3 +110,16 @@ def test_outside_a_repository_the_commit_is_what_the_environment_says(tmp_path, 
     assert git_state(tmp_path) == {"commit": "unknown", "dirty": None}
     monkeypatch.setenv("GIT_COMMIT", "abc123")
     assert git_state(tmp_path) == {"commit": "abc123", "dirty": None}
+
+
+def test_a_file_in_place_of_the_folder_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^run_dir: .*file is a file, not a folder"):
+        RunFolder(tmp_path / "file").check_config({})
+    with pytest.raises(RunError, match=r"^run_dir: .*cannot be made"), RunFolder(tmp_path / "file" / "below").held():
+        pass
+
+
+def test_how_unreadable_images_are_met_may_change():
+    old = {"data": {"on_unreadable": "raise", "unreadable_limit": 0.0, "limit_val": 1}}
+    assert changed_keys(old, {"data": {"on_unreadable": "skip", "unreadable_limit": 0.1, "limit_val": 1}}) == []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onlinenorm.ops import vectorized
 from onlinenorm.ops.fused import fold
+from onlinenorm.ops.fused.kernels.forward import apply_kernel
 from onlinenorm.ops.fused.operators import OnlineNormFunction, dense, fused_evaluate
 from onlinenorm.ops.spec import NormSpec
 
@@ -16,6 +17,7 @@ fold.install()
 
 __all__ = ["evaluate", "train_step"]
 
+INTERPRETED = "Interpreted" in type(apply_kernel).__name__  # by Triton, on the CPU
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,6 +39,7 @@ def train_step(
     another dtype than x is converted first.
     """
     state = running_mean, running_var, control_u, control_v
+    _check_device(x)
     if not _kernels_serve(x, running_mean):
         return vectorized.train_step(x, residual, weight, bias, *state, spec, relu)
     residual = None if residual is None else residual.to(x.dtype)
@@ -54,12 +57,18 @@ def evaluate(
     relu: bool = False,
 ) -> Tensor:
     """relu(norm(x) + residual) with frozen statistics; one kernel, or ordinary PyTorch where gradients are wanted."""
+    _check_device(x)
     inputs = (x, residual, weight, bias)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if differentiable or not _kernels_serve(x, running_mean) or x.numel() == 0:
         return vectorized.evaluate(x, residual, weight, bias, running_mean, running_var, spec, relu)
     residual = None if residual is None else residual.to(x.dtype)
     return fused_evaluate(dense(x), residual, weight, bias, running_mean, running_var, relu, *spec.as_arguments())
+
+
+def _check_device(x: Tensor) -> None:
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise ValueError("backend: 'fused' needs a GPU, and this input is on the CPU; use backend='auto' or 'torch'")
 
 
 def _kernels_serve(x: Tensor, state: Tensor) -> bool:
