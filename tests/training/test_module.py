@@ -56,7 +56,7 @@ def test_the_first_bad_step_is_remembered():
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_before_it_is_saved(run, tmp_path, monkeypatch):
-    """Weights still finite, training losses too: the first run keeps its first epoch, a run of one epoch has no results."""
+    """Weights still finite, and training losses too: what is kept is the epoch before."""
     from onlinenorm.training import ImageClassifier
     from onlinenorm.training.errors import RunError
 
