@@ -198,7 +198,8 @@ def render_findings(
         told = [*table_lines(made, runs, spec), paired_line(pooled, spec)]
         lines.append(f"**{title}** ([table]({name}/table1.md); {_details(made.scale_label)}): {told[0]}")
         lines += filter(None, told[1:])
-    studies = {name: runs for name, (_, runs, _) in found.items()}
+    # Of ablations the table tells: values chosen to go wrong, and runs that other studies hold too.
+    studies = {name: runs for name, (made, runs, _) in found.items() if not isinstance(made, Ablation)}
     clamps = [line for line in (removal_line(studies), course_line(studies)) if line]
     lines += clamps
     lines.append(f"**Cost of error compensation**: {cost_line(results)}")
