@@ -16,6 +16,7 @@ from pathlib import Path
 
 import bench_common
 import torch
+from bench_report import origin
 
 from onlinenorm.reporting.markdown import markdown_table
 
@@ -79,7 +80,7 @@ def render(results: dict) -> str:
         f"# Tests on one {results['device']}",
         markdown_table(("test", "what holds", "outcome", "seconds", "printed"), body),
         *(f"`{row['test']}` failed:\n\n```\n{row['printed']}\n```" for row in failures),
-        f"torch {results['torch']}, triton {results['triton']}, commit {results['commit']}; `{results['command']}`",
+        origin(results),
     ]
     return "\n\n".join(text) + "\n"
 

@@ -303,7 +303,8 @@ class ImageDataModule(pl.LightningDataModule):
         torch.distributed.all_gather_object(lists, self.unreadable)
         self.unreadable = list(dict.fromkeys(itertools.chain(*lists)))
         for split in ("train", "val"):
-            self._check_limit(split, f"{[p for p in self.unreadable if p.startswith(split)][-1:]}.")
+            if met := [path for path in self.unreadable if path.startswith(f"{split}/")]:
+                self._check_limit(split, f"{met[-1]}.")
 
     def _check_limit(self, split: str, last: str) -> None:
         count = sum(p.startswith(f"{split}/") for p in self.unreadable)

@@ -169,6 +169,7 @@ class Checkpoints(Checkpoint):
         self.best_top1 = -1.0
         self._position: tuple[int, int] | None = None
         self._resumed_step = 0
+        self._config: dict[str, Any] = {}
 
     def setup(self, trainer, module, stage) -> None:
         if stage == "fit":
@@ -183,6 +184,8 @@ class Checkpoints(Checkpoint):
                 f"{self.folder}: the processes have found different checkpoints there (steps {low} to {high}); "
                 "the run folder must lie on a file system that all machines share"
             )
+        if trainer.is_global_zero:  # which writes it
+            self._config = yaml.safe_load((self.folder.parent / CONFIG).read_text(encoding="utf-8"))
 
     def on_train_start(self, trainer, module) -> None:
         self.stop.install()  # again: Lightning has put its own handlers in between
@@ -234,7 +237,7 @@ class Checkpoints(Checkpoint):
         del checkpoint["loops"]
         checkpoint["position"] = {"epoch": epoch, "step": step, "global_step": trainer.global_step}
         checkpoint["best_top1"] = self.best_top1
-        checkpoint["config"] = yaml.safe_load((self.folder.parent / CONFIG).read_text(encoding="utf-8"))
+        checkpoint["config"] = self._config
         checkpoint["fingerprint"] = trainer.datamodule.fingerprint
 
     def on_load_checkpoint(self, trainer, module, checkpoint: dict) -> None:

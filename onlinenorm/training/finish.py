@@ -39,6 +39,7 @@ def validate(trainer: pl.Trainer, module: ImageClassifier, data: pl.LightningDat
     table_3N = torch.cat(module.collected, dim=1)
     module.collected = None
     if trainer.world_size > 1:
+        data.agree_on_unreadable()
         tables: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(tables, table_3N)
         table_3N = torch.cat(tables, dim=1)
@@ -86,7 +87,6 @@ def build_results(
     """The content of results.json, apart from files: accuracies are fractions, losses nats, epochs count from 1."""
     rows = log.rows
     last = rows[-1]
-    data.agree_on_unreadable()
     by_loss = min(rows, key=lambda row: row["val_loss"])
     by_top1 = max(rows, key=lambda row: row["val_top1"])
     return {
