@@ -3,7 +3,7 @@
 
 scripts/gpu_tests.py                                        # results/gpu_tests.json, and gpu_tests.md beside it
 scripts/gpu_tests.py tests/ops -k single_read --output some.json
-scripts/gpu_tests.py tests/ops -k "not single_read" --after some.json     # and keeps what that call recorded
+scripts/gpu_tests.py tests/training --after some.json other.json    # and keeps what those calls recorded
 
 Arguments that are not its own are pytest's: files to take tests from (all that hold GPU tests otherwise), -k, -x. What
 was collected and has not ended by the time the command is stopped is recorded as not run. Exit code: pytest's.
@@ -88,18 +88,21 @@ def render(results: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu_tests.json")
-    parser.add_argument("--after", type=Path, metavar="JSON", help="a record of this commit and GPU to add to")
+    parser.add_argument("--after", type=Path, nargs="*", default=[], metavar="JSON", help="records of this commit and GPU to add to")
     options, rest = parser.parse_known_args(arguments)
     import pytest  # of the extra "test"; rendering does without
 
     if not torch.cuda.is_available():
         parser.error("no GPU here: these tests need an NVIDIA GPU that torch.cuda sees")
     results = {**bench_common.head(torch.device("cuda")), "tests": []}
-    if options.after:
-        former = json.loads(options.after.read_text(encoding="utf-8"))
+    commands = []
+    for path in options.after:
+        former = json.loads(path.read_text(encoding="utf-8"))
         if differing := [key for key in ("device", "torch", "triton", "commit") if former[key] != results[key]]:
-            parser.error(f"--after: {options.after} has another {', '.join(differing)}; record all tests anew")
-        results |= {"tests": former["tests"], "command": f"{former['command']}; {results['command']}"}
+            parser.error(f"--after: {path} has another {', '.join(differing)}; record all tests anew")
+        results["tests"] += former["tests"]
+        commands.append(former["command"])
+    results["command"] = "; ".join([*commands, results["command"]])
     chosen = any(not word.startswith("-") and Path(word.partition("::")[0]).exists() for word in rest)
     # Warnings stay warnings: a GPU machine may hold another torch than the pinned one.
     settings = ["-p", "no:cacheprovider", "-o", "filterwarnings=default", "--durations=5", "--rootdir", str(ROOT)]
