@@ -1,9 +1,9 @@
 """A torch.compile pass over the gradients that a norm's backward reads.
 
 The output of a residual block has two readers, so autograd adds two gradients just before the norm that made it. The
-backward operator reads both for less than the addition costs. A gradient in another memory order than the norm's input,
-as global pooling leaves it, the operator would copy; asked for here, Inductor writes it in the right order from the
-start. Inductor runs the pass on every graph; it changes nothing but what a ``fused_backward`` reads.
+backward operator reads both for less than the addition costs. Global pooling sends the same gradient to all pixels of a
+channel; the operator spreads the one value itself, into memory that it uses again. Inductor runs the pass on every
+graph; it changes nothing but what a ``fused_backward`` reads.
 """
 
 from pathlib import Path
@@ -12,9 +12,11 @@ import torch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+aten = torch.ops.aten
 
-class FoldGradientAdd(CustomGraphPass):
-    """Replace fused_backward(a + b, None, ...) by fused_backward(a, b, ...), and order gradients as the input is."""
+
+class FoldGradients(CustomGraphPass):
+    """Replace fused_backward(a + b, None, ...) by fused_backward(a, b, ...), and spread gradients by what they spread."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         backward = torch.ops.onlinenorm.fused_backward.default
@@ -25,13 +27,14 @@ class FoldGradientAdd(CustomGraphPass):
             if _is_plain_add(grad) and node.kwargs["extra"] is None and len(grad.users) == 1:
                 _replace(node, dict(zip(("grad", "extra"), grad.args, strict=True)))
                 graph.erase_node(grad)
-            elif _is_last(node.kwargs["x"]) and not _is_last(grad):
-                with graph.inserting_before(node):
-                    ordered = graph.call_function(
-                        torch.ops.aten.clone.default, (grad,), {"memory_format": torch.channels_last}
-                    )
-                ordered.meta["val"] = grad.meta["val"].clone(memory_format=torch.channels_last)
-                _replace(node, {"grad": ordered})
+            elif (spread := _spread(grad)) is not None and len(grad.users) == 1:
+                if grad.target is not aten.expand.default:
+                    value, factor = spread.meta["val"], grad.args[1]
+                    with graph.inserting_before(node):
+                        spread = graph.call_function(grad.target, (spread, factor))
+                    spread.meta["val"] = grad.target(value, factor)
+                _replace(node, {"grad": spread})
+                graph.erase_node(grad)
 
     def uuid(self):
         # Part of the key of Inductor's cache on disk: none of its code expects other results of the operators.
@@ -46,12 +49,17 @@ def _replace(node: torch.fx.Node, arguments: dict[str, torch.fx.Node]) -> None:
         node.meta["eager_input_vals"] = args, {**kwargs, **values}
 
 
-def _is_last(node) -> bool:
-    return node.meta["val"].is_contiguous(memory_format=torch.channels_last)
+def _spread(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The (N, C, 1, 1) of which ``node`` is a copy for every pixel, up to a factor."""
+    source = node.args[0] if node.target in (aten.div.Scalar, aten.mul.Scalar) else node
+    if not isinstance(source, torch.fx.Node) or source.target is not aten.expand.default:
+        return None
+    value, (samples, channels, *_) = source.args[0].meta.get("val"), node.meta["val"].shape
+    return source.args[0] if isinstance(value, torch.Tensor) and value.shape == (samples, channels, 1, 1) else None
 
 
 def _is_plain_add(node) -> bool:
-    if node.target is not torch.ops.aten.add.Tensor or node.kwargs or len(node.args) != 2:
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
         return False
     values = [value.meta.get("val") if isinstance(value, torch.fx.Node) else None for value in (node, *node.args)]
     if not all(isinstance(value, torch.Tensor) for value in values):
@@ -63,4 +71,4 @@ def _is_plain_add(node) -> bool:
 def install() -> None:
     """Make it Inductor's custom pass, unless the process already has one of its own."""
     if config.post_grad_custom_pre_pass is None:
-        config.post_grad_custom_pre_pass = FoldGradientAdd()
+        config.post_grad_custom_pre_pass = FoldGradients()

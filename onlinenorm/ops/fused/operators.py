@@ -135,17 +135,24 @@ def fused_backward(
     gradient_scale: float,
     processes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training backward of the gradient grad + extra: gradients of x, residual (or nothing), weight and bias."""
+    """Training backward of the gradient grad + extra: gradients of x, residual (or nothing), weight and bias.
+
+    A gradient that is the same for all pixels may come as (N, C, 1, 1).
+    """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
         gradient_scale, processes,
     )  # fmt: skip
     if once:  # hooks on saved tensors, such as save_on_cpu, may have given x back in another order
         x = x.contiguous(memory_format=torch.channels_last)
-    grad, extra, state = like(grad, x), like(extra, x), (control_u, control_v)
+    given = grad.data_ptr()
+    grad = like(grad if grad.shape == x.shape else grad.expand_as(x), x)
+    extra, state = like(extra, x), (control_u, control_v)
     with torch.cuda.device_of(x):
         if once:
-            found = single_read.backward(grad, extra, x, _or_none(kept), weight, bias, tables, *state, spec, relu)
+            found = single_read.backward(
+                grad, extra, x, _or_none(kept), weight, bias, tables, *state, spec, relu, grad.data_ptr() != given
+            )
         else:
             tables = tables.unflatten(2, (-1, 2))
             found = two_pass.backward(

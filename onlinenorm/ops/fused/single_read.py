@@ -233,9 +233,13 @@ def _serves(device: int) -> bool:
     return capability >= (9, 0) and architecture(*capability) is not None
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """``tensor`` where 16 bytes at a time may be read, a copy if need be."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], spec: NormSpec, **tensors) -> None:
-    # The copy engine reads from multiples of 16 bytes only.
-    inputs = tuple([t if t.data_ptr() % 16 == 0 else t.clone() for t in inputs])
+    inputs = tuple([_aligned(tensor) for tensor in inputs])
     shaped = inputs[0]
     shape, device = tuple(shaped.shape), shaped.device
     samples, channels, height, width = shape
@@ -258,7 +262,7 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+    return None if tensor is None else _aligned(tensor.float().contiguous())
 
 
 def mask_size(x: Tensor) -> int:
@@ -301,15 +305,21 @@ def backward(
     control_v: Tensor,
     spec: NormSpec,
     relu: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of x, residual (where its ReLU left a mask), weight and bias; moves u and v."""
-    grad_x = torch.empty_like(x)
-    grad_residual = None if mask is None else torch.empty_like(x)
+    """Gradients of x, residual (where its ReLU left a mask), weight and bias; moves u and v.
+
+    With ``overwrite`` the residual's gradient may take the memory of ``grad``: a block reads each element once, before
+    it writes that of the residual.
+    """
+    grad_x, grad_residual, grad = torch.empty_like(x), None, _aligned(grad)
+    if mask is not None:
+        grad_residual, mask = grad if overwrite else torch.empty_like(x), _aligned(mask)
     grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     flags = ("RELU",) * relu + ("RESIDUAL",) * (mask is not None) + ("EXTRA",) * (extra is not None)
     _launch(
         "backward", (grad, x) if extra is None else (grad, x, extra), flags, spec, out=grad_x,
         out_residual=grad_residual, mask=mask, weight=_parameter(weight), bias=_parameter(bias), first=control_u,
-        second=control_v, state=tables, grad_weight=grad_weight, grad_bias=grad_bias,
+        second=control_v, state=_aligned(tables), grad_weight=grad_weight, grad_bias=grad_bias,
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias
