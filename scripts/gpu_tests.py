@@ -88,7 +88,8 @@ def render(results: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu_tests.json")
-    parser.add_argument("--after", type=Path, nargs="*", default=[], metavar="JSON", help="records of this commit and GPU to add to")
+    after = "records of this commit and GPU to add to"
+    parser.add_argument("--after", type=Path, nargs="*", default=[], metavar="JSON", help=after)
     options, rest = parser.parse_known_args(arguments)
     import pytest  # of the extra "test"; rendering does without
 

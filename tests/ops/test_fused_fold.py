@@ -1,4 +1,4 @@
-"""The compile pass over gradients: what two branches send is not added first, nor spread over pixels what is one value."""
+"""The compile pass over gradients: those of two branches are not added first, nor is one value spread over pixels."""
 
 import copy
 import os

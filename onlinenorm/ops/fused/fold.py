@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class FoldGradients(CustomGraphPass):
-    """Replace fused_backward(a + b, None, ...) by fused_backward(a, b, ...), and spread gradients by what they spread."""
+    """Replace fused_backward(a + b, None, ...) by fused_backward(a, b, ...), and what is spread by what it spreads."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         backward = torch.ops.onlinenorm.fused_backward.default
