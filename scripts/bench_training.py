@@ -126,11 +126,9 @@ def networks_of(args) -> list[tuple]:
             if modes and (backend == "fused" or name == "batch" or (batch <= 64 and dtype == args.dtype[0])):
                 wanted.append(((name, backend, compiled, dtype, batch), modes))
     # PyTorch's own backend, which takes minutes to compile, last.
-    return sorted(wanted, key=lambda entry: (_is_slow(*entry[0]), entry[0][3] != args.dtype[0]))
-
-
-def _is_slow(normalizer: str, backend: str, *_) -> bool:
-    return normalizer != "batch" and backend == "torch"
+    return sorted(
+        wanted, key=lambda entry: (entry[0][0] != "batch" and entry[0][1] == "torch", entry[0][3] != args.dtype[0])
+    )
 
 
 def summary(rows: list[dict]) -> list[str]:
