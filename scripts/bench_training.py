@@ -132,21 +132,21 @@ def networks_of(args) -> list[tuple]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Best row of each OnlineNorm kind over the best BatchNorm row, by batch size and use of the optimizer."""
+    """Best row of each OnlineNorm kind over the best BatchNorm row, by batch size and use of the optimizer.
+
+    Its peak memory is compared with that of BatchNorm in the same mode and dtype.
+    """
     lines = []
     for batch, optimizer in sorted({(row["batch"], row["optimizer"]) for row in rows}):
-        best = {}
-        for row in rows:
-            name = row["normalizer"]
-            if (row["batch"], row["optimizer"]) == (batch, optimizer) and row["images_per_second"] > best.get(
-                name, row
-            )["images_per_second"] - 1e-9:
-                best[name] = row
+        of_size = [row for row in rows if (row["batch"], row["optimizer"]) == (batch, optimizer)]
+        rivals = [row for row in of_size if row["normalizer"] == "batch"]
         step = "with optimizer" if optimizer else "forward and backward"
-        for name in sorted(set(best) - {"batch"}) if "batch" in best else ():
-            ratio = best[name]["images_per_second"] / best["batch"]["images_per_second"]
-            memory = best[name]["peak_memory_gib"] / max(best["batch"]["peak_memory_gib"], 1e-9)
-            lines.append(f"N = {batch}, {step}: {name} / batch = {ratio:.3f} in speed, {memory:.3f} in peak memory")
+        for name in sorted({row["normalizer"] for row in of_size} - {"batch"}) if rivals else ():
+            best = max((row for row in of_size if row["normalizer"] == name), key=lambda row: row["images_per_second"])
+            speed = best["images_per_second"] / max(row["images_per_second"] for row in rivals)
+            like = [row for row in rivals if (row["mode"], row["dtype"]) == (best["mode"], best["dtype"])]
+            memory = f"{best['peak_memory_gib'] / max(like[0]['peak_memory_gib'], 1e-9):.3f}" if like else "not run"
+            lines.append(f"N = {batch}, {step}: {name} / batch = {speed:.3f} in speed, {memory} in peak memory")
     return lines
 
 

@@ -46,11 +46,15 @@ def test_sites_are_those_of_the_network(script):
 
 
 def test_summary_compares_the_best_rows(script):
-    def row(name, speed):
-        return {"normalizer": name, "batch": 32, "optimizer": False, "images_per_second": speed, "peak_memory_gib": 1.0}
+    def row(name, speed, memory=1.0, dtype="bf16"):
+        return {
+            "normalizer": name, "batch": 32, "optimizer": False, "mode": "graph", "dtype": dtype,
+            "images_per_second": speed, "peak_memory_gib": memory,
+        }  # fmt: skip
 
-    lines = script("bench_training").summary([row("batch", 90.0), row("batch", 100.0), row("online_clamp", 110.0)])
-    assert lines == ["N = 32, forward and backward: online_clamp / batch = 1.100 in speed, 1.000 in peak memory"]
+    rows = [row("batch", 90.0, 1.2), row("batch", 100.0, 1.0, "fp16"), row("online_clamp", 110.0, 1.5)]
+    lines = script("bench_training").summary(rows)
+    assert lines == ["N = 32, forward and backward: online_clamp / batch = 1.100 in speed, 1.250 in peak memory"]
 
 
 def test_a_red_gate_stops_the_benchmark(script, monkeypatch):
