@@ -44,7 +44,7 @@ def _rate(row: dict) -> list:
 
 
 def _cost(rows: list[dict], mode: str) -> str:
-    """What synchronisation adds to a step of all processes in a mode, and which costs less."""
+    """What synchronisation adds to a step of all processes in a mode, and which step is faster."""
     together = {row["normalizer"]: row["milliseconds"] for row in rows if row["mode"] == mode}
     lines, cost = [], {}
     for name, base in SYNCHRONISED.items():
@@ -53,9 +53,11 @@ def _cost(rows: list[dict], mode: str) -> str:
             share = cost[name] / together[base]
             lines.append(f"- {mode}: {name} takes {cost[name]:+.2f} ms a step over {base} ({share:+.1%}).")
     if len(cost) == 2:
-        less = "less than" if cost["online_global"] < cost["sync_batch"] else "at least as much as"
         ratio = together["sync_batch"] / together["online_global"]
-        lines.append(f"- {mode}: global statistics cost {less} SyncBatchNorm: {ratio:.3f} times its images/s.")
+        faster = "faster" if ratio > 1 else "not faster"
+        lines.append(
+            f"- {mode}: a step with global statistics is {faster} than SyncBatchNorm's: {ratio:.3f} times its rate."
+        )
     return "\n".join(lines)
 
 

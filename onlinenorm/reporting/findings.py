@@ -9,20 +9,18 @@ from onlinenorm.reporting.ablation import Ablation, Point, spread
 from onlinenorm.reporting.clamps import clamped_runs, course, fraction, span
 from onlinenorm.reporting.pooled import Pooled
 from onlinenorm.reporting.runs import Run
-from onlinenorm.reporting.spec import ReportSpec
+from onlinenorm.reporting.spec import ReportSpec, StudySpec
 from onlinenorm.reporting.statistics import INCONCLUSIVE
-from onlinenorm.reporting.table import Report, Row
+from onlinenorm.reporting.table import Comparison, Report, Row
 
 
-def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec) -> list[str]:
-    """Rows over seeds, and the verdicts between them."""
-    main = [row for row in report.rows if row.published and (row.n or row.unfinished)]
-    others = [row for row in report.rows if not row.published]
-    lines = [f"best val accuracy and loss {_rows(main)}."]
+def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec, side_by_side: int = 1) -> list[str]:
+    """Rows over seeds, and the verdicts between them; `side_by_side` runs shared a machine."""
+    main, others = _parted(report)
+    lines = [f"best val accuracy and loss {_rows(main)}."] if main else []
     if others:
-        lines.append(f"The other normalizers: {_rows(others)}.")
-    groups = text.comparison_groups(report, published=False)
-    judged = {name: group for name, group in groups.items() if any(c.verdict.difference for c in group)}
+        lines.append(f"{'The other normalizers: ' if main else ''}{_rows(others)}.")
+    judged = _judged(report)
     if judged:
         margins = {c.metric: c.margin for group in judged.values() for c in group}
         allowed = []
@@ -32,10 +30,32 @@ def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec) -> list[s
             allowed.append(f"{number} {unit}")
         told = "; ".join(f"{name}: {', '.join(map(_verdict, group))}" for name, group in judged.items())
         lines.append(f"Verdicts by the margins fixed before the runs ({' and '.join(allowed)}): {told}.")
-    else:
-        rates = [f"{_rate(row, runs)} ({row.label})" for row in report.rows if row.n]
-        lines.append(f"One seed a row gives no verdict ({INCONCLUSIVE}). Training ran at {', '.join(rates)} images/s.")
+    elif rates := [f"{_rate(row, runs)} ({row.label})" for row in report.rows if row.n]:
+        shared = f", {side_by_side} runs side by side" if side_by_side > 1 else ""
+        lines.append(
+            f"One seed a row gives no verdict ({INCONCLUSIVE}). Training ran at {', '.join(rates)} images/s{shared}."
+        )
     return lines
+
+
+def summary_line(report: Report) -> str:
+    """Accuracy of the main rows and the outcomes of their comparisons, in one sentence."""
+    main, others = _parted(report)
+    rows = [f"{row.label} {_figure(row, 'best_top1')}" for row in main or others]
+    found = [f"{name}: {', '.join(_verdict(c, brief=True) for c in group)}" for name, group in _judged(report).items()]
+    return "; ".join([f"best val accuracy {', '.join(rows)}", *found]) + "."
+
+
+def _parted(report: Report) -> tuple[list[Row], list[Row]]:
+    """Rows with published values that have runs, and the others."""
+    main = [row for row in report.rows if row.published and (row.n or row.unfinished)]
+    return main, [row for row in report.rows if not row.published]
+
+
+def _judged(report: Report) -> dict[str, list[Comparison]]:
+    """Comparisons between rows that have a difference, by name."""
+    groups = text.comparison_groups(report, published=False)
+    return {name: group for name, group in groups.items() if any(c.verdict.difference for c in group)}
 
 
 def _details(scale_label: str) -> str:
@@ -46,25 +66,30 @@ def _details(scale_label: str) -> str:
 def _rows(rows: Sequence[Row]) -> str:
     told = []
     for row in rows:
-        figures = (
-            " and ".join(spread(row.summaries[m], m) for m in ("best_top1", "best_loss")) if row.n else "no figures"
-        )
+        figures = _figure(row, "best_top1", "best_loss") if row.n else "no figures"
         seeds = "; ".join([f"n = {row.n}", *row.unfinished])
         told.append(f"{row.label} {figures} ({seeds})")
     return ", ".join(told)
 
 
-def _verdict(comparison) -> str:
+def _figure(row: Row, *metrics: str) -> str:
+    """Mean and spread of each metric, else how the runs ended."""
+    if not row.n:
+        return "; ".join(row.unfinished)
+    return " and ".join(spread(row.summaries[metric], metric) for metric in metrics)
+
+
+def _verdict(comparison: Comparison, brief: bool = False) -> str:
     found, metric = comparison.verdict.difference, comparison.metric
     name = "accuracy" if text.is_accuracy(metric) else "loss"
     if found is None:
         return f"{name} {text.verdict_text(comparison)}"
-    low, high = (text.difference(value, metric) for value in (found.low, found.high))
     unit = "points" if text.is_accuracy(metric) else "nats"
-    outcome = f"**{comparison.verdict.outcome}**"
-    return (
-        f"{name} {outcome} ({text.difference(found.mean, metric)} {unit}, {100 * found.level:g} % CI {low} to {high})"
-    )
+    difference = f"{text.difference(found.mean, metric)} {unit}"
+    if brief:
+        return f"{name} {comparison.verdict.outcome} ({difference})"
+    low, high = (text.difference(value, metric) for value in (found.low, found.high))
+    return f"{name} **{comparison.verdict.outcome}** ({difference}, {100 * found.level:g} % CI {low} to {high})"
 
 
 def _rate(row: Row, runs: Sequence[Run]) -> str:
@@ -180,28 +205,29 @@ def cost_line(results: Mapping[str, Any] | None) -> str:
     return f"a training step of ResNet-50 at 224 px, {results['device']}: {'; '.join(sentences)} ([table](cost.md))."
 
 
+Found = Mapping[str, tuple[Report | Ablation, Sequence[Run], Sequence[Pooled]]]
+
+
 def render_findings(
-    found: Mapping[str, tuple[Report | Ablation, Sequence[Run], Sequence[Pooled]]],
-    results: Mapping[str, Any] | None,
-    spec: ReportSpec,
-    picture: str | None,
+    found: Found, results: Mapping[str, Any] | None, spec: ReportSpec, picture: str | None, brief: bool = False
 ) -> str:
-    """The findings as a Markdown list, a line a study; `picture` is the file name of the figure, if there is one."""
+    """The findings as a Markdown list, or, with `brief`, a line a study; `picture` is the file name of the figure."""
     lines = []
     for name in sorted(found, key=lambda name: [*spec.studies, *found].index(name)):
-        title = spec.studies[name].title if name in spec.studies else name
+        study = spec.studies.get(name) or StudySpec(name, "")
         made, runs, pooled = found[name]
+        file = "ablation" if isinstance(made, Ablation) else "table1"
         if isinstance(made, Ablation):
-            link = f"[table]({name}/ablation.md)"
-            lines.append(f"**{title}** ({link}; {_details(made.scale_label)}): {ablation_line(made)}")
-            continue
-        told = [*table_lines(made, runs, spec), paired_line(pooled, spec)]
-        lines.append(f"**{title}** ([table]({name}/table1.md); {_details(made.scale_label)}): {told[0]}")
+            told = [ablation_line(made)]
+        elif brief:
+            told = [summary_line(made)]
+        else:
+            told = [*table_lines(made, runs, spec, study.side_by_side), paired_line(pooled, spec)]
+        lines.append(f"**{study.title}** ([table]({name}/{file}.md); {_details(made.scale_label)}): {told[0]}")
         lines += filter(None, told[1:])
     # Of ablations the table tells: values chosen to go wrong, and runs that other studies hold too.
     studies = {name: runs for name, (made, runs, _) in found.items() if not isinstance(made, Ablation)}
-    clamps = [line for line in (removal_line(studies), course_line(studies)) if line]
-    lines += clamps
+    lines += [line for line in (removal_line(studies), course_line(studies)) if line]
     lines.append(f"**Cost of error compensation**: {cost_line(results)}")
     missing = [study for name, study in spec.studies.items() if name not in found]
     lines += [f"**{study.title}**: not run here: `{study.command}`" for study in missing]

@@ -23,6 +23,7 @@ from onlinenorm.reporting.spec import ReportSpec
 from onlinenorm.reporting.table import Report
 
 _DECADE = 0.25  # zeros on a logarithmic axis are drawn this many decades above its lower end
+COLUMNS = 4  # of studies side by side in one figure
 
 
 def draw_ablation(ablation: Ablation) -> bytes:
@@ -129,18 +130,23 @@ def clamp_panels(studies: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
 
 
 def draw_clamping(studies: Mapping[str, Sequence[Run]], titles: Mapping[str, str]) -> bytes | None:
-    """PNG: clamped fraction and largest activation against epoch, a column a study, a line a run; None without data."""
+    """PNG: clamped fraction above largest activation against epoch, a study a pair, a line a run; None without data."""
     shown = clamp_panels(studies)
     if not shown:
         return None
+    columns = min(len(shown), COLUMNS)
+    bands = -(-len(shown) // columns)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2, len(shown), figsize=(max(7.0, 5.2 * len(shown)), 8.2), squeeze=False, layout="constrained"
+            2 * bands, columns, figsize=(max(7.0, 5.2 * columns), 8.2 * bands), squeeze=False, layout="constrained"
         )
-        for column, (name, runs) in enumerate(shown.items()):
-            fraction_panel(axes[0, column], runs)
-            largest_panel(axes[1, column], runs)
-            axes[0, column].set_title(titles.get(name, name), fontsize=11)
+        for axis in axes[-2:, len(shown) - columns * (bands - 1) :].flat:
+            axis.set_visible(False)
+        for i, (name, runs) in enumerate(shown.items()):
+            band, column = divmod(i, columns)
+            fraction_panel(axes[2 * band, column], runs)
+            largest_panel(axes[2 * band + 1, column], runs)
+            axes[2 * band, column].set_title(titles.get(name, name), fontsize=11)
         figure.suptitle(
             "Activation clamps over training (dotted: the learning rate drops)", fontsize=13, fontweight="bold"
         )

@@ -1,5 +1,6 @@
 """What a report compares runs with: configs/report.yaml as checked, plain objects."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,12 @@ class StudySpec:
 
     title: str
     command: str
+
+    @property
+    def side_by_side(self) -> int:
+        """How many of its runs shared a machine, by --parallel in the command."""
+        found = re.search(r"--parallel (\d+)", self.command)
+        return int(found[1]) if found else 1
 
 
 @dataclass(frozen=True)

@@ -99,19 +99,23 @@ def study_files(
         together["clamping.md"] = render_clamping(runs, "clamping.png" if clamping else None).encode()
     if benchmark:
         together["cost.md"] = cost.render_cost(benchmark, spec).encode()
-        together["imagenet.md"] = cost.render_imagenet(benchmark, _trained(studies), spec).encode()
+        together["imagenet.md"] = cost.render_imagenet(benchmark, _trained(studies, spec), spec).encode()
     panels = _panels(studies, benchmark, spec)
     if panels:
         together["overview.png"] = pictures.draw_overview(panels)
     found = {name: (study.made, study.runs, study.pooled) for name, study in studies.items()}
-    together["findings.md"] = render_findings(found, benchmark, spec, "overview.png" if panels else None).encode()
+    picture = "overview.png" if panels else None
+    for file, brief in (("findings.md", False), ("summary.md", True)):
+        together[file] = render_findings(found, benchmark, spec, picture, brief).encode()
     return {".": together, **files}
 
 
-def _trained(studies: Mapping[str, Study]) -> dict[str, tuple[float, int]]:
-    """Images/s and batch of finished training runs of the ImageNet network at its size."""
-    study = studies.get(IMAGENET_NETWORK)
-    found = {}
+def _trained(studies: Mapping[str, Study], spec: ReportSpec) -> dict[str, tuple[float, int]]:
+    """Images/s and batch of finished training runs of the ImageNet network at its size that had a GPU to themselves."""
+    study, told = studies.get(IMAGENET_NETWORK), spec.studies.get(IMAGENET_NETWORK)
+    found: dict[str, tuple[float, int]] = {}
+    if told and told.side_by_side > 1:
+        return found
     for run in study.runs if study else ():
         if run.finished and lookup(run.config, "data.image_size") == 224:
             found[run.normalizer] = (run.results["images_per_second"], lookup(run.config, "recipe.batch_size"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 from run_folders import read_yaml, write_run
@@ -11,6 +12,7 @@ from onlinenorm.reporting import clamps, cost
 from onlinenorm.reporting.errors import ReportError
 from onlinenorm.reporting.pictures import draw_clamping
 from onlinenorm.reporting.runs import load_runs
+from onlinenorm.reporting.spec import StudySpec
 from onlinenorm.reporting.study import load_studies, study_files
 
 ALL = ("online_none", "online_clamp", "online_layer_scaling", "batch")
@@ -41,7 +43,7 @@ def test_every_study_has_its_files(studies, files):
         {"table1.md", "table1.json", "curves.png", "paired.md"},
         {"ablation.md", "ablation.json", "ablation.png"},
     )
-    together = {"findings.md", "clamping.md", "clamping.png", "cost.md", "imagenet.md", "overview.png"}
+    together = {"findings.md", "summary.md", "clamping.md", "clamping.png", "cost.md", "imagenet.md", "overview.png"}
     assert {name: set(contents) for name, contents in files.items()} == {
         ".": together, "fashion_mnist": table, "resnet50": table, "clamp_value": ablation, "batch_size": ablation,
     }  # fmt: skip
@@ -65,6 +67,48 @@ def test_findings_have_the_numbers_of_the_tables(studies, files):
     assert "changed no prediction in 4 of 4 runs" in text
 
 
+def test_the_summary_is_a_line_a_study(studies, files):
+    lines = files["."]["summary.md"].decode().splitlines()
+    told = [line for line in lines if line.startswith("- **") and "not run here" not in line]
+    assert len(told) == len(studies) + 3  # removal of the clamp, its course, and cost
+    (main,) = (line for line in told if "(fashion_mnist/table1.md)" in line)
+    for comparison in studies["fashion_mnist"].made.comparisons:
+        if comparison.second and comparison.metric == "best_top1":
+            difference = 100 * comparison.verdict.difference.mean
+            assert f"accuracy {comparison.verdict.outcome} ({difference:+.2f} points)" in main
+    assert all(line in files["."]["findings.md"].decode() for line in told if "ablation.md" in line)
+
+
+def test_runs_side_by_side_are_told_so_and_set_no_expectation(tmp_path, spec):
+    write_run(
+        tmp_path / "resnet50" / "runs", "batch", scale="fashion_mnist", model="resnet50", data={"image_size": 224}
+    )
+    studies = load_studies(tmp_path, read_yaml, spec)
+    for command, shared in (("sweep.py", False), ("sweep.py --parallel 3", True)):
+        told = replace(spec, studies={"resnet50": StudySpec("ResNet-50", command)})
+        files = study_files(studies, benchmark("batch"), told)["."]
+        assert ("images/s, 3 runs side by side." in files["findings.md"].decode()) == shared
+        assert ("by the training run at 224 px" in files["imagenet.md"].decode()) != shared
+
+
+def test_a_study_of_other_normalizers_alone_is_told(tmp_path, spec):
+    write_run(tmp_path / "own" / "runs", "online_none", 1, failure=NAN, finish=False, done=0)
+    files = study_files(load_studies(tmp_path, read_yaml, spec), None, spec)["."]
+    for name in ("findings.md", "summary.md"):
+        (line,) = (line for line in files[name].decode().splitlines() if line.startswith("- **own**"))
+        assert "OnlineNorm (no compensation)" in line and "diverged" in line
+        assert "images/s" not in files[name].decode()
+
+
+def test_many_studies_of_clamps_take_several_rows(tmp_path):
+    runs = [
+        run for run in load_runs(write_run(tmp_path, "online_clamp", clamped=[(1e-3, 9.0)] * 5).parents[1], read_yaml)
+    ]
+    few, many = (draw_clamping({str(k): runs for k in range(count)}, {}) for count in (4, 5))
+    sizes = [[int.from_bytes(png[at : at + 4], "big") for at in (16, 20)] for png in (few, many)]
+    assert sizes[0][0] == sizes[1][0] and 2 * sizes[0][1] == sizes[1][1]
+
+
 def test_findings_name_what_was_not_run_with_its_command(files, spec):
     lines = [line for line in files["."]["findings.md"].decode().splitlines() if "not run here" in line]
     assert lines == [
@@ -74,7 +118,7 @@ def test_findings_name_what_was_not_run_with_its_command(files, spec):
     ]
     assert lines
     nothing = study_files({}, None, spec)
-    assert list(nothing) == ["."] and list(nothing["."]) == ["findings.md"]
+    assert list(nothing) == ["."] and list(nothing["."]) == ["findings.md", "summary.md"]
     text = nothing["."]["findings.md"].decode()
     assert text.count("not run here") == len(spec.studies) and "not measured here" in text
 
