@@ -228,7 +228,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
-    parser.add_argument("--batch", type=int, default=256, help="images a process")
+    parser.add_argument("--batch", type=int, default=128, help="images a process; all rows' graphs hold theirs at once")
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
     parser.add_argument("--normalizer", nargs="+", default=list(MEASURED), choices=list(NORMALIZERS))
     parser.add_argument("--mode", nargs="+", choices=MODES, help="default: eager and, on GPUs, graph")
