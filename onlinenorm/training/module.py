@@ -106,8 +106,8 @@ class ImageClassifier(pl.LightningModule):
         lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.optimizers().param_groups[0]["lr"]
         raise RunError(
             f"{what} became NaN or infinite at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
-            "The last good checkpoint is kept. To go on, start over in another run_dir with a lower recipe.lr, "
-            "with trainer.precision=32-true, or with a normalizer that limits activations (normalizer=online_clamp)"
+            "The last good checkpoint is kept. To go on, start over in another run_dir with a lower recipe.lr "
+            "or recipe.batch_size, with trainer.precision=32-true, or with another normalizer"
         )
 
     def on_validation_epoch_start(self) -> None:
