@@ -55,7 +55,7 @@ def test_resnet50_draws_the_same_curve_for_200_steps(monkeypatch):
     """
     pytest.importorskip("triton")
     exactly(monkeypatch)
-    run = partial(losses, model="resnet50", device=torch.device("cuda"), steps=200, batch=16, size=64, rate=1e-4)
+    run = partial(losses, model="resnet50", device=torch.device("cuda"), steps=200, batch=16, size=64, rate=7e-5)
     ours, theirs = (run(backend, zero_init_last_gamma=True) for backend in ("fused", "torch"))
     assert fmean(theirs[-5:]) < 0.99 * fmean(theirs[:5]), "nothing learned, so nothing compared"
     print(f"fused and PyTorch's float32 apart by {max(map(distance, ours, theirs)):.1e}")
