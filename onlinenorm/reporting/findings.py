@@ -1,5 +1,6 @@
 """What a folder of studies shows, in sentences whose every number comes from run data; what was not run says so."""
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -42,8 +43,20 @@ def summary_line(report: Report) -> str:
     """Accuracy of the main rows and the outcomes of their comparisons, in one sentence."""
     main, others = _parted(report)
     rows = [f"{row.label} {_figure(row, 'best_top1')}" for row in main or others]
-    found = [f"{name}: {', '.join(_verdict(c, brief=True) for c in group)}" for name, group in _judged(report).items()]
-    return "; ".join([f"best val accuracy {', '.join(rows)}", *found]) + "."
+    return "; ".join([f"best val accuracy {', '.join(rows)}", *_outcomes(report)]) + "."
+
+
+def _outcomes(report: Report) -> list[str]:
+    """What came of each comparison between rows, the same for several metrics said once."""
+    told = []
+    for name, group in _judged(report).items():
+        differences = [_difference(c) for c in group]
+        if len({c.verdict.outcome for c in group}) == 1:
+            told.append(f"{name} {group[0].verdict.outcome} ({', '.join(differences)})")
+        else:
+            each = zip(group, differences, strict=True)
+            told.append(f"{name} {', '.join(f'{c.verdict.outcome} ({difference})' for c, difference in each)}")
+    return told
 
 
 def _parted(report: Report) -> tuple[list[Row], list[Row]]:
@@ -58,9 +71,11 @@ def _judged(report: Report) -> dict[str, list[Comparison]]:
     return {name: group for name, group in groups.items() if any(c.verdict.difference for c in group)}
 
 
-def _details(scale_label: str) -> str:
-    """What stands in the brackets of a scale's label: images, network, pixels, epochs."""
-    return scale_label.rpartition(" (")[2].removesuffix(")")
+def _details(scale_label: str, brief: bool) -> str:
+    """What stands in the brackets of a scale's label: images, network, pixels, epochs; the last two only, if brief."""
+    details = scale_label.rpartition(" (")[2].removesuffix(")")
+    network, _, epochs = details.split(", ")[-3:]
+    return f"{network}, {epochs}" if brief else details
 
 
 def _rows(rows: Sequence[Row]) -> str:
@@ -79,17 +94,20 @@ def _figure(row: Row, *metrics: str) -> str:
     return " and ".join(spread(row.summaries[metric], metric) for metric in metrics)
 
 
-def _verdict(comparison: Comparison, brief: bool = False) -> str:
+def _verdict(comparison: Comparison) -> str:
     found, metric = comparison.verdict.difference, comparison.metric
     name = "accuracy" if text.is_accuracy(metric) else "loss"
     if found is None:
         return f"{name} {text.verdict_text(comparison)}"
-    unit = "points" if text.is_accuracy(metric) else "nats"
-    difference = f"{text.difference(found.mean, metric)} {unit}"
-    if brief:
-        return f"{name} {comparison.verdict.outcome} ({difference})"
     low, high = (text.difference(value, metric) for value in (found.low, found.high))
-    return f"{name} **{comparison.verdict.outcome}** ({difference}, {100 * found.level:g} % CI {low} to {high})"
+    interval = f"{100 * found.level:g} % CI {low} to {high}"
+    return f"{name} **{comparison.verdict.outcome}** ({_difference(comparison)}, {interval})"
+
+
+def _difference(comparison: Comparison) -> str:
+    """ "-0.41 points", "+0.0138 nats"."""
+    found, unit = comparison.verdict.difference, "points" if text.is_accuracy(comparison.metric) else "nats"
+    return f"{text.difference(found.mean, comparison.metric)} {unit}" if found else text.verdict_text(comparison)
 
 
 def _rate(row: Row, runs: Sequence[Run]) -> str:
@@ -110,8 +128,8 @@ def paired_line(pooled: Sequence[Pooled], spec: ReportSpec) -> str | None:
     return f"The same class at the last epoch: {'; '.join(parts)}." if parts else None
 
 
-def removal_line(studies: Mapping[str, Sequence[Run]]) -> str | None:
-    """The claim: removing the clamp leaves validation identical."""
+def removal_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> str | None:
+    """The claim: removing the clamp leaves validation identical; by study, or, if brief, over all runs."""
     parts = []
     for study in studies:
         found = [run.results for _, run in clamped_runs({study: studies[study]})]
@@ -128,15 +146,22 @@ def removal_line(studies: Mapping[str, Sequence[Run]]) -> str | None:
     every = [run.results["clamping"]["changed_predictions"] for _, run in clamped_runs(studies)]
     if not every:
         return None
-    exact = sum(n == 0 for n in every)
-    return (
-        "**Removing the clamp** after training ([table](clamping.md)), claimed to leave validation identical, "
-        f"changed no prediction in {exact} of {len(every)} runs ({'; '.join(parts)})."
+    exact, total = sum(n == 0 for n in every), len(every)
+    claim = (
+        "**Removing the clamp** after training ([table](clamping.md)), claimed to leave validation identical, changed"
     )
+    if brief:
+        shares = [
+            run.results["clamping"]["changed_predictions"] / run.results["dataset"]["val_images"]
+            for _, run in clamped_runs(studies)
+        ]
+        percent = span([100 * share for share in shares], "{:.1f}")
+        return f"{claim} {percent} % of the predictions, and none in {exact} of {total} runs."
+    return f"{claim} no prediction in {exact} of {total} runs ({'; '.join(parts)})."
 
 
-def course_line(studies: Mapping[str, Sequence[Run]]) -> str | None:
-    """Does the clamped fraction go to 0 as the learning rate is annealed?"""
+def course_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> str | None:
+    """Does the clamped fraction go to 0 as the learning rate is annealed? By study, or, if brief, over all runs."""
     parts, ends, fallen, compared = [], 0, 0, 0
     for study, runs in studies.items():
         found = [c for run in runs if run.finished and (c := course(run))]
@@ -156,16 +181,16 @@ def course_line(studies: Mapping[str, Sequence[Run]]) -> str | None:
         )
     if not parts:
         return None
+    studied = "" if brief else f" ({'; '.join(parts)})"
     total = sum(bool(run.finished and course(run)) for runs in studies.values() for run in runs)
     return (
         "**The clamped fraction**, claimed to vanish as the learning rate is annealed, is lower at the end than "
-        f"before the first drop in {fallen} of {compared} runs and exactly 0 in {ends} of {total} "
-        f"({'; '.join(parts)})."
+        f"before the first drop in {fallen} of {compared} runs and exactly 0 in {ends} of {total}{studied}."
     )
 
 
-def ablation_line(ablation: Ablation) -> str:
-    """Range of the last accuracy over the values, beside the spread of seeds; what diverged."""
+def ablation_line(ablation: Ablation, brief: bool = False) -> str:
+    """Range of the last accuracy over the values, beside the spread of seeds unless brief; what diverged."""
     series: dict[str, list[Point]] = {}
     for point in ablation.points:
         series.setdefault(point.series, []).append(point)
@@ -178,7 +203,8 @@ def ablation_line(ablation: Ablation) -> str:
         low, high = (pick(reached, key=lambda p: p.summaries["last_top1"].mean) for pick in (min, max))
         at = [f"{text.figure(p.summaries['last_top1'].mean, 'top1')} at {p.value}" for p in (low, high)]
         sds = [p.summaries["last_top1"].sd for p in reached if p.summaries["last_top1"].sd is not None]
-        seeds = f", seeds at one value ± {100 * (sum(sd**2 for sd in sds) / len(sds)) ** 0.5:.2f}" if sds else ""
+        within = 100 * (sum(sd**2 for sd in sds) / len(sds)) ** 0.5 if sds else 0.0
+        seeds = f", seeds at one value ± {within:.2f}" if sds and not brief else ""
         where = "every value" if len(reached) > 1 else low.value
         one = f"{text.figure(low.summaries['last_top1'].mean, 'top1')} at {where}"
         parts.append(f"{name} {one}" if low is high else f"{name} {at[0]} to {at[1]}{seeds}")
@@ -197,9 +223,9 @@ def _started(point: Point) -> int:
     return point.n + len(point.diverged) + len(point.unfinished)
 
 
-def cost_line(results: Mapping[str, Any] | None) -> str:
-    """Is clamping less expensive than layer scaling?"""
-    sentences = cost.cost_sentences(results, fastest=True) if results else []
+def cost_line(results: Mapping[str, Any] | None, brief: bool = False) -> str:
+    """Is clamping less expensive than layer scaling? The first setting only, if brief."""
+    sentences = cost.cost_sentences(results, fastest=True)[: 1 if brief else None] if results else []
     if not sentences:
         return "clamping against layer scaling: not measured here: `scripts/bench_training.py` on a GPU."
     return f"a training step of ResNet-50 at 224 px, {results['device']}: {'; '.join(sentences)} ([table](cost.md))."
@@ -218,20 +244,22 @@ def render_findings(
         made, runs, pooled = found[name]
         file = "ablation" if isinstance(made, Ablation) else "table1"
         if isinstance(made, Ablation):
-            told = [ablation_line(made)]
+            told = [ablation_line(made, brief)]
         elif brief:
             told = [summary_line(made)]
         else:
             told = [*table_lines(made, runs, spec, study.side_by_side), paired_line(pooled, spec)]
-        lines.append(f"**{study.title}** ([table]({name}/{file}.md); {_details(made.scale_label)}): {told[0]}")
+        lines.append(f"**{study.title}** ([table]({name}/{file}.md); {_details(made.scale_label, brief)}): {told[0]}")
         lines += filter(None, told[1:])
     # Of ablations the table tells: values chosen to go wrong, and runs that other studies hold too.
     studies = {name: runs for name, (made, runs, _) in found.items() if not isinstance(made, Ablation)}
-    lines += [line for line in (removal_line(studies), course_line(studies)) if line]
-    lines.append(f"**Cost of error compensation**: {cost_line(results)}")
+    lines += [line for line in (removal_line(studies, brief), course_line(studies, brief)) if line]
+    lines.append(f"**Cost of error compensation**: {cost_line(results, brief)}")
     missing = [study for name, study in spec.studies.items() if name not in found]
     lines += [f"**{study.title}**: not run here: `{study.command}`" for study in missing]
     parts = ["\n".join(f"- {line}" for line in lines)]
+    if brief:  # "OnlineNorm (layer scaling)" by what it is known by
+        parts = [re.sub(r"OnlineNorm \(([^)]+)\)", r"\1", parts[0])]
     if picture:
         parts.append(f"![Accuracy by normalizer, clamped fraction over training, batch sizes, cost]({picture})")
     return "\n\n".join(parts) + "\n"
