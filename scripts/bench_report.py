@@ -45,7 +45,7 @@ def _fastest(rows: list[dict], **wanted) -> dict | None:
 
 
 def _over(row: dict | None, rival: dict | None, key: str) -> str:
-    return f"{row[key] / rival[key]:.3f}" if row and rival else "not run"
+    return f"{row[key] / rival[key]:.3f}" if row and rival and rival[key] else "not run"
 
 
 def _best(rows: list[dict], dtype: str) -> list[list[str]]:
@@ -96,11 +96,16 @@ def origin(results: dict) -> str:
     return f"torch {results['torch']}, triton {results['triton']}, {commit}; `{results['command']}`"
 
 
+def workload(results: dict) -> str:
+    """What was trained; files from before that was recorded are of ResNet-50."""
+    return f"{results.get('model', 'resnet50')} at {results.get('size', 224)} px"
+
+
 def render(results: dict) -> str:
     """Markdown of a results file in the form of bench_training.json."""
     rows = [{"optimizer": results.get("optimizer", False), **row} for row in results["rows"]]
     lines = [
-        f"# A training step of ResNet-50 at 224 px on one {results['device']}",
+        f"# A training step of {workload(results)} on one {results['device']}",
         "",
         "Forward and backward, the fastest row of each normalizer; ± is half the spread of repeats, where recorded.",
         "",

@@ -23,6 +23,7 @@ import bench_common
 import torch
 import torch.nn.functional as F
 import yaml
+from bench_report import workload
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.reporting.spec import parse_spec
@@ -150,7 +151,7 @@ def summary(rows: list[dict]) -> list[str]:
     return lines
 
 
-def plot(rows: list[dict], path: str, device: str = "") -> None:
+def plot(results: dict, path: str) -> None:
     """Images per second without the optimizer by mode and normalizer, a panel a batch size; a line a second dtype.
 
     Of OnlineNorm the fused backend where there are such rows: PyTorch's own would be slivers beside it.
@@ -160,9 +161,8 @@ def plot(rows: list[dict], path: str, device: str = "") -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    device = f", {device}" if device else ""
     spec = parse_spec(yaml.safe_load((Path(__file__).parents[1] / "configs" / "report.yaml").read_text("utf-8")))
-    rows = [row for row in rows if not row.get("optimizer")] or rows
+    rows = [row for row in results["rows"] if not row.get("optimizer")] or results["rows"]
     rows = [row for row in rows if row["normalizer"] == "batch" or row["backend"] == "fused"] or rows
     names, modes, dtypes, batches = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("normalizer", "mode", "dtype", "batch")
@@ -195,7 +195,8 @@ def plot(rows: list[dict], path: str, device: str = "") -> None:
     labels = [*(spec.row(name).label for name in names), *dtypes[1:]]
     figure.tight_layout(rect=(0, 0.07, 1, 0.94))
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"A training step of ResNet-50 at 224 px, {dtypes[0]}{device}; dotted: the fastest BatchNorm")
+    where = f"{workload(results)}, {dtypes[0]}, {results['device']}"
+    figure.suptitle(f"A training step of {where}; dotted: the fastest BatchNorm")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -225,7 +226,7 @@ def main(argv=None) -> dict:
         torch.backends.cudnn.benchmark = True
         for backend in args.backend:
             bench_common.gate(device, backend)
-    results = {**bench_common.head(device), "not_run": [], "rows": []}
+    results = {**bench_common.head(device), "model": args.model, "size": args.size, "not_run": [], "rows": []}
     optimizers = {"without": [False], "with": [True], "both": [False, True]}[args.optimizer]
     rows: list[Row] = []
 
@@ -263,7 +264,7 @@ def main(argv=None) -> dict:
             if not out_of_time():
                 measure(row)
     bench_common.write(args.output, results)
-    plot(results["rows"], str(args.output).removesuffix(".json") + ".png", results["device"])
+    plot(results, str(args.output).removesuffix(".json") + ".png")
     print(*summary(results["rows"]), sep="\n")
     return results
 

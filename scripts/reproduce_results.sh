@@ -43,7 +43,7 @@ for file in Path("results/exports").glob("*/exports.json"):
     copy.parent.mkdir(parents=True)
     copy.write_text(page(json.loads(file.read_text())))
 steps = json.loads((rebuilt / "bench_training.json").read_text())
-bench_training.plot(steps["rows"], str(rebuilt / "bench_training.png"), steps["device"])
+bench_training.plot(steps, str(rebuilt / "bench_training.png"))
 if (tests := rebuilt / "gpu_tests.json").exists():
     tests.with_suffix(".md").write_text(gpu_tests.render(json.loads(tests.read_text())))
 END

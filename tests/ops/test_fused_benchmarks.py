@@ -36,6 +36,7 @@ def test_training_benchmark_writes_rows_and_a_picture(script, tmp_path):
     )
     assert all(list(row) == columns.split() for row in results["rows"])
     assert path.with_suffix(".png").stat().st_size > 1000
+    assert script("bench_report").render(results).startswith("# A training step of resnet18 at 32 px on one ")
 
 
 def test_sites_are_those_of_the_network(script):
