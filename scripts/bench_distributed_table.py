@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from onlinenorm.reporting.cost import origin
 from onlinenorm.reporting.markdown import markdown_table
 
 SYNCHRONISED = {"sync_batch": "batch", "online_global": "online_local"}  # and what each does without communication
@@ -19,7 +20,6 @@ EXACTNESS = ("normalizer", "steps", "largest of a loss", "parameters", "statisti
 def render(results: dict) -> str:
     """Markdown of a results file of bench_distributed.py with at least one row."""
     world, rows = results["processes"], results["rows"]
-    versions = f"torch {results['torch']}, triton {results['triton']}, commit {results['commit']}"
     parts = [
         f"# {results['model']}, {results['size']} px, {results['backend']}: one process against {world}",
         markdown_table(RATES, [_rate(row) for row in rows]),
@@ -29,7 +29,7 @@ def render(results: dict) -> str:
         f"Float32 without TF32, {world} processes against one, same global batches. Parameters and statistics: norm "
         "of the difference over the norm.",
         markdown_table(EXACTNESS, [_difference(row) for row in results["exactness_float32"]]),
-        f"{world} x {results['device']}; {versions}; `{results['command']}`",
+        f"{world} x {results['device']}; {origin(results)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

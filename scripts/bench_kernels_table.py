@@ -9,9 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from bench_report import origin
-
 from onlinenorm.ops.fused.single_read import tuning_for
+from onlinenorm.reporting.cost import origin
 from onlinenorm.reporting.markdown import markdown_table
 
 KERNELS = (

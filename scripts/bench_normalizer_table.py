@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from bench_normalizer import plot
-from bench_report import origin
 
+from onlinenorm.reporting.cost import origin
 from onlinenorm.reporting.markdown import markdown_table
 
 HEAD = (

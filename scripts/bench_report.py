@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from onlinenorm.reporting.cost import step_time
+from onlinenorm.reporting.cost import origin, step_time
 from onlinenorm.reporting.markdown import markdown_table
 
 BEST = (
@@ -39,12 +39,14 @@ ALL = (
 )
 
 
-def _fastest(rows: list[dict], **wanted) -> dict | None:
+def fastest(rows: list[dict], **wanted) -> dict | None:
+    """The row of most images/s among those that have the wanted values."""
     found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
     return max(found, key=lambda row: row["images_per_second"], default=None)
 
 
-def _over(row: dict | None, rival: dict | None, key: str) -> str:
+def over(row: dict | None, rival: dict | None, key: str) -> str:
+    """A row's figure over its rival's."""
     return f"{row[key] / rival[key]:.3f}" if row and rival and rival[key] else "not run"
 
 
@@ -53,21 +55,21 @@ def _best(rows: list[dict], dtype: str) -> list[list[str]]:
     lines, rows = [], [row for row in rows if row["dtype"] == dtype]
     for batch in sorted({row["batch"] for row in rows}, reverse=True):
         rivals = {
-            optimizer: _fastest(rows, batch=batch, normalizer="batch", optimizer=optimizer) for optimizer in (0, 1)
+            optimizer: fastest(rows, batch=batch, normalizer="batch", optimizer=optimizer) for optimizer in (0, 1)
         }
         names = dict.fromkeys(row["normalizer"] for row in rows if row["batch"] == batch)
-        best = [row for name in names if (row := _fastest(rows, batch=batch, normalizer=name, optimizer=False))]
+        best = [row for name in names if (row := fastest(rows, batch=batch, normalizer=name, optimizer=False))]
         for row in sorted(best, key=lambda row: -row["images_per_second"]):
-            whole = _fastest(rows, batch=batch, normalizer=row["normalizer"], optimizer=True)
+            whole = fastest(rows, batch=batch, normalizer=row["normalizer"], optimizer=True)
             lines.append(
                 [
                     *(str(row[key]) for key in ("batch", "normalizer", "mode", "dtype")),
                     step_time(row),
                     f"{row['images_per_second']:,.0f}",
-                    _over(row, rivals[0], "images_per_second"),
-                    _over(whole, rivals[1], "images_per_second"),
+                    over(row, rivals[0], "images_per_second"),
+                    over(whole, rivals[1], "images_per_second"),
                     f"{row['peak_memory_gib']:.2f}",
-                    _over(row, rivals[0], "peak_memory_gib"),
+                    over(row, rivals[0], "peak_memory_gib"),
                 ]
             )
     return lines
@@ -76,24 +78,18 @@ def _best(rows: list[dict], dtype: str) -> list[list[str]]:
 def _all(rows: list[dict]) -> list[list[str]]:
     lines = []
     for row in sorted(rows, key=lambda row: (row["optimizer"], -row["batch"], -row["images_per_second"])):
-        rival = _fastest(rows, batch=row["batch"], normalizer="batch", optimizer=row["optimizer"])
+        rival = fastest(rows, batch=row["batch"], normalizer="batch", optimizer=row["optimizer"])
         lines.append(
             [
                 *(str(row[key]) for key in ("batch", "normalizer", "backend", "mode", "dtype")),
                 "yes" if row["optimizer"] else "no",
                 step_time(row),
                 f"{row['images_per_second']:,.0f}",
-                _over(row, rival, "images_per_second"),
+                over(row, rival, "images_per_second"),
                 f"{row['peak_memory_gib']:.2f}",
             ]
         )
     return lines
-
-
-def origin(results: dict) -> str:
-    """Where a recorded benchmark comes from, in one line."""
-    commit = f"commit {results['commit']}"
-    return f"torch {results['torch']}, triton {results['triton']}, {commit}; `{results['command']}`"
 
 
 def workload(results: dict) -> str:

@@ -23,7 +23,7 @@ import bench_common
 import torch
 import torch.nn.functional as F
 import yaml
-from bench_report import workload
+from bench_report import fastest, over, workload
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.reporting.spec import parse_spec
@@ -140,14 +140,13 @@ def summary(rows: list[dict]) -> list[str]:
     lines = []
     for batch, optimizer in sorted({(row["batch"], row["optimizer"]) for row in rows}):
         of_size = [row for row in rows if (row["batch"], row["optimizer"]) == (batch, optimizer)]
-        rivals = [row for row in of_size if row["normalizer"] == "batch"]
+        rival = fastest(of_size, normalizer="batch")
         step = "with optimizer" if optimizer else "forward and backward"
-        for name in sorted({row["normalizer"] for row in of_size} - {"batch"}) if rivals else ():
-            best = max((row for row in of_size if row["normalizer"] == name), key=lambda row: row["images_per_second"])
-            speed = best["images_per_second"] / max(row["images_per_second"] for row in rivals)
-            like = [row for row in rivals if (row["mode"], row["dtype"]) == (best["mode"], best["dtype"])]
-            memory = f"{best['peak_memory_gib'] / max(like[0]['peak_memory_gib'], 1e-9):.3f}" if like else "not run"
-            lines.append(f"N = {batch}, {step}: {name} / batch = {speed:.3f} in speed, {memory} in peak memory")
+        for name in sorted({row["normalizer"] for row in of_size} - {"batch"}) if rival else ():
+            best = fastest(of_size, normalizer=name)
+            like = fastest(of_size, normalizer="batch", mode=best["mode"], dtype=best["dtype"])
+            speed, memory = over(best, rival, "images_per_second"), over(best, like, "peak_memory_gib")
+            lines.append(f"N = {batch}, {step}: {name} / batch = {speed} in speed, {memory} in peak memory")
     return lines
 
 

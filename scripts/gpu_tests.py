@@ -16,8 +16,8 @@ from pathlib import Path
 
 import bench_common
 import torch
-from bench_report import origin
 
+from onlinenorm.reporting.cost import origin
 from onlinenorm.reporting.markdown import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -104,6 +104,12 @@ def cost_sentences(results: Mapping[str, Any], fastest: bool = False) -> list[st
     return sentences
 
 
+def origin(results: Mapping[str, Any]) -> str:
+    """Where a recorded benchmark comes from, in one line."""
+    commit = f"commit {results['commit']}"
+    return f"torch {results['torch']}, triton {results['triton']}, {commit}; `{results['command']}`"
+
+
 def render_cost(results: Mapping[str, Any], spec: ReportSpec) -> str:
     """The cost of error compensation as Markdown."""
     sentences = cost_sentences(results)
@@ -115,7 +121,7 @@ def render_cost(results: Mapping[str, Any], spec: ReportSpec) -> str:
             "\n".join(f"- {sentence}." for sentence in sentences) or missing,
             "A step is forward and backward, and the optimizer's where the setting says so. ± is half the spread of "
             "repeats, where recorded.",
-            f"torch {results['torch']}, triton {results['triton']}, commit {results['commit']}; `{results['command']}`",
+            origin(results),
         ]
     ) + "\n"  # fmt: skip
 

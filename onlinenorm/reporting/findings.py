@@ -130,43 +130,41 @@ def paired_line(pooled: Sequence[Pooled], spec: ReportSpec) -> str | None:
 
 def removal_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> str | None:
     """The claim: removing the clamp leaves validation identical; by study, or, if brief, over all runs."""
+    every = [run.results for _, run in clamped_runs(studies)]
+    if not every:
+        return None
+    changed = [results["clamping"]["changed_predictions"] for results in every]
+    exact, total = changed.count(0), len(every)
+    claim = (
+        "**Removing the clamp** after training ([table](clamping.md)), claimed to leave validation identical, changed"
+    )
+    if brief:
+        images = [results["dataset"]["val_images"] for results in every]
+        percent = span([100 * count / of for count, of in zip(changed, images, strict=True)], "{:.1f}")
+        return f"{claim} {percent} % of the predictions, and none in {exact} of {total} runs."
     parts = []
     for study in studies:
         found = [run.results for _, run in clamped_runs({study: studies[study]})]
         if found:
-            changed = [r["clamping"]["changed_predictions"] for r in found]
             points = [r["clamping"]["without"]["val_top1"] - r["clamping"]["with"]["val_top1"] for r in found]
             images = found[0]["dataset"]["val_images"]
-            counts = span(changed, "{:,}")
+            counts = span([r["clamping"]["changed_predictions"] for r in found], "{:,}")
             worst = text.difference(max(points, key=abs), "top1")
             parts.append(
                 f"{study}: {counts} of {images:,} predictions in {len(found)} run{'s' * (len(found) > 1)}, accuracy "
                 f"{worst} points at most"
             )
-    every = [run.results["clamping"]["changed_predictions"] for _, run in clamped_runs(studies)]
-    if not every:
-        return None
-    exact, total = sum(n == 0 for n in every), len(every)
-    claim = (
-        "**Removing the clamp** after training ([table](clamping.md)), claimed to leave validation identical, changed"
-    )
-    if brief:
-        shares = [
-            run.results["clamping"]["changed_predictions"] / run.results["dataset"]["val_images"]
-            for _, run in clamped_runs(studies)
-        ]
-        percent = span([100 * share for share in shares], "{:.1f}")
-        return f"{claim} {percent} % of the predictions, and none in {exact} of {total} runs."
     return f"{claim} no prediction in {exact} of {total} runs ({'; '.join(parts)})."
 
 
 def course_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> str | None:
     """Does the clamped fraction go to 0 as the learning rate is annealed? By study, or, if brief, over all runs."""
-    parts, ends, fallen, compared = [], 0, 0, 0
+    parts, total, ends, fallen, compared = [], 0, 0, 0, 0
     for study, runs in studies.items():
         found = [c for run in runs if run.finished and (c := course(run))]
         if not found:
             continue
+        total += len(found)
         ends += sum(c.last == 0 for c in found)
         before = [c for c in found if c.before_drop is not None]
         compared += len(before)
@@ -182,7 +180,6 @@ def course_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> st
     if not parts:
         return None
     studied = "" if brief else f" ({'; '.join(parts)})"
-    total = sum(bool(run.finished and course(run)) for runs in studies.values() for run in runs)
     return (
         "**The clamped fraction**, claimed to vanish as the learning rate is annealed, is lower at the end than "
         f"before the first drop in {fallen} of {compared} runs and exactly 0 in {ends} of {total}{studied}."
