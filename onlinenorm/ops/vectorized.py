@@ -114,6 +114,7 @@ def _(g_NC, gy_NC, y_MC, yy_MC, rstd_MC, control_u, control_v, alpha_bkw, gradie
 def _inverse_layer_scale(yy_NC, y_NC, weight_C, bias_C, spec: NormSpec) -> Tensor:
     """1 / zeta (N, C) of layer scaling, from the moments Q and Y of the normalised values."""
     square_NC = weight_C * weight_C * yy_NC + 2 * weight_C * bias_C * y_NC + bias_C * bias_C
+    square_NC = torch.where(y_NC.isinf(), y_NC.abs(), square_NC)  # of infinite pixels, whose variance is NaN
     return torch.rsqrt(channel_groups(square_NC, spec) + spec.layer_scaling_eps)
 
 

@@ -139,11 +139,15 @@ def test_large_means_constant_channels_and_start_up_extremes():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, in Triton's interpreter
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_values_stay_in_their_channel_and_do_as_the_loop_does(bad):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
+@pytest.mark.parametrize("backend", ["fused", "torch"])
+def test_bad_values_are_where_the_loop_has_them(backend, guard, bad):
+    """In their channel with clamping, in their sample and in what follows it with layer scaling."""
     (x, r, grad), *_ = batches((4, 3, 2, 2), torch.float32, steps=1)
     x[2, 1, 0, 0] = bad
-    ours, loop = (train(layer_of(3, backend), [(x, r, grad)]) for backend in ("fused", "reference"))
+    layers = (layer_of(3, name, error_compensation=guard) for name in (backend, "reference"))
+    ours, loop = (train(layer, [(x, r, grad)]) for layer in layers)
     for name, value in loop.items():
         assert torch.equal(ours[name].isfinite(), value.isfinite()), name
 

@@ -122,7 +122,9 @@ def layer_scale_kernel(
         weight, bias = parameters(weight_ptr, bias_ptr, c, live)
         rstd = tl.rsqrt(var + eps)
         mean_w = weight * (mu - m) * rstd + bias
-        total += tl.where(live, mean_w * mean_w + weight * weight * q * rstd * rstd, 0.0)
+        square = mean_w * mean_w + weight * weight * q * rstd * rstd
+        square = tl.where(tl.abs(mean_w) == float("inf"), float("inf"), square)  # of infinite pixels, q being NaN
+        total += tl.where(live, square, 0.0)
     tl.store(rzeta_ptr + tl.program_id(0), tl.rsqrt(tl.sum(total, 0) / group_size + scale_eps))
 
 
