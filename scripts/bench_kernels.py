@@ -1,6 +1,6 @@
 """Time of each single-read kernel at each norm site of ResNet-50, for several tunings, and of the parts of a step.
 
-    python scripts/bench_kernels.py                                # the tunings in use, one Hopper GPU, minutes
+    python scripts/bench_kernels.py                                # every tuning in use, one Hopper GPU, minutes
     python scripts/bench_kernels.py --tuning 128,3,16,400 ...      # and others: threads a role, stages, chunk, rows
 
 What TUNINGS of onlinenorm/ops/fused/single_read.py is chosen from. Times are microseconds a call in CUDA graphs over
@@ -10,6 +10,7 @@ profiler. scripts/bench_kernels_table.py makes the page.
 """
 
 import argparse
+import itertools
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from onlinenorm.ops.fused import single_read, two_pass
 from onlinenorm.ops.fused.single_read import TUNINGS, Tuning
 from onlinenorm.ops.spec import NormSpec
 
-SPEC = NormSpec(error_compensation="clamp")
+SPECS = {name: NormSpec(error_compensation=name) for name in ("clamp", "layer_scaling")}
 CHECKED = ((5, 64, 9, False), (37, 128, 28, True), (70, 64, 56, False), (130, 512, 7, True), (33, 128, 3, True))
 PARTS = (  # of a step, by what a kernel's name holds; the first match counts
     ("norm: single-read kernels", ("online_norm",)),
@@ -63,34 +64,35 @@ class Use:
         single_read.tuning_for = self.usual
 
 
-def step(path, tensors, weight, bias, state) -> list[torch.Tensor]:
+def step(path, spec, tensors, weight, bias, state) -> list[torch.Tensor]:
     """All that forward and backward of one layer give, from copies of ``state``."""
     x, grad, residual, extra = tensors
     mean, var, u, v = (t.clone() for t in state)
-    y, tables, kept = path.forward(x, residual, weight, bias, mean, var, SPEC, True)
+    y, tables, kept = path.forward(x, residual, weight, bias, mean, var, spec, True)
     if path is single_read:
-        found = path.backward(grad, extra, x, kept, weight, bias, tables, u, v, SPEC, True)
+        found = path.backward(grad, extra, x, kept, weight, bias, tables, u, v, spec, True)
     else:
         out = None if residual is None else y
         found = path.backward(
-            grad, extra, x, out, weight, bias, tables, None, u, v, SPEC, True, residual is not None
+            grad, extra, x, out, weight, bias, tables, kept, u, v, spec, True, residual is not None
         )  # fmt: skip
     return [y, mean, var, u, v, *(t for t in found if t is not None)]
 
 
-def agrees(tuning: Tuning) -> bool:
+def agrees(tuning: Tuning, spec: NormSpec) -> bool:
     """Whether a tuning gives what two passes give, and the same bits twice."""
     for samples, channels, side, residual in CHECKED:
         x, grad, other, extra = drawn(4, samples, channels, side, side)
         tensors = (x, grad, other, extra) if residual else (x, grad, None, None)
         weight, bias = torch.rand(2, channels, device="cuda") + 0.5
         state = list(torch.rand((4, channels), device="cuda") * 0.1 + 0.05)
-        truth = step(two_pass, tensors, weight, bias, state)
+        truth = step(two_pass, spec, tensors, weight, bias, state)
         with Use(tuning):
-            found, again = (step(single_read, tensors, weight, bias, state) for _ in range(2))
+            found, again = (step(single_read, spec, tensors, weight, bias, state) for _ in range(2))
         far = max(bench_common._distance(a, b) for a, b in zip(found, truth, strict=True))
         if not far < 2e-2 or not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
-            print(f"{name_of(tuning)} is wrong at {samples} x {channels} x {side}: {far:.1e}", flush=True)
+            where = f"{spec.error_compensation}, {samples} x {channels} x {side}"
+            print(f"{name_of(tuning)} is wrong at {where}: {far:.1e}", flush=True)
             return False
     return True
 
@@ -102,7 +104,7 @@ def microseconds(call, sets: list, repeats: int) -> float:
     return round(1e3 * statistics.median(times) / len(sets), 1)
 
 
-def measure(site, batch: int, tunings: list[Tuning], repeats: int) -> list[dict]:
+def measure(site, batch: int, tunings: list[Tuning], spec: NormSpec, repeats: int) -> list[dict]:
     """A row for each direction of one site."""
     channels, side, residual, relu = site
     size = 2 * batch * channels * side * side
@@ -113,15 +115,15 @@ def measure(site, batch: int, tunings: list[Tuning], repeats: int) -> list[dict]
     mean, var, u, v = (torch.full((channels,), float(k == 1), device="cuda") for k in range(4))
 
     def forward(path):
-        return lambda x, _, other, __: path.forward(x, other, weight, bias, mean, var, SPEC, relu)
+        return lambda x, _, other, __: path.forward(x, other, weight, bias, mean, var, spec, relu)
 
     def backward(path, saved):
         def call(x, grad, other, extra):
             y, tables, kept = saved[id(x)]
             if path is single_read:
-                return path.backward(grad, extra, x, kept, weight, bias, tables, u, v, SPEC, relu)
+                return path.backward(grad, extra, x, kept, weight, bias, tables, u, v, spec, relu)
             out = y if residual and relu else None
-            return path.backward(grad, extra, x, out, weight, bias, tables, None, u, v, SPEC, relu, residual and relu)
+            return path.backward(grad, extra, x, out, weight, bias, tables, kept, u, v, spec, relu, residual and relu)
 
         return call
 
@@ -135,7 +137,8 @@ def measure(site, batch: int, tunings: list[Tuning], repeats: int) -> list[dict]
             call = forward(path) if saved is None else backward(path, saved)
             with Use(tuning):
                 times["two_pass" if tuning is None else name_of(tuning)] = microseconds(call, sets, repeats)
-        row = {"batch": batch, "channels": channels, "side": side, "residual": residual, "direction": direction}
+        row = {"error_compensation": spec.error_compensation, "batch": batch, "channels": channels, "side": side}
+        row |= {"residual": residual, "direction": direction}
         rows.append({**row, "bytes": tensors[direction] * size, "two_pass": times.pop("two_pass"),
                      "microseconds": times})  # fmt: skip
     return rows
@@ -176,17 +179,17 @@ def main(argv=None) -> dict:
     tunings = list(dict.fromkeys([*(row[-1] for row in TUNINGS), *others]))
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda")
-    tunings = [tuning for tuning in tunings if agrees(tuning)]
+    fit = {name: [tuning for tuning in tunings if agrees(tuning, spec)] for name, spec in SPECS.items()}
     results = {**bench_common.head(device), "copy_bytes_per_second": bench_normalizer.copy_bandwidth(device, 20)}
     results |= {"step": {}, "kernels": []}
     sites = [site for site in bench_normalizer.sites("resnet50", args.size) if site[0] % single_read.WIDTH == 0]
-    for batch in args.batch:
+    for (name, spec), batch in itertools.product(SPECS.items(), args.batch):
         for site in sites:
-            for row in measure(site, batch, tunings, args.repeats):
+            for row in measure(site, batch, fit[name], spec, args.repeats):
                 results["kernels"].append(row)
                 print({key: value for key, value in row.items() if key != "bytes"}, flush=True)
             bench_common.write(args.output, results)
-    for normalizer in ("online_clamp", "batch"):
+    for normalizer in ("online_clamp", "online_layer_scaling", "batch"):
         results["step"][normalizer] = parts(normalizer, args.batch[0], args.size)
         print(normalizer, results["step"][normalizer], flush=True)
         bench_common.write(args.output, results)

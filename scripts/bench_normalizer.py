@@ -56,9 +56,10 @@ class BatchNormSite(nn.Module):
 
 def provider(name: str, channels: int, device: torch.device):
     kind, _, how = name.partition(":")
-    layer = BatchNormSite(channels) if kind == "batch" else OnlineNorm2d(channels, backend=kind)
-    layer = layer.to(device).train()
-    return torch.compile(layer, dynamic=False) if how == "compile" else layer
+    if kind == "batch":
+        layer = BatchNormSite(channels).to(device).train()
+        return torch.compile(layer, dynamic=False) if how == "compile" else layer
+    return OnlineNorm2d(channels, backend=kind, error_compensation=how or "clamp", device=device)
 
 
 def measure(name: str, site, batch: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
@@ -112,6 +113,7 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
 
 LOOKS = {  # provider: legend, colour, marker
     "fused": ("OnlineNorm + clamp, fused", "#0072B2", "o"),
+    "fused:layer_scaling": ("OnlineNorm + layer scaling, fused", "#D55E00", "^"),
     "batch:compile": ("BatchNorm, compiled", "#009E73", "s"),
     "batch": ("BatchNorm, eager", "#009E73", "x"),
     "torch": ("OnlineNorm + clamp, PyTorch", "#7F7F7F", "+"),
@@ -157,7 +159,9 @@ def main(argv=None) -> dict:
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels a side of the network's input")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--provider", nargs="+", default=["batch", "batch:compile", "fused", "torch"])
+    parser.add_argument(
+        "--provider", nargs="+", default=["batch", "batch:compile", "fused", "fused:layer_scaling", "torch"]
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", default="results/bench_normalizer.json", help="the picture lands beside it")

@@ -20,8 +20,9 @@ HEAD = (
     "calls",
     "direction",
     "MB",
-    "fused, us",
+    "fused clamp, us",
     "share of copy",
+    "fused layer scaling, us",
     "BatchNorm compiled, us",
     "BatchNorm eager, us",
 )
@@ -49,7 +50,7 @@ def _rows(results: dict) -> tuple[list[list[str]], dict[tuple[int, str], float]]
             mine = row[direction]
             cells = [str(batch), site, str(row["count"]), direction, f"{mine['bytes'] / 1e6:.1f}"]
             cells += [f"{mine['microseconds']:.1f}", f"{mine['share']:.0%}"]
-            for rival in ("batch:compile", "batch"):
+            for rival in ("fused:layer_scaling", "batch:compile", "batch"):
                 other = found.get((batch, site, rival))
                 cells.append(f"{other[direction]['microseconds']:.1f}" if other else "not run")
             lines.append(cells)

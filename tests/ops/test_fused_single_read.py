@@ -8,6 +8,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -41,12 +42,13 @@ def test_tunings_are_such_as_the_kernels_can_be_cut(tuning):
     assert tuning.chunk % (tuning.group // single_read.WIDTH) == 0 and tuning.stages >= 2
 
 
+@pytest.mark.parametrize("guard", ["CLAMP", "SCALED"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_cuda_compiles_without_a_gpu(direction):
+def test_cuda_compiles_without_a_gpu(direction, guard):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA carries no NVRTC")
     source = (single_read.SOURCES / "common.cu").read_text() + (single_read.SOURCES / f"{direction}.cu").read_text()
-    flags = {"HALF": 1, "CLAMP": 1, "RELU": 1, "RESIDUAL": 1, "EXTRA": 1, **TUNINGS[-1].defines}
+    flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1, "EXTRA": 1, "CLAMP": 0, "SCALED": 0, **TUNINGS[-1].defines, guard: 1}
     code = driver.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
     assert code[:4] == b"\x7fELF" and b"online_norm" in code
     with pytest.raises(RuntimeError, match="NVRTC failed"):
@@ -61,35 +63,49 @@ def test_parameters_are_laid_out_as_the_kernels_read_them():
     assert ctypes.sizeof(single_read.Params) % 64 == 0
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_launch_passes_every_tensor(residual, monkeypatch):
-    """Forward with everything around the kernel as on a GPU, but for the GPU."""
-    launched = []
+class FakeKernel:
+    """Everything around a kernel as on an H100, but for the GPU: notes its launches."""
 
-    class Recorder:
-        def allow_shared_memory(self, size):
-            assert size <= 232_448
+    launched: ClassVar[list] = []
 
-        def blocks_per_multiprocessor(self, threads, shared_memory):
-            return 1
+    def __init__(self, *arguments):
+        pass
 
-        def launch(self, blocks, threads, shared_memory, stream, params):
-            launched.append((blocks, stream, single_read.Params.from_buffer_copy(params)))
+    def allow_shared_memory(self, size):
+        assert size <= H100.shared_memory_per_block_optin
 
-    gpu = SimpleNamespace(shared_memory_per_block_optin=232_448, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    def blocks_per_multiprocessor(self, threads, shared_memory):
+        return 1
+
+    def launch(self, blocks, threads, shared_memory, stream, params, together):
+        self.launched.append((blocks, stream, single_read.Params.from_buffer_copy(params), together))
+
+
+H100 = SimpleNamespace(shared_memory_per_block_optin=232_448, multi_processor_count=132)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(single_read, "_kernel", lambda *arguments: Recorder())
+    monkeypatch.setattr(single_read, "_kernel", FakeKernel)
     monkeypatch.setattr(single_read, "tensor_map", lambda address, *cut: address.to_bytes(8, "little") * 16)
+    FakeKernel.launched.clear()
     single_read._plan.cache_clear()
-    x, other = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 5, 64, 30, 30).bfloat16())
-    mean, var, weight, bias = torch.rand(4 * 64 + 1)[1:].view(4, 64)
-    spec, extra = NormSpec(alpha_fwd=0.75), other if residual else None
-    y, tables, mask = single_read.forward(x, extra, weight, bias, mean, var, spec, True)
+    yield
     single_read._plan.cache_clear()
     messages._chunks.clear()
-    ((blocks, stream, params),) = launched
+
+
+@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 5, 64, 30, 30).bfloat16())
+    mean, var, weight, bias = torch.rand(4 * 64 + 1)[1:].view(4, 64)
+    spec, extra = NormSpec(alpha_fwd=0.75, error_compensation=guard), other if residual else None
+    y, tables, mask = single_read.forward(x, extra, weight, bias, mean, var, spec, True)
+    ((blocks, stream, params, together),) = FakeKernel.launched
     for name, tensor in {"out": y, "state": tables, "first": mean, "second": var}.items():
         assert getattr(params, name) == tensor.data_ptr(), name
     for name in ("weight", "bias"):  # read 16 bytes at a time, so copied from an odd address
@@ -98,9 +114,40 @@ def test_a_launch_passes_every_tensor(residual, monkeypatch):
     assert bytes(params)[:8] == x.data_ptr().to_bytes(8, "little")
     assert bytes(params)[128:136] == (other.data_ptr() if residual else 0).to_bytes(8, "little")
     assert (params.samples, params.channels, params.pixels, stream) == (5, 64, 900, 7)
-    assert (params.alpha_fwd, params.rest_fwd) == (0.75, 0.25) and tables.shape == (1, 6, 128)
+    assert (params.alpha_fwd, params.rest_fwd) == (0.75, 0.25)
     assert params.tiles > 1 and blocks == params.samples * params.tiles
-    assert params.slots - params.published == 8 * 5 * 64 and params.tickets - params.slots == 8 * 5 * 64 * params.tiles
+    scaled = guard == "layer_scaling"
+    assert together == scaled and tables.shape == (1, 6 + scaled, 128)
+    if scaled:
+        assert params.rzeta == tables[0, 6].data_ptr()
+    assert params.slots - params.published == 8 * 5 * 64 and params.shares - params.slots == 8 * 5 * 64 * params.tiles
+    assert params.tickets - params.shares == 8 * 5 * scaled
+
+
+def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, monkeypatch):
+    """Its tiles wait for one another: fewer stages than tiles would wait for ever."""
+    monkeypatch.setattr(single_read, "serves", lambda device: True)
+    spec, rng, taken = NormSpec(error_compensation="layer_scaling"), random.Random(0), 0
+    for _ in range(2000):
+        channels, height, width = 64 * rng.randint(1, 40), rng.randint(1, 120), rng.randint(1, 120)
+        shape = (rng.randint(1, 3), channels, height, width)
+        monkeypatch.setattr(H100, "multi_processor_count", rng.choice([16, 114, 132]))
+        x = SimpleNamespace(
+            is_cuda=True, dtype=torch.bfloat16, shape=shape, device=SimpleNamespace(index=0),
+            element_size=lambda: 2, is_contiguous=lambda memory_format: True,
+        )  # fmt: skip
+        if not single_read.suits(x, spec):
+            continue
+        taken += 1
+        for direction, flags in (("forward", ("RELU", "RESIDUAL")), ("backward", ("RELU", "RESIDUAL", "EXTRA"))):
+            for tuning in TUNINGS:
+                # raises where the stages of the blocks that run at once do not hold a sample
+                assert single_read._plan(0, direction, shape, False, flags, spec, tuning).together
+    assert 200 < taken < 1800
+    monkeypatch.setattr(H100, "multi_processor_count", 132)
+    for other in (NormSpec(error_compensation="layer_scaling", layer_scaling_group_size=32), spec):
+        x.shape = (2, 64, 8, 8) if other is not spec else (2, 64 * 33, 8, 8)
+        assert not single_read.suits(x, other)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +258,7 @@ def one_step(path, tensors, weight, bias, state, residual, relu, extra, spec, **
         found = path.backward(*both, x, kept, weight, bias, tables, u, v, spec, relu, **arguments)
     else:
         out = y if residual and relu else None
-        found = path.backward(*both, x, out, weight, bias, tables, None, u, v, spec, relu, residual and relu)
+        found = path.backward(*both, x, out, weight, bias, tables, kept, u, v, spec, relu, residual and relu)
     names = "grad_x", "grad_residual", "grad_weight", "grad_bias"
     return {
         "y": y, "states": tables[-1][: len(x)].reshape(len(x), -1), "mean": mean, "var": var, "u": u, "v": v,
@@ -224,7 +271,7 @@ def test_random_shapes_agree_with_two_passes_while_the_gpu_is_busy():
     """Races: random shapes and variants, each repeated bit for bit, with other work on another stream."""
     device, generator, rng = torch.device("cuda"), torch.Generator("cuda").manual_seed(0), random.Random(0)
     other_work, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
-    variants = list(itertools.product([False, True], [False, True], [False, True], ["clamp", "none"]))
+    variants = list(itertools.product([False, True], [False, True], [False, True], ["clamp", "none", "layer_scaling"]))
     for trial in range(150):
         residual, relu, extra, guard = variants[trial % len(variants)]
         channels, side = 64 * rng.choice([1, 2, 4, 16]), rng.choice([1, 2, 3, 7, 8, 14, 15, 28, 31, 56])
@@ -299,14 +346,14 @@ def test_thousands_of_random_shapes_against_float64():
         shape, dtype = (samples, channels, height, width), rng.choice([torch.bfloat16, torch.float16])
         draw = (torch.randn(shape, device="cuda") for _ in range(3))
         x, residual, grad = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in draw)
-        guard, alpha = rng.choice(["clamp", "none"]), rng.choice([0.9, 0.999, 0.9999])
+        guard, alpha = rng.choice(["clamp", "none", "layer_scaling"]), rng.choice([0.9, 0.999, 0.9999])
         layers = three_backends(channels, error_compensation=guard, clamp_value=1.5, alpha_fwd=alpha)
-        assert single_read.suits(x, layers[0].spec)
+        assert single_read.suits(x, layers[0].spec) or (guard == "layer_scaling" and x[0].nbytes > 2**21)
         assert_as_near_as_eager(*layers, x, residual if rng.random() < 0.5 else None, grad, rng.random() < 0.5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("guard", ["clamp", "none"])
+@pytest.mark.parametrize("guard", ["clamp", "none", "layer_scaling"])
 def test_start_up_extremes_large_means_and_constant_channels(guard):
     """mean(y^2) of 10^4 to 10^5 on the first batch, channel means of 1000, new and known, no variance at all."""
     torch.manual_seed(0)
@@ -325,13 +372,17 @@ def test_start_up_extremes_large_means_and_constant_channels(guard):
 @pytest.mark.gpu
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("side", [3, 14, 56])
-def test_bad_values_stay_in_their_channel(bad, side):
-    """What is not finite is so where the sample loop's is, and nowhere else; nothing waits for ever."""
+@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
+def test_bad_values_are_where_the_sample_loops_are(bad, side, guard):
+    """What is not finite is so where the sample loop's is, and nowhere else; nothing waits for ever.
+
+    With layer scaling that is a whole sample, and its channel from then on.
+    """
     torch.manual_seed(0)
     x, residual, grad = torch.randn((3, 6, 64, side, side), device="cuda").bfloat16()
     x[2, 5, 0, 0] = bad
     inputs = [t.contiguous(memory_format=torch.channels_last) for t in (x, residual, grad)]
-    fused, loop, _ = three_backends(64)
+    fused, loop, _ = three_backends(64, error_compensation=guard)
     loop.backend = "reference"
     ours, theirs = (run(layer, *inputs, True) for layer in (fused, loop))
     for name, value in theirs.items():
@@ -339,12 +390,13 @@ def test_bad_values_stay_in_their_channel(bad, side):
 
 
 @pytest.mark.gpu
-def test_messages_survive_capture_beside_eager_launches_and_other_streams():
+@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
+def test_messages_survive_capture_beside_eager_launches_and_other_streams(guard):
     """Chunks of messages: a graph replayed between eager steps gives what eager steps alone give, bit for bit."""
     torch.manual_seed(0)
     x, _, grad = torch.randn((3, 40, 256, 14, 14), device="cuda").bfloat16()
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    mixed = OnlineNorm2d(256, backend="fused", device="cuda")
+    mixed = OnlineNorm2d(256, backend="fused", device="cuda", error_compensation=guard)
     alone = copy.deepcopy(mixed)
     x.requires_grad_()
 
@@ -367,3 +419,38 @@ def test_messages_survive_capture_beside_eager_launches_and_other_streams():
         step(alone)
     for name, value in alone.named_buffers():
         assert torch.equal(dict(mixed.named_buffers())[name], value), name
+
+
+@pytest.mark.gpu
+def test_launches_that_need_the_whole_gpu_take_turns():
+    """Layer scaling on three streams at once, among clamps and other work: all end, and give what they give alone."""
+    torch.manual_seed(0)
+    noise, streams = torch.randn(2048, 2048, device="cuda"), [torch.cuda.Stream() for _ in range(4)]
+    sites = [(32, 64, 56), (32, 256, 28), (32, 1024, 14), (32, 2048, 7)]
+    inputs = [torch.randn(shape + shape[-1:], device="cuda").bfloat16() for shape in sites]
+    inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    guards = ("layer_scaling", "layer_scaling", "layer_scaling", "clamp")
+
+    def trained(layers, repeats=5):
+        for _ in range(repeats):
+            for layer, x in zip(layers, inputs, strict=True):
+                layer(x, relu=True).backward(x)
+
+    layers = [
+        [OnlineNorm2d(c, backend="fused", device="cuda", error_compensation=g) for _, c, _ in sites] for g in guards
+    ]
+    alone = copy.deepcopy(layers)
+    for column in alone:
+        trained(column)
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream, column in zip(streams, layers, strict=True):
+            with torch.cuda.stream(stream):
+                trained(column, repeats=1)
+        noise = torch.mm(noise, noise).tanh_()
+    torch.cuda.synchronize()
+    for column, twins in zip(layers, alone, strict=True):
+        for layer, twin in zip(column, twins, strict=True):
+            for name, value in twin.state_dict().items():
+                assert torch.equal(layer.state_dict()[name], value), name
+            assert torch.equal(layer.weight.grad, twin.weight.grad)

@@ -146,7 +146,16 @@ class Kernel:
         )
         return blocks.value
 
-    def launch(self, blocks: int, threads: int, shared_memory: int, stream: int, parameters: ctypes.Structure) -> None:
-        """Queue the kernel on ``stream``; its one argument is the structure, by value."""
-        on, arguments = ctypes.c_void_p(stream), (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        _call("cuLaunchKernel", self._function, blocks, 1, 1, threads, 1, 1, shared_memory, on, arguments, None)
+    def launch(
+        self, blocks: int, threads: int, shared_memory: int, stream: int, parameters: ctypes.Structure, together: bool
+    ) -> None:
+        """Queue the kernel on ``stream``; its one argument is the structure, by value.
+
+        With ``together`` no block begins before all can run at once; the driver refuses more blocks than that.
+        """
+        shape = blocks, 1, 1, threads, 1, 1, shared_memory, ctypes.c_void_p(stream)
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        if together:
+            _call("cuLaunchCooperativeKernel", self._function, *shape, arguments)
+        else:
+            _call("cuLaunchKernel", self._function, *shape, arguments, None)

@@ -80,10 +80,10 @@ def fused_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward over a dense x, with the single-read kernels if ``once``.
 
-    Returns the output, the tables of the path, and what else backward needs: 1 / zeta (M, groups) of layer scaling, the
-    bits of a ReLU behind a residual (single-read), or nothing. Tables are (1, N + 1, 2 C) of single-read kernels and
-    (2, M, 2 C) of two passes, M = N x processes samples. Those of four dimensions Inductor would take for images, and
-    store anew in channels_last.
+    Returns the output, the tables of the path, and what else backward needs: the bits of a ReLU behind a residual
+    (single-read), 1 / zeta (M, groups) of layer scaling (two passes), or nothing. Tables are (1, rows, 2 C) of
+    single-read kernels and (2, M, 2 C) of two passes, M = N x processes samples. Those of four dimensions Inductor
+    would take for images, and store anew in channels_last.
     """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
@@ -101,12 +101,13 @@ def _(
     processes,
 ):  # fmt: skip
     samples, channels = x.shape[0] * processes, x.shape[1]
-    kept = x.new_empty(0)
-    if guard == "layer_scaling":
+    kept, tables = x.new_empty(0), (2, samples, 2 * channels)
+    if once:
+        tables = 1, single_read.table_rows(samples, channels, guard), 2 * channels
+        if relu and residual is not None:
+            kept = x.new_empty(single_read.mask_size(x), dtype=torch.uint8)
+    elif guard == "layer_scaling":
         kept = x.new_empty((samples, channels // (group or channels)), dtype=torch.float32)
-    elif once and relu and residual is not None:
-        kept = x.new_empty(single_read.mask_size(x), dtype=torch.uint8)
-    tables = (1, samples + 1, 2 * channels) if once else (2, samples, 2 * channels)
     return torch.empty_like(x), x.new_empty(tables, dtype=torch.float32), kept
 
 

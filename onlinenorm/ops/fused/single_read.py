@@ -14,15 +14,17 @@ from onlinenorm.ops.spec import NormSpec
 
 WIDTH = 64  # channels a block, as in common.cu
 BOX_ROWS = 256  # the most that the copy engine takes at once
+MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the shares of their blocks
+DEPTH = 4  # samples, in threes of tensors, that must fit on the chip at once for it
 SMALLEST_REST = 1e-5  # 1 - alpha_fwd from which on backward can tell a sample's moments from the states around it
 SOURCES = Path(__file__).parent / "cuda"
 
 POINTERS = (
-    "out", "out_residual", "mask", "weight", "bias", "first", "second", "state", "grad_weight", "grad_bias",
-    "published", "slots", "tickets",
+    "out", "out_residual", "mask", "weight", "bias", "first", "second", "state", "grad_weight", "grad_bias", "rzeta",
+    "published", "slots", "shares", "tickets",
 )  # fmt: skip
 INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes")
-REALS = ("alpha_fwd", "rest_fwd", "alpha_bkw", "rest_bkw", "eps", "clamp", "scale")
+REALS = ("alpha_fwd", "rest_fwd", "alpha_bkw", "rest_bkw", "eps", "clamp", "zeta_eps", "scale")
 
 
 class Params(ctypes.Structure):
@@ -33,7 +35,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int) for name in INTEGERS),
         *((name, ctypes.c_float) for name in REALS),
-        ("padding", ctypes.c_char * 24),  # to whole 64 bytes, as the maps are aligned
+        ("padding", ctypes.c_char * 8),  # to whole 64 bytes, as the maps are aligned
     )
 
 
@@ -58,27 +60,34 @@ class Tuning:
 
 
 # The fastest on an H100 at the norm sites of ResNet-50, batches 32 and 256 (results/bench_kernels.json):
-# (direction, residual or second gradient, rows N * H * W from, pixels H * W from, tuning); the first match counts.
+# (direction, layer scaling, residual or second gradient, rows N * H * W from, pixels H * W from, tuning); the first
+# match counts.
 TUNINGS = (
-    ("forward", False, 0, 3136, Tuning(256, stages=4, chunk=16, rows=400)),
-    ("forward", False, 0, 0, Tuning(256, stages=3, chunk=32, rows=400)),
-    ("forward", True, 200_000, 0, Tuning(128, stages=3, chunk=16, rows=400)),
-    ("forward", True, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
-    ("backward", False, 0, 784, Tuning(256, stages=3, chunk=8, rows=400)),
-    ("backward", False, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
-    ("backward", True, 0, 3136, Tuning(256, stages=2, chunk=16, rows=400)),
-    ("backward", True, 0, 784, Tuning(128, stages=3, chunk=16, rows=400)),
-    ("backward", True, 0, 0, Tuning(256, stages=2, chunk=16, rows=400)),
+    ("forward", False, False, 0, 3136, Tuning(256, stages=4, chunk=16, rows=400)),
+    ("forward", False, False, 0, 0, Tuning(256, stages=3, chunk=32, rows=400)),
+    ("forward", False, True, 200_000, 0, Tuning(128, stages=3, chunk=16, rows=400)),
+    ("forward", False, True, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
+    ("forward", True, False, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
+    ("forward", True, True, 50_000, 0, Tuning(128, stages=4, chunk=16, rows=400)),
+    ("forward", True, True, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
+    ("backward", False, False, 0, 784, Tuning(256, stages=2, chunk=8, rows=400)),
+    ("backward", False, False, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
+    ("backward", False, True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", False, True, 0, 0, Tuning(256, stages=2, chunk=16, rows=400)),
+    ("backward", True, False, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
+    ("backward", True, True, 0, 784, Tuning(128, stages=4, chunk=8, rows=400)),
+    ("backward", True, True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", True, True, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
 )
 
 
 @functools.cache
-def tuning_for(direction: str, residual: bool, samples: int, pixels: int) -> Tuning:
+def tuning_for(direction: str, scaled: bool, residual: bool, samples: int, pixels: int) -> Tuning:
     """Row of TUNINGS for a tensor of ``samples`` images of ``pixels``."""
-    for name, with_residual, rows, least, tuning in TUNINGS:
-        if (name, with_residual) == (direction, residual) and samples * pixels >= rows and pixels >= least:
+    for *key, rows, least, tuning in TUNINGS:
+        if key == [direction, scaled, residual] and samples * pixels >= rows and pixels >= least:
             return tuning
-    raise AssertionError(f"TUNINGS has no row for {direction}, {residual}")
+    raise AssertionError(f"TUNINGS has no row for {direction}, {scaled}, {residual}")
 
 
 @dataclass(frozen=True)
@@ -121,12 +130,12 @@ def _shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tilin
     scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * (2 * 8 * warps + 8 * segments)
     if direction == "forward":
         stage = rows * 2 * WIDTH * (1 + values["RESIDUAL"])
-        scratch += WIDTH * (8 * tuning.chunk + 2 * 4 * segments)
+        scratch += WIDTH * (8 * tuning.chunk + 2 * 4 * segments) + 4 * segments
     else:
         stage = rows * 2 * WIDTH * (2 + values["EXTRA"]) + tiling.segments * 8 * WIDTH
         if values["RELU"] and values["RESIDUAL"]:
             stage += -(-tiling.segments * _even(tiling.tile_rows) * 8 // 128) * 128
-        scratch += WIDTH * (6 * 4 * tuning.chunk + 3 * 4 * segments)
+        scratch += WIDTH * (6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments
     return tuning.stages * stage + scratch
 
 
@@ -149,10 +158,12 @@ class Launch:
     blocks: int
     threads: int
     shared_memory: int
+    together: bool  # all blocks must run at once
     box_rows: int
-    sums: int  # messages, 8 bytes each: sums of samples
-    messages: int  # and of tiles
-    bytes: int  # of them and the tickets
+    slots: int  # where the sums of tiles, the shares and the tickets begin, in bytes behind the sums of samples
+    shares: int
+    tickets: int
+    bytes: int
     params: bytes
 
 
@@ -168,7 +179,9 @@ def _plan(
     samples, channels, height, width = shape
     pixels, columns = height * width, channels // WIDTH
     names = "RELU", "RESIDUAL", "EXTRA"
-    values = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", **{name: name in flags for name in names}}
+    scaled = spec.error_compensation == "layer_scaling"
+    values = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", "SCALED": scaled}
+    values |= {name: name in flags for name in names}
     values |= tuning.defines
     kernel = _kernel(device, direction, tuple(f"-D{name}={int(value)}" for name, value in values.items()))
     properties = torch.cuda.get_device_properties(device)
@@ -178,10 +191,13 @@ def _plan(
         most_rows -= 2
         tiling = Tiling.of(pixels, tuning.group, most_rows)
     kernel.allow_shared_memory(shared)
-    resident = kernel.blocks_per_multiprocessor(tuning.threads, shared)
+    threads = tuning.threads + (WIDTH if scaled and direction == "forward" else 0)  # the followers
+    resident = kernel.blocks_per_multiprocessor(threads, shared)
     per_column = max(1, min(resident * properties.multi_processor_count // columns, tiling.items(samples)))
-    sums = samples * channels
-    words = sums * (1 + tiling.tiles) if tiling.tiles > 1 else sums
+    assert not scaled or (resident and per_column * tuning.stages >= tiling.tiles), "`suits` let pass what does not fit"
+    slots = 8 * samples * channels
+    shares = slots * (1 + tiling.tiles) if tiling.tiles > 1 else slots
+    tickets = shares + 8 * samples * columns * scaled
     params = Params(
         samples=samples,
         channels=channels,
@@ -197,11 +213,12 @@ def _plan(
         rest_bkw=1 - spec.alpha_bkw,
         eps=spec.eps,
         clamp=spec.clamp_value,
+        zeta_eps=spec.layer_scaling_eps,
         scale=spec.gradient_scale,
     )
     return Launch(
-        kernel, per_column * columns, tuning.threads, shared, tiling.box_rows, sums, words,
-        8 * words + 4 * columns, bytes(params),
+        kernel, per_column * columns, threads, shared, scaled, tiling.box_rows, slots, shares, tickets,
+        tickets + 4 * columns, bytes(params),
     )  # fmt: skip
 
 
@@ -212,11 +229,27 @@ def suits(x: Tensor, spec: NormSpec) -> bool:
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[1] % WIDTH == 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and spec.error_compensation != "layer_scaling"
+        and (spec.error_compensation != "layer_scaling" or _scales_at_once(x, spec))
         and 1 - spec.alpha_fwd >= SMALLEST_REST
         and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
         and serves(x.device.index)
     )
+
+
+def _scales_at_once(x: Tensor, spec: NormSpec) -> bool:
+    """Whether whole samples wait on the chip, ``DEPTH`` times over, for the sums that layer scaling takes of them."""
+    _, channels, height, width = x.shape
+    bytes_read = 3 * channels * height * width * x.element_size()
+    whole = spec.layer_scaling_group_size in (None, channels)
+    return whole and channels <= MOST_SCALED and DEPTH * bytes_read <= _room(x.device.index, channels // WIDTH)
+
+
+@torch.compiler.assume_constant_result
+def _room(device: int, columns: int) -> int:
+    """Bytes of shared memory of the blocks that run at once, of ``columns`` blocks of channels."""
+    properties = torch.cuda.get_device_properties(device)
+    count = properties.multi_processor_count
+    return (count - count % columns) * properties.shared_memory_per_block_optin
 
 
 @torch.compiler.assume_constant_result
@@ -243,21 +276,22 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     shaped = inputs[0]
     shape, device = tuple(shaped.shape), shaped.device
     samples, channels, height, width = shape
-    tuning = tuning_for(direction, "RESIDUAL" in flags or "EXTRA" in flags, samples, height * width)
+    scaled, residual = spec.error_compensation == "layer_scaling", "RESIDUAL" in flags or "EXTRA" in flags
+    tuning = tuning_for(direction, scaled, residual, samples, height * width)
     plan = _plan(device.index, direction, shape, shaped.dtype == torch.float16, flags, spec, tuning)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     params = Params.from_buffer_copy(plan.params)
     # Messages between blocks and tickets, empty at first: all bits set.
     address, held = messages.empty(plan.bytes, device, stream)
-    params.published = address
-    params.slots, params.tickets = address + 8 * plan.sums, address + 8 * plan.messages
+    params.published, params.slots = address, address + plan.slots
+    params.shares, params.tickets = address + plan.shares, address + plan.tickets
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(params, name, tensor.data_ptr())
     rows = samples * height * width
     maps = b"".join([tensor_map(t.data_ptr(), rows, channels, plan.box_rows, WIDTH) for t in inputs])
     ctypes.memmove(ctypes.addressof(params) + Params.maps.offset, maps, len(maps))
-    plan.kernel.launch(plan.blocks, plan.threads, plan.shared_memory, stream, params)
+    plan.kernel.launch(plan.blocks, plan.threads, plan.shared_memory, stream, params, plan.together)
     del held
 
 
@@ -270,6 +304,11 @@ def mask_size(x: Tensor) -> int:
     return x.shape[0] * x.shape[1] // 8 * _even(x.shape[2] * x.shape[3])
 
 
+def table_rows(samples: int, channels: int, error_compensation: str) -> int:
+    """Rows of 2 C in the table of ``forward``."""
+    return samples + 1 + (-(-samples // (2 * channels)) if error_compensation == "layer_scaling" else 0)
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -280,15 +319,21 @@ def forward(
     spec: NormSpec,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, table (1, N + 1, 2 C) of states, and the bits of a ReLU behind a residual; moves the state."""
-    y = torch.empty_like(x)
-    tables = torch.empty((1, x.shape[0] + 1, 2 * x.shape[1]), dtype=torch.float32, device=x.device)
+    """Output, table (1, rows, 2 C), and the bits of a ReLU behind a residual; moves the state.
+
+    N + 1 rows are the states before each sample and after the last; behind them is 1 / zeta of each where layers are
+    scaled.
+    """
+    y, (samples, channels) = torch.empty_like(x), x.shape[:2]
+    rows = table_rows(samples, channels, spec.error_compensation)
+    tables = torch.empty((1, rows, 2 * channels), dtype=torch.float32, device=x.device)
     masked = relu and residual is not None
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None
     flags = ("RELU",) * relu + ("RESIDUAL",) * (residual is not None)
     _launch(
         "forward", (x,) if residual is None else (x, residual), flags, spec, out=y, mask=mask,
         weight=_parameter(weight), bias=_parameter(bias), first=running_mean, second=running_var, state=tables,
+        rzeta=tables[0, samples + 1 :],
     )  # fmt: skip
     return y, tables, mask
 
@@ -312,7 +357,7 @@ def backward(
     With ``overwrite`` the residual's gradient may take the memory of ``grad``: a block reads each element once, before
     it writes that of the residual.
     """
-    grad_x, grad_residual, grad = torch.empty_like(x), None, _aligned(grad)
+    grad_x, grad_residual, grad, tables = torch.empty_like(x), None, _aligned(grad), _aligned(tables)
     if mask is not None:
         grad_residual, mask = grad if overwrite else torch.empty_like(x), _aligned(mask)
     grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
@@ -320,6 +365,6 @@ def backward(
     _launch(
         "backward", (grad, x) if extra is None else (grad, x, extra), flags, spec, out=grad_x,
         out_residual=grad_residual, mask=mask, weight=_parameter(weight), bias=_parameter(bias), first=control_u,
-        second=control_v, state=_aligned(tables), grad_weight=grad_weight, grad_bias=grad_bias,
+        second=control_v, state=tables, rzeta=tables[0, x.shape[0] + 1 :], grad_weight=grad_weight, grad_bias=grad_bias,
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias

@@ -7,6 +7,7 @@ struct Scratch {
     float2 parts[SEGMENTS][WIDTH];
     float table[6][CHUNK][WIDTH];  // of the samples to advance over, see `row_of`
     float gain[SEGMENTS][WIDTH], slope[SEGMENTS][WIDTH], constant[SEGMENTS][WIDTH];
+    float2 scaling[SEGMENTS];  // 1 / zeta and kappa, of layer scaling
 };
 
 constexpr int TENSORS = 2 + EXTRA;
@@ -29,6 +30,13 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
     float bias[8];
     parameters8(p.bias, at, 0.f, bias);
+    // Layer scaling wants mean(g w) over a sample: this channel's part is taken from its sums.
+    const float own_bias = p.bias ? p.bias[at.channel] : 0.f, own_weight = p.weight ? p.weight[at.channel] : 1.f;
+    const float per_pixels = 1.f / p.pixels;
+    auto announce = [&](int n, float2 sums, float rstd) {
+        publish(sums_of(p, at, n), sums.x, sums.y);
+        if (SCALED) publish_share(p, at, n, sum_of_lanes((own_weight * rstd * sums.y + own_bias * sums.x) * per_pixels));
+    };
     visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
         uint4* start = memory + stage * stage_size(p);
         uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
@@ -43,6 +51,8 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
             m[2 * k] = two.x, scale[2 * k] = weight[2 * k] * rsqrtf(two.y + p.eps);
             m[2 * k + 1] = two.z, scale[2 * k + 1] = weight[2 * k + 1] * rsqrtf(two.w + p.eps);
         }
+        const float2* states = reinterpret_cast<const float2*>(start + states_at(p));
+        const float rstd = SCALED && segment < item.count ? rsqrtf(states[segment * WIDTH + at.c].y + p.eps) : 0.f;
         float sum[8] = {}, product[8] = {};
 #pragma unroll 2
         for (int row = at.row; row < rows; row += at.step) {
@@ -78,34 +88,41 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
         sync<1>();
         if (segment < item.count) {
             const float2 total = sum_of_warps(p, warps, at);
-            u64* to = p.tiles == 1 ? sums_of(p, at, item.sample + segment) : slots_of(p, at, item.sample) + item.tile * WIDTH + at.c;
-            publish(to, total.x, total.y);
+            if (p.tiles == 1) announce(item.sample + segment, total, rstd);
+            else publish(slots_of(p, at, item.sample) + item.tile * WIDTH + at.c, total.x, total.y);
         }
         if (p.tiles > 1 && item.tile == p.tiles - 1) {
             float centre;
             const float2 total = merge_slots(p, at, slots_of(p, at, item.sample), s.parts, centre,
                                              [](float2& sum, float2 part, int) { sum.x += part.x, sum.y += part.y; });
-            if (at.thread < WIDTH) publish(sums_of(p, at, item.sample), total.x, total.y);
+            if (at.thread < WIDTH) announce(item.sample, total, rstd);
         }
     });
 }
 
 __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch& s, const uint4* memory, float u, float v) {
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
-    const float weight = p.weight ? p.weight[at.channel] : 1.f;
-    const float per_rest = 1.f / p.rest_fwd;
-    float grad_weight = 0.f, grad_bias = 0.f;
+    const float weight = p.weight ? p.weight[at.channel] : 1.f, own_bias = p.bias ? p.bias[at.channel] : 0.f;
+    const float per_rest = 1.f / p.rest_fwd, per_pixels = 1.f / p.pixels, per_channels = 1.f / p.channels;
+    float bias[8], grad_weight = 0.f, grad_bias = 0.f;
+    if (SCALED) parameters8(p.bias, at, 0.f, bias);
     int position = 0;  // u and v are those before this sample, one channel a thread of the first 64
     bool closing = false;
 
     // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's sums and the
     // states before and after it. Their difference tells the sample's moments: of x - m its mean and that of its square.
-    auto row_of = [&](float2 before, float2 after, float2 sums, float (&row)[6]) {
+    // Of layer scaling also from 1 / zeta and from the projection kappa of the gradient on z, mean(g w) / zeta^2.
+    auto row_of = [&](float2 before, float2 after, float2 sums, float rzeta, float kappa, float (&row)[6]) {
         const float rstd = rsqrtf(before.y + p.eps);
         const float offset = (after.x - before.x) * per_rest;
         const float square = (after.y - p.alpha_fwd * before.y) * per_rest + p.rest_fwd * offset * offset;
-        row[4] = sums.x / p.pixels;
-        row[5] = sums.y * rstd / p.pixels;
+        row[4] = sums.x * per_pixels;
+        row[5] = sums.y * rstd * per_pixels;
+        if (SCALED) {
+            const float y = offset * rstd, yy = square * rstd * rstd;
+            row[4] = (row[4] - kappa * (weight * y + own_bias)) * rzeta;
+            row[5] = (row[5] - kappa * (weight * yy + own_bias * y)) * rzeta;
+        }
         row[0] = 1.f - p.rest_bkw * (square * rstd * rstd);
         row[1] = p.scale * weight * row[5];
         row[2] = p.scale * weight * row[4] * rstd;
@@ -125,8 +142,9 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     };
 
     // Ask for the sums of the next samples up to `last`, which may not be there yet, and read the states around them.
-    u64 words[WORDS];
+    u64 words[WORDS], shares[WORDS] = {};
     float2 before[WORDS], after[WORDS];
+    float rzeta[WORDS] = {};
     const int mine = at.thread / WIDTH;
     auto state_of = [&](int sample) { return p.state[(long long)sample * p.channels + at.channel]; };
     auto sample_of = [&](int j) { return position + mine + SEGMENTS * j; };
@@ -136,6 +154,10 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
             const bool wanted = sample_of(j) < last;
             words[j] = wanted ? peek(sums_of(p, at, sample_of(j))) : 0;
             if (wanted) before[j] = state_of(sample_of(j)), after[j] = state_of(sample_of(j) + 1);
+            if (SCALED) {
+                shares[j] = wanted ? peek_shares(p, at, sample_of(j)) : 0;
+                rzeta[j] = wanted ? p.rzeta[sample_of(j)] : 0.f;
+            }
         }
     };
     auto collect = [&]() {
@@ -147,8 +169,16 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
                 if (words[j] == EMPTY) words[j] = peek(sums_of(p, at, sample_of(j)));
 #pragma unroll
             for (int j = 0; j < WORDS; j++) missing |= words[j] == EMPTY;
+#if SCALED
+#pragma unroll
+            for (int j = 0; j < WORDS; j++)
+                if (half_empty(shares[j])) shares[j] = peek_shares(p, at, sample_of(j));
+#pragma unroll
+            for (int j = 0; j < WORDS; j++) missing |= half_empty(shares[j]);
+#endif
         }
     };
+    auto projection = [&](float total, float rzeta) { return total * per_channels * rzeta * rzeta; };
 
     // Bring the recurrence to `last`, leaving the coefficients of samples first..last in shared memory; `own` are the
     // states of those.
@@ -161,7 +191,8 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
                 const int k = mine + SEGMENTS * j;
                 if (k < batch) {
                     float row[6];
-                    row_of(before[j], after[j], as_pair(words[j]), row);
+                    const float kappa = SCALED ? projection(total_of_shares(shares[j]), rzeta[j]) : 0.f;
+                    row_of(before[j], after[j], as_pair(words[j]), rzeta[j], kappa, row);
 #pragma unroll
                     for (int i = 0; i < 6; i++) s.table[i][k][at.c] = row[i];
                 }
@@ -215,6 +246,21 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         load8(s.constant[at.segment] + at.lane * 8, constant);
 #pragma unroll
         for (int k = 0; k < 8; k++) centre[k] = own[at.segment * WIDTH + at.lane * 8 + k].x;
+#if SCALED
+        if (at.row < 32 / LANES && at.segment < item.count) {  // the segment's first warp waits for all
+            const int n = item.sample + at.segment;
+            const float rzeta = p.rzeta[n], kappa = projection(wait_for_shares(p, at, n), rzeta);
+            if (at.warp_lane == 0) s.scaling[at.segment] = make_float2(rzeta, kappa);
+        }
+        sync<2>();
+        const float own_rzeta = s.scaling[at.segment].x, kappa = s.scaling[at.segment].y;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            slope[k] -= gain[k] * gain[k] * own_rzeta * kappa;
+            gain[k] *= own_rzeta;
+            constant[k] -= gain[k] * kappa * bias[k];
+        }
+#endif
         wait(s.stages.reduced + stage, i / STAGES & 1);
 #pragma unroll 4
         for (int row = at.row; row < rows; row += at.step) {
@@ -229,8 +275,10 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     });
     if (closing && at.thread < WIDTH) {
         const int n = p.samples - 1;
+        const float last_rzeta = SCALED ? p.rzeta[n] : 0.f;
+        const float kappa = SCALED ? projection(wait_for_shares(p, at, n), last_rzeta) : 0.f;
         float row[6];
-        row_of(state_of(n), state_of(n + 1), wait_for(sums_of(p, at, n)), row);
+        row_of(state_of(n), state_of(n + 1), wait_for(sums_of(p, at, n)), last_rzeta, kappa, row);
         step(row);
         p.first[at.channel] = u, p.second[at.channel] = v;
         p.grad_weight[at.channel] = grad_weight * p.pixels, p.grad_bias[at.channel] = grad_bias * p.pixels;

@@ -1,5 +1,6 @@
 // Single-read kernels: x (and the gradient) pass through shared memory once, because sample n needs statistics of earlier
-// samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, CLAMP, EXTRA (0 or 1), GROUP, STAGES, CHUNK.
+// samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, EXTRA, CLAMP, SCALED (0 or 1), GROUP,
+// STAGES, CHUNK.
 //
 // Work. Tensors are channels_last 16-bit matrices (N * pixels rows, channels). A block serves one block of 64 channels;
 // an item is a tile of rows: a part of one sample, or several whole samples (segments) where they are small. Items come
@@ -13,6 +14,9 @@
 // Messages. A published pair of floats is one 8-byte relaxed store over memory filled with EMPTY, so the value is its own
 // flag. Sums of a sample's tiles sit in slots, which the reducers of the sample's last tile add in order; every block
 // advances its own copy of the recurrence over all samples. Fixed orders throughout: equal input gives equal bits.
+// Layer scaling (SCALED). A sample's tiles are written once sums over all of its channels are known: a tile waits for
+// higher tickets too. So the launch is cooperative, which has all blocks run at once, and their stages together hold a
+// sample at least. Each warp of 32 channels publishes its share of such a sum in 4 bytes, their own flag likewise.
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
@@ -20,6 +24,7 @@ typedef unsigned int u32;
 constexpr int WARPS = GROUP / 32, WIDTH = 64, LANES = WIDTH / 8, SEGMENTS = GROUP / WIDTH;
 constexpr int WORDS = CHUNK / SEGMENTS;  // messages a writer collects of a chunk of samples
 constexpr u64 EMPTY = ~0ull;
+#define INFINITE __int_as_float(0x7f800000)
 
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
@@ -33,12 +38,13 @@ struct Params {
     float *first, *second;                       // state in place: mean and variance, or u and v
     float2* state;                               // table (N + 1, C): mean and variance before each sample and after the last
     float *grad_weight, *grad_bias;
-    // EMPTY at launch, a pair of sums each: of samples (N, C), of tiles (N, C / 64, tiles, 64)
-    u64 *published, *slots;
+    float* rzeta;                                // 1 / zeta of each sample, of layer scaling
+    // EMPTY at launch, a pair each: sums of samples (N, C), of tiles (N, C / 64, tiles, 64), two shares (N, C / 64)
+    u64 *published, *slots, *shares;
     int* tickets;                                // -1 at launch, one a channel block
     int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
     float alpha_fwd, rest_fwd, alpha_bkw, rest_bkw;  // decay and 1 - decay
-    float eps, clamp, scale;                         // the last is the unit of u and v
+    float eps, clamp, zeta_eps, scale;               // the last is the unit of u and v
 };
 
 __device__ __forceinline__ u64 peek(const u64* p) {
@@ -57,6 +63,13 @@ __device__ __forceinline__ void publish(u64* p, float a, float b) {
     u64 word = u64(low) | u64(high == ~0u ? 0x7fffffffu : high) << 32;
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
 }
+
+__device__ __forceinline__ void publish_half(u32* p, float a) {
+    const u32 word = __float_as_uint(a);
+    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(word == ~0u ? 0x7fffffffu : word) : "memory");
+}
+
+__device__ __forceinline__ bool half_empty(u64 word) { return u32(word) == ~0u || u32(word >> 32) == ~0u; }
 
 __device__ __forceinline__ float2 wait_for(const u64* p) {
     u64 word = peek(p);
@@ -157,7 +170,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
     return r;
 }
 
-__device__ __forceinline__ float finite(float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x : 0.f; }
+__device__ __forceinline__ float finite(float x) { return fabsf(x) < INFINITE ? x : 0.f; }
 
 // What a reducer or writer knows of its place: 16 bytes of every row it owns, one segment.
 struct Place {
@@ -318,6 +331,34 @@ __device__ __forceinline__ float2 merge_slots(const Params& p, const Place& at, 
     for (int q = 1; q < SEGMENTS; q++) sum.x += parts[q][at.c].x, sum.y += parts[q][at.c].y;
     sync<1>();
     return sum;
+}
+
+// Sums over the channels of a sample. All threads of a warp call these.
+__device__ __forceinline__ float sum_of_lanes(float x) {
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+__device__ __forceinline__ void publish_share(const Params& p, const Place& at, int sample, float value) {
+    u64* word = p.shares + (long long)sample * at.columns + at.channel_block;
+    if (at.warp_lane == 0) publish_half(reinterpret_cast<u32*>(word) + at.thread / 32 % 2, value);
+}
+
+// The shares that the thread adds up: those of one channel block, of which there are 32 at most.
+__device__ __forceinline__ u64 peek_shares(const Params& p, const Place& at, int sample) {
+    return at.warp_lane < at.columns ? peek(p.shares + (long long)sample * at.columns + at.warp_lane) : 0;
+}
+
+__device__ __forceinline__ float total_of_shares(u64 word) {
+    const float2 halves = as_pair(word);
+    return sum_of_lanes(halves.x + halves.y);
+}
+
+__device__ __forceinline__ float wait_for_shares(const Params& p, const Place& at, int sample) {
+    u64 word = peek_shares(p, at, sample);
+    while (half_empty(word)) word = peek_shares(p, at, sample);
+    return total_of_shares(word);
 }
 
 // The parameters of the thread's eight channels; null stands for `otherwise`.

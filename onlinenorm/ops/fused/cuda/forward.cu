@@ -1,14 +1,22 @@
-// y = relu(clamp(weight (x - m) / s + bias) + residual), the table of states, and the state moved past the batch.
+// y = relu(guard(weight (x - m) / s + bias) + residual), the table of states, and the state moved past the batch. The
+// guard clamps, or divides by zeta (n), the root mean square over a sample.
 
 struct Scratch {
     Stages stages;
     alignas(16) float2 warps[2][WARPS * WIDTH];
     float2 parts[SEGMENTS][WIDTH];
     float2 table[CHUNK][WIDTH];  // moments of the samples to advance over
-    float mean[SEGMENTS][WIDTH], scale[SEGMENTS][WIDTH];
+    float mean[SEGMENTS][WIDTH], scale[SEGMENTS][WIDTH], rzeta[SEGMENTS];
 };
 
 constexpr int TENSORS = 1 + RESIDUAL;
+constexpr int FOLLOWERS = SCALED ? WIDTH : 0;  // threads of a fourth role
+
+__device__ __forceinline__ void step_over(const Params& p, float2 moment, float& mean, float& var) {
+    const float d = moment.x - mean;
+    var = p.alpha_fwd * var + p.rest_fwd * (moment.y + p.alpha_fwd * d * d);
+    mean += p.rest_fwd * d;
+}
 
 __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
     const int stage_size = TENSORS * stage_rows(p) * LANES;
@@ -62,14 +70,10 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size, pitch = p.channels / 8;
     float bias[8];
     parameters8(p.bias, at, 0.f, bias);
-    const float weight = p.weight ? p.weight[at.channel] : 1.f;
+    const float weight = p.weight ? p.weight[at.channel] : 1.f, per_channels = 1.f / p.channels;
     int position = 0;  // mean and var are those before this sample, one channel a thread of the first 64
     bool closing = false;
-    auto step = [&](float2 moment) {
-        const float d = moment.x - mean;
-        var = p.alpha_fwd * var + p.rest_fwd * (moment.y + p.alpha_fwd * d * d);
-        mean += p.rest_fwd * d;
-    };
+    auto step = [&](float2 moment) { step_over(p, moment, mean, var); };
 
     // Ask for the moments of the next samples up to `last`; some may not be there yet.
     u64 words[WORDS];
@@ -143,6 +147,21 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         float m[8], scale[8];
         load8(s.mean[at.segment] + at.lane * 8, m);
         load8(s.scale[at.segment] + at.lane * 8, scale);
+        float offset[8];
+#pragma unroll
+        for (int k = 0; k < 8; k++) offset[k] = bias[k];
+#if SCALED
+        if (at.row < 32 / LANES && at.segment < item.count) {  // the segment's first warp waits for all
+            const int n = item.sample + at.segment;
+            const float rzeta = rsqrtf(wait_for_shares(p, at, n) * per_channels + p.zeta_eps);
+            if (at.warp_lane == 0) s.rzeta[at.segment] = rzeta;
+            if (at.warp_lane == 0 && item.tile == 0 && at.channel_block == 0) p.rzeta[n] = rzeta;
+        }
+        sync<2>();
+        const float rzeta = s.rzeta[at.segment];
+#pragma unroll
+        for (int k = 0; k < 8; k++) scale[k] *= rzeta, offset[k] *= rzeta;
+#endif
 #pragma unroll 4
         for (int row = at.row; row < rows; row += at.step) {
             float z[8];
@@ -154,7 +173,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
 #endif
 #pragma unroll
             for (int k = 0; k < 8; k++) {
-                z[k] = (z[k] - m[k]) * scale[k] + bias[k];
+                z[k] = (z[k] - m[k]) * scale[k] + offset[k];
 #if CLAMP
                 z[k] = max_nan(min_nan(z[k], p.clamp), -p.clamp);
 #endif
@@ -181,12 +200,59 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     }
 }
 
-extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm(const __grid_constant__ Params p) {
+// Layer scaling: one block of each column follows the moments as they come, ahead of all writers, and publishes the
+// column's share in the mean square of each sample.
+__device__ __forceinline__ void follow(const Params& p, const Place& at) {
+    constexpr int AHEAD = 8;  // samples asked for at once
+    const float weight = p.weight ? p.weight[at.channel] : 1.f, bias = p.bias ? p.bias[at.channel] : 0.f;
+    float mean = p.first[at.channel], var = p.second[at.channel];
+    auto ask = [&](int n) { return n < p.samples ? peek(p.published + (long long)n * p.channels + at.channel) : EMPTY; };
+    auto square_of = [&](u64 word) {  // mean(w^2) of the next sample, which is then behind
+        const float2 moment = as_pair(word);
+        const float scale = weight * rsqrtf(var + p.eps), w = scale * (moment.x - mean) + bias;
+        step_over(p, moment, mean, var);
+        // Of infinite pixels the variance is NaN.
+        return fabsf(w) == INFINITE ? INFINITE : w * w + scale * scale * moment.y;
+    };
+    u64 words[AHEAD], next[AHEAD];
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) next[j] = ask(j);
+    for (int first = 0; first < p.samples; first += AHEAD) {
+        bool missing = false;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            words[j] = next[j], missing |= words[j] == EMPTY;
+            next[j] = ask(first + AHEAD + j);
+        }
+        if (!__any_sync(~0u, missing)) {  // side by side
+            float squares[AHEAD];
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) squares[j] = square_of(words[j]);
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) squares[j] = sum_of_lanes(squares[j]);
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) publish_share(p, at, first + j, squares[j]);
+        } else {  // as each comes: later ones may wait for what this one lets go
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                if (first + j >= p.samples) break;
+                while (words[j] == EMPTY) {
+#pragma unroll
+                    for (int k = j; k < AHEAD; k++)
+                        if (words[k] == EMPTY) words[k] = ask(first + k);
+                }
+                publish_share(p, at, first + j, sum_of_lanes(square_of(words[j])));
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + FOLLOWERS, 1) online_norm(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) uint4 memory[];
     const int stage_size = TENSORS * stage_rows(p) * LANES;
     Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size);
-    const int role = threadIdx.x / GROUP;
-    const Place at(p, threadIdx.x % GROUP);
+    const int role = min(int(threadIdx.x) / GROUP, 2), index = threadIdx.x - role * GROUP;
+    const Place at(p, index % GROUP);
     // The state is overwritten once all sums are published, so it has to be here before this block publishes any.
     float mean = 0.f, var = 0.f;
     if (role == 1) {
@@ -198,7 +264,9 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm(cons
         reduce(p, at, s, memory);
     } else if (role == 1) {
         write(p, at, s, memory, mean, var);
-    } else if (at.warp_lane == 0) {
+    } else if (index >= 32) {
+        if (blockIdx.x < at.columns) follow(p, Place(p, index - 32));
+    } else if (index == 0) {
         fetch_items(p, s.stages, [&](const Item& item, int stage) {
             u64* barrier = s.stages.full + stage;
             uint4* to = memory + stage * stage_size;
