@@ -40,10 +40,11 @@ NORMALIZERS = {
     "batch": nn.BatchNorm2d,
     "sync_batch": nn.BatchNorm2d,
     "online_local": partial(OnlineNorm2d, statistics="local"),
+    "online_local_layer_scaling": partial(OnlineNorm2d, statistics="local", error_compensation="layer_scaling"),
     "online_global": partial(OnlineNorm2d, statistics="global"),
     "online_global_layer_scaling": partial(OnlineNorm2d, statistics="global", error_compensation="layer_scaling"),
 }
-MEASURED = ("batch", "sync_batch", "online_local", "online_global")
+MEASURED = ("batch", "sync_batch", "online_local", "online_local_layer_scaling", "online_global")
 CHECKED = ("sync_batch", "online_global", "online_global_layer_scaling")
 MODES = ("eager", "graph", "compile")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
