@@ -148,8 +148,8 @@ def plot(results: dict, path: str) -> None:
         ax.set_xlabel("% of copy bandwidth, every tensor counted once")
     handles, names = axes[-1, 0].get_legend_handles_labels()
     figure.suptitle(f"Norm sites of ResNet-50, {results['dtype']}, {results['device']}")
-    figure.tight_layout(rect=(0, 0.035, 1, 0.99))
-    figure.legend(handles, names, loc="lower center", ncols=len(names), frameon=False)
+    figure.tight_layout(rect=(0, 0.045, 1, 0.99))
+    figure.legend(handles, names, loc="lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

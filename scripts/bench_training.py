@@ -6,7 +6,8 @@
 A row is (normalizer, backend, mode, dtype, batch, with or without optimizer). All rows are measured in one process, in
 rounds that visit every row, so that drift of the GPU's clocks falls on all of them; a row's time is the median over
 rounds of medians, its spread the range from the 20th to the 80th percentile of the steps of all rounds over the median.
-Rounds after the first take the fastest rows first.
+Rounds after the first take the fastest rows first. Rows of PyTorch's own backend, minutes to compile, come after all
+others, in rounds of their own.
 The step is forward + backward of the classification loss under autocast, and SGD where the row says so. Rows of one
 model share it, compiled once, and share its convolutions' tuning with those of other normalizers. The correctness gate
 runs first. Rows that ``--seconds`` leaves no time for are listed as not run.
@@ -126,10 +127,13 @@ def networks_of(args) -> list[tuple]:
             # PyTorch's own backend keeps a dozen float32 copies of each tensor: small batches only.
             if modes and (backend == "fused" or name == "batch" or (batch <= 64 and dtype == args.dtype[0])):
                 wanted.append(((name, backend, compiled, dtype, batch), modes))
-    # PyTorch's own backend, which takes minutes to compile, last.
-    return sorted(
-        wanted, key=lambda entry: (entry[0][0] != "batch" and entry[0][1] == "torch", entry[0][3] != args.dtype[0])
-    )
+    return sorted(wanted, key=lambda entry: (_slow(entry), entry[0][3] != args.dtype[0]))
+
+
+def _slow(wanted: tuple) -> bool:
+    """Whether a network of OnlineNorm has PyTorch's own backend."""
+    (name, backend, *_), _ = wanted
+    return name != "batch" and backend == "torch"
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -245,23 +249,24 @@ def main(argv=None) -> dict:
         results["rows"] = [measured.record() for measured in rows if measured.rounds]
         bench_common.write(args.output, results)
 
-    wanted = networks_of(args)
-    for (name, backend, compiled, dtype, batch), modes in wanted:
-        keys = [
-            {"normalizer": name, "backend": backend, "mode": mode, "dtype": dtype, "batch": batch, "optimizer": sgd}
-            for mode, sgd in itertools.product(modes, optimizers)
-        ]
-        if out_of_time():
-            results["not_run"] += [{**key, "why": "out of time"} for key in keys]
-            continue
-        network = Network(name, backend, compiled, dtype, batch, args)
-        for key in keys:
-            rows.append(Row(network, key))
-            measure(rows[-1])
-    for _ in range(args.rounds - 1):
-        for row in sorted(rows, key=lambda row: row.milliseconds / row.key["batch"]):
-            if not out_of_time():
-                measure(row)
+    for _, group in itertools.groupby(networks_of(args), key=_slow):
+        before = len(rows)
+        for (name, backend, compiled, dtype, batch), modes in group:
+            keys = [
+                {"normalizer": name, "backend": backend, "mode": mode, "dtype": dtype, "batch": batch, "optimizer": sgd}
+                for mode, sgd in itertools.product(modes, optimizers)
+            ]
+            if out_of_time():
+                results["not_run"] += [{**key, "why": "out of time"} for key in keys]
+                continue
+            network = Network(name, backend, compiled, dtype, batch, args)
+            for key in keys:
+                rows.append(Row(network, key))
+                measure(rows[-1])
+        for _ in range(args.rounds - 1):
+            for row in sorted(rows[before:], key=lambda row: row.milliseconds / row.key["batch"]):
+                if not out_of_time():
+                    measure(row)
     bench_common.write(args.output, results)
     plot(results, str(args.output).removesuffix(".json") + ".png")
     print(*summary(results["rows"]), sep="\n")
