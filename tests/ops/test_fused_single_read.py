@@ -150,6 +150,20 @@ def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, 
         assert not single_read.suits(x, other)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_the_chip_holds_is_known_while_tracing(dynamic, without_gpu):
+    """Of symbolic sizes too, and without a break in the graph."""
+    spec = NormSpec(error_compensation="layer_scaling")
+    torch._dynamo.reset()
+
+    def holds(x):
+        return x + single_read._scales_at_once(x, spec)
+
+    traced = torch.compile(holds, backend="eager", fullgraph=True, dynamic=dynamic)
+    for shape, held in (((2, 64, 56, 56), 1), ((4, 2048, 7, 7), 1), ((2, 64, 300, 300), 0), ((2, 64 * 33, 4, 4), 0)):
+        assert traced(torch.zeros(shape)).eq(held).all(), shape
+
+
 @pytest.mark.parametrize(
     ("capability", "known", "target"),
     [

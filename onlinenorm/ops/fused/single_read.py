@@ -15,7 +15,7 @@ from onlinenorm.ops.spec import NormSpec
 WIDTH = 64  # channels a block, as in common.cu
 BOX_ROWS = 256  # the most that the copy engine takes at once
 MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the shares of their blocks
-DEPTH = 4  # samples, in threes of tensors, that must fit on the chip at once for it
+DEPTH = 4  # samples, of three tensors each, that must fit on the chip at once for it
 SMALLEST_REST = 1e-5  # 1 - alpha_fwd from which on backward can tell a sample's moments from the states around it
 SOURCES = Path(__file__).parent / "cuda"
 
@@ -239,17 +239,18 @@ def suits(x: Tensor, spec: NormSpec) -> bool:
 def _scales_at_once(x: Tensor, spec: NormSpec) -> bool:
     """Whether whole samples wait on the chip, ``DEPTH`` times over, for the sums that layer scaling takes of them."""
     _, channels, height, width = x.shape
-    bytes_read = 3 * channels * height * width * x.element_size()
-    whole = spec.layer_scaling_group_size in (None, channels)
-    return whole and channels <= MOST_SCALED and DEPTH * bytes_read <= _room(x.device.index, channels // WIDTH)
+    if spec.layer_scaling_group_size not in (None, channels) or channels > MOST_SCALED:
+        return False
+    multiprocessors, shared_memory = _chip(x.device.index)
+    blocks = multiprocessors - multiprocessors % (channels // WIDTH)  # as many for each block of channels
+    return DEPTH * 3 * channels * height * width * x.element_size() <= blocks * shared_memory
 
 
 @torch.compiler.assume_constant_result
-def _room(device: int, columns: int) -> int:
-    """Bytes of shared memory of the blocks that run at once, of ``columns`` blocks of channels."""
+def _chip(device: int) -> tuple[int, int]:
+    """Multiprocessors of a device, and bytes of shared memory that a block of one may take."""
     properties = torch.cuda.get_device_properties(device)
-    count = properties.multi_processor_count
-    return (count - count % columns) * properties.shared_memory_per_block_optin
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 @torch.compiler.assume_constant_result
