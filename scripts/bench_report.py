@@ -106,6 +106,8 @@ def render(results: dict) -> str:
         "Forward and backward, the fastest row of each normalizer; ± is half the spread of repeats, where recorded.",
         "",
     ]
+    if rounds := sorted({row["rounds"] for row in rows if "rounds" in row}):
+        lines += [f"Rounds that a row was measured in: {', '.join(map(str, rounds))}.", ""]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         lines += [f"In {dtype}:", "", markdown_table(BEST, _best(rows, dtype)), ""]
     lines += [

@@ -113,6 +113,7 @@ class Row:
             "images_per_second": round(1e3 * self.key["batch"] / self.milliseconds, 1),
             "peak_memory_gib": round(self.peak, 3),
             "repeat_spread": round(bench_common.spread([*itertools.chain(*self.rounds)]), 4),
+            "rounds": len(self.rounds),
         }
 
 

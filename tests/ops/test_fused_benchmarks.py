@@ -25,18 +25,21 @@ def test_training_benchmark_writes_rows_and_a_picture(script, tmp_path):
     path = tmp_path / "bench.json"
     options = (
         "--normalizer batch online_clamp --backend torch --model resnet18 --size 32 --batch 2 --mode eager "
-        "--dtype bf16 --rounds 1 --repeats 1 --optimizer without"
+        "--dtype bf16 --rounds 2 --repeats 1 --optimizer without"
     )
     script("bench_training").main([*options.split(), "--device", "cpu", "--output", str(path)])
     results = json.loads(path.read_text())
     assert {"device", "torch", "triton", "commit", "command", "rows"} <= results.keys()
     assert [row["normalizer"] for row in results["rows"]] == ["batch", "online_clamp"]
     columns = (
-        "normalizer backend mode dtype batch optimizer milliseconds images_per_second peak_memory_gib repeat_spread"
+        "normalizer backend mode dtype batch optimizer milliseconds images_per_second peak_memory_gib repeat_spread "
+        "rounds"
     )
     assert all(list(row) == columns.split() for row in results["rows"])
     assert path.with_suffix(".png").stat().st_size > 1000
-    assert script("bench_report").render(results).startswith("# A training step of resnet18 at 32 px on one ")
+    page = script("bench_report").render(results)
+    assert page.startswith("# A training step of resnet18 at 32 px on one ")
+    assert "Rounds that a row was measured in: 2." in page
 
 
 def test_sites_are_those_of_the_network(script):
