@@ -124,6 +124,14 @@ def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
     assert params.tickets - params.shares == 8 * 5 * scaled
 
 
+def images_on_a_gpu(shape):
+    """As far as `suits` looks at them."""
+    return SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, shape=shape, device=SimpleNamespace(index=0),
+        element_size=lambda: 2, is_contiguous=lambda memory_format: True,
+    )  # fmt: skip
+
+
 def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, monkeypatch):
     """Its tiles wait for one another: fewer stages than tiles would wait for ever."""
     monkeypatch.setattr(single_read, "serves", lambda device: True)
@@ -132,10 +140,7 @@ def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, 
         channels, height, width = 64 * rng.randint(1, 40), rng.randint(1, 120), rng.randint(1, 120)
         shape = (rng.randint(1, 3), channels, height, width)
         monkeypatch.setattr(H100, "multi_processor_count", rng.choice([16, 114, 132]))
-        x = SimpleNamespace(
-            is_cuda=True, dtype=torch.bfloat16, shape=shape, device=SimpleNamespace(index=0),
-            element_size=lambda: 2, is_contiguous=lambda memory_format: True,
-        )  # fmt: skip
+        x = images_on_a_gpu(shape)
         if not single_read.suits(x, spec):
             continue
         taken += 1
@@ -148,6 +153,14 @@ def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, 
     for other in (NormSpec(error_compensation="layer_scaling", layer_scaling_group_size=32), spec):
         x.shape = (2, 64, 8, 8) if other is not spec else (2, 64 * 33, 8, 8)
         assert not single_read.suits(x, other)
+
+
+def test_a_device_that_is_not_served_is_not_asked_for_its_size(without_gpu, monkeypatch):
+    """ROCm's device properties do not have it."""
+    monkeypatch.setattr(single_read, "serves", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=304))
+    x = images_on_a_gpu((2, 64, 8, 8))
+    assert not single_read.suits(x, NormSpec(error_compensation="layer_scaling"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

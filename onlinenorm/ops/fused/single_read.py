@@ -229,10 +229,10 @@ def suits(x: Tensor, spec: NormSpec) -> bool:
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[1] % WIDTH == 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and (spec.error_compensation != "layer_scaling" or _scales_at_once(x, spec))
         and 1 - spec.alpha_fwd >= SMALLEST_REST
         and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
         and serves(x.device.index)
+        and (spec.error_compensation != "layer_scaling" or _scales_at_once(x, spec))
     )
 
 
@@ -289,6 +289,7 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(params, name, tensor.data_ptr())
+    params.rzeta = params.state + 8 * (samples + 1) * channels  # behind the states
     rows = samples * height * width
     maps = b"".join([tensor_map(t.data_ptr(), rows, channels, plan.box_rows, WIDTH) for t in inputs])
     ctypes.memmove(ctypes.addressof(params) + Params.maps.offset, maps, len(maps))
@@ -334,7 +335,6 @@ def forward(
     _launch(
         "forward", (x,) if residual is None else (x, residual), flags, spec, out=y, mask=mask,
         weight=_parameter(weight), bias=_parameter(bias), first=running_mean, second=running_var, state=tables,
-        rzeta=tables[0, samples + 1 :],
     )  # fmt: skip
     return y, tables, mask
 
@@ -358,7 +358,7 @@ def backward(
     With ``overwrite`` the residual's gradient may take the memory of ``grad``: a block reads each element once, before
     it writes that of the residual.
     """
-    grad_x, grad_residual, grad, tables = torch.empty_like(x), None, _aligned(grad), _aligned(tables)
+    grad_x, grad_residual, grad = torch.empty_like(x), None, _aligned(grad)
     if mask is not None:
         grad_residual, mask = grad if overwrite else torch.empty_like(x), _aligned(mask)
     grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
@@ -366,6 +366,6 @@ def backward(
     _launch(
         "backward", (grad, x) if extra is None else (grad, x, extra), flags, spec, out=grad_x,
         out_residual=grad_residual, mask=mask, weight=_parameter(weight), bias=_parameter(bias), first=control_u,
-        second=control_v, state=tables, rzeta=tables[0, x.shape[0] + 1 :], grad_weight=grad_weight, grad_bias=grad_bias,
+        second=control_v, state=_aligned(tables), grad_weight=grad_weight, grad_bias=grad_bias,
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias
