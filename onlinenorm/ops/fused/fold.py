@@ -38,7 +38,8 @@ class FoldGradients(CustomGraphPass):
 
     def uuid(self):
         # Part of the key of Inductor's cache on disk: none of its code expects other results of the operators.
-        return get_hash_for_files((__file__, str(Path(__file__).with_name("operators.py"))))
+        results = [str(Path(__file__).with_name(name)) for name in ("operators.py", "single_read.py")]
+        return get_hash_for_files((__file__, *results))
 
 
 def _replace(node: torch.fx.Node, arguments: dict[str, torch.fx.Node]) -> None:
