@@ -1,0 +1,260 @@
+"""Launching single-read CUDA kernels: tiles, the run-time compiler, driver and messages, without a GPU."""
+
+import ctypes
+import random
+import re
+import sys
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from onlinenorm.ops.fused import driver, messages, single_read
+from onlinenorm.ops.spec import NormSpec
+
+TUNINGS = [row[-1] for row in single_read.TUNINGS]
+
+
+@pytest.mark.parametrize("group", sorted({tuning.group for tuning in TUNINGS}))
+def test_tiles_cover_every_row_once_and_fit(group):
+    for pixels in range(1, 600):
+        for most_rows in (97, 128, 224, 448):
+            tiling = single_read.Tiling.of(pixels, group, most_rows)
+            assert tiling.tile_rows * tiling.segments <= most_rows
+            assert tiling.tile_rows * tiling.segments <= tiling.boxes * tiling.box_rows <= most_rows + tiling.boxes
+            assert tiling.box_rows <= single_read.BOX_ROWS
+            assert (tiling.tiles - 1) * tiling.tile_rows < pixels <= tiling.tiles * tiling.tile_rows
+            assert tiling.tiles == 1 or tiling.tile_rows % 2 == 0
+            assert tiling.segments == 1 or tiling.tiles == 1
+            assert tiling.items(7) * tiling.segments >= 7 * tiling.tiles
+
+
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
+def test_tunings_are_such_as_the_kernels_can_be_cut(tuning):
+    assert tuning.group % single_read.WIDTH == 0 and tuning.threads <= 1024
+    assert tuning.chunk % (tuning.group // single_read.WIDTH) == 0 and tuning.stages >= 2
+
+
+@pytest.mark.parametrize("guard", ["CLAMP", "SCALED"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_cuda_compiles_without_a_gpu(direction, guard):
+    if torch.version.cuda is None:
+        pytest.skip("torch without CUDA carries no NVRTC")
+    source = (single_read.SOURCES / "common.cu").read_text() + (single_read.SOURCES / f"{direction}.cu").read_text()
+    flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1, "EXTRA": 1, "CLAMP": 0, "SCALED": 0, **TUNINGS[-1].defines, guard: 1}
+    code = driver.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
+    assert code[:4] == b"\x7fELF" and b"online_norm" in code
+    with pytest.raises(RuntimeError, match="NVRTC failed"):
+        driver.compile_source("not CUDA", "sm_90", ())
+
+
+def test_parameters_are_laid_out_as_the_kernels_read_them():
+    source = (single_read.SOURCES / "common.cu").read_text()
+    body = re.sub(r"//.*", "", source.partition("struct Params {")[2].partition("};")[0])
+    declared = [name for line in body.split(";") for name in re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", line.strip())]
+    assert declared == [name for name, *_ in single_read.Params._fields_ if name != "padding"]
+    assert ctypes.sizeof(single_read.Params) % 64 == 0
+
+
+class FakeKernel:
+    """Everything around a kernel as on an H100, but for the GPU: notes its launches."""
+
+    launched: ClassVar[list] = []
+
+    def __init__(self, *arguments):
+        pass
+
+    def allow_shared_memory(self, size):
+        assert size <= H100.shared_memory_per_block_optin
+
+    def blocks_per_multiprocessor(self, threads, shared_memory):
+        return 1
+
+    def launch(self, blocks, threads, shared_memory, stream, params, together):
+        self.launched.append((blocks, stream, single_read.Params.from_buffer_copy(params), together))
+
+
+H100 = SimpleNamespace(shared_memory_per_block_optin=232_448, multi_processor_count=132)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(single_read, "_kernel", FakeKernel)
+    monkeypatch.setattr(single_read, "tensor_map", lambda address, *cut: address.to_bytes(8, "little") * 16)
+    FakeKernel.launched.clear()
+    single_read._plan.cache_clear()
+    yield
+    single_read._plan.cache_clear()
+    messages._chunks.clear()
+
+
+@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 5, 64, 30, 30).bfloat16())
+    mean, var, weight, bias = torch.rand(4 * 64 + 1)[1:].view(4, 64)
+    spec, extra = NormSpec(alpha_fwd=0.75, error_compensation=guard), other if residual else None
+    y, tables, mask = single_read.forward(x, extra, weight, bias, mean, var, spec, True)
+    ((blocks, stream, params, together),) = FakeKernel.launched
+    for name, tensor in {"out": y, "state": tables, "first": mean, "second": var}.items():
+        assert getattr(params, name) == tensor.data_ptr(), name
+    for name in ("weight", "bias"):  # read 16 bytes at a time, so copied from an odd address
+        assert getattr(params, name) % 16 == 0, name
+    assert params.mask == (mask.data_ptr() if residual else None) and params.out_residual is None
+    assert bytes(params)[:8] == x.data_ptr().to_bytes(8, "little")
+    assert bytes(params)[128:136] == (other.data_ptr() if residual else 0).to_bytes(8, "little")
+    assert (params.samples, params.channels, params.pixels, stream) == (5, 64, 900, 7)
+    assert (params.alpha_fwd, params.rest_fwd) == (0.75, 0.25)
+    assert params.tiles > 1 and blocks == params.samples * params.tiles
+    scaled = guard == "layer_scaling"
+    assert together == scaled and tables.shape == (1, 6 + scaled, 128)
+    if scaled:
+        assert params.rzeta == tables[0, 6].data_ptr()
+    assert params.slots - params.published == 8 * 5 * 64 and params.shares - params.slots == 8 * 5 * 64 * params.tiles
+    assert params.tickets - params.shares == 8 * 5 * scaled
+
+
+def images_on_a_gpu(shape):
+    """As far as `suits` looks at them."""
+    return SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, shape=shape, device=SimpleNamespace(index=0),
+        element_size=lambda: 2, is_contiguous=lambda memory_format: True,
+    )  # fmt: skip
+
+
+def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, monkeypatch):
+    """Its tiles wait for one another: fewer stages than tiles would wait for ever."""
+    monkeypatch.setattr(single_read, "serves", lambda device: True)
+    spec, rng, taken = NormSpec(error_compensation="layer_scaling"), random.Random(0), 0
+    for _ in range(2000):
+        channels, height, width = 64 * rng.randint(1, 40), rng.randint(1, 120), rng.randint(1, 120)
+        shape = (rng.randint(1, 3), channels, height, width)
+        monkeypatch.setattr(H100, "multi_processor_count", rng.choice([16, 114, 132]))
+        x = images_on_a_gpu(shape)
+        if not single_read.suits(x, spec):
+            continue
+        taken += 1
+        for direction, flags in (("forward", ("RELU", "RESIDUAL")), ("backward", ("RELU", "RESIDUAL", "EXTRA"))):
+            for tuning in TUNINGS:
+                # raises where the stages of the blocks that run at once do not hold a sample
+                assert single_read._plan(0, direction, shape, False, flags, spec, tuning).together
+    assert 200 < taken < 1800
+    monkeypatch.setattr(H100, "multi_processor_count", 132)
+    for other in (NormSpec(error_compensation="layer_scaling", layer_scaling_group_size=32), spec):
+        x.shape = (2, 64, 8, 8) if other is not spec else (2, 64 * 33, 8, 8)
+        assert not single_read.suits(x, other)
+
+
+def test_a_device_that_is_not_served_is_not_asked_for_its_size(without_gpu, monkeypatch):
+    """ROCm's device properties do not have it."""
+    monkeypatch.setattr(single_read, "serves", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=304))
+    x = images_on_a_gpu((2, 64, 8, 8))
+    assert not single_read.suits(x, NormSpec(error_compensation="layer_scaling"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_the_chip_holds_is_known_while_tracing(dynamic, without_gpu):
+    """Of symbolic sizes too, and without a break in the graph."""
+    spec = NormSpec(error_compensation="layer_scaling")
+    torch._dynamo.reset()
+
+    def holds(x):
+        return x + single_read._scales_at_once(x, spec)
+
+    traced = torch.compile(holds, backend="eager", fullgraph=True, dynamic=dynamic)
+    for shape, held in (((2, 64, 56, 56), 1), ((4, 2048, 7, 7), 1), ((2, 64, 300, 300), 0), ((2, 64 * 33, 4, 4), 0)):
+        assert traced(torch.zeros(shape)).eq(held).all(), shape
+
+
+@pytest.mark.parametrize(
+    ("capability", "known", "target"),
+    [
+        ((9, 0), [80, 90, 100], "sm_90"),
+        ((10, 3), [90, 100, 120], "sm_100"),  # code of an older minor version runs on a newer one
+        ((10, 0), [90, 103], None),
+        ((12, 1), [100, 120, 121], "sm_121"),
+    ],
+)
+def test_the_target_is_the_newest_that_device_and_compiler_know(capability, known, target, monkeypatch):
+    class Compiler:
+        def nvrtcGetNumSupportedArchs(self, count):
+            count._obj.value = len(known)
+
+        def nvrtcGetSupportedArchs(self, archs):
+            archs[:] = known
+
+    monkeypatch.setattr(driver, "_nvrtc", Compiler)
+    assert driver.architecture(*capability) == target
+
+
+def test_the_compiler_that_comes_with_torch_knows_hopper(monkeypatch):
+    if torch.version.cuda is None:
+        pytest.skip("torch without CUDA carries no NVRTC")
+    assert driver.architecture(9, 0) == "sm_90" and driver.architecture(19, 9) is None
+
+    def missing():
+        raise RuntimeError("libnvrtc not found")
+
+    monkeypatch.setattr(driver, "_nvrtc", missing)
+    assert driver.architecture(9, 0) is None
+
+
+def test_no_chunk_of_messages_outlives_a_run_of_inductors_graphs(monkeypatch):
+    """Their pool refuses it. Other streams, and large launches, are served as ever."""
+    here = torch.device("cpu", 0)
+    manager = SimpleNamespace(stream=SimpleNamespace(cuda_stream=7))
+    trees = SimpleNamespace(get_manager=lambda index, create_if_none_exists: manager)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(messages, "_chunks", {})
+    address, memory = messages.empty(1000, here, 7)
+    assert memory.nbytes == 1024 and address == memory.data_ptr() and (memory == -1).all() and not messages._chunks
+    addresses = [messages.empty(1000, here, 8)[0] for _ in range(2)]
+    assert addresses[1] - addresses[0] == 1024 and list(messages._chunks) == [(0, 8)]
+    assert messages.empty(messages.LARGE + 1, here, 8)[1].nbytes > messages.LARGE and list(messages._chunks) == [(0, 8)]
+
+
+class ThreadWithoutContext:
+    """A driver that refuses to work until the calling thread has been given a context."""
+
+    def __init__(self, device):
+        self.device, self.current = device, None
+
+    def cuDeviceGet(self, device, index):
+        device._obj.value = 40 + index
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, device):
+        context._obj.value = 1000 + device.value
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        self.current = context.value
+        return 0
+
+    def cuModuleLoadData(self, module, code):
+        return 0 if self.current == 1040 + self.device else 201
+
+    def cuModuleGetFunction(self, function, module, name):
+        return 0 if name == b"online_norm" else 500
+
+    def cuGetErrorString(self, status, text):
+        text._obj.value = b"named symbol not found"
+        return 0
+
+
+@pytest.mark.parametrize("device", [0, 3])
+def test_a_thread_without_a_context_gets_that_of_torchs_device(device, monkeypatch):
+    fake = ThreadWithoutContext(device)
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    driver.Kernel(b"", "online_norm")
+    with pytest.raises(RuntimeError, match="error 500 of cuModuleGetFunction: named symbol not found"):
+        driver.Kernel(b"", "missing")
