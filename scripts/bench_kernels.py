@@ -148,7 +148,7 @@ def parts(normalizer: str, batch: int, size: int) -> dict[str, dict]:
     """Kernels and milliseconds of each part of a compiled step."""
     args = argparse.Namespace(device="cuda", model="resnet50", size=size)
     backend = "torch" if normalizer == "batch" else "fused"
-    network = bench_training.Network(normalizer, backend, True, "bf16", batch, args)
+    network = bench_training.Network(normalizer, backend, "space_to_depth", "default", "bf16", batch, args)
     for _ in range(5):
         network.step()
     torch.cuda.synchronize()

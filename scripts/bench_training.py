@@ -3,7 +3,9 @@
     python scripts/bench_training.py                     # all rows, one GPU
     python scripts/bench_training.py --batch 256 --mode compile+graph --dtype bf16 --seconds 300
 
-A row is (normalizer, backend, mode, dtype, batch, with or without optimizer). All rows are measured in one process, in
+A row is (normalizer, backend, stem, compiler, mode, dtype, batch, with or without optimizer); the compiler's settings
+are torch.compile's own, with coordinate descent, or max-autotune, which take minutes and are kept in Inductor's cache
+(TORCHINDUCTOR_CACHE_DIR): BatchNorm, the rival, gets all that are asked for. All rows are measured in one process, in
 rounds that visit every row, so that drift of the GPU's clocks falls on all of them; a row's time is the median over
 rounds of medians, its spread the range from the 20th to the 80th percentile of the steps of all rounds over the median.
 Rounds after the first take the fastest rows first. Rows of PyTorch's own backend, minutes to compile, come after all
@@ -37,6 +39,13 @@ NORMALIZERS = {
     "online_layer_scaling": partial(OnlineNorm2d, error_compensation="layer_scaling"),
     "online_none": partial(OnlineNorm2d, error_compensation="none"),
 }
+COMPILERS = {
+    "default": {},
+    "coordinate_descent": {"options": {"coordinate_descent_tuning": True}},
+    "max_autotune": {"mode": "max-autotune-no-cudagraphs"},  # coordinate descent is part of it
+}
+STEMS = ("space_to_depth", "conv7x7")
+IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # the models that have such a stem
 
 
 FP16_LOSS_SCALE = 2.0**10  # gradients that vanish would be zeros, and arithmetic on zeros takes less power and time
@@ -45,13 +54,14 @@ FP16_LOSS_SCALE = 2.0**10  # gradients that vanish would be zeros, and arithmeti
 class Network:
     """One model and its input; lives through all rounds, graphs and activations only while a row is timed."""
 
-    def __init__(self, normalizer: str, backend: str, compiled: bool, dtype: str, batch: int, args):
+    def __init__(self, normalizer: str, backend: str, stem: str, compiler: str | None, dtype: str, batch: int, args):
         self.device, self.dtype = torch.device(args.device), DTYPES[dtype]
         make = NORMALIZERS[normalizer]
         torch.manual_seed(0)
-        model = getattr(models, args.model)(make if normalizer == "batch" else partial(make, backend=backend))
+        norm = make if normalizer == "batch" else partial(make, backend=backend)
+        model = getattr(models, args.model)(norm, **({"stem": stem} if args.model in IMAGENET else {}))
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
-        self.run = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.run = torch.compile(self.model, dynamic=False, **COMPILERS[compiler]) if compiler else self.model
         shape = (batch, 3, args.size, args.size)
         self.x = torch.randn(shape, device=self.device).to(memory_format=torch.channels_last)
         self.target = torch.arange(batch, device=self.device) % 1000
@@ -118,17 +128,24 @@ class Row:
 
 
 def networks_of(args) -> list[tuple]:
-    """(normalizer, backend, compiled, dtype, batch) and the modes to time each in."""
+    """(normalizer, backend, stem, compiler, dtype, batch) and the modes to time each in; the deciding ones first."""
     wanted = []
-    for compiled, dtype, name, batch in itertools.product(
-        (True, False), args.dtype, args.normalizer, sorted(args.batch, reverse=True)
+    for compiler, stem, dtype, name, batch in itertools.product(
+        (*args.compiler, None), args.stem, args.dtype, args.normalizer, sorted(args.batch, reverse=True)
     ):
-        modes = [mode for mode in args.mode if mode.startswith("compile") == compiled]
+        modes = [mode for mode in args.mode if mode.startswith("compile") == (compiler is not None)]
+        first = stem == args.stem[0] and dtype == args.dtype[0]
         for backend in ["torch"] if name == "batch" else args.backend:
             # PyTorch's own backend keeps a dozen float32 copies of each tensor: small batches only.
-            if modes and (backend == "fused" or name == "batch" or (batch <= 64 and dtype == args.dtype[0])):
-                wanted.append(((name, backend, compiled, dtype, batch), modes))
-    return sorted(wanted, key=lambda entry: (_slow(entry), entry[0][3] != args.dtype[0]))
+            serves = backend == "fused" or name == "batch" or (batch <= 64 and first)
+            # The rival has every compiler, in the first dtype, and every stem; the others what they are fastest with.
+            if compiler in (None, "default"):
+                serves = serves and (stem == args.stem[0] or (name == "batch" and dtype == args.dtype[0]))
+            else:
+                serves = name == "batch" and dtype == args.dtype[0]
+            if modes and serves:
+                wanted.append(((name, backend, stem, compiler, dtype, batch), modes))
+    return sorted(wanted, key=lambda entry: (_slow(entry), entry[0][4] != args.dtype[0], entry[0][3] is None))
 
 
 def _slow(wanted: tuple) -> bool:
@@ -214,6 +231,8 @@ def main(argv=None) -> dict:
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp16"], choices=list(DTYPES))
     parser.add_argument("--normalizer", nargs="+", default=list(NORMALIZERS), choices=list(NORMALIZERS))
     parser.add_argument("--backend", nargs="+", default=["fused"], help="of the OnlineNorm rows; torch at N <= 64 only")
+    parser.add_argument("--stem", nargs="+", default=list(STEMS), choices=STEMS, help="the first is everybody's")
+    parser.add_argument("--compiler", nargs="+", default=list(COMPILERS), choices=list(COMPILERS), help="of BatchNorm")
     parser.add_argument("--optimizer", choices=("without", "with", "both"), default="both", help="SGD in the step")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further row after so long")
     parser.add_argument("--rounds", type=int, default=3)
@@ -252,15 +271,16 @@ def main(argv=None) -> dict:
 
     for _, group in itertools.groupby(networks_of(args), key=_slow):
         before = len(rows)
-        for (name, backend, compiled, dtype, batch), modes in group:
+        for (name, backend, stem, compiler, dtype, batch), modes in group:
+            network_key = {"normalizer": name, "backend": backend, "stem": stem, "compiler": compiler}
             keys = [
-                {"normalizer": name, "backend": backend, "mode": mode, "dtype": dtype, "batch": batch, "optimizer": sgd}
+                {**network_key, "mode": mode, "dtype": dtype, "batch": batch, "optimizer": sgd}
                 for mode, sgd in itertools.product(modes, optimizers)
             ]
             if out_of_time():
                 results["not_run"] += [{**key, "why": "out of time"} for key in keys]
                 continue
-            network = Network(name, backend, compiled, dtype, batch, args)
+            network = Network(name, backend, stem, compiler, dtype, batch, args)
             for key in keys:
                 rows.append(Row(network, key))
                 measure(rows[-1])

@@ -16,6 +16,7 @@ from onlinenorm.models.blocks import (
     plug_in,
     zero_last_gammas,
 )
+from onlinenorm.models.stem import StemConv2d
 
 STAGE_BLOCKS = {
     18: (2, 2, 2, 2),
@@ -43,6 +44,7 @@ def resnet(
     in_channels: int = 3,
     bottleneck_stride: str = "3x3",
     zero_init_last_gamma: bool = False,
+    stem: str = "auto",
     compile: bool = False,
 ) -> ImageNetResNet:
     """ResNet for images of about 224 x 224 with torchvision's parameter names, for (N, C, H, W) -> (N, num_classes).
@@ -58,6 +60,8 @@ def resnet(
         bottleneck_stride: which convolution of a bottleneck carries the stride: "3x3" (torchvision, "v1.5") or "1x1"
             (He et al. 2015, "v1"). Depths 18 and 34 have no bottlenecks and take only "3x3".
         zero_init_last_gamma: start the last gamma of each residual branch at 0 (Goyal et al. 2017).
+        stem: how the first convolution is computed: "conv7x7" as it is, "space_to_depth" as a 4x4 convolution on 2x2
+            blocks, the same values up to the order of sums; "auto" whichever is faster (see ``StemConv2d``).
         compile: compile the network in place with torch.compile at its first call; parameter names stay.
 
     Raises:
@@ -74,9 +78,12 @@ def resnet(
     check_sizes(num_classes, in_channels)
     block = BasicBlock if depth < 50 else BOTTLENECKS[bottleneck_stride]
     model = ImageNetResNet(block, list(STAGE_BLOCKS[depth]), num_classes=num_classes, norm_layer=NormSite)
-    if in_channels != 3:
-        model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        init_convolutions(model.conv1)
+    conv1 = StemConv2d(in_channels, 64, stem, device="meta" if in_channels == 3 else None)
+    if in_channels == 3:
+        conv1.weight = model.conv1.weight  # drawn already
+    else:
+        init_convolutions(conv1)
+    model.conv1 = conv1
     plug_in(model, normalizer)
     if zero_init_last_gamma:
         zero_last_gammas(model)

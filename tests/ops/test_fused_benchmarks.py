@@ -25,21 +25,38 @@ def test_training_benchmark_writes_rows_and_a_picture(script, tmp_path):
     path = tmp_path / "bench.json"
     options = (
         "--normalizer batch online_clamp --backend torch --model resnet18 --size 32 --batch 2 --mode eager "
-        "--dtype bf16 --rounds 2 --repeats 1 --optimizer without"
+        "--dtype bf16 --rounds 2 --repeats 1 --optimizer without --stem space_to_depth"
     )
     script("bench_training").main([*options.split(), "--device", "cpu", "--output", str(path)])
     results = json.loads(path.read_text())
     assert {"device", "torch", "triton", "commit", "command", "rows"} <= results.keys()
     assert [row["normalizer"] for row in results["rows"]] == ["batch", "online_clamp"]
     columns = (
-        "normalizer backend mode dtype batch optimizer milliseconds images_per_second peak_memory_gib repeat_spread "
-        "rounds"
+        "normalizer backend stem compiler mode dtype batch optimizer milliseconds images_per_second peak_memory_gib "
+        "repeat_spread rounds"
     )
     assert all(list(row) == columns.split() for row in results["rows"])
     assert path.with_suffix(".png").stat().st_size > 1000
     page = script("bench_report").render(results)
     assert page.startswith("# A training step of resnet18 at 32 px on one ")
     assert "Rounds that a row was measured in: 2." in page
+
+
+def test_the_rival_has_every_compiler_and_stem_and_the_deciding_rows_come_first(script):
+    bench = script("bench_training")
+    args = SimpleNamespace(
+        compiler=list(bench.COMPILERS), stem=list(bench.STEMS), dtype=["bf16", "fp16"], batch=[32, 256],
+        normalizer=["batch", "online_clamp"], mode=list(bench.MODES), backend=["fused"],
+    )  # fmt: skip
+    networks = [network for network, _ in bench.networks_of(args)]
+    assert len(set(networks)) == len(networks)
+    rivals = {key[2:4] for key in networks if key[0] == "batch" and key[4:] == ("bf16", 256)}
+    assert rivals == {(stem, compiler) for stem in bench.STEMS for compiler in (*bench.COMPILERS, None)}
+    ours = {key[2:] for key in networks if key[0] == "online_clamp"}
+    assert ours == {("space_to_depth", how, dtype, batch) for how in ("default", None) for dtype in args.dtype
+                    for batch in args.batch}  # fmt: skip
+    decisive = [key for key in networks if key[3] is not None and key[4] == "bf16"]
+    assert networks[: len(decisive)] == decisive
 
 
 def test_sites_are_those_of_the_network(script):
