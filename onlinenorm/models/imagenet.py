@@ -1,7 +1,7 @@
 """ImageNet ResNets: torchvision's networks and parameter names, with any normalizer."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import resnet as torchvision_resnet
 
 from onlinenorm.models.blocks import (
