@@ -68,7 +68,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
                 prefixed("data", config["data"]),
             ):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            clamping, arrays = finish.final_validation(trainer, module, data)
+            clamping, arrays = finish.final_validation(trainer, module, data, log)
         finally:
             loggers.finish(mirrors)
         results = finish.build_results(names, seed, module, data, log, resumed, clamping)

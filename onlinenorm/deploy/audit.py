@@ -14,6 +14,7 @@ from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.source import Trained
 from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.training import ImageClassifier
+from onlinenorm.training.accuracy import predicted
 from onlinenorm.training.clamping import ClampMeter
 
 
@@ -90,7 +91,7 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
                     for single in meter.values():
                         stack.enter_context(single)
                 logits = module(images)
-            reference = logits.argmax(1) if reference is None else reference
+            reference = predicted(logits) if reference is None else reference
             _add(setting, logits, labels, reference)
     for name, layer in layers.items():
         layer.error_compensation, layer.clamp_value = "clamp", own[name]
@@ -106,8 +107,9 @@ def _add(setting: Setting, logits: Tensor, labels: Tensor, reference: Tensor) ->
     known = labels >= 0
     setting.images += int(known.sum())
     setting.val_loss += float(F.cross_entropy(logits[known].double(), labels[known], reduction="sum"))
-    setting.val_top1 += int((logits.argmax(1) == labels)[known].sum())
-    setting.changed_predictions += int((logits.argmax(1) != reference).sum())
+    prediction = predicted(logits)
+    setting.val_top1 += int((prediction == labels)[known].sum())
+    setting.changed_predictions += int((prediction != reference).sum())
 
 
 def _layer(name: str, layer: OnlineNorm, meter: ClampMeter) -> Layer:

@@ -16,6 +16,7 @@ from onlinenorm.data.index import EXTENSIONS
 from onlinenorm.data.transforms import Plan, cut_crops, plan_center_crop, shorter_side
 from onlinenorm.deploy.errors import DeployError
 from onlinenorm.deploy.source import Trained
+from onlinenorm.training.accuracy import full_precision, ranked
 
 
 @dataclass
@@ -108,7 +109,8 @@ def predict(
         if images:
             batch = torch.stack(images).to(device), torch.zeros(len(images)), torch.zeros(len(images))
             logits = network(trained.data.on_after_batch_transfer(batch)[0])
-            shares, labels = logits.float().softmax(1).topk(min(top, logits.shape[1]), dim=1)
+            labels = ranked(logits, top)
+            shares = full_precision(logits).softmax(1).gather(1, labels)
             rows = iter(zip(labels.tolist(), shares.tolist(), strict=True))
         for file in group:
             if file in errors:

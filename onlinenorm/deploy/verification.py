@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onlinenorm.deploy.forms import Logits
+from onlinenorm.training.accuracy import predicted
 
 
 @dataclass
@@ -30,8 +31,9 @@ class Agreement:
         # unlike max(), this keeps NaN
         self.max_difference = float(torch.maximum(difference, difference.new_tensor(self.max_difference)))
         self.images += len(labels)
-        self.changed_predictions += int((logits.argmax(1) != reference.argmax(1)).sum())
-        self.correct += int((logits.argmax(1) == labels).sum())
+        prediction = predicted(logits)
+        self.changed_predictions += int((prediction != predicted(reference)).sum())
+        self.correct += int((prediction == labels).sum())
         self.labelled += int((labels >= 0).sum())
 
     def as_dict(self) -> dict[str, float | int | None]:

@@ -127,6 +127,11 @@ class EpochLog(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
 
+    def amend(self, trainer, figures: dict[str, float]) -> None:
+        """Replaces figures of the last row."""
+        self.rows[-1].update(figures)
+        self._write(trainer)
+
     def _write(self, trainer) -> None:
         if trainer.is_global_zero:
             write_atomically(self.path, to_csv(self.rows))

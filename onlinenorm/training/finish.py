@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from onlinenorm.normalizers import remove_clamping
+from onlinenorm.training.accuracy import TOP1_RULE
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.module import ImageClassifier
@@ -48,20 +49,25 @@ def validate(trainer: pl.Trainer, module: ImageClassifier, data: pl.LightningDat
     assert distinct == table_3N.shape[1] == data.val_images, "every validation image once"
     loss, top1, top5, images = module.reduced(module.val_sums)
     module.assert_finite_validation(loss)
+    label, prediction = table_3N[1:]
+    assert ((label == prediction) & (label >= 0)).sum() == top1, "accuracy and predictions follow one rule"
     images = max(images, 1.0)
     figures = {"val_loss": loss / images, "val_top1": top1 / images, "val_top5": top5 / images}
     return figures | dict(zip(("index", "label", "prediction"), table_3N, strict=True))
 
 
 def final_validation(
-    trainer: pl.Trainer, module: ImageClassifier, data: pl.LightningDataModule
+    trainer: pl.Trainer, module: ImageClassifier, data: pl.LightningDataModule, log: EpochLog
 ) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
     """(the `clamping` section of results.json, or None where nothing clamps; the arrays of predictions.npz).
 
-    Removes the clamp of `module.network` on the way.
+    Its figures take the place of the last epoch's in `log`: the same weights on the same images, but kernels may round
+    otherwise, and metrics.csv, results.json and predictions.npz tell one story. Removes the clamp of `module.network`
+    on the way.
     """
     with ClampMeter(module.network) as meter:
         before = validate(trainer, module, data)
+    log.amend(trainer, {key: before[key] for key in ("val_loss", "val_top1", "val_top5")})
     arrays = {"index": before["index"], "label": before["label"]}
     if not meter.layers:
         return None, arrays | {"prediction": before["prediction"]}
@@ -97,6 +103,7 @@ def build_results(
         "scale": data.scale,
         "dataset": data.describe(),
         "epochs": module.recipe.epochs,
+        "top1_rule": TOP1_RULE,
         "last": {key: last[key] for key in ("epoch", "val_loss", "val_top1", "val_top5")},
         "best_loss": {key: by_loss[key] for key in ("epoch", "val_loss")},
         "best_top1": {key: by_top1[key] for key in ("epoch", "val_top1")},

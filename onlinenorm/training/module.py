@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from onlinenorm.normalizers import average_statistics, gather_statistics
+from onlinenorm.training.accuracy import full_precision, predicted, rank
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.cuda_graph import GraphedStep
 from onlinenorm.training.errors import RunError
@@ -124,7 +125,7 @@ class ImageClassifier(pl.LightningModule):
                 self(images)
         self.val_sums = self.val_sums + _sums(logits, labels, _losses(logits, labels)[1])
         if self.collected is not None:
-            self.collected.append(torch.stack([indices, labels, logits.argmax(1)]).cpu())
+            self.collected.append(torch.stack([indices, labels, predicted(logits)]).cpu())
 
     def _metered_every(self) -> int:
         # about ten batches, spread over the set: folders come class by class
@@ -177,8 +178,7 @@ def _step(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, sum) of the cross entropy over images with a label: in float32 or better, and in float64."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    each_N = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    each_N = F.cross_entropy(full_precision(logits), labels, ignore_index=IGNORED, reduction="none")
     # the sum in float64, where float32 values add up exactly: whatever batches and processes the images come in
     return each_N.sum() / (labels != IGNORED).sum().clamp(min=1), each_N.detach().double().sum()
 
@@ -186,7 +186,7 @@ def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _sums(logits: Tensor, labels: Tensor, loss_sum: Tensor) -> Tensor:
     """(loss, top-1, top-5, images) of a batch, in float64."""
-    top_N5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits_N5 = top_N5 == labels[:, None]
-    counts = [hits_N5[:, 0].sum(), hits_N5.any(1).sum(), (labels != IGNORED).sum()]
+    known_N = labels != IGNORED
+    rank_N = rank(logits, labels.clamp(min=0))
+    counts = [((rank_N < min(places, logits.shape[1])) & known_N).sum() for places in (1, 5)] + [known_N.sum()]
     return torch.stack([value.double() for value in (loss_sum, *counts)])
