@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from onlinenorm.training import finish, loggers
+from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.config_check import build, check_config, check_keys, check_option, flatten, prefixed
 from onlinenorm.training.epoch_log import EpochLog
@@ -71,7 +72,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             clamping, arrays = finish.final_validation(trainer, module, data, log)
         finally:
             loggers.finish(mirrors)
-        results = finish.build_results(names, seed, module, data, log, resumed, clamping)
+        results = finish.build_results(names, seed, module, data, log, resumed, clamping, former_attempts(path))
         if trainer.is_global_zero:
             finish.write_results(path, results, arrays)
             print(finish.summary(results, path))

@@ -39,6 +39,7 @@ try:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     import train
+    from onlinenorm.training.attempts import former_attempts, keep_attempt
     from onlinenorm.training.config_check import check_config
     from onlinenorm.training.epoch_log import read_rows
     from onlinenorm.training.errors import ConfigError, told
@@ -143,7 +144,9 @@ def table(rows: list[Row]) -> tuple[list[str], list[str]]:
     lines = [f"{'state':8} {'epoch':>9} {'left':>9}  folder"]
     for row, state, seconds in zip(rows, states, left, strict=True):
         epochs = f"{len(read_rows(row.folder / 'metrics.csv'))}/{row.epochs}"
-        lines.append(f"{state:8} {epochs:>9} {'?' if seconds is None else clock(seconds):>9}  {row.folder}")
+        former = len(former_attempts(row.folder))
+        again = f"  (after {former} failed attempt{'s' * (former > 1)})" if former else ""
+        lines.append(f"{state:8} {epochs:>9} {'?' if seconds is None else clock(seconds):>9}  {row.folder}{again}")
     counts = Counter(states)
     text = ", ".join(f"{counts[state]} {state}" for state in sorted(counts))
     known = [seconds for seconds in left if seconds is not None]
@@ -196,7 +199,7 @@ class Sweep:
 
     def _take(self, row: Row, slot: int) -> None:
         row.folder.mkdir(parents=True, exist_ok=True)
-        row.failure.unlink(missing_ok=True)
+        keep_attempt(row.folder)
         row.job.unlink(missing_ok=True)
         last: deque[str] = deque(maxlen=LINES_KEPT)
         mark = f"{row.folder}  " if self.parallel > 1 else "  "
@@ -230,7 +233,7 @@ def submit(row: Row, script: Path) -> None:
     """Hands a row to SLURM."""
     folder = row.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    row.failure.unlink(missing_ok=True)
+    keep_attempt(row.folder)
     options = ["--parsable", f"--job-name={row.folder}", f"--chdir={ROOT}", f"--output={folder / 'output.log'}"]
     sbatch = ["sbatch", *options, str(script.resolve()), *command(row, folder)]
     answer = subprocess.run(sbatch, capture_output=True, text=True, check=False)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onlinenorm.arguments import check_choice
+from onlinenorm.normalizers.dependence import PROCESSES
 from onlinenorm.normalizers.replay import Replay
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
 
@@ -118,6 +119,11 @@ class OnlineNorm(nn.Module):
             self.gradient_scale / world_size,
             world_size if self.statistics == "global" else 1,
         )
+
+    @property
+    def statistics_depend_on(self) -> tuple[str, ...]:
+        """Which divisions of a batch change the statistics (see `dependence`): none, but for streams of processes."""
+        return (PROCESSES,) if self.statistics == "local" else ()
 
     def resolve_backend(self, device: torch.device) -> str:
         """The backend that serves tensors on ``device``: the one asked for, or what "auto" stands for there."""

@@ -88,7 +88,14 @@ def final_validation(
 
 
 def build_results(
-    choices: dict[str, Any], seed: int, module: ImageClassifier, data: Any, log: EpochLog, resumed: int, clamping: Any
+    choices: dict[str, Any],
+    seed: int,
+    module: ImageClassifier,
+    data: Any,
+    log: EpochLog,
+    resumed: int,
+    clamping: Any,
+    attempts: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The content of results.json, apart from files: accuracies are fractions, losses nats, epochs count from 1."""
     rows = log.rows
@@ -111,6 +118,7 @@ def build_results(
         "images_per_second": log.images_per_second,
         "wall_seconds": log.wall_seconds,
         "resumed": resumed,
+        "attempts": attempts,
         "parameters_sha256": parameters_sha256(module.network),
         "unreadable": {"count": len(data.unreadable), "files": [str(file) for file in data.unreadable[:FILES_LISTED]]},
     }
@@ -141,4 +149,7 @@ def summary(results: dict[str, Any], folder: Path) -> str:
             f"{clamping['changed_predictions']} predictions changed, {clamping['clamped_fraction']:.2e} of activations "
             f"were clamped, the largest was {clamping['max_abs_activation']:.1f} against {clamping['clamp_value']:g}"
         )
+    if attempts := results.get("attempts"):
+        ended = "; ".join(attempt["failure"] or "stopped" for attempt in attempts)
+        lines.append(f"  attempt {len(attempts) + 1}; what ended those before: {ended}")
     return "\n".join([*lines, f"  {folder}"])

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from onlinenorm.normalizers import average_statistics, gather_statistics
 from onlinenorm.training.accuracy import full_precision, predicted, rank
+from onlinenorm.training.attempts import DIVERGED
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.cuda_graph import GraphedStep
 from onlinenorm.training.errors import RunError
@@ -106,7 +107,7 @@ class ImageClassifier(pl.LightningModule):
     def _refuse(self, what: str, step: int) -> NoReturn:
         lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.optimizers().param_groups[0]["lr"]
         raise RunError(
-            f"{what} became NaN or infinite at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
+            f"{what} {DIVERGED} at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
             "The last good checkpoint is kept. To go on, start over in another run_dir with a lower recipe.lr "
             "or recipe.batch_size, with trainer.precision=32-true, or with another normalizer"
         )

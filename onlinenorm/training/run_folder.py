@@ -17,10 +17,14 @@ from typing import Any
 import torch
 import yaml
 
+from onlinenorm.training.attempts import CONFIG, ENVIRONMENT, FAILED, keep_attempt, keep_epochs
 from onlinenorm.training.config_check import flatten
+from onlinenorm.training.divisions import KEYS as DIVIDING
+from onlinenorm.training.divisions import changed_divisions, statistics_seen
 from onlinenorm.training.errors import ConfigError, Interrupted, RunError
 
-# Keys that may differ from one start of a run to the next: they change how it is computed, not what.
+# Keys that may differ from one start of a run to the next: they change how it is computed, not what. Those of DIVIDING
+# may only where the statistics of the run's normalizer do not depend on how a batch is divided.
 MAY_CHANGE = (
     "choices.trainer",
     "choices.logger",
@@ -37,10 +41,8 @@ MAY_CHANGE = (
     "trainer.log_every_n_steps",
     "trainer.num_nodes",
     "trainer.strategy",
+    "trainer.sync_batchnorm",
 )
-
-
-CONFIG, FAILED = "config.yaml", "failed.txt"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -59,16 +61,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         ) from error
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line "key: old -> new" for each key that differs and is not in MAY_CHANGE."""
+def changed_keys(old: dict[str, Any], new: dict[str, Any], ignored: tuple[str, ...] = ()) -> list[str]:
+    """A line "key: old -> new" for each key that differs and may not.
+
+    Keys below those in `ignored` are not compared, but for how batches are divided where the normalizer depends on it.
+    """
     before, after = flatten(old), flatten(new)
-    keys = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-    free = tuple(f"{key}." for key in MAY_CHANGE)
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-        for key in keys
-        if not f"{key}.".startswith(free)
-    ]
+    divided = DIVIDING if changed_divisions(old, new) else ()
+    free = tuple(f"{key}." for key in (*MAY_CHANGE, *ignored) if key not in divided)
+    lines = []
+    for key in sorted(before | after):
+        if before.get(key) != after.get(key) and (key in divided or not f"{key}.".startswith(free)):
+            why = " (it divides the images that a statistic of this normalizer sees)" if key in divided else ""
+            lines.append(f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}{why}")
+    return lines
 
 
 class RunFolder:
@@ -87,8 +93,8 @@ class RunFolder:
     def held(self):
         """Context in which no other run may write here; raises RunError where one does already.
 
-        An error that ends it is left in failed.txt, until the run is started again; a run that was interrupted, or
-        killed, has not failed.
+        An error that ends it is left in failed.txt; when the run is started again that attempt is kept (`attempts`).
+        A run that was interrupted, or killed, has not failed.
         """
         if not self.leader:
             yield
@@ -106,7 +112,7 @@ class RunFolder:
                     f"{self.path}: another run is writing to this folder ({error.strerror}). "
                     "Wait for it or stop it, or choose another run_dir"
                 ) from None
-            (self.path / FAILED).unlink(missing_ok=True)
+            keep_attempt(self.path)
             try:
                 yield
             except Exception as error:
@@ -133,7 +139,7 @@ class RunFolder:
     def check_config(self, config: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
         """Raises ConfigError, naming the keys, where the folder holds progress of a run with another configuration.
 
-        The parts of the configuration in `ignored` are not compared.
+        The parts of the configuration in `ignored` are not compared, see `changed_keys`.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir: {self.path} is a file, not a folder; choose another run_dir=")
@@ -142,7 +148,7 @@ class RunFolder:
         if not path.exists() or not any(file.exists() for file in progress):
             return
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if changes := changed_keys(*({k: v for k, v in c.items() if k not in ignored} for c in (old, config))):
+        if changes := changed_keys(old, config, ignored):
             raise ConfigError(
                 f"run_dir: {self.path} holds a run with another configuration:\n  "
                 + "\n  ".join(changes)
@@ -151,9 +157,11 @@ class RunFolder:
 
     def record_start(self, config: dict[str, Any], world_size: int, resumed_from: dict[str, int] | None) -> int:
         """Writes config.yaml and environment.json for this start; returns how often the run has been resumed."""
-        path = self.path / "environment.json"
+        if self.leader and resumed_from is None:
+            keep_epochs(self.path)  # their checkpoints are gone, or they would be continued
+        path = self.path / ENVIRONMENT
         starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if resumed_from and path.exists() else []
-        now = environment(world_size)
+        now = environment(world_size) | {"statistics": statistics_seen(config)}
         time = datetime.now(UTC).isoformat(timespec="seconds")
         starts.append({"time": time, "host": platform.node(), "world_size": world_size, "resumed_from": resumed_from})
         if self.leader:
