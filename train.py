@@ -1,5 +1,10 @@
 """Trains a network with a normalizer: python train.py experiment=table1 normalizer=batch seed=1"""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of imports; train() hears it in its own way
+
 import itertools
 import sys
 from pathlib import Path
@@ -13,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from onlinenorm.data.workers import worker_deaths_told
 from onlinenorm.training import finish, loggers
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
@@ -32,15 +38,20 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     """Runs, continues or reprints the run of a configuration (plain values, of `load_config`); returns its results."""
     check_config(config)
     config = {**config, "trainer": resolve(config["trainer"])}
+    path = Path("runs", config["choices"]["experiment"], config["choices"]["normalizer"], f"seed{config['seed']}")
+    if config["run_dir"]:
+        path = Path(str(config["run_dir"]))  # 2026 is a number to YAML
+    folder = RunFolder(path, is_leader())
+    with StopSignals(path) as stop:
+        return _train(config, folder, stop)
+
+
+def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict[str, Any]:
     recipe = build(config, "recipe")
     normalizer = build(config, "normalizer")
     with prefixed("normalizer", config["normalizer"]):
         normalizer(num_features=64)  # a probe: a wrong value is found before data are looked for
-    names, seed = config["choices"], config["seed"]
-    path = Path("runs", names["experiment"], names["normalizer"], f"seed{seed}")
-    if config["run_dir"]:
-        path = Path(str(config["run_dir"]))  # 2026 is a number to YAML
-    folder = RunFolder(path, is_leader())
+    names, seed, path = config["choices"], config["seed"], folder.path
     if results := folder.results(config):
         if folder.leader:
             print(finish.summary(results, path))
@@ -50,7 +61,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         data = build(config, "data", batch_size=recipe.batch_size, seed=seed, **views)
         data.prepare_data()
         data.setup("fit")
-    with StopSignals() as stop, folder.held(), quiet_lightning():
+    with folder.held(), quiet_lightning():
         checkpoint, position = resumable(folder.checkpoints, config, data.fingerprint)
         pl.seed_everything(seed, workers=False, verbose=False)  # before the network: all normalizers share its weights
         sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
@@ -58,11 +69,13 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             network = build(config, "model", normalizer=normalizer, **sizes)
         module = build(config, "classifier", network=network, recipe=recipe)
         log = EpochLog(path / "metrics.csv")
-        mirrors = build(config, "logger", folder=path, name="/".join(path.parts[-3:]), config=flatten(config))
+        steps = position["global_step"] if position else None
+        shown = {"name": "/".join(path.parts[-3:]), "config": flatten(config), "resumed_step": steps}
+        mirrors = build(config, "logger", folder=path, **shown)
         parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
         trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
         resumed = folder.record_start(config, trainer.world_size, position)
-        try:
+        with loggers.finishing(mirrors), worker_deaths_told():
             with (
                 prefixed("normalizer", config["normalizer"]),
                 prefixed("recipe", config["recipe"]),
@@ -70,8 +83,6 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             ):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             clamping, arrays = finish.final_validation(trainer, module, data, log)
-        finally:
-            loggers.finish(mirrors)
         results = finish.build_results(names, seed, module, data, log, resumed, clamping, former_attempts(path))
         if trainer.is_global_zero:
             finish.write_results(path, results, arrays)

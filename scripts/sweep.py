@@ -39,6 +39,7 @@ try:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     import train
+    from onlinenorm.data.workers import STOP_SIGNALS
     from onlinenorm.training.attempts import former_attempts, keep_attempt
     from onlinenorm.training.config_check import check_config
     from onlinenorm.training.epoch_log import read_rows
@@ -51,7 +52,8 @@ except ModuleNotFoundError:
         raise
     os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
 
-STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1)}  # exit codes of runs that have saved themselves
+# exit codes of runs that have saved themselves, or had not begun
+STOPPED = {code for number in STOP_SIGNALS for code in (128 + number, -number)}
 UNDONE = ("failed", "stopped", "missing")
 LINES_KEPT = 30
 
@@ -168,8 +170,9 @@ class Sweep:
         self.parallel, self.signum = parallel, 0
         self._runs: set[subprocess.Popen] = set()
         self._gpus = visible_gpus() if parallel > 1 else []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._stop)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._stop)
 
     def take_all(self, rows: list[Row]) -> None:
         waiting = deque(rows)
@@ -186,7 +189,7 @@ class Sweep:
             self._pass_on(run)
 
     def _pass_on(self, run: subprocess.Popen) -> None:
-        run.send_signal(signal.SIGTERM if self.signum == signal.SIGINT else self.signum)
+        run.send_signal(self.signum)
 
     def _work(self, waiting: deque[Row], slot: int) -> None:
         while not self.signum:

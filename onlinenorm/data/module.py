@@ -1,7 +1,6 @@
 """The one interface through which training sees images."""
 
 import functools
-import gc
 import itertools
 import logging
 import os
@@ -22,6 +21,7 @@ from onlinenorm.data.errors import UnreadableImageError
 from onlinenorm.data.resident import ResidentLoader
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
+from onlinenorm.data.workers import PREFETCHED, WorkerLoader, check_shared_memory, start_worker
 
 log = logging.getLogger(__name__)
 
@@ -264,15 +264,17 @@ class ImageDataModule(pl.LightningDataModule):
         if workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             workers = max(1, min(16, cores // getattr(self.trainer, "num_devices", 1)))
-        return DataLoader(
+        if workers:
+            check_shared_memory(dataset, sampler.local_batch_size, workers, getattr(self.trainer, "num_devices", 1))
+        return WorkerLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=_ready,
-            worker_init_fn=_spare_shared_pages,
+            worker_init_fn=start_worker,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            prefetch_factor=4 if workers > 0 else None,
+            prefetch_factor=PREFETCHED if workers > 0 else None,
             # forked workers share the index and die with this process, however it ends
             multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
             # a generator of its own: else each epoch's start would move torch's global one
@@ -315,10 +317,6 @@ class ImageDataModule(pl.LightningDataModule):
                 f"fraction {self.unreadable_limit:g}; the last is {last} Repair the dataset, or raise "
                 "data.unreadable_limit."
             )
-
-
-def _spare_shared_pages(worker: int) -> None:
-    gc.freeze()  # a collection would write to, and so copy, every page of objects inherited from the main process
 
 
 def _ready(batch: Batch) -> Batch:

@@ -58,6 +58,7 @@ class GlobalBatchSampler(Sampler[list[Request]]):
         self.num_images, self.global_batch_size, self.seed = num_images, global_batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.steps = num_images // global_batch_size
+        self.local_batch_size = global_batch_size // parts  # images of a batch on this process
         self.epoch = epoch
         self.start_at(epoch, start_step)
 
@@ -83,7 +84,7 @@ class GlobalBatchSampler(Sampler[list[Request]]):
         epoch = self.epoch
         first = self._resumed[1] if self._resumed[0] == epoch else 0
         order = permutation(self.seed, epoch, self.num_images)
-        local = self.global_batch_size // (self.world_size * self.accumulate)
+        local = self.local_batch_size
         for micro_batch in range(first * self.accumulate, len(self)):
             begin = (micro_batch * self.world_size + self.rank) * local
             yield [(epoch, index) for index in order[begin : begin + local].tolist()]
@@ -103,6 +104,7 @@ class ValidationSampler(Sampler[list[Request]]):
                 "use more images or fewer processes"
             )
         check_int("val_batch_size", batch_size, 2 if world_size > 1 else 1)
+        self.local_batch_size = batch_size
         first, last = num_images * rank // world_size, num_images * (rank + 1) // world_size
         batches = math.ceil(math.ceil(num_images / world_size) / batch_size)
         self.bounds = [min(first + b * batch_size, last) for b in range(batches)] + [last]

@@ -1,5 +1,6 @@
 """Checkpoint files: written atomically, verified, read without trusting their content; and where a run resumes."""
 
+import contextlib
 import os
 import pickle
 import re
@@ -66,7 +67,8 @@ def write(state: dict[str, Any], path: Path) -> None:
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # some network file systems do not know it for folders
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -183,7 +185,7 @@ class Checkpoints(Checkpoint):
             self._config = yaml.safe_load((self.folder.parent / CONFIG).read_text(encoding="utf-8"))
 
     def on_train_start(self, trainer, module) -> None:
-        self.stop.install()  # again: Lightning has put its own handlers in between
+        self.stop.defer()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -198,8 +200,8 @@ class Checkpoints(Checkpoint):
             self.stop.leave(trainer.current_epoch, step)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        # One process need not finish a validation before it leaves: it is done again. Several would have to agree.
-        if self.stop.signum and trainer.world_size == 1:
+        # A validation need not be finished before leaving: it is done again. All processes have as many batches.
+        if self.stop.agreed(trainer):
             epoch, step = trainer.current_epoch, 0
             if trainer.state.fn == "fit":
                 step = trainer.num_training_batches // trainer.accumulate_grad_batches

@@ -30,7 +30,7 @@ PROVIDED = {
     "normalizer": ("num_features",),
     "model": ("normalizer", "num_classes", "in_channels"),
     "data": ("batch_size", "seed", "augmentation", "evaluation"),
-    "logger": ("folder", "name", "config"),
+    "logger": ("folder", "name", "config", "resumed_step"),
     "recipe": (),
     "classifier": ("network", "recipe"),
     "trainer": ("max_epochs", "folder", "epoch_log", "stop", "loggers"),

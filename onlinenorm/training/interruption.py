@@ -1,40 +1,58 @@
-"""SIGTERM and SIGUSR1: the handler sets a flag, all processes agree at a step boundary, save together and leave."""
+"""Signals that ask a run to stop: once training has begun all processes agree at a step, save together and leave."""
 
+import os
 import signal
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from onlinenorm.data.workers import STOP_SIGNALS
 from onlinenorm.training.errors import Interrupted
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Context in which the signals only set `signum`; the former handlers come back at its end."""
+    """Context in which the signals set `signum`; the former handlers come back at its end.
 
-    def __init__(self):
-        self.signum = 0
+    Until `defer` there is nothing to save, and the first signal raises Interrupted at once. After a first Ctrl-C the
+    second ends the process at once.
+
+    Args:
+        folder: of the run, for messages.
+    """
+
+    def __init__(self, folder: Path = Path()):
+        self.signum, self.folder = 0, folder
+        self._deferred = False
         self._former: dict[int, object] = {}
         self._group = None
         self._pending: tuple[object, torch.Tensor] | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._former = {number: signal.getsignal(number) for number in SIGNALS}
-        self.install()
+        self._former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or self._former[number] != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def install(self) -> None:
-        """Sets the handlers."""
-        for number in SIGNALS:
-            signal.signal(number, self._remember)
+    def defer(self) -> None:
+        """From here on signals wait for the next look at `signum`."""
+        self._deferred = True
 
     def _remember(self, signum: int, frame) -> None:
         self.signum = signum
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not self._deferred:
+            self.leave_early()
+        if signum == signal.SIGINT:
+            # not print, which may be what has been interrupted; the cursor is shown, for the bar cannot when killed
+            cursor = b"\x1b[?25h" if os.isatty(1) else b""
+            os.write(2, cursor + b"\nCtrl-C: saving at the end of this step; again: leave at once, without saving\n")
 
     def agreed(self, trainer) -> bool:
         """Whether to stop at this step; the same answer on every process. To be called by all, once a step.
@@ -57,7 +75,21 @@ class StopSignals:
         return seen != 0
 
     def leave(self, epoch: int, step: int) -> None:
-        """Raises Interrupted."""
-        name = signal.Signals(self.signum).name
+        """Raises Interrupted after a save."""
         where = f"step {step} of epoch {epoch + 1}" if step else f"the end of epoch {epoch}"
-        raise Interrupted(f"{name}: saved at {where}; the same command continues from there", self.signum)
+        raise Interrupted(
+            f"{self.name}: saved at {where}; the same command continues from there ({self.folder})", self.signum
+        )
+
+    def leave_early(self) -> None:
+        """Raises Interrupted before training."""
+        raise Interrupted(
+            f"{self.name}: stopped before training had begun; nothing is lost, the same command starts again "
+            f"({self.folder})",
+            self.signum,
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the signal, as its sender knows it."""
+        return "Ctrl-C" if self.signum == signal.SIGINT else signal.Signals(self.signum).name

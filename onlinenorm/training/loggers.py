@@ -1,18 +1,21 @@
 """Mirrors of metrics.csv. Each is a logger of Lightning that only rank 0 opens."""
 
+import contextlib
 import netrc
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from onlinenorm.training.errors import Interrupted
 from onlinenorm.training.launch import is_leader
 from onlinenorm.training.run_folder import write_atomically
 
 
-def csv_only(folder: Path, name: str, config: dict[str, Any]) -> list[Logger]:
+def csv_only(folder: Path, name: str, config: dict[str, Any], resumed_step: int | None = None) -> list[Logger]:
     """No mirror: metrics.csv is written by every run."""
     return []
 
@@ -21,6 +24,7 @@ def wandb_logger(
     folder: Path,
     name: str,
     config: dict[str, Any],
+    resumed_step: int | None = None,
     project: str = "onlinenorm",
     entity: str | None = None,
     mode: Literal["auto", "online", "offline"] = "auto",
@@ -32,6 +36,7 @@ def wandb_logger(
         folder: the run folder.
         name: of the run as it is shown.
         config: the run's configuration, shown beside its curves.
+        resumed_step: optimizer steps of the checkpoint that the run continues from, or None.
         project, entity, tags: where and how the run is listed.
         mode: "auto" is online where a key is found (WANDB_API_KEY or netrc), else offline.
     """
@@ -70,14 +75,30 @@ def has_wandb_key() -> bool:
         return False
 
 
-def tensorboard_logger(folder: Path, name: str, config: dict[str, Any]) -> list[Logger]:
-    """TensorBoard event files in `folder`/tensorboard."""
-    return [TensorBoardLogger(save_dir=folder, name="", version="tensorboard")]
+def tensorboard_logger(
+    folder: Path, name: str, config: dict[str, Any], resumed_step: int | None = None
+) -> list[Logger]:
+    """TensorBoard event files in `folder`/tensorboard; what a run that was killed logged after `resumed_step`, where it
+    continues, is not shown twice."""
+    purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+    return [TensorBoardLogger(save_dir=folder, name="", version="tensorboard", **purge)]
 
 
-def finish(loggers: list[Logger]) -> None:
-    """Ends the mirrors of a run, so that the next run in this process opens its own."""
-    for logger in loggers:
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger) and getattr(logger, "_experiment", None) is not None:
-            logger.experiment.finish()
+@contextlib.contextmanager
+def finishing(loggers: list[Logger]) -> Iterator[None]:
+    """Context at whose end the mirrors of a run end, told how, so that the next run in this process opens its own."""
+    code = 1
+    interrupted = False
+    try:
+        yield
+        code = 0
+    except Interrupted as error:
+        code, interrupted = error.exit_code, True
+        raise
+    finally:
+        for logger in loggers:
+            logger.finalize("failed" if code else "success")
+            if isinstance(logger, WandbLogger) and getattr(logger, "_experiment", None) is not None:
+                if interrupted:
+                    logger.experiment.mark_preempting()
+                logger.experiment.finish(exit_code=code)

@@ -10,15 +10,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.layer_sync import LayerSync
-from pytorch_lightning.strategies import DDPStrategy
 
 from onlinenorm.normalizers import synchronise_batch_norm
 from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
-from onlinenorm.training.launch import cluster_environment, launched
+from onlinenorm.training.launch import check_alone, cluster_environment, launched
 from onlinenorm.training.progress import RunProgress
+from onlinenorm.training.rendezvous import MeetingDDPStrategy
 
 Precision = Literal["auto", "32-true", "64-true", "bf16-mixed", "16-mixed"]
 
@@ -67,6 +67,8 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         settings["devices"] = gpus if on_gpu else 1
     if isinstance(settings["devices"], str) or settings["devices"] < 1:
         raise ConfigError(f"trainer.devices: {settings['devices']!r} is not a whole number of at least 1, or auto")
+    if launch is None:
+        check_alone(settings["devices"], settings["num_nodes"])
     if on_gpu and settings["devices"] > gpus:
         raise ConfigError(f"trainer.devices: {settings['devices']} asked for, this machine has {gpus} GPU(s)")
     if settings["precision"] == "auto":
@@ -129,8 +131,10 @@ def build_trainer(
         plugins.append(SyncedBatchNorm())
     # Buffers are not broadcast: OnlineNorm's are identical on all ranks, and rank 0's would overwrite local streams,
     # which are averaged where they are used instead.
-    ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if strategy == "ddp" else strategy
-    return pl.Trainer(
+    ddp: Any = strategy
+    if strategy == "ddp":
+        ddp = MeetingDDPStrategy(stop, broadcast_buffers=False, gradient_as_bucket_view=True)
+    trainer = pl.Trainer(
         max_epochs=max_epochs,
         callbacks=[
             epoch_log,
@@ -156,6 +160,9 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Lightning's handlers would come before ours, again at each validation, and talk to the other processes from within
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 class TrainingGraph(pl.Callback):

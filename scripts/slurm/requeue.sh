@@ -2,7 +2,7 @@
 
 # train_and_requeue OVERRIDE... : train.py over all tasks of the job; exits with its code.
 train_and_requeue() {
-  local status=0 asked=0 step
+  local status=0 asked=0 step job
   local first=127.0.0.1 # where the processes meet: tasks of several nodes at the first one; a site may set another
   ((SLURM_JOB_NUM_NODES == 1)) || first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   export MASTER_ADDR=${MASTER_ADDR:-$first}
@@ -17,8 +17,11 @@ train_and_requeue() {
   done
   # 138 from the task that saved, or 143 from one that srun ended beside it. A failure of the run itself is below 128.
   if ((asked && status >= 128)); then
-    echo "The run has saved itself; requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID"
+    # of an array, whose last element bears the array's own number, this element alone
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
+    echo "The run has saved itself; requeueing job $job"
+    scontrol requeue "$job"
     sleep 60 # SLURM ends this shell
   fi
   exit "$status"

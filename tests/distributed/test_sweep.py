@@ -12,6 +12,7 @@ import yaml
 from distributed_runs import TINY
 from tests_training import ROOT, load_train_module
 
+from onlinenorm.data.workers import STOP_SIGNALS
 from onlinenorm.training.errors import ConfigError
 
 FAKE_TRAIN = """
@@ -26,9 +27,10 @@ if "recipe.lr" in options and float(options["recipe.lr"]) > 1 and not Path("repa
     sys.exit("the loss became NaN")
 if Path("slow").exists():
     def stop(number, frame):
-        (folder / "saved").touch()
+        (folder / "saved").write_text(signal.Signals(number).name)
         sys.exit(128 + number)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     Path("waiting").touch()
     time.sleep(60)
 (folder / "metrics.csv").write_text("epoch,seconds\\n1,2.0\\n2,2.0\\n3,2.0\\n")
@@ -65,7 +67,7 @@ def matrix(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     monkeypatch.setattr(sweep, "queued_jobs", dict)
     monkeypatch.chdir(tmp_path)
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield lambda *arguments: sweep.main([*TINY, *arguments])
     for number, handler in former.items():
         signal.signal(number, handler)
@@ -155,8 +157,18 @@ def test_stopping_the_sweep_lets_the_run_save_itself(matrix, tmp_path):
     with subprocess.Popen(["bash", "-c", watch]):
         assert matrix("normalizer=batch,group") == 128 + signal.SIGINT
     batch, group = (tmp_path / "runs" / "default" / name for name in ("batch", "group"))
-    assert (batch / "seed0" / "saved").exists() and not (batch / "seed0" / "failed.txt").exists()
+    assert (batch / "seed0" / "saved").read_text() == "SIGINT", "the run says what has stopped it"
+    assert not (batch / "seed0" / "failed.txt").exists()
     assert not group.exists(), "the next run is not begun"
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_run_that_is_stopped_before_it_hears_signals_has_not_failed(matrix, tmp_path, number):
+    (tmp_path / "train.py").write_text(
+        f"import os, signal; signal.signal({int(number)}, signal.SIG_DFL); os.kill(os.getpid(), {int(number)})"
+    )
+    assert matrix("normalizer=batch") == 1
+    assert not (tmp_path / "runs" / "default" / "batch" / "seed0" / "failed.txt").exists()
 
 
 def test_several_at_a_time_on_the_gpus_in_turn(sweep, matrix, tmp_path, monkeypatch, capsys):

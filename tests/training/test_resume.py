@@ -6,6 +6,8 @@ import signal
 import pytest
 from tests_training import outcome, rows
 
+from onlinenorm.data import ImageDataModule
+from onlinenorm.data.workers import STOP_SIGNALS
 from onlinenorm.training import ImageClassifier, checkpoint
 from onlinenorm.training.checkpoint import read
 from onlinenorm.training.errors import ConfigError, Interrupted, RunError
@@ -186,3 +188,25 @@ def test_disk_full_leaves_the_last_good_checkpoint(undisturbed, run, monkeypatch
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     run(tmp_path, "normalizer=batch")
     assert outcome(tmp_path) == outcome(undisturbed("batch"))
+
+
+@pytest.mark.parametrize("signum, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_stopped_before_training(undisturbed, run, monkeypatch, tmp_path, signum, name):
+    """While data are being looked for: there is nothing to wait for and nothing to save."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataModule, "prepare_data", lambda self: os.kill(os.getpid(), signum))
+        with pytest.raises(
+            Interrupted, match=f"^{name}: stopped before training had begun; nothing is lost"
+        ) as stopped:
+            run(tmp_path, "normalizer=batch")
+    assert stopped.value.exit_code == 128 + signum and not list(tmp_path.iterdir())
+    run(tmp_path, "normalizer=batch")
+    assert outcome(tmp_path) == outcome(undisturbed("batch"))
+
+
+def test_former_handlers_come_back(run, interrupt, tmp_path):
+    former = [signal.getsignal(number) for number in STOP_SIGNALS]
+    interrupt("training_step", 2, signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"^Ctrl-C: saved at step 2 of epoch 1"):
+        run(tmp_path, "normalizer=batch")
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == former

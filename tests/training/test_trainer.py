@@ -1,16 +1,13 @@
 """What "auto" stands for, what a machine lacks, and the callbacks of a run."""
 
 import math
-import os
 
 import pytest
 import torch
-from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from onlinenorm.training.epoch_log import COLUMNS, EpochLog, to_csv
 from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
-from onlinenorm.training.launch import cluster_environment, is_leader, launched
 from onlinenorm.training.progress import clock, epoch_line
 from onlinenorm.training.trainer import build_trainer, quiet_lightning, resolve
 
@@ -52,48 +49,6 @@ def test_what_is_not_there_is_said(gpus):
         resolve({"accelerator": "cpu", "devices": 0})
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """started(NAME=value) sets a launcher's environment, alone."""
-
-    def pretend(**environment):
-        for name in list(os.environ):
-            if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-                monkeypatch.delenv(name)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-
-    yield pretend
-    os.environ.pop("SLURM_NTASKS_PER_NODE", None)
-
-
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-SRUN = {"SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NUM_NODES": "3"}
-CASES = [
-    ({}, None, LightningEnvironment),
-    (TORCHRUN, ("torchrun", 4, 2), TorchElasticEnvironment),
-    (SRUN, ("srun", 2, 3), SLURMEnvironment),
-    (SRUN | TORCHRUN, ("torchrun", 4, 2), TorchElasticEnvironment),  # torchrun within a job
-    ({"SLURM_NTASKS": "6", "SLURM_PROCID": "0"}, None, LightningEnvironment),  # python in a batch script, without srun
-]
-
-
-@pytest.mark.parametrize("environment, launch, kind", CASES)
-def test_launchers_are_told_apart(started, environment, launch, kind):
-    started(**environment)
-    assert launched() == launch and type(cluster_environment()) is kind
-
-
-def test_processes_are_those_that_were_started(started):
-    started(**TORCHRUN)
-    found = resolve({"accelerator": "cpu", "devices": "auto"})
-    assert (found["devices"], found["num_nodes"], found["strategy"]) == (4, 2, "ddp")
-    with pytest.raises(ConfigError, match=r"trainer.devices: 3 x 1 machine\(s\) asked for, torchrun has started 4 x 2"):
-        resolve({"accelerator": "cpu", "devices": 3})
-    with pytest.raises(ConfigError, match=r"trainer.devices: 1 x 1 .* use trainer=ddp"):
-        resolve({"accelerator": "cpu"})
-
-
 def test_a_changing_loss_scale_is_refused():
     with pytest.raises(ConfigError, match=r"trainer.precision: 16-mixed .* use bf16-mixed"):
         resolve({"accelerator": "cpu", "precision": "16-mixed"})
@@ -105,17 +60,6 @@ def test_a_changing_loss_scale_is_refused():
 def test_counts_start_at_one(tmp_path, key):
     with pytest.raises(ValueError, match=f"^{key}: 0 must be at least 1"), quiet_lightning():
         build_trainer(1, tmp_path, EpochLog(tmp_path / "metrics.csv"), StopSignals(), [], **{key: 0})
-
-
-def test_leader(monkeypatch):
-    for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert is_leader()
-    monkeypatch.setenv("RANK", "0")
-    assert is_leader()
-    monkeypatch.setenv("RANK", "4")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert not is_leader()
 
 
 def row(epoch, rate):

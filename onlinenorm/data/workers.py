@@ -1,0 +1,106 @@
+"""Loader processes: signals are left to the run, shared memory suffices, and one that dies is told in a sentence."""
+
+import contextlib
+import errno
+import gc
+import multiprocessing.queues
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from onlinenorm.data.errors import DataError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # what asks a run to save itself
+PREFETCHED = 4  # batches that a worker holds ready
+SHARED_MEMORY = "/dev/shm"
+_NO_ROOM = 75  # exit code of a worker that could not hand its batch over
+
+_MORE_ROOM = "give a container more with --ipc=host or --shm-size=8g, or use data.num_workers=0"
+
+
+class WorkerLoader(DataLoader):
+    """A DataLoader whose workers never see a stop signal, also not one to their whole process group or job step."""
+
+    def __iter__(self):
+        # workers are born with the signals blocked, so that none reaches them before `start_worker`
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def start_worker(worker: int) -> None:
+    """`worker_init_fn` of a WorkerLoader."""
+    gc.freeze()  # a collection would write to, and so copy, every page of objects inherited from the main process
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_leave_unsent)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    # terminate() of the loader itself and multiprocessing's at exit must still end a worker that hangs
+    while True:
+        if signal.sigwaitinfo(STOP_SIGNALS).si_pid == parent:
+            os._exit(0)
+
+
+def _leave_unsent(error: Exception, batch: object) -> None:
+    # Python's own answer is to print a traceback and to drop the batch, for which the main process then waits for ever
+    no_room = getattr(error, "errno", None) == errno.ENOSPC or "shared memory" in str(error) or "shm" in str(error)
+    os._exit(_NO_ROOM if no_room else 1)
+
+
+def check_shared_memory(dataset, batch_size: int, workers: int, processes: int) -> None:
+    """Raises DataError where the batches that the workers of a machine hold ready exceed the free shared memory.
+
+    Args:
+        dataset: what the workers read; one image of it is made.
+        batch_size: images of a batch on each process.
+        workers: of each process.
+        processes: on this machine.
+    """
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:  # a system that shares memory in another way
+        return
+    free = status.f_bavail * status.f_frsize
+    image = sum(part.nbytes for part in dataset.__getitems__([(0, 0)]) if isinstance(part, torch.Tensor))
+    batch = image * min(batch_size, len(dataset))
+    if batch * PREFETCHED * workers * processes > free:
+        most = free // (batch * PREFETCHED * processes)
+        fewer = f"data.num_workers={most}" if most else "data.num_workers=0"
+        raise DataError(
+            f"num_workers: {workers} loader workers hold up to {PREFETCHED * workers} batches of {batch / 1e6:.1f} MB "
+            f"ready{f' on each of {processes} processes' if processes > 1 else ''}, and {SHARED_MEMORY} has "
+            f"{free / 1e6:.1f} MB free; give a container more with --ipc=host or --shm-size=8g, or use {fewer}"
+        )
+
+
+@contextlib.contextmanager
+def worker_deaths_told() -> Iterator[None]:
+    """Context in which the end of a loader worker becomes a DataError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch raises it from a SIGCHLD handler, wherever the main process is just then, or while waiting for a batch
+        match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error), re.DOTALL)
+        if match is None:
+            raise
+        cause = match[2].split(".")[0]
+        advice = "data.num_workers=0 shows where; the same command continues from the last checkpoint"
+        if "Bus error" in cause or f"exit code {_NO_ROOM}" in cause:
+            cause = f"found no room in {SHARED_MEMORY} for its batch"
+            advice = f"{_MORE_ROOM}; the same command continues from the last checkpoint"
+        elif "Killed" in cause:
+            advice = (
+                "often for want of memory (dmesg tells): use a smaller data.num_workers; the same command continues "
+                "from the last checkpoint"
+            )
+        raise DataError(f"data.num_workers: loader worker {match[1]} {cause}; {advice}") from error

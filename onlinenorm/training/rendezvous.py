@@ -1,0 +1,133 @@
+"""Where the processes of a run meet before training: it says for whom it waits, and a signal ends the wait for all."""
+
+import os
+import platform
+import socket
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy
+
+from onlinenorm.training.errors import RunError
+from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.launch import launched
+
+POLL_SECONDS = 0.1
+PATIENCE_SECONDS = 30.0  # of processes of one machine; others are announced at once
+REMIND_SECONDS = 60.0
+LIMIT_SECONDS = 1800.0
+
+
+class MeetingDDPStrategy(DDPStrategy):
+    """DDPStrategy whose processes meet before torch's own rendezvous, which neither speaks nor hears signals."""
+
+    def __init__(self, stop: StopSignals, **options):
+        super().__init__(**options)
+        self.stop = stop
+        self._store: dist.Store | None = None
+
+    def setup_distributed(self) -> None:
+        if not dist.is_initialized():
+            self.set_world_ranks()
+            host, port = self.cluster_environment.main_address, self.cluster_environment.main_port
+            # kept: torch's rendezvous goes on with the store that rank 0 serves
+            self._store = meet(host, port, self.global_rank, self.world_size, self.num_processes, self.stop)
+        super().setup_distributed()
+
+
+def meet(host: str, port: int, rank: int, world_size: int, devices: int, stop: StopSignals) -> dist.Store:
+    """The store at host:port, once all processes are there; `stop` is deferred from then on.
+
+    All go on or none does: whoever sees them complete, or is told to stop first, decides for all by setting one key.
+    Raises Interrupted where that was a signal, RunError where the meeting fails.
+    """
+    wait = _Wait(0.0 if world_size > devices else PATIENCE_SECONDS)
+    store = _open_store(host, port, rank, world_size, wait)
+    prefix = f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    decision = f"{prefix}/decision"
+    stop.defer()
+    try:
+        store.set(f"{prefix}/{rank}", "here")
+        while not store.check([decision]):
+            if stop.signum:
+                store.compare_set(decision, "", str(int(stop.signum)))
+            elif rank == 0:
+                missing = [r for r in range(world_size) if not store.check([f"{prefix}/{r}"])]
+                if not missing:
+                    store.compare_set(decision, "", "0")
+                elif wait.due():
+                    print(_missing(missing, host, port, world_size, devices), flush=True)
+            time.sleep(POLL_SECONDS)
+        decided = int(store.get(decision))
+    except RuntimeError as error:  # of the store: its server has gone
+        if stop.signum:
+            stop.leave_early()
+        raise RunError(f"{host}:{port}: the first process left before all had come ({_first_line(error)})") from None
+    if decided:
+        stop.signum = stop.signum or decided
+        if rank == 0:
+            time.sleep(5 * POLL_SECONDS)  # for the others to read it
+        stop.leave_early()
+    return store
+
+
+class _Wait:
+    """When to say that one waits, and when to give up."""
+
+    def __init__(self, patience: float):
+        self._began = time.monotonic()
+        self._next = self._began + patience
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._began > LIMIT_SECONDS:
+            raise RunError(f"{LIMIT_SECONDS / 60:.0f} minutes have passed and not all processes have come; giving up")
+        if now < self._next:
+            return False
+        self._next = now + REMIND_SECONDS
+        return True
+
+
+def _open_store(host: str, port: int, rank: int, world_size: int, wait: _Wait) -> dist.Store:
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while not hosts:
+        try:  # quietly: the store's own attempts fill the log
+            socket.create_connection((host, port), timeout=1.0).close()
+            break
+        except OSError:
+            if wait.due():
+                print(f"waiting for the first process of {world_size}, at {host}:{port}", flush=True)
+            time.sleep(POLL_SECONDS)
+    try:
+        return dist.TCPStore(
+            host, port, world_size, hosts, timedelta(seconds=30), wait_for_workers=False, multi_tenant=hosts
+        )
+    except RuntimeError as error:
+        raise RunError(
+            f"MASTER_PORT: {host}:{port} cannot be used for the processes to meet ({_first_line(error)}); "
+            "set another MASTER_PORT for all of them"
+        ) from None
+
+
+def _missing(missing: list[int], host: str, port: int, world_size: int, devices: int) -> str:
+    machines = sorted({rank // devices for rank in missing})
+    ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+    text = f"waiting at {host}:{port} for {len(missing)} of {world_size} processes: rank {ranks}"
+    if machines == [0]:
+        return text
+    text += f", of machine {', '.join(map(str, machines))}"
+    if launched() is not None:
+        return text
+    address = os.environ.get("MASTER_ADDR", host)
+    address = platform.node() if address in ("127.0.0.1", "localhost") else address
+    command = " ".join([os.path.basename(sys.executable), *sys.argv])
+    return (
+        f"{text}; to be started there with: NODE_RANK={machines[0] or machines[1]} MASTER_ADDR={address} "
+        f"MASTER_PORT={port} {command}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,63 @@
+"""What a user is told when a run ends, once for all processes."""
+
+import json
+
+import pytest
+
+from onlinenorm.training import errors
+from onlinenorm.training.errors import ConfigError, Interrupted, RunError, told
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """process(rank, **environment): this process is that of torchrun, alone with its environment."""
+
+    def be(rank, **environment):
+        shared = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h"}
+        own = {"MASTER_PORT": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
+        for name, value in (shared | own).items():
+            monkeypatch.setenv(name, value)
+
+    monkeypatch.setattr(errors, "LEADER_SECONDS", 0.1)
+    return be
+
+
+def end(error):
+    with pytest.raises(SystemExit) as left, told():
+        raise error
+    return left.value.code
+
+
+def test_the_first_process_speaks_for_all(process, capsys, monkeypatch):
+    process(0)
+    assert end(RunError("gone")) == 1 and capsys.readouterr().err == "gone\n"
+    assert end(Interrupted("SIGTERM: saved", 15)) == 143 and capsys.readouterr().err == "SIGTERM: saved\n"
+    process(1)
+    assert end(Interrupted("SIGTERM: saved", 15)) == 143 and capsys.readouterr().err == ""
+    assert end(RunError("this machine's disk")) == 1, "which the first process, alive, knows nothing of"
+    assert capsys.readouterr().err == "this machine's disk\n"
+    parents = iter((1, 1, 2))
+    monkeypatch.setattr(errors.os, "getppid", lambda: next(parents))
+    assert end(RunError("gone")) == 1 and capsys.readouterr().err == "", "its launcher has gone with the first"
+
+
+def test_a_child_of_lightnings_launcher_leaves_the_exit_code_to_the_first(monkeypatch):
+    for name, value in {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert end(Interrupted("SIGTERM: saved", 15)) == 0
+
+
+def test_torchrun_shows_the_sentence_in_its_table(process, tmp_path, capsys):
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    file = tmp_path / "error.json"
+    process(0, TORCHELASTIC_ERROR_FILE=str(file))
+    assert end(ConfigError("seed: -1 is not a whole number")) == 2
+    failure = ProcessFailure(0, 1, 2, str(file))
+    assert failure.message["extraInfo"]["py_callstack"] == "seed: -1 is not a whole number"
+    assert json.loads(file.read_text())["message"]["message"] == "seed: -1 is not a whole number"
+
+
+def test_ctrl_c_has_no_traceback(capsys):
+    assert end(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "Ctrl-C\n"
