@@ -1,14 +1,18 @@
 """OnlineNorm as modules: parameters, state and input checks around one op."""
 
 import logging
+import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from onlinenorm.arguments import check_choice
+from onlinenorm.normalizers import data_parallel
+from onlinenorm.normalizers.batch_sizes import Sizes, exchanged_sizes
 from onlinenorm.normalizers.dependence import PROCESSES
-from onlinenorm.normalizers.replay import Replay
+from onlinenorm.normalizers.replay import Start, starting_point
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,7 @@ class OnlineNorm(nn.Module):
         layer_scaling_group_size: int | None = None,
         backend: str = "auto",
         statistics: str = "global",
+        process_group: dist.ProcessGroup | None = None,
         device=None,
         dtype=None,
     ):
@@ -71,6 +76,7 @@ class OnlineNorm(nn.Module):
         self.backend = backend
         check_choice("statistics", statistics, STATISTICS)
         self.statistics = statistics
+        self.process_group = process_group
         self.gradient_scale = 1.0
 
         state = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
@@ -82,7 +88,6 @@ class OnlineNorm(nn.Module):
             self.register_parameter("bias", None)
         for name in ("running_mean", "running_var", "control_u", "control_v"):
             self.register_buffer(name, torch.empty(num_features, **state))
-        self._replay = Replay()
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
@@ -107,7 +112,7 @@ class OnlineNorm(nn.Module):
         Each of W processes sees the gradient of its own mean loss, W times its share of the global mean: dividing by W
         keeps the control state in units that do not depend on the number of processes.
         """
-        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        world_size = data_parallel.group_size(*self._group) if self.training else 1
         return NormSpec(
             self.alpha_fwd,
             self.alpha_bkw,
@@ -118,12 +123,27 @@ class OnlineNorm(nn.Module):
             self.layer_scaling_group_size,
             self.gradient_scale / world_size,
             world_size if self.statistics == "global" else 1,
+            self._group[0],
         )
 
     @property
     def statistics_depend_on(self) -> tuple[str, ...]:
         """Which divisions of a batch change the statistics (see `dependence`): none, but for streams of processes."""
-        return (PROCESSES,) if self.statistics == "local" else ()
+        return (PROCESSES,) if self.has_own_stream else ()
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """Whose batches form one stream; None for all processes. Kept by name, so that layers can be copied."""
+        return None if not self._group[0] else data_parallel.resolved_group(*self._group)
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._group = data_parallel.group_key(group)
+
+    @property
+    def has_own_stream(self) -> bool:
+        """Whether other processes of the program may hold other statistics."""
+        return self.statistics == "local" or bool(self._group[0])
 
     def resolve_backend(self, device: torch.device) -> str:
         """The backend that serves tensors on ``device``: the one asked for, or what "auto" stands for there."""
@@ -140,32 +160,40 @@ class OnlineNorm(nn.Module):
         x_NCHW = self._as_images(x)
         residual_NCHW = None if residual is None else self._as_images(residual)
         if self.training:
-            mean, var = self._training_statistics()
-            state = (mean, var, self.control_u, self.control_v)
-            out = ops.train_step(x_NCHW, residual_NCHW, self.weight, self.bias, *state, self.spec, relu)
+            spec = self.spec
+            start = self._start(x_NCHW, spec)
+            if start.sizes.counts:
+                spec = replace(spec, counts=start.sizes.counts)
+            if not start.sizes.same_pixels:
+                ops = backend_module("torch")  # the kernels take one number of pixels for all processes
+            state = (start.mean, start.var, self.control_u, self.control_v)
+            out = ops.train_step(x_NCHW, residual_NCHW, self.weight, self.bias, *state, spec, relu)
         else:
             state = (self.running_mean, self.running_var)
             out = ops.evaluate(x_NCHW, residual_NCHW, self.weight, self.bias, *state, self.spec, relu)
         return out.reshape(x.shape) if out.dim() != x.dim() else out
 
-    def _training_statistics(self) -> tuple[Tensor, Tensor]:
+    def _start(self, x_NCHW: Tensor, spec: NormSpec) -> Start:
         """Statistics for this pass to start from and move: the buffers, or copies where nothing may move.
 
         Under no_grad the batch is normalised as in training but not learned from. When activation checkpointing runs a
         layer again inside backward, it repeats the pass from the same statistics, without counting the batch twice.
         """
-        statistics = self.running_mean, self.running_var
-        if not torch.is_grad_enabled():
-            return self.running_mean.clone(), self.running_var.clone()
+        if self.has_own_stream and data_parallel.initialised():
+            data_parallel.keep_streams_apart()
+
+        def first() -> Start:
+            sizes = exchanged_sizes(self, x_NCHW, spec.group) if spec.processes > 1 else Sizes()
+            return Start(self.running_mean, self.running_var, sizes)
+
         if torch.compiler.is_compiling():
-            return statistics
-        if torch._C._current_graph_task_id() == -1:
-            return self._replay.first_pass(statistics)
-        return self._replay.repeated_pass() or statistics
+            start = Start(self.running_mean, self.running_var, Sizes())
+            return start if torch.is_grad_enabled() else start.copy()
+        return starting_point(self, first)
 
     def _as_images(self, x: Tensor) -> Tensor:
         """(N, C), (N, C, L) or (N, C, H, W) as (N, C, H, W)."""
-        return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
+        return x if x.dim() == 4 else x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1)
 
     def _check_input(self, x: Tensor, residual: Tensor | None) -> None:
         name = type(self).__name__
@@ -180,7 +208,7 @@ class OnlineNorm(nn.Module):
             raise ValueError(f"{name} takes floating point, got {x.dtype}; convert images with x.float()")
         if x.device != self.running_mean.device:
             raise ValueError(f"{name} is on {self.running_mean.device}, its input on {x.device}; move one with .to()")
-        if self.training and x.numel() == 0:
+        if self.training and x.numel() == 0 and not (len(x) == 0 and self.spec.processes > 1):  # then all are told
             raise ValueError(f"{name} cannot take statistics from an empty input of shape {tuple(x.shape)}")
         if residual is not None and (residual.shape != x.shape or residual.device != x.device):
             raise ValueError(
@@ -201,18 +229,17 @@ class OnlineNorm(nn.Module):
 
         return super()._apply(keep_precision, recurse)
 
-    def __getstate__(self):
-        return {**super().__getstate__(), "_replay": Replay()}
-
     def extra_repr(self) -> str:
         guard = {
             "clamp": f", clamp_value={self.clamp_value:g}",
             "layer_scaling": f", layer_scaling_group_size={self.layer_scaling_group_size}",
             "none": "",
         }[self.error_compensation]
+        group = f", process_group={list(self._group[1])}" if self._group[0] else ""
         return (
             f"{self.num_features}, alpha_fwd={self.alpha_fwd:g}, alpha_bkw={self.alpha_bkw:g}, eps={self.eps:g}, "
             f"affine={self.affine}, error_compensation={self.error_compensation}{guard}, backend={self.backend}"
+            f"{group}"
         )
 
 
@@ -226,8 +253,8 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
     derivative of the forward pass.
 
     Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order;
-    under ``torch.no_grad()`` nothing moves. Activation checkpointing counts a batch once; under torch.compile it would
-    repeat a pass from moved statistics, so keep norms out of regions that are both.
+    under ``torch.no_grad()`` nothing moves. Activation checkpointing, nested or not, reentrant or not, counts a batch
+    once; under torch.compile it would repeat a pass from moved statistics, so keep norms out of regions that are both.
 
     Eval: the statistics are constants, gradients ordinary, nothing moves, and the guard still applies
     (``remove_clamping`` takes the clamp away).
@@ -244,16 +271,22 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
         layer_scaling_eps: added to the mean square of "layer_scaling", > 0.
         layer_scaling_group_size: channels that share a scale; divides C; None for all.
         backend: "auto" (fused kernels on CUDA, else torch), "fused", "torch" or "reference".
-        statistics: across processes "global" (the stream that one process with the global batch would see; one small
-            collective forward and one backward) or "local" (each process its own stream; no communication, to be
-            averaged before validation and checkpoints, see ``average_statistics``).
+        statistics: across processes "global" (the stream that one process with the global batch would see, in rank
+            order; one small collective forward and one backward) or "local" (each process its own stream; no
+            communication, to be averaged before validation and checkpoints, see ``average_statistics``). Batches may be
+            of different sizes, each process's mean loss counting as much, as in DistributedDataParallel; in compiled
+            programs and captured CUDA graphs global statistics need batches of one size. DistributedDataParallel starts
+            local streams from that of rank 0 and then leaves them alone.
+        process_group: whose batches form the global stream, and by whose number gradients are taken to be averaged; a
+            ``torch.distributed`` group that this process belongs to, or None for all processes.
         device, dtype: of parameters and state; float32, or float64 when asked for, never half precision.
 
     Shapes:
         x, residual and output {layout}; the output has the dtype and memory format of x.
 
     Raises:
-        ValueError: an argument outside its range; an input of another rank, channel count or integer dtype.
+        ValueError: an argument outside its range; an input of another rank, channel count or integer dtype; on every
+            process, an empty batch on one of them.
 
     Sources: Chiley et al. 2019, arXiv:1905.05894; the clamp: Chiley, Activation Clamping in Online Normalization, 2020.
     """

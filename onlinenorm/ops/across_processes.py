@@ -1,40 +1,77 @@
 """Tables of per-sample moments across processes: what one process with the global batch would hold."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 # its name from torch 2.14 on, and the one before
 _gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-def gather_samples(tables_KNC: Tensor, processes: int) -> Tensor:
-    """K tables of this process's N samples -> (K, processes x N, C) of all, in rank order, by one collective.
+def constant_when_compiled(function: Callable) -> Callable:
+    """``torch.compiler.assume_constant_result``, which would import the compiler here and now."""
+    function._dynamo_marked_constant = True
+    return function
 
-    Every process must call it, with the same shape.
+
+def process_group(name: str) -> dist.ProcessGroup | None:
+    """The process group of that name; None, which stands for all processes, for ""."""
+    return dist.distributed_c10d._resolve_process_group(name) if name else None
+
+
+@constant_when_compiled
+def own_rank(group: str) -> int:
+    """This process's place in the group of that name."""
+    return dist.get_rank(process_group(group))
+
+
+def gather_samples(tables_KNC: Tensor, processes: int, group: str = "", counts: Sequence[int] = ()) -> Tensor:
+    """K tables of this process's N samples -> (K, M, C) of all, in rank order, by one collective.
+
+    Every process must call it, with the same K and C, and the same N where ``counts`` does not give that of each.
     """
     if processes == 1:
         return tables_KNC
+    if counts:
+        tables_KNC = F.pad(tables_KNC, (0, 0, 0, max(counts) - tables_KNC.shape[1]))
     gathered = tables_KNC.new_empty(processes * tables_KNC.shape[0], *tables_KNC.shape[1:])
-    _gather_into(gathered, tables_KNC.contiguous())  # straight into place: lists are copied once more
-    return gathered.unflatten(0, (processes, -1)).transpose(0, 1).flatten(1, 2)
+    # straight into place: lists are copied once more
+    _gather_into(gathered, tables_KNC.contiguous(), group=process_group(group))
+    tables_PKNC = gathered.unflatten(0, (processes, -1))
+    if counts:
+        return torch.cat([table_KNC[:, :n] for table_KNC, n in zip(tables_PKNC, counts, strict=True)], 1)
+    return tables_PKNC.transpose(0, 1).flatten(1, 2)
 
 
-def own_samples(table_MC: Tensor, processes: int) -> Tensor:
+def total_samples(samples: int, processes: int, group: str, counts: Sequence[int]) -> int:
+    """Samples of all processes, where this one has ``samples``."""
+    return sum(counts) if counts else samples * processes
+
+
+def own_samples(table_MC: Tensor, processes: int, group: str, counts: Sequence[int]) -> Tensor:
     """This process's rows of a table over all samples."""
-    samples = len(table_MC) // processes
-    return table_MC[first_own_sample(samples, processes) :][:samples]
+    if processes == 1:
+        return table_MC
+    rank = own_rank(group)
+    samples = counts[rank] if counts else len(table_MC) // processes
+    return table_MC[first_own_sample(samples, processes, group, counts) :][:samples]
 
 
-def first_own_sample(samples: int, processes: int) -> int:
+def first_own_sample(samples: int, processes: int, group: str, counts: Sequence[int]) -> int:
     """Where this process's ``samples`` begin among those of all."""
-    return dist.get_rank() * samples if processes > 1 else 0
+    if processes == 1:
+        return 0
+    rank = own_rank(group)
+    return sum(counts[:rank]) if counts else rank * samples
 
 
-def average_over_processes(tensors: list[Tensor]) -> None:
-    """Replace each tensor, on every process, by its mean over the processes."""
+def average_over_processes(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace each tensor, on every process of a group, by its mean over them."""
     flat = torch.cat([tensor.flatten().double() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))

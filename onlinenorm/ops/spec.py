@@ -13,7 +13,8 @@ class NormSpec:
     to variances. ``error_compensation`` is one of ``ERROR_COMPENSATIONS``; ``clamp_value`` belongs to "clamp",
     ``layer_scaling_eps`` and ``layer_scaling_group_size`` (channels a group; None: all) to "layer_scaling".
     ``gradient_scale`` gives the unit of the control state: u and v are kept as gradient x gradient_scale. ``processes``
-    is the number of processes whose batches, in rank order, form one stream of samples.
+    is the number of processes whose batches, in rank order, form one stream of samples; ``group`` names their process
+    group ("": all processes), and ``counts`` the samples of each where these differ (empty: all have as many).
     """
 
     alpha_fwd: float = 0.999
@@ -25,6 +26,13 @@ class NormSpec:
     layer_scaling_group_size: int | None = None
     gradient_scale: float = 1.0
     processes: int = 1
+    group: str = ""
+    counts: tuple[int, ...] = ()
+
+    @property
+    def peers(self) -> tuple[int, str, tuple[int, ...]]:
+        """Whose batches form the stream, as `across_processes` and the custom operators take it."""
+        return self.processes, self.group, self.counts
 
     def as_arguments(self) -> tuple:
         """The fields in order: custom operators take numbers and strings, not objects."""

@@ -16,7 +16,7 @@ Layer scaling reads its per-sample scale off the same moments: mean(w^2) = weigh
 import torch
 from torch import Tensor
 
-from onlinenorm.ops.across_processes import gather_samples, own_samples
+from onlinenorm.ops.across_processes import gather_samples, own_samples, total_samples
 from onlinenorm.ops.reference import channel_groups, compute_dtype, evaluate, finish, per_channel
 from onlinenorm.ops.spec import NormSpec
 
@@ -63,9 +63,11 @@ def scan_statistics(
     alpha_fwd: float,
     eps: float,
     processes: int,
+    group: str,
+    counts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tables (M, C) of m, 1 / s, Y and Q for every sample; moves the running statistics past the batch."""
-    mean_MC, var_MC = gather_samples(torch.stack([mean_NC, var_NC]), processes)
+    mean_MC, var_MC = gather_samples(torch.stack([mean_NC, var_NC]), processes, group, counts)
     m_MC, mean = linear_recurrence(alpha_fwd, (1 - alpha_fwd) * mean_MC, running_mean.to(mean_NC.dtype))
     d_MC = mean_MC - m_MC
     innovation_MC = (1 - alpha_fwd) * (var_MC + alpha_fwd * d_MC * d_MC)
@@ -77,9 +79,9 @@ def scan_statistics(
 
 
 @scan_statistics.register_fake
-def _(mean_NC, var_NC, running_mean, running_var, alpha_fwd, eps, processes):
+def _(mean_NC, var_NC, running_mean, running_var, alpha_fwd, eps, *peers):
     samples, channels = mean_NC.shape
-    return tuple(mean_NC.new_empty(samples * processes, channels) for _ in range(4))
+    return tuple(mean_NC.new_empty(total_samples(samples, *peers), channels) for _ in range(4))
 
 
 @torch.library.custom_op("onlinenorm::scan_control", mutates_args=("control_u", "control_v"))
@@ -94,10 +96,12 @@ def scan_control(
     alpha_bkw: float,
     gradient_scale: float,
     processes: int,
+    group: str,
+    counts: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Controls (u, v), each (M, C), in units of the gradient, for every sample; moves the state past the batch."""
     k = 1 - alpha_bkw
-    g_MC, gy_MC = gather_samples(torch.stack([g_NC, gy_NC]) * gradient_scale, processes)
+    g_MC, gy_MC = gather_samples(torch.stack([g_NC, gy_NC]) * gradient_scale, processes, group, counts)
     v_MC, v = linear_recurrence(1 - k * yy_MC, gy_MC, control_v.to(g_NC.dtype))
     drift_MC = (g_MC - k * v_MC * y_MC) * rstd_MC
     u_MC, u = linear_recurrence(alpha_bkw, drift_MC, control_u.to(g_NC.dtype))
@@ -107,7 +111,7 @@ def scan_control(
 
 
 @scan_control.register_fake
-def _(g_NC, gy_NC, y_MC, yy_MC, rstd_MC, control_u, control_v, alpha_bkw, gradient_scale, processes):
+def _(g_NC, gy_NC, y_MC, *rest):
     return torch.empty_like(y_MC), torch.empty_like(y_MC)
 
 
@@ -126,8 +130,8 @@ class _OnlineNorm(torch.autograd.Function):
         weight_C = torch.ones_like(running_mean, dtype=dtype) if weight is None else weight.to(dtype)
         bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
         mean_NC, var_NC = moments(x_NCHW)
-        tables = scan_statistics(mean_NC, var_NC, running_mean, running_var, spec.alpha_fwd, spec.eps, spec.processes)
-        m_NC, rstd_NC, y_NC, yy_NC = (own_samples(table, spec.processes) for table in tables)
+        tables = scan_statistics(mean_NC, var_NC, running_mean, running_var, spec.alpha_fwd, spec.eps, *spec.peers)
+        m_NC, rstd_NC, y_NC, yy_NC = (own_samples(table, *spec.peers) for table in tables)
         scale_NC, shift_NC = weight_C * rstd_NC, bias_C.expand_as(rstd_NC)
         if spec.error_compensation == "layer_scaling":
             rzeta_NC = _inverse_layer_scale(yy_NC, y_NC, weight_C, bias_C, spec)
@@ -149,7 +153,7 @@ class _OnlineNorm(torch.autograd.Function):
     def backward(ctx, grad_z):
         x, weight, bias, rzeta_NC, *tables = ctx.saved_tensors
         spec, k = ctx.spec, 1 - ctx.spec.alpha_bkw
-        m_NC, rstd_NC, y_NC, yy_NC = (own_samples(table, spec.processes) for table in tables)
+        m_NC, rstd_NC, y_NC, yy_NC = (own_samples(table, *spec.peers) for table in tables)
         dtype = m_NC.dtype
         weight_C = torch.ones_like(m_NC[0]) if weight is None else weight.to(dtype)
         bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
@@ -178,9 +182,9 @@ class _OnlineNorm(torch.autograd.Function):
             ctx.control_v,
             spec.alpha_bkw,
             spec.gradient_scale,
-            spec.processes,
+            *spec.peers,
         )
-        u_NC, v_NC = (own_samples(table, spec.processes) for table in controls)
+        u_NC, v_NC = (own_samples(table, *spec.peers) for table in controls)
         grad_x = g * per_channel(slope_NC * rstd_NC)
         grad_x.sub_(y.mul_(per_channel((k * v_NC + pull_y_NC) * rstd_NC)))
         grad_x.sub_(per_channel(k * u_NC + pull_NC * rstd_NC))

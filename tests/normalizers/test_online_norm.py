@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from onlinenorm import OnlineNorm1d, OnlineNorm2d
 from onlinenorm.normalizers import OnlineNorm
@@ -99,43 +98,6 @@ def test_no_grad_in_train_mode_normalises_without_learning(backend):
     with torch.no_grad():
         torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
     assert_state_equal(layer.state_dict(), before)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_activation_checkpointing_counts_a_batch_once(backend, reentrant):
-    plain = nn.Sequential(nn.Conv2d(2, 3, 1), OnlineNorm2d(3, backend=backend), nn.ReLU(), OnlineNorm2d(3)).double()
-    recomputed = copy.deepcopy(plain)
-    for _ in range(3):
-        x = torch.randn(4, 2, 3, 3, dtype=torch.float64)
-        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        plain(a).square().sum().backward()
-        checkpoint(recomputed, b, use_reentrant=reentrant).square().sum().backward()
-        torch.testing.assert_close(a.grad, b.grad)
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(recomputed.state_dict()[name], value, msg=name)
-    torch.testing.assert_close(recomputed[0].weight.grad, plain[0].weight.grad)
-    assert not plain[1]._replay._passes, "statistics were copied for a pass that is not repeated"
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_checkpointed_regions_repeat_their_own_passes(backend):
-    """Two views before one backward, a layer twice in a region, and a graph kept for a second backward."""
-    shared = OnlineNorm2d(3, backend=backend, alpha_fwd=0.9)
-    plain = nn.Sequential(nn.Conv2d(3, 3, 1), shared, nn.Tanh(), nn.Conv2d(3, 3, 1), shared).double()
-    recomputed = copy.deepcopy(plain)
-    views = torch.randn(2, 4, 3, 3, 3, dtype=torch.float64).unbind()
-    found = []
-    for network, run in ((plain, plain), (recomputed, lambda x: checkpoint(recomputed, x, use_reentrant=False))):
-        inputs = [view.clone().requires_grad_() for view in views]
-        abandoned = run(views[0].clone().requires_grad_())
-        del abandoned
-        loss = sum((run(x) - 1).square().sum() for x in inputs)
-        loss.backward(retain_graph=True)
-        loss.backward()
-        found.append([x.grad for x in inputs] + [p.grad for p in network.parameters()] + list(network.buffers()))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from onlinenorm.ops.across_processes import total_samples
 from onlinenorm.ops.fused import single_read, two_pass
 from onlinenorm.ops.spec import NormSpec
 
@@ -77,17 +78,19 @@ def fused_forward(
     layer_scaling_group_size: int | None,
     gradient_scale: float,
     processes: int,
+    group: str,
+    counts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward over a dense x, with the single-read kernels if ``once``.
 
     Returns the output, the tables of the path, and what else backward needs: the bits of a ReLU behind a residual
     (single-read), 1 / zeta (M, groups) of layer scaling (two passes), or nothing. Tables are (1, rows, 2 C) of
-    single-read kernels and (2, M, 2 C) of two passes, M = N x processes samples. Those of four dimensions Inductor
+    single-read kernels and (2, M, 2 C) of two passes, M samples of all processes. Those of four dimensions Inductor
     would take for images, and store anew in channels_last.
     """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale, processes,
+        gradient_scale, processes, group, tuple(counts),
     )  # fmt: skip
     path = single_read if once else two_pass
     with torch.cuda.device_of(x):
@@ -97,17 +100,17 @@ def fused_forward(
 
 @fake(fused_forward)
 def _(
-    x, residual, weight, bias, running_mean, running_var, once, relu, af, ab, eps, guard, clamp, seps, group, scale,
-    processes,
+    x, residual, weight, bias, running_mean, running_var, once, relu, af, ab, eps, guard, clamp, seps, size, scale,
+    *peers,
 ):  # fmt: skip
-    samples, channels = x.shape[0] * processes, x.shape[1]
+    samples, channels = total_samples(x.shape[0], *peers), x.shape[1]
     kept, tables = x.new_empty(0), (2, samples, 2 * channels)
     if once:
         tables = 1, single_read.table_rows(samples, channels, guard), 2 * channels
         if relu and residual is not None:
             kept = x.new_empty(single_read.mask_size(x), dtype=torch.uint8)
     elif guard == "layer_scaling":
-        kept = x.new_empty((samples, channels // (group or channels)), dtype=torch.float32)
+        kept = x.new_empty((samples, channels // (size or channels)), dtype=torch.float32)
     return torch.empty_like(x), x.new_empty(tables, dtype=torch.float32), kept
 
 
@@ -135,6 +138,8 @@ def fused_backward(
     layer_scaling_group_size: int | None,
     gradient_scale: float,
     processes: int,
+    group: str,
+    counts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training backward of the gradient grad + extra: gradients of x, residual (or nothing), weight and bias.
 
@@ -142,7 +147,7 @@ def fused_backward(
     """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale, processes,
+        gradient_scale, processes, group, tuple(counts),
     )  # fmt: skip
     if once:  # hooks on saved tensors, such as save_on_cpu, may have given x back in another order
         x = x.contiguous(memory_format=torch.channels_last)
@@ -214,7 +219,7 @@ class OnlineNormFunction(torch.autograd.Function):
         # across processes a sample's tile cannot be written before the other processes' moments are known
         once = spec.processes == 1 and single_read.suits(x, spec)
         y, tables, kept = fused_forward(
-            x, residual, weight, bias, running_mean, running_var, once, relu, *spec.as_arguments(), spec.processes
+            x, residual, weight, bias, running_mean, running_var, once, relu, *spec.as_arguments(), *spec.peers
         )
         ctx.has_residual, ctx.once, ctx.relu, ctx.spec = residual is not None, once, relu, spec
         reads_output = relu and residual is not None and not once
@@ -230,7 +235,7 @@ class OnlineNormFunction(torch.autograd.Function):
         masked = ctx.has_residual and ctx.relu
         grad_x, grad_residual, grad_weight, grad_bias = fused_backward(
             grad, None, x, out, weight, bias, tables, kept, ctx.control_u, ctx.control_v, masked, ctx.once, ctx.relu,
-            *ctx.spec.as_arguments(), ctx.spec.processes,
+            *ctx.spec.as_arguments(), *ctx.spec.peers,
         )  # fmt: skip
         if not masked:
             grad_residual = grad if ctx.has_residual else None

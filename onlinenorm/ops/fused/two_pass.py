@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from onlinenorm.ops.across_processes import first_own_sample, gather_samples, own_samples
+from onlinenorm.ops.across_processes import first_own_sample, gather_samples, own_samples, total_samples
 from onlinenorm.ops.fused.kernels import backward as backward_kernels
 from onlinenorm.ops.fused.kernels import forward as forward_kernels
 from onlinenorm.ops.spec import NormSpec
@@ -34,7 +34,8 @@ class Geometry:
     rows: int
 
     @classmethod
-    def of(cls, x: Tensor) -> "Geometry":
+    def of(cls, x: Tensor, most: int) -> "Geometry":
+        """That of x, with the slices of a tensor of ``most`` samples: all processes cut theirs alike."""
         samples, channels, height, width = x.shape
         pixels = height * width
         wide, tall = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
@@ -46,7 +47,7 @@ class Geometry:
             stride_p, stride_c = 1, pixels
             block_p = min(tall, 512)
             block_c = min(wide, 2048 // block_p)
-        programs = samples * triton.cdiv(channels, block_c)
+        programs = most * triton.cdiv(channels, block_c)
         splits = max(1, min(PROGRAMS_WANTED // programs, pixels // (4 * block_p)))
         rows = triton.cdiv(triton.cdiv(pixels, splits), block_p) * block_p
         splits = triton.cdiv(pixels, rows)
@@ -81,13 +82,19 @@ class Geometry:
         return self.channels // size, size
 
 
+def _geometries(x: Tensor, spec: NormSpec) -> tuple[Geometry, Geometry]:
+    """This process's tensor, and the samples of all processes."""
+    geo = Geometry.of(x, max(spec.counts, default=len(x)))
+    return geo, replace(geo, samples=total_samples(len(x), *spec.peers))
+
+
 def _table(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-def _from_all(partial: Tensor, processes: int) -> Tensor:
+def _from_all(partial: Tensor, spec: NormSpec) -> Tensor:
     """Partial moments (N, splits, C, 2) of this process's samples -> those of all processes, in rank order."""
-    return gather_samples(partial.flatten(1)[None], processes)[0].unflatten(1, partial.shape[1:])
+    return gather_samples(partial.flatten(1)[None], *spec.peers)[0].unflatten(1, partial.shape[1:])
 
 
 def _reduce(x: Tensor, geo: Geometry) -> Tensor:
@@ -98,8 +105,8 @@ def _reduce(x: Tensor, geo: Geometry) -> Tensor:
     return partial
 
 
-def _own(table: Tensor | None, processes: int) -> Tensor | None:
-    return None if table is None else own_samples(table, processes)
+def _own(table: Tensor | None, spec: NormSpec) -> Tensor | None:
+    return None if table is None else own_samples(table, *spec.peers)
 
 
 def _layer_scale(moments, state, weight, bias, geo: Geometry, spec: NormSpec, state_stride: int) -> Tensor | None:
@@ -136,11 +143,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, tables (2, M, C, 2) of moments and state, 1 / zeta where layers are scaled; moves mean and variance.
 
-    M = N x processes samples.
+    M samples of all processes.
     """
-    geo = Geometry.of(x)
-    everyone = replace(geo, samples=geo.samples * spec.processes)
-    partial = _from_all(_reduce(x, geo), spec.processes)
+    geo, everyone = _geometries(x, spec)
+    partial = _from_all(_reduce(x, geo), spec)
     tables = _table(x, 2, everyone.samples, geo.channels, 2)
     scan = everyone.scan_blocks
     forward_kernels.forward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
@@ -148,7 +154,7 @@ def forward(
         geo.pixels, spec.alpha_fwd, 1 - spec.alpha_fwd, **scan,
     )  # fmt: skip
     rzeta = _layer_scale(tables[0], tables[1], weight, bias, everyone, spec, geo.channels)
-    state, own_rzeta = (_own(table, spec.processes) for table in (tables[1], rzeta))
+    state, own_rzeta = (_own(table, spec) for table in (tables[1], rzeta))
     return _apply(x, residual, weight, bias, state, own_rzeta, geo, spec, relu, geo.channels), tables, rzeta
 
 
@@ -163,7 +169,7 @@ def evaluate(
     relu: bool,
 ) -> Tensor:
     """Output with frozen statistics."""
-    geo = Geometry.of(x)
+    geo = Geometry.of(x, len(x))
     state, moments = torch.stack([running_mean, running_var], -1), None
     if spec.error_compensation == "layer_scaling":
         # A scan from any state fills the table of moments; the copies keep the layer's own state still.
@@ -194,10 +200,9 @@ def backward(
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of x, residual (where asked for), weight and bias; moves u and v."""
-    geo = Geometry.of(x)
-    everyone = replace(geo, samples=geo.samples * spec.processes)
+    geo, everyone = _geometries(x, spec)
     moments, state = tables
-    own_state = _own(state, spec.processes)
+    own_state = _own(state, spec)
     flags = {"RELU": relu, "CLAMP": spec.error_compensation == "clamp", **geo.blocks}
     sizes = geo.pixels, geo.channels
     partial = _table(x, geo.samples, geo.splits, geo.channels, 2)
@@ -205,7 +210,7 @@ def backward(
         grad, extra, x, out, partial, own_state, weight, bias, *sizes, geo.splits, geo.rows, *geo.strides,
         spec.eps, spec.clamp_value, **flags, STAGES=3,
     )  # fmt: skip
-    partial = _from_all(partial, spec.processes)
+    partial = _from_all(partial, spec)
     groups = geo.groups(spec)
     kappa = None
     if rzeta is not None:
@@ -219,10 +224,10 @@ def backward(
     scan = everyone.scan_blocks
     backward_kernels.backward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
         partial, moments, state, rzeta, kappa, weight, bias, control_u, control_v, control, grad_weight, grad_bias,
-        everyone.samples, first_own_sample(geo.samples, spec.processes), geo.samples, geo.channels, *groups, geo.splits,
+        everyone.samples, first_own_sample(geo.samples, *spec.peers), geo.samples, geo.channels, *groups, geo.splits,
         geo.pixels, spec.eps, spec.alpha_bkw, 1 - spec.alpha_bkw, spec.gradient_scale, **scan,
     )  # fmt: skip
-    control, rzeta, kappa = (_own(table, spec.processes) for table in (control, rzeta, kappa))
+    control, rzeta, kappa = (_own(table, spec) for table in (control, rzeta, kappa))
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if residual_gradient else None
     backward_kernels.gradient_apply_kernel[geo.apply_grid](
