@@ -46,7 +46,7 @@ def gather_samples(tables_KNC: Tensor, processes: int, group: str = "", counts: 
     return tables_PKNC.transpose(0, 1).flatten(1, 2)
 
 
-def total_samples(samples: int, processes: int, group: str, counts: Sequence[int]) -> int:
+def total_samples(samples: int, processes: int, group: str = "", counts: Sequence[int] | None = None) -> int:
     """Samples of all processes, where this one has ``samples``."""
     return sum(counts) if counts else samples * processes
 

@@ -78,8 +78,8 @@ def fused_forward(
     layer_scaling_group_size: int | None,
     gradient_scale: float,
     processes: int,
-    group: str,
-    counts: list[int],
+    group: str = "",
+    counts: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward over a dense x, with the single-read kernels if ``once``.
 
@@ -90,7 +90,7 @@ def fused_forward(
     """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale, processes, group, tuple(counts),
+        gradient_scale, processes, group, tuple(counts or ()),
     )  # fmt: skip
     path = single_read if once else two_pass
     with torch.cuda.device_of(x):
@@ -138,8 +138,8 @@ def fused_backward(
     layer_scaling_group_size: int | None,
     gradient_scale: float,
     processes: int,
-    group: str,
-    counts: list[int],
+    group: str = "",
+    counts: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training backward of the gradient grad + extra: gradients of x, residual (or nothing), weight and bias.
 
@@ -147,7 +147,7 @@ def fused_backward(
     """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale, processes, group, tuple(counts),
+        gradient_scale, processes, group, tuple(counts or ()),
     )  # fmt: skip
     if once:  # hooks on saved tensors, such as save_on_cpu, may have given x back in another order
         x = x.contiguous(memory_format=torch.channels_last)
