@@ -1,7 +1,6 @@
 """Surgery between BatchNorm and OnlineNorm: in eval mode, and without a clamp, both compute the same."""
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +9,17 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from onlinenorm.arguments import check_choice
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
+from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d
 
 _FROM_THE_LAYER = ("num_features", "eps", "affine", "device", "dtype")
+_BUFFERS = {_BatchNorm: {"running_mean", "running_var", "num_batches_tracked"},
+            OnlineNorm: {"running_mean", "running_var", "control_u", "control_v"}}  # fmt: skip
+_OWN_TENSORS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+_HOOKS = tuple(key for key in vars(nn.Module()) if key not in _OWN_TENSORS)
+# What a subclass may define and still be its base.
+_COSMETIC = {"__init__", "extra_repr", "__repr__", "__module__", "__qualname__", "__doc__", "__annotations__",
+             "__annotate_func__", "__annotations_cache__", "__constants__", "__static_attributes__",
+             "__firstlineno__", "__parameters__", "__orig_bases__"}  # fmt: skip
 
 
 class OnlineNormAct2d(OnlineNorm2d):
@@ -30,84 +38,104 @@ class OnlineNormAct2d(OnlineNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
+class OnlineNormNd(OnlineNorm2d):
+    """OnlineNorm2d that takes (N, C, ...) of 2 to 5 dimensions, as SyncBatchNorm does."""
+
+    _dimensions = (2, 3, 4, 5)
+    _layout = "(N, C, ...) of 2 to 5 dimensions"
+
+
+_COUNTERPARTS = {
+    nn.BatchNorm1d: OnlineNorm1d,
+    nn.BatchNorm2d: OnlineNorm2d,
+    SyncBatchNorm2d: OnlineNorm2d,
+    nn.SyncBatchNorm: OnlineNormNd,
+}
+
+
 def convert(model: nn.Module, to: str = "online", **arguments) -> nn.Module:
-    """Replace BatchNorm by OnlineNorm in ``model``, or OnlineNorm by BatchNorm, in place; returns the model.
+    """Turn BatchNorm layers of ``model`` into OnlineNorm, or OnlineNorm into BatchNorm, in place; returns the model.
 
     Both normalise with running statistics in eval mode, y = weight (x - mean) / sqrt(var + eps) + bias, so these five
-    are carried over: parameters stay the same objects (an optimizer that holds them goes on), with their device, dtype
-    and requires_grad, and each layer keeps its training flag and eps. OnlineNorm's control state starts at 0.
+    are carried over, and OnlineNorm's control state starts at 0. Layers stay the same objects and change their class,
+    so that whatever refers to them goes on: parents and lists, optimizers that hold their parameters, hooks of all
+    kinds. Device, dtype, requires_grad, training flags and attributes set on a layer (a qconfig) stay with it.
 
     Eval: to OnlineNorm, outputs change only where the guard acts (``error_compensation="none"`` has none); to
     BatchNorm, the clamp is dropped as by ``remove_clamping``. There and back gives the original network, momentum
     included. Training: statistics move by the new layer's own rule.
 
     A BatchNorm layer in half precision becomes OnlineNorm with float32 parameters, which it keeps them in, and gets its
-    dtype back with BatchNorm. SyncBatchNorm becomes OnlineNorm2d with global statistics and comes back as BatchNorm2d.
-    timm's BatchNormAct2d keeps its activation and dropout.
+    dtype back with BatchNorm. SyncBatchNorm becomes OnlineNorm with global statistics over its process group, and comes
+    back as BatchNorm2d. timm's BatchNormAct2d keeps its activation and dropout.
 
     Args:
-        model: any network, or one layer (then the new layer is returned).
+        model: any network, or one layer.
         to: "online" or "batch".
-        arguments: to "online", OnlineNorm's (alpha_fwd, alpha_bkw, error_compensation, clamp_value, ...) but those
-            that the replaced layer sets (eps, affine, ...); to "batch", ``momentum``: by default that of the BatchNorm
+        arguments: to "online", OnlineNorm's (alpha_fwd, alpha_bkw, error_compensation, clamp_value, process_group, ...)
+            but those that the layer sets (eps, affine, ...); to "batch", ``momentum``: by default that of the BatchNorm
             that was there before, else 0.1.
 
     Raises:
-        ValueError: a layer that cannot be replaced (its place is named, nothing is changed): BatchNorm without running
-            statistics, BatchNorm3d, an uninitialised lazy layer, an unknown subclass with a forward of its own; layer
-            scaling; an argument out of its range.
+        ValueError: a layer that cannot be converted (its place is named, nothing is changed): BatchNorm without running
+            statistics, or that does not update them; BatchNorm3d, an uninitialised lazy layer, a subclass that
+            overrides anything; parameters, buffers or modules beside its own, as pruning and parametrisation leave;
+            half precision tied to a layer that stays; layer scaling; an argument out of its range.
 
-    Warns when there is nothing to replace.
+    Warns when there is nothing to convert.
     """
     check_choice("to", to, ("online", "batch"))
     allowed = "momentum" if to == "batch" else "OnlineNorm's own except " + ", ".join(_FROM_THE_LAYER)
     for key in arguments:
         if key in _FROM_THE_LAYER or (to == "batch") != (key == "momentum"):
             raise ValueError(f"{key}: is no argument of a conversion to {to!r}; they are {allowed}")
-    kind = _BatchNorm if to == "online" else OnlineNorm
-    replace: Callable = _to_online if to == "online" else _to_batch
-    replacements: dict[nn.Module, nn.Module] = {}
-    for path, layer in model.named_modules():  # all are built before the first is put in place
+    kind, counterpart = (_BatchNorm, _to_online) if to == "online" else (OnlineNorm, _to_batch)
+    converted: dict[nn.Module, nn.Module] = {}
+    for path, layer in model.named_modules():  # all counterparts are built before the first layer is changed
         if isinstance(layer, kind):
             try:
-                replacements[layer] = replace(layer, arguments)
+                _check_holds_its_own_alone(layer, kind)
+                converted[layer] = counterpart(layer, arguments)
+                _check_attributes(layer, converted[layer])
             except TypeError as error:
                 raise ValueError(f"{error}; the arguments of a conversion are {allowed}") from None
             except ValueError as error:
                 raise ValueError(f"{path or 'the layer'}: {error}") from None
-    if not replacements:
+    if not converted:
         warnings.warn(f"convert changed nothing: the model has no {kind.__name__.strip('_')} layer", stacklevel=2)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in replacements:
-                parent._modules[name] = replacements[child]
-    return replacements.get(model, model)
+    _check_ties(model, converted)
+    buffers: dict[int, Tensor] = {}
+    for layer, new in converted.items():
+        _become(layer, new, buffers)
+    return model
 
 
 def _to_online(batch: _BatchNorm, arguments: dict) -> OnlineNorm:
     if isinstance(batch.running_mean, UninitializedTensorMixin):
         raise ValueError("is a lazy layer that has seen no data; run one batch through the network first")
-    cls = _online_class(batch)
-    if batch.running_mean is None:
+    base = _plain_base(type(batch), (*_COUNTERPARTS, *_timm_classes(type(batch))))
+    if batch.running_mean is None or not batch.track_running_stats:
         raise ValueError(
-            "BatchNorm with track_running_stats=False has no statistics to carry over; "
+            "BatchNorm with track_running_stats=False has no statistics to carry over, or keeps those it has; "
             "build it with track_running_stats=True and let it see data first"
         )
-    if isinstance(batch, nn.SyncBatchNorm):
-        arguments = {"statistics": "global", **arguments}
+    if isinstance(batch, (nn.SyncBatchNorm, SyncBatchNorm2d)):
+        arguments = {"statistics": "global", "process_group": getattr(batch, "process_group", None), **arguments}
     mean = batch.running_mean
     dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    cls = _COUNTERPARTS.get(base, OnlineNormAct2d)
     online = cls(batch.num_features, eps=batch.eps, affine=batch.affine, device=mean.device, dtype=dtype, **arguments)
     online._batch_norm = {
-        "cls": type(batch) if cls is OnlineNormAct2d else None,
+        "cls": None if isinstance(batch, nn.SyncBatchNorm) else type(batch),
         "momentum": batch.momentum,
         "batches": batch.num_batches_tracked,
         "dtype": mean.dtype,
     }
-    return _carry(batch, online, dtype)
+    return online
 
 
 def _to_batch(online: OnlineNorm, arguments: dict) -> _BatchNorm:
+    _plain_base(type(online), (OnlineNorm1d, OnlineNorm2d, OnlineNormAct2d, OnlineNormNd))
     if online.error_compensation == "layer_scaling":
         raise ValueError(
             "layer scaling divides by the root mean square over all channels of a sample, which BatchNorm, being per "
@@ -116,42 +144,99 @@ def _to_batch(online: OnlineNorm, arguments: dict) -> _BatchNorm:
     before = getattr(online, "_batch_norm", {})
     momentum = arguments.get("momentum", before.get("momentum", 0.1))
     plain = nn.BatchNorm1d if isinstance(online, OnlineNorm1d) else nn.BatchNorm2d
-    cls = before.get("cls") or plain
-    batch = cls(online.num_features, eps=online.eps, momentum=momentum, affine=online.affine,
-                device=online.running_mean.device)  # fmt: skip
-    if before.get("batches") is not None:
-        batch.num_batches_tracked = before["batches"].to(online.running_mean.device)
     # float64 only if the network has been made so since
     dtype = online.running_mean.dtype
-    return _carry(online, batch, before.get("dtype", dtype) if dtype == torch.float32 else dtype)
+    dtype = before.get("dtype", dtype) if dtype == torch.float32 else dtype
+    batch = plain(online.num_features, eps=online.eps, momentum=momentum, affine=online.affine,
+                  device=online.running_mean.device, dtype=dtype)  # fmt: skip
+    if before.get("batches") is not None:
+        batch.num_batches_tracked = before["batches"].to(online.running_mean.device)
+    if before.get("cls") is not None:
+        batch.__class__ = before["cls"]  # its constructor may take anything; what it set is still on the layer
+    return batch
 
 
-def _carry(old: nn.Module, new: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``new`` with the statistics, affine parameters, activation and training flag of ``old``; the same objects."""
-    for name in ("running_mean", "running_var"):
-        setattr(new, name, getattr(old, name).to(dtype))
-    for name in ("weight", "bias"):
-        parameter = getattr(old, name)
+def _timm_classes(cls: type) -> list[type]:
+    return [c for c in cls.__mro__ if c.__name__ == "BatchNormAct2d" and c.__module__.startswith("timm.")]
+
+
+def _plain_base(cls: type, bases: tuple[type, ...]) -> type:
+    """The one of ``bases`` that layers of class ``cls`` are in all but name."""
+    base = next((c for c in cls.__mro__ if c in bases), None)
+    if base is None:
+        raise ValueError(
+            f"{cls.__name__} has no counterpart: BatchNorm1d, BatchNorm2d, SyncBatchNorm and timm's BatchNormAct2d do"
+        )
+    own = {name for c in cls.__mro__ if c not in base.__mro__ for name in vars(c)} - _COSMETIC
+    if own:
+        raise ValueError(
+            f"{cls.__name__} has no counterpart: it is a {base.__name__} with its own {', '.join(sorted(own))}, which "
+            f"a conversion would lose; put a plain {base.__name__} in its place first"
+        )
+    return base
+
+
+def _check_holds_its_own_alone(layer: nn.Module, kind: type) -> None:
+    """Raises ValueError for tensors or modules that the layer's class does not have."""
+    fused = {"act", "drop"} if isinstance(layer, OnlineNormAct2d) or _timm_classes(type(layer)) else set()
+    foreign = (layer._parameters.keys() - {"weight", "bias"}) | (layer._buffers.keys() - _BUFFERS[kind])
+    foreign |= layer._modules.keys() - fused
+    if foreign:
+        raise ValueError(
+            f"holds {', '.join(sorted(foreign))} beside the state of its class; where weight or bias are made from "
+            "these (pruning, parametrisation, spectral norm), make them parameters again first, as "
+            "torch.nn.utils.prune.remove does"
+        )
+
+
+def _check_attributes(layer: nn.Module, new: nn.Module) -> None:
+    """Raises ValueError for attributes set on the layer that mean something else on its counterpart."""
+    clashes = [name for name in _attributes(layer) if name in vars(new) or hasattr(type(new), name)]
+    if clashes:
+        raise ValueError(
+            f"has an own {', '.join(clashes)} set on it, which a {type(new).__name__} cannot take over; delete it first"
+        )
+
+
+def _attributes(layer: nn.Module) -> dict:
+    """What has been set on a layer beyond what its class sets."""
+    plain = nn.SyncBatchNorm if isinstance(layer, nn.SyncBatchNorm) else nn.BatchNorm2d
+    known = vars((OnlineNorm2d if isinstance(layer, OnlineNorm) else plain)(1, device="meta"))
+    return {name: value for name, value in vars(layer).items() if name not in known and name != "_batch_norm"}
+
+
+def _check_ties(model: nn.Module, converted: dict[nn.Module, nn.Module]) -> None:
+    """Raises ValueError where a parameter that changes its dtype also belongs to a layer that stays."""
+    changing = {
+        id(parameter): layer
+        for layer, new in converted.items()
+        for parameter in layer._parameters.values()
+        if parameter is not None and parameter.dtype != new.running_mean.dtype
+    }
+    places = {layer: path for path, layer in model.named_modules()}
+    for path, layer in model.named_modules():
+        for name, parameter in layer._parameters.items():
+            if layer not in converted and id(parameter) in changing:
+                raise ValueError(
+                    f"{places[changing[id(parameter)]]}: shares a parameter in {parameter.dtype} with {path}.{name}, "
+                    "and OnlineNorm keeps its own in float32; call float() on the model first"
+                )
+
+
+def _become(layer: nn.Module, new: nn.Module, buffers: dict[int, Tensor]) -> None:
+    """Make ``layer`` what ``new`` is, with its own tensors, modules, hooks, attributes and training flag."""
+    dtype = new.running_mean.dtype
+    for name, parameter in layer._parameters.items():
         if parameter is not None and parameter.dtype != dtype:
-            parameter = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
-        setattr(new, name, parameter)
-    if isinstance(new, OnlineNormAct2d) or isinstance(old, OnlineNormAct2d):
-        new.act, new.drop = old.act, old.drop
-    new.training = old.training
-    return new
-
-
-def _online_class(batch: _BatchNorm) -> type[OnlineNorm]:
-    cls = type(batch)
-    for base, online in ((nn.BatchNorm1d, OnlineNorm1d), (nn.BatchNorm2d, OnlineNorm2d)):
-        if isinstance(batch, base) and cls.forward is base.forward:
-            return online
-    if isinstance(batch, nn.SyncBatchNorm) and cls.forward is nn.SyncBatchNorm.forward:
-        return OnlineNorm2d
-    if isinstance(batch, nn.BatchNorm2d) and all(
-        isinstance(getattr(batch, n, None), nn.Module) for n in ("act", "drop")
-    ):
-        return OnlineNormAct2d
-    raise ValueError(
-        f"{cls.__name__} has no counterpart: BatchNorm1d, BatchNorm2d, SyncBatchNorm and timm's BatchNormAct2d do"
-    )
+            grad, parameter.grad = parameter.grad, None
+            parameter.data = parameter.data.to(dtype)  # the same object, as in Module.to
+            parameter.grad = None if grad is None else grad.to(dtype)
+        new._parameters[name] = parameter
+    for name in ("running_mean", "running_var"):
+        buffer = getattr(layer, name)
+        new._buffers[name] = buffers.setdefault(id(buffer), buffer.to(dtype))
+    new._modules, new.training = layer._modules, layer.training
+    state = vars(new) | {name: vars(layer)[name] for name in _HOOKS if name in vars(layer)} | _attributes(layer)
+    layer.__class__ = type(new)
+    vars(layer).clear()
+    vars(layer).update(state)

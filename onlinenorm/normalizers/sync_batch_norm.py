@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -52,12 +53,18 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace each BatchNorm2d in ``model`` by a `SyncBatchNorm2d` with its parameters and buffers; returns it."""
-    if type(model) is nn.BatchNorm2d:
-        layer = SyncBatchNorm2d(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
-        layer._parameters, layer._buffers, layer.training = model._parameters, model._buffers, model.training
-        return layer
-    for name, child in list(model.named_children()):
-        if (replaced := synchronise_batch_norm(child)) is not child:
-            setattr(model, name, replaced)
+    """Turn each BatchNorm2d in ``model`` into a `SyncBatchNorm2d`, in place, with all that hangs on it; returns it.
+
+    Raises ValueError, before anything is changed, for a BatchNorm layer of another class that is not synchronised.
+    """
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    for path, layer in layers.items():
+        if type(layer) not in (nn.BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm) or "forward" in vars(layer):
+            raise ValueError(
+                f"{path or 'model'}: {type(layer).__name__} cannot take the statistics of all processes on the CPU, "
+                "BatchNorm2d can"
+            )
+    for layer in layers.values():
+        if type(layer) is nn.BatchNorm2d:
+            layer.__class__ = SyncBatchNorm2d  # which has the same state
     return model
