@@ -1,9 +1,12 @@
 """Trains a network with a normalizer: python train.py experiment=table1 normalizer=batch seed=1"""
 
+import os
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of imports; train() hears it in its own way
+    # until train() hears them: no traceback of imports, and the exit code that it would have
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda signum, _: os._exit(128 + signum))
 
 import itertools
 import sys

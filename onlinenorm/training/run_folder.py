@@ -1,6 +1,7 @@
 """The run folder: who may write to it, whether it is this run's, and the records at its top."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +24,8 @@ from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
 from onlinenorm.training.errors import ConfigError, Interrupted, RunError
 
+# What lockf answers on file systems that have no locks; where one is held it is EACCES or EAGAIN.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 # Keys that may differ from one start of a run to the next: they change how it is computed, not what. Those of DIVIDING
 # may only where the statistics of the run's normalizer do not depend on how a batch is divided.
 MAY_CHANGE = (
@@ -103,15 +106,27 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"run_dir: {self.path} cannot be made ({error.strerror}); choose another run_dir=") from None
-        with open(self.path / ".lock", "a+") as lock:
+        with contextlib.ExitStack() as stack:
+            try:
+                lock = stack.enter_context(open(self.path / ".lock", "a+"))
+            except OSError as error:
+                raise RunError(
+                    f"run_dir: {self.path} cannot be written to ({error.strerror}); choose another run_dir="
+                ) from None
             try:
                 # lockf, unlike flock, is not passed on to loader workers, which may outlive a killed run by seconds
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise RunError(
-                    f"{self.path}: another run is writing to this folder ({error.strerror}). "
-                    "Wait for it or stop it, or choose another run_dir"
-                ) from None
+                if error.errno not in NO_LOCKS:
+                    raise RunError(
+                        f"{self.path}: another run is writing to this folder ({error.strerror}). "
+                        "Wait for it or stop it, or choose another run_dir"
+                    ) from None
+                print(
+                    f"run_dir: the file system of {self.path} has no locks ({error.strerror}); see to it yourself that "
+                    "no other run writes there",
+                    file=sys.stderr,
+                )
             keep_attempt(self.path)
             try:
                 yield
@@ -122,12 +137,16 @@ class RunFolder:
                 raise
 
     def is_held(self) -> bool:
-        """Whether a run is writing here now. The lock is not taken: a run that starts just then would fail."""
+        """Whether a run is known to be writing here now.
+
+        The lock is not taken: a run that starts just then would fail. Where the file system has no locks, or the folder
+        may not be read, nothing is known.
+        """
         try:
-            with open(self.path / ".lock", "r+") as lock:
+            with open(self.path / ".lock", "rb") as lock:  # may be somebody else's
                 question = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
                 return struct.unpack("hhqqi0q", fcntl.fcntl(lock, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def results(self, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -172,6 +172,18 @@ def test_ctrl_c_at_a_terminal(tmp_path):
     assert not (tmp_path / "failed.txt").exists()
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_stopped_while_python_imports(tmp_path, signum):
+    run = subprocess.Popen(
+        command(tmp_path), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    status = Path(f"/proc/{run.pid}/status")
+    wait_for(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGUSR1 - 1) & 1, [])
+    os.killpg(run.pid, signum)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 128 + signum and b"Traceback" not in errors, errors
+
+
 @pytest.mark.slow
 def test_sigterm_to_torchrun(tmp_path):
     """It hands the signal on and waits: both processes save, none leaves a traceback."""

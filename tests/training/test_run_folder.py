@@ -1,6 +1,9 @@
 """The run folder's records, its lock, and what may change from one start to the next."""
 
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 
@@ -50,6 +53,28 @@ def test_two_runs_at_once_are_refused_and_a_dead_one_leaves_no_lock(tmp_path):
         other.wait()
     with RunFolder(tmp_path).held():
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys, number):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with RunFolder(tmp_path).held():
+        assert not RunFolder(tmp_path).is_held(), "which nobody can know there"
+    assert f"the file system of {tmp_path} has no locks" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_or_read_is_told(tmp_path, monkeypatch):
+    def refuse(path, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(RunError, match=r"^run_dir: .* cannot be written to \(Permission denied\)"):
+        RunFolder(tmp_path).held().__enter__()
+    assert not RunFolder(tmp_path).is_held()
 
 
 def test_what_ended_a_run_is_left_in_a_file_until_it_is_started_again(tmp_path):
