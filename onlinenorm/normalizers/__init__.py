@@ -6,6 +6,7 @@ from onlinenorm.normalizers.clamping import remove_clamping
 from onlinenorm.normalizers.conversion import convert
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
 from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d, synchronise_batch_norm
+from onlinenorm.normalizers.update import update_statistics
 
 __all__ = [
     "OnlineNorm",
@@ -20,4 +21,5 @@ __all__ = [
     "layer_norm",
     "remove_clamping",
     "synchronise_batch_norm",
+    "update_statistics",
 ]

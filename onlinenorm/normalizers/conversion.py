@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from onlinenorm.arguments import check_choice
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
 from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d
+from onlinenorm.normalizers.transforms import traced_as_leaf
 
 _FROM_THE_LAYER = ("num_features", "eps", "affine", "device", "dtype")
 _BUFFERS = {_BatchNorm: {"running_mean", "running_var", "num_batches_tracked"},
@@ -33,6 +34,8 @@ class OnlineNormAct2d(OnlineNorm2d):
     drop: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return traced_as_leaf(self, x)
         if isinstance(self.act, nn.ReLU) and isinstance(self.drop, nn.Identity):
             return super().forward(x, relu=True)
         return self.act(self.drop(super().forward(x)))
@@ -68,6 +71,9 @@ def convert(model: nn.Module, to: str = "online", **arguments) -> nn.Module:
     A BatchNorm layer in half precision becomes OnlineNorm with float32 parameters, which it keeps them in, and gets its
     dtype back with BatchNorm. SyncBatchNorm becomes OnlineNorm with global statistics over its process group, and comes
     back as BatchNorm2d. timm's BatchNormAct2d keeps its activation and dropout.
+
+    OnlineNorm layers also load what BatchNorm saved, with controls as before the first sample. BatchNorm refuses the
+    controls in what OnlineNorm saved: convert the network and save that, or load with ``strict=False``.
 
     Args:
         model: any network, or one layer.

@@ -13,11 +13,13 @@ from onlinenorm.normalizers import data_parallel
 from onlinenorm.normalizers.batch_sizes import Sizes, exchanged_sizes
 from onlinenorm.normalizers.dependence import PROCESSES
 from onlinenorm.normalizers.replay import Start, starting_point
+from onlinenorm.normalizers.transforms import check_training_is_differentiated_once, traced_as_leaf
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
 
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("global", "local")
+HALF = (torch.float16, torch.bfloat16)
 
 
 def _inside(key: str, value: float, low: float, high: float) -> float:
@@ -152,6 +154,8 @@ class OnlineNorm(nn.Module):
         return "fused" if device.type == "cuda" else "torch"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return traced_as_leaf(self, x, residual=residual, relu=relu)
         self._check_input(x, residual)
         backend = self.resolve_backend(x.device)
         if not torch.compiler.is_compiling():
@@ -160,6 +164,7 @@ class OnlineNorm(nn.Module):
         x_NCHW = self._as_images(x)
         residual_NCHW = None if residual is None else self._as_images(residual)
         if self.training:
+            check_training_is_differentiated_once(self, x)
             spec = self.spec
             start = self._start(x_NCHW, spec)
             if start.sizes.counts:
@@ -197,6 +202,8 @@ class OnlineNorm(nn.Module):
 
     def _check_input(self, x: Tensor, residual: Tensor | None) -> None:
         name = type(self).__name__
+        if torch.jit.is_tracing():  # which records sizes, and warns of comparing them
+            return
         if x.dim() not in self._dimensions:
             raise ValueError(f"{name} takes {self._layout}, got an input of shape {tuple(x.shape)}")
         if x.shape[1] != self.num_features:
@@ -225,9 +232,27 @@ class OnlineNorm(nn.Module):
         def keep_precision(tensor):
             moved = fn(tensor)
             # Decay factors like 0.999 need more than half precision: only the device of such a conversion is followed.
-            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+            return tensor.to(moved.device) if moved.dtype in HALF else moved
 
         return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        """Also what BatchNorm saved, with controls as before the first sample; never in half precision."""
+        controls = [prefix + name for name in ("control_u", "control_v")]
+        if prefix + "running_mean" in state_dict and not any(key in state_dict for key in controls):
+            state_dict.pop(prefix + "num_batches_tracked", None)
+            state_dict |= {key: torch.zeros_like(state_dict[prefix + "running_mean"]) for key in controls}
+        for name in (*self._parameters, *self._buffers):
+            tensor = state_dict.get(prefix + name)
+            if tensor is not None and tensor.dtype in HALF:
+                state_dict[prefix + name] = tensor.float()
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile the layer; use torch.compile, torch.export in "
+            "eval mode, or convert(model, to='batch')"
+        )
 
     def extra_repr(self) -> str:
         guard = {

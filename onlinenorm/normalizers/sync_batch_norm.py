@@ -5,6 +5,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from onlinenorm.normalizers.transforms import traced_as_leaf
+
 
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
@@ -30,6 +32,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return traced_as_leaf(self, x)
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if not self.training or alone:
             return super().forward(x)

@@ -18,8 +18,10 @@ code that accompanies it.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from onlinenorm.ops.derivatives import differentiable_once
 from onlinenorm.ops.spec import NormSpec
 
 
@@ -56,7 +58,7 @@ def layer_scale(w_NCHW: Tensor, spec: NormSpec) -> Tensor:
 def guard(w_NCHW: Tensor, spec: NormSpec) -> Tensor:
     """Apply the error compensation to affine outputs, differentiably (the eval-mode path of every PyTorch backend)."""
     if spec.error_compensation == "clamp":
-        return w_NCHW.clamp(-spec.clamp_value, spec.clamp_value)
+        return F.hardtanh(w_NCHW, -spec.clamp_value, spec.clamp_value)  # no gradient at a tie, as in training
     if spec.error_compensation == "layer_scaling":
         return w_NCHW / per_channel(layer_scale(w_NCHW, spec))
     return w_NCHW
@@ -197,7 +199,7 @@ class _OnlineNorm(torch.autograd.Function):
         return z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_z):
         y, s_NC, weight, bias = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = backward(

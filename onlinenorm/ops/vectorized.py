@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onlinenorm.ops.across_processes import gather_samples, own_samples, total_samples
+from onlinenorm.ops.derivatives import differentiable_once
 from onlinenorm.ops.reference import channel_groups, compute_dtype, evaluate, finish, per_channel
 from onlinenorm.ops.spec import NormSpec
 
@@ -149,7 +150,7 @@ class _OnlineNorm(torch.autograd.Function):
         return z if z.dtype == x.dtype else z.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_z):
         x, weight, bias, rzeta_NC, *tables = ctx.saved_tensors
         spec, k = ctx.spec, 1 - ctx.spec.alpha_bkw

@@ -60,7 +60,8 @@ def evaluate(
     _check_device(x)
     inputs = (x, residual, weight, bias)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if differentiable or not _kernels_serve(x, running_mean) or x.numel() == 0:
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if differentiable or transformed or not _kernels_serve(x, running_mean) or x.numel() == 0:
         return vectorized.evaluate(x, residual, weight, bias, running_mean, running_var, spec, relu)
     residual = None if residual is None else residual.to(x.dtype)
     return fused_evaluate(dense(x), residual, weight, bias, running_mean, running_var, relu, *spec.as_arguments())

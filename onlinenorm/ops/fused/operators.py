@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from onlinenorm.ops.across_processes import total_samples
+from onlinenorm.ops.derivatives import differentiable_once
 from onlinenorm.ops.fused import single_read, two_pass
 from onlinenorm.ops.spec import NormSpec
 
@@ -229,7 +230,7 @@ class OnlineNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         x, out, weight, bias, tables, kept = ctx.saved_tensors
         masked = ctx.has_residual and ctx.relu

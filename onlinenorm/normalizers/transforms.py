@@ -1,0 +1,38 @@
+"""Programs that look into a layer: torch.fx, torch.func, torch.export, torch.jit, torch.autograd.forward_ad."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def traced_as_leaf(layer: nn.Module, *arguments, **keywords) -> torch.fx.Proxy:
+    """The call of ``layer`` as one node of the graph that torch.fx is tracing, like the layers of torch.nn."""
+    tracer = arguments[0].tracer
+    path = tracer.path_of_module(layer)
+    if not path:
+        raise ValueError(f"{type(layer).__name__}: torch.fx traces networks; put the layer into one, as nn.Sequential")
+    return tracer.create_proxy("call_module", path, arguments, keywords)
+
+
+def check_training_is_differentiated_once(layer: nn.Module, x: Tensor) -> None:
+    """Raises RuntimeError under what would need a derivative of the training pass, or would drop its backward pass."""
+    name = type(layer).__name__
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            f"{name}: an exported program holds the forward pass alone, and in training mode the backward pass is not "
+            "its derivative; call eval() before torch.export"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():
+        raise RuntimeError(f"{name}: torch.jit.trace would record one training batch as a constant; call eval() first")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name}: in training mode samples follow each other and state moves, which torch.func transforms (grad, "
+            "vmap, jvp, ...) cannot follow; call eval() on the layer, or take gradients by backward()"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            f"{name}: in training mode gradients are those of a control process in the backward pass, and there are "
+            "none in forward mode; call eval() on the layer, or take gradients by backward()"
+        )
