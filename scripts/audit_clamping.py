@@ -24,6 +24,7 @@ try:
     from onlinenorm.deploy.command import staged, told
     from onlinenorm.deploy.export import made_with
     from onlinenorm.deploy.images import pick_device
+    from onlinenorm.errors import cli_errors
     from onlinenorm.training.run_folder import hardware
 except ModuleNotFoundError:
     # called as scripts/audit_clamping.py from a shell in which the project's environment is not active
@@ -72,4 +73,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

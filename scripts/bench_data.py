@@ -35,6 +35,7 @@ try:
 
     from onlinenorm.data import ImageNet
     from onlinenorm.data.decoders import DECODERS
+    from onlinenorm.errors import cli_errors
 except ModuleNotFoundError:
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
         raise
@@ -354,4 +355,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

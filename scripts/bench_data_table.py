@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from onlinenorm.errors import cli_errors
 from onlinenorm.reporting.markdown import markdown_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -99,4 +100,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from onlinenorm import OnlineNorm2d, models
+from onlinenorm.errors import cli_errors
 from onlinenorm.normalizers import synchronise_batch_norm
 from onlinenorm.training.cuda_graph import GraphedStep
 
@@ -280,4 +281,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

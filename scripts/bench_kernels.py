@@ -20,6 +20,7 @@ import bench_normalizer
 import bench_training
 import torch
 
+from onlinenorm.errors import cli_errors
 from onlinenorm.ops.fused import single_read, two_pass
 from onlinenorm.ops.fused.single_read import TUNINGS, Tuning
 from onlinenorm.ops.spec import NormSpec
@@ -197,4 +198,5 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with cli_errors():
+        main()

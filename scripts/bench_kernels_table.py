@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from onlinenorm.errors import cli_errors
 from onlinenorm.ops.fused.single_read import tuning_for
 from onlinenorm.reporting.cost import origin
 from onlinenorm.reporting.markdown import markdown_table
@@ -162,4 +163,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from onlinenorm import OnlineNorm2d, models
+from onlinenorm.errors import cli_errors
 
 ROTATE = 150e6  # bytes of inputs to rotate over, so that the L2 cache of one call does not serve the next
 
@@ -192,4 +193,5 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with cli_errors():
+        main()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bench_normalizer import plot
 
+from onlinenorm.errors import cli_errors
 from onlinenorm.reporting.cost import origin
 from onlinenorm.reporting.markdown import markdown_table
 
@@ -88,4 +89,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

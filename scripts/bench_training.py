@@ -29,6 +29,7 @@ import yaml
 from bench_report import fastest, over, workload
 
 from onlinenorm import OnlineNorm2d, models
+from onlinenorm.errors import cli_errors
 from onlinenorm.reporting.spec import parse_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -295,4 +296,5 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with cli_errors():
+        main()

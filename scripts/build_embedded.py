@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a p
 
 from onlinenorm.data.errors import DataError
 from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, FILES, FULL, find_full_set, read_split
+from onlinenorm.errors import cli_errors
 
 
 def build(root: str | None) -> dict[str, bytes]:
@@ -85,4 +86,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

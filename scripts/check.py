@@ -15,6 +15,7 @@ Exit code 0: ready (warnings are printed); 1: the run would fail; 2: the configu
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -30,18 +31,21 @@ try:
     import torch
     from omegaconf import OmegaConf
 
+    from onlinenorm.cli.arguments import parse_script
+    from onlinenorm.cli.compose import load_config
     from onlinenorm.data import ImageDataModule
     from onlinenorm.data.datasets import FolderDataset
     from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
+    from onlinenorm.errors import cli_errors
     from onlinenorm.reporting.runs import Run
     from onlinenorm.reporting.settings import departures
     from onlinenorm.reporting.spec import parse_spec
     from onlinenorm.training.config_check import build, check_config, prefixed
     from onlinenorm.training.errors import ConfigError, RunError
+    from onlinenorm.training.probe import probe_batch, probe_normalizer
     from onlinenorm.training.recipe import build_optimizer
-    from onlinenorm.training.run_folder import RunFolder
+    from onlinenorm.training.run_folder import RunFolder, run_path
     from onlinenorm.training.trainer import quiet_lightning, resolve
-    from train import load_config
 except ModuleNotFoundError:
     # called from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
@@ -56,17 +60,21 @@ FORWARD_SHARE = 3  # a training step costs about three forward passes
 Finding = dict[str, Any]
 
 
-def check(overrides: list[str], seconds: float, limit: float | None) -> Iterator[Finding]:
+def check(
+    overrides: list[str], seconds: float, limit: float | None, config_dir: str | None = None
+) -> Iterator[Finding]:
     """Findings {check, status, text, figures...}, in an order in which each needs only those before it."""
-    config = load_config(overrides)
+    config = load_config(overrides, config_dir)
     check_config(config)
     config = {**config, "trainer": resolve(config["trainer"])}
     recipe, normalizer = build(config, "recipe"), build(config, "normalizer")
+    probe_normalizer(normalizer, config["normalizer"])
     yield _finding("config", OK, " ".join(f"{key}={name}" for key, name in config["choices"].items() if name))
     views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
     data = build(config, "data", batch_size=recipe.batch_size, seed=config["seed"], **views)
     data.prepare_data()
     data.setup()
+    probe_batch(config, normalizer, data.in_channels, data.image_size)
     yield check_data(data)
     processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
     accumulate = config["trainer"]["accumulate_grad_batches"]
@@ -75,9 +83,9 @@ def check(overrides: list[str], seconds: float, limit: float | None) -> Iterator
         ValidationSampler(data.val_images, data.val_batch_size or 2, 0, processes)
     torch.manual_seed(config["seed"])
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-    network = build(config, "model", normalizer=normalizer, **sizes)
-    names = config["choices"]
-    folder = Path(config["run_dir"] or Path("runs", names["experiment"], names["normalizer"], f"seed{config['seed']}"))
+    with prefixed("normalizer", config["normalizer"]):
+        network = build(config, "model", normalizer=normalizer, **sizes)
+    folder = run_path(config)
     RunFolder(folder, leader=False).check_config(config)
     yield check_disk(folder, network, recipe)
     classifier = build(config, "classifier", network=network, recipe=recipe)
@@ -281,6 +289,8 @@ def _hours(seconds: float) -> str:
 def parse_limit(text: str) -> float:
     """Seconds of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
     days, dash, rest = text.rpartition("-")
+    if not re.fullmatch(r"\d+(:\d+){0,2}", rest) or not re.fullmatch(r"\d*", days) or (dash and not days):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90 (minutes), 24:00:00 or 2-12 (days-hours)")
     parts = [int(part) for part in rest.split(":")]
     if dash:
         hours, minutes, seconds = (*parts, 0, 0)[:3]
@@ -300,15 +310,18 @@ def time_left() -> float | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for train.py")
+    parser.add_argument("--config-dir", metavar="DIR", help="more configurations, as for train.py")
     parser.add_argument("--time-limit", type=parse_limit, metavar="TIME", help="as sbatch takes it, e.g. 24:00:00")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print findings as JSON")
-    options = parser.parse_args(arguments)
-    findings, code = [], 0
+    findings, code, options = [], 0, argparse.Namespace(json=False)
     try:
+        options = parse_script(parser, arguments)
+        if not options.seconds > 0:
+            raise ConfigError(f"--seconds: {options.seconds:g} must be larger than 0")
         with quiet_lightning():
             limit = options.time_limit if options.time_limit is not None else time_left()
-            for finding in check(options.overrides, options.seconds, limit):
+            for finding in check(options.overrides, options.seconds, limit, options.config_dir):
                 findings.append(finding)
                 if not options.json:
                     print(f"{finding['status']:8}{finding['check']:7} {finding['text']}", flush=True)
@@ -325,4 +338,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

@@ -20,6 +20,7 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 try:
     import yaml
 
+    from onlinenorm.errors import cli_errors
     from onlinenorm.reporting.errors import ReportError
     from onlinenorm.reporting.paired import check_same_images, pair, read_predictions, render_pairing
     from onlinenorm.reporting.runs import Run, load_run
@@ -67,4 +68,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

@@ -23,6 +23,7 @@ try:
     from onlinenorm.deploy.card import TORCHSCRIPT
     from onlinenorm.deploy.command import told
     from onlinenorm.deploy.export import export, facts, table
+    from onlinenorm.errors import cli_errors
 except ModuleNotFoundError:
     # called as scripts/export.py from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
@@ -71,4 +72,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

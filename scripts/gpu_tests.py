@@ -17,6 +17,7 @@ from pathlib import Path
 import bench_common
 import torch
 
+from onlinenorm.errors import cli_errors
 from onlinenorm.reporting.cost import origin
 from onlinenorm.reporting.markdown import markdown_table
 
@@ -116,4 +117,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

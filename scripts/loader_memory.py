@@ -36,6 +36,7 @@ try:
     from onlinenorm.data.datasets import FolderDataset
     from onlinenorm.data.index import pack_names
     from onlinenorm.data.index_cache import cached_arrays
+    from onlinenorm.errors import cli_errors
     from onlinenorm.training.run_folder import environment, hardware
 except ModuleNotFoundError:
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
@@ -164,4 +165,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

@@ -23,6 +23,7 @@ try:
     from onlinenorm.deploy.command import told
     from onlinenorm.deploy.images import pick_device
     from onlinenorm.deploy.predict import class_names, find_images, predict
+    from onlinenorm.errors import cli_errors
 except ModuleNotFoundError:
     # called as scripts/predict.py from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
@@ -69,4 +70,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

@@ -30,6 +30,7 @@ try:
     from onlinenorm.data.imagenet import open_splits
     from onlinenorm.data.prepare import SHARD_BYTES, check_archives, chosen_classes, extract, pack
     from onlinenorm.data.verify import record, verify
+    from onlinenorm.errors import cli_errors
 except ModuleNotFoundError:
     # called from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
@@ -130,4 +131,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

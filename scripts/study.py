@@ -22,6 +22,7 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 try:
     import yaml
 
+    from onlinenorm.errors import cli_errors
     from onlinenorm.reporting.ablation import ablation_table, build_ablation
     from onlinenorm.reporting.errors import ReportError
     from onlinenorm.reporting.files import write_all
@@ -70,4 +71,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

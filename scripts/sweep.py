@@ -5,20 +5,22 @@
     scripts/sweep.py experiment=table1 normalizer=batch seed=0,1 recipe.lr=0.05,0.1 data.root=IMAGENET
     scripts/sweep.py experiment=table1 ... --sbatch scripts/slurm/row.sbatch        each run a job
     scripts/sweep.py ... --status | --dry-run                                       the table | the commands as well
+    scripts/sweep.py ... --retry                                                    diverged runs once more
 
-Arguments are those of train.py. Runs are taken one after another, with --parallel N that many at a time with the
-machine's GPUs in turn, or are submitted; finished, running and queued ones are
-left alone, the others started or continued, and one that fails does not stop the next. Folders are
-runs/<experiment>/<normalizer>/seed<k>; other keys with several values come in between, as in
-runs/table1/recipe.lr=0.1/batch/seed0. A run's output is in output.log there, a failure's last lines in failed.txt.
+Arguments are those of train.py; a comma in a path separates two, unless the path is quoted: 'data.root="/a,b"'.
+Runs are taken one after another, with --parallel N that many at a time with the machine's GPUs in turn, or are
+submitted; finished, running and queued ones are left alone, the others started or continued, and one that fails does
+not stop the next. One that diverged would end alike again and is left alone as well; --retry starts it once more and
+keeps the former attempt. Folders are runs/<experiment>/<normalizer>/seed<k>; other keys with several values come in
+between, as in runs/table1/recipe.lr=0.1/batch/seed0. A run's output is in output.log there, a failure's last lines in
+failed.txt.
 
-Exit code 0: all done, or submitted; 1: some failed or are missing; 2: a configuration cannot be meant, nothing was
-started; 128 + signal: stopped, the run in hand has saved itself.
+Exit code 0: all done, or submitted; 1: some failed, diverged or are missing; 2: a configuration cannot be meant,
+nothing was started; 128 + signal: stopped, the run in hand has saved itself.
 """
 
 import argparse
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -36,14 +38,14 @@ sys.path.insert(0, str(ROOT))
 
 try:
     import torch
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    import train
+    from onlinenorm.cli.arguments import literal, parse_script
+    from onlinenorm.cli.compose import jobs, load_config, parse_override
     from onlinenorm.data.workers import STOP_SIGNALS
-    from onlinenorm.training.attempts import former_attempts, keep_attempt
+    from onlinenorm.training.attempts import DIVERGED, former_attempts, keep_attempt
     from onlinenorm.training.config_check import check_config
     from onlinenorm.training.epoch_log import read_rows
-    from onlinenorm.training.errors import ConfigError, told
+    from onlinenorm.training.errors import ConfigError, cli_errors
     from onlinenorm.training.progress import clock
     from onlinenorm.training.run_folder import FAILED, RunFolder
 except ModuleNotFoundError:
@@ -77,7 +79,7 @@ class Row:
         return self.folder / "job.txt"
 
     def state(self, queue: dict[str, str]) -> str:
-        """done | running | queued | failed | stopped (unfinished, to be continued) | missing"""
+        """done | running | queued | diverged | failed | stopped (unfinished, to be continued) | missing"""
         if (self.folder / "results.json").exists():
             return "done"
         if RunFolder(self.folder).is_held():
@@ -86,19 +88,21 @@ class Row:
         if number in queue:
             return "running" if queue[number] == "RUNNING" else "queued"
         if self.failure.exists() or number is not None:
-            return "failed"
+            told = self.failure.read_text(encoding="utf-8", errors="replace") if self.failure.exists() else ""
+            return "diverged" if DIVERGED in told else "failed"
         return "stopped" if any(self.folder.glob("checkpoints/*.ckpt")) else "missing"
 
 
-def plan(overrides: list[str], runs: Path) -> list[Row]:
+def plan(overrides: list[str], runs: Path, config_dir: str | None = None) -> list[Row]:
     """The rows of the matrix, their configurations checked; the folder is a function of the overrides alone."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    parsed = [parse_override(override) for override in literal(overrides, several=True)]
     if any(override.key_or_group == "run_dir" for override in parsed):
         raise ConfigError("run_dir: a sweep names its folders itself; --runs DIR moves them all")
     swept = {o.key_or_group for o in parsed if o.is_sweep_override()} - {"experiment", "normalizer", "seed"}
     rows = []
-    for job in train.jobs(overrides):
-        config = train.load_config(job)
+    more = () if config_dir is None else ("--config-dir", str(Path(config_dir).absolute()))
+    for job in jobs(overrides, config_dir):
+        config = load_config(job, config_dir)
         check_config(config)
         values = sorted(part for part in job if part.partition("=")[0].lstrip("+") in swept)
         names = config["choices"]
@@ -107,7 +111,7 @@ def plan(overrides: list[str], runs: Path) -> list[Row]:
         # of the trainer only train.py knows what it resolves to, on the machine where it runs
         RunFolder(folder, leader=False).check_config(config, ignored=("trainer",))
         epochs, devices = config["recipe"]["epochs"], config["trainer"]["devices"]
-        rows.append(Row(tuple(job), folder, names["normalizer"], epochs, devices))
+        rows.append(Row((*more, *job), folder, names["normalizer"], epochs, devices))
     doubled = [str(folder) for folder, count in Counter(row.folder for row in rows).items() if count > 1]
     if doubled:
         raise ConfigError(f"{' '.join(overrides)}: two runs would share {doubled[0]}; name each value once")
@@ -123,8 +127,14 @@ def queued_jobs() -> dict[str, str]:
 
 
 def seconds_left(rows: list[Row], states: list[str]) -> list[float | None]:
-    """What each row will still take, from its own epochs, else from those of its normalizer, else of all rows."""
-    spent = [[float(epoch["seconds"]) for epoch in read_rows(row.folder / "metrics.csv")] for row in rows]
+    """What each row will still take, from its own epochs, else from those of its normalizer, else of all rows.
+
+    Nothing where it is done or has failed.
+    """
+    spent = [
+        [float(epoch["seconds"]) for epoch in read_rows(row.folder / "metrics.csv") if epoch.get("seconds")]
+        for row in rows
+    ]
 
     def mean(choose) -> float | None:
         epochs = [seconds for row, own in zip(rows, spent, strict=True) if choose(row) for seconds in own]
@@ -134,7 +144,8 @@ def seconds_left(rows: list[Row], states: list[str]) -> list[float | None]:
     for row, own, state in zip(rows, spent, states, strict=True):
         each = sum(own) / len(own) if own else mean(lambda other, row=row: other.normalizer == row.normalizer)
         each = mean(lambda other: True) if each is None else each
-        left.append(0.0 if state == "done" else None if each is None else each * (row.epochs - len(own)))
+        over = state in ("done", "diverged", "failed")
+        left.append(0.0 if over else None if each is None else each * (row.epochs - len(own)))
     return left
 
 
@@ -146,21 +157,22 @@ def table(rows: list[Row]) -> tuple[list[str], list[str]]:
     lines = [f"{'state':8} {'epoch':>9} {'left':>9}  folder"]
     for row, state, seconds in zip(rows, states, left, strict=True):
         epochs = f"{len(read_rows(row.folder / 'metrics.csv'))}/{row.epochs}"
+        time = "-" if state in ("diverged", "failed") else "?" if seconds is None else clock(seconds)
         former = len(former_attempts(row.folder))
         again = f"  (after {former} failed attempt{'s' * (former > 1)})" if former else ""
-        lines.append(f"{state:8} {epochs:>9} {'?' if seconds is None else clock(seconds):>9}  {row.folder}{again}")
+        lines.append(f"{state:8} {epochs:>9} {time:>9}  {row.folder}{again}")
     counts = Counter(states)
     text = ", ".join(f"{counts[state]} {state}" for state in sorted(counts))
     known = [seconds for seconds in left if seconds is not None]
     more = "" if len(known) == len(left) else " and what is not known yet"
-    return states, [*lines, f"{text}; {clock(sum(known))} of computing left{more}"]
+    lines.append(f"{text}; {clock(sum(known))} of computing left{more}")
+    if counts["diverged"]:
+        lines.append("Diverged runs would end alike again and are left alone; --retry starts them once more")
+    return states, lines
 
 
 def command(row: Row, folder: Path) -> list[str]:
-    # quoted where the override grammar would read on: folders of swept keys have "=" in them
-    plain = re.fullmatch(r"[\w./-]+", str(folder))
-    escaped = str(folder).replace("'", "\\'")
-    return [*row.overrides, f"run_dir={folder}" if plain else f"run_dir='{escaped}'"]
+    return [*row.overrides, f"run_dir={folder}"]
 
 
 class Sweep:
@@ -197,7 +209,7 @@ class Sweep:
                 row = waiting.popleft()
             except IndexError:
                 return
-            if row.state({}) in UNDONE:  # another sweep may have come first
+            if row.state({}) in (*UNDONE, "diverged"):  # another sweep may have come first
                 self._take(row, slot)
 
     def _take(self, row: Row, slot: int) -> None:
@@ -254,19 +266,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="where the folders go")
     parser.add_argument("--parallel", metavar="N", type=int, default=1, help="that many at a time, a GPU or none each")
     parser.add_argument("--sbatch", metavar="SCRIPT", type=Path, help="submit each run with this batch script")
+    parser.add_argument("--config-dir", metavar="DIR", help="more configurations, as for train.py")
+    parser.add_argument("--retry", action="store_true", help="start diverged runs once more")
     parser.add_argument("--status", action="store_true", help="show the table and start nothing")
     parser.add_argument("--dry-run", action="store_true", help="show the table and the commands, start nothing")
-    options = parser.parse_args(arguments)
+    options = parse_script(parser, arguments)
     if options.sbatch is not None and shutil.which("sbatch") is None:
         parser.error("--sbatch: there is no sbatch command here; submit from a login node of the cluster")
     if options.parallel < 1:
         parser.error(f"--parallel: {options.parallel} is not a whole number of at least 1")
-    rows = plan(options.overrides, options.runs)
+    rows = plan(options.overrides, options.runs, options.config_dir)
     if options.parallel > 1 and any(row.devices != 1 for row in rows):
         parser.error("--parallel: runs on several GPUs go one after another; leave it out, or use trainer.devices=1")
     states, lines = table(rows)
     print(*lines, sep="\n", flush=True)
-    todo = [row for row, state in zip(rows, states, strict=True) if state in UNDONE]
+    undone = (*UNDONE, "diverged") if options.retry else UNDONE
+    todo = [row for row, state in zip(rows, states, strict=True) if state in undone]
     if options.dry_run:
         start = ["sbatch", str(options.sbatch)] if options.sbatch else ["python", "train.py"]
         print(*(shlex.join([*start, *command(row, row.folder)]) for row in todo), sep="\n")
@@ -288,5 +303,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with told():
+    with cli_errors():
         sys.exit(main())

@@ -21,6 +21,7 @@ try:
     from omegaconf import OmegaConf
     from rich.console import Console
 
+    from onlinenorm.errors import cli_errors
     from onlinenorm.reporting.curves import draw_curves
     from onlinenorm.reporting.errors import ReportError
     from onlinenorm.reporting.files import write_all
@@ -73,4 +74,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with cli_errors():
+        sys.exit(main())

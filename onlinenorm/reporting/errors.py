@@ -3,3 +3,5 @@
 
 class ReportError(ValueError):
     """A run folder is missing, damaged or belongs into another table; the message names the file and the fix."""
+
+    exit_code = 1

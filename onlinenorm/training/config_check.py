@@ -1,7 +1,6 @@
 """Checks a composed configuration, as plain values, before anything is built from it, and builds its nodes."""
 
 import contextlib
-import difflib
 import functools
 import importlib
 import inspect
@@ -9,10 +8,11 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from onlinenorm.training.errors import ConfigError, RunError
+from onlinenorm.errors import ConfigError, RunError
+from onlinenorm.training.hints import PROVIDED, nearest, unknown_key
 
 ALLOWED_TARGETS = (
     "onlinenorm.",
@@ -25,43 +25,8 @@ ALLOWED_TARGETS = (
     "torch.nn.Identity",
     "torch.optim.",
 )
-# What train.py hands to a node itself, so that a config that sets it would not be heard.
-PROVIDED = {
-    "normalizer": ("num_features",),
-    "model": ("normalizer", "num_classes", "in_channels"),
-    "data": ("batch_size", "seed", "augmentation", "evaluation"),
-    "logger": ("folder", "name", "config", "resumed_step"),
-    "recipe": (),
-    "classifier": ("network", "recipe"),
-    "trainer": ("max_epochs", "folder", "epoch_log", "stop", "loggers"),
-}
 KNOWN = (*PROVIDED, "experiment", "seed", "run_dir")  # keys at the top, beside the names of the chosen files
 _MARKS = ("_target_", "_partial_")
-
-
-def nearest(word: str, options: Iterable[str]) -> str:
-    """The option that `word` was most likely meant to be, or "". Last parts are compared, then paths."""
-
-    def likeness(first: str, second: str) -> float:
-        return difflib.SequenceMatcher(None, first, second).ratio()
-
-    leaf = word.rpartition(".")[2]
-    scored = [(likeness(leaf, option.rpartition(".")[2]), likeness(word, option), option) for option in options]
-    alike, _, best = max(scored, default=(0.0, 0.0, ""))
-    return best if alike >= 0.6 else ""
-
-
-def unknown_key(key: str, options: Iterable[str]) -> ConfigError:
-    """The error for a key that does not exist, with the nearest that does, or those beside it."""
-    group, _, leaf = key.rpartition(".")
-    if leaf in PROVIDED.get(group, ()):
-        return ConfigError(f"{key}: is set by train.py itself; leave it out")
-    options = sorted(options)
-    if near := nearest(key, options):
-        return ConfigError(f"{key}: no such key; did you mean {near}?")
-    beside = [option for option in options if option.rpartition(".")[0] == group]
-    beside = beside or [option for option in options if "." not in option]
-    return ConfigError(f"{key}: no such key; there are {', '.join(beside)}")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -75,22 +40,16 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_option(group: str, name: Any, options: Iterable[str]) -> None:
-    """Raises ConfigError, with the nearest option or a list, unless `name` is a file of the group."""
-    options = sorted(options)
-    if name not in options:
-        near = nearest(str(name), options)
-        hint = f"did you mean {group}={near}?" if near else f"there are {', '.join(options)}"
-        raise ConfigError(f"{group}: {name!r} is not one of its options; {hint}")
+def check_keys(keys: Iterable[str], config: dict[str, Any], elsewhere: dict[str, list[str]] | None = None) -> None:
+    """Raises ConfigError for the first of `keys` (dotted) that is neither a value nor a node of `config`.
 
-
-def check_keys(keys: Iterable[str], config: dict[str, Any]) -> None:
-    """Raises ConfigError for the first of `keys` (dotted) that is neither a value nor a node of `config`."""
+    `elsewhere` names the choices of a key's group that have it, for those that the one of `config` lacks.
+    """
     known = set(flatten({key: value for key, value in config.items() if key != "choices"})) | set(KNOWN)
     known |= {node for key in known for node in itertools.accumulate(key.split("."), "{}.{}".format)}
     for key in keys:
         if key not in known:
-            raise unknown_key(key, known)
+            raise unknown_key(key, known, elsewhere)
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -154,6 +113,8 @@ def _locate(path: str, name: Any) -> Any:
 def _check_node(path: str, node: dict[str, Any]) -> None:
     target = _locate(path, node["_target_"])
     parameters = inspect.signature(target).parameters
+    if path == "normalizer":
+        _check_normalizer(node, parameters)
     hints = typing.get_type_hints(_function_of(target))
     provided = PROVIDED.get(path, ())
     for key, value in node.items():
@@ -170,6 +131,21 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
         plain = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if plain and parameter.default is parameter.empty and key not in node and key not in provided:
             raise ConfigError(f"{path}.{key}: is missing; {node['_target_']} needs it")
+
+
+def _check_normalizer(node: dict[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    name = node["_target_"]
+    if node.get("_partial_") is not True:
+        raise ConfigError(
+            f"normalizer._partial_: is missing beside _target_: {name}; add the line '_partial_: true': the network "
+            "builds the layers, each with its own num_features"
+        )
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "num_features" not in parameters and not takes_all:
+        raise ConfigError(
+            f"normalizer._target_: {name} takes no num_features, the argument that says how many channels a layer has "
+            f"(it takes {', '.join(parameters) or 'nothing'}); name a function that does and calls {name}"
+        )
 
 
 def _function_of(target: Any) -> Any:

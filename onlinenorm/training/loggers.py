@@ -4,6 +4,7 @@ import contextlib
 import netrc
 import os
 import secrets
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +83,12 @@ def tensorboard_logger(
     continues, is not shown twice."""
     purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
     return [TensorBoardLogger(save_dir=folder, name="", version="tensorboard", **purge)]
+
+
+def upload_hint(folder: Path) -> str:
+    """Where the offline runs of a run folder lie and how they get to Weights & Biases; "" where there are none."""
+    found = sorted((folder / "wandb").glob("offline-run-*"))
+    return f"W&B: kept offline; upload with: wandb sync {shlex.join(map(str, found))}" if found else ""
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import pytorch_lightning as pl
@@ -106,9 +107,11 @@ class ImageClassifier(pl.LightningModule):
 
     def _refuse(self, what: str, step: int) -> NoReturn:
         lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.optimizers().param_groups[0]["lr"]
+        last = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt")
+        kept = f"The last good checkpoint is kept: {last}." if last.exists() else "No checkpoint had been saved yet."
         raise RunError(
-            f"{what} {DIVERGED} at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
-            "The last good checkpoint is kept. To go on, start over in another run_dir with a lower recipe.lr "
+            f"{what} {DIVERGED} at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). {kept} "
+            "To go on, start over in another run_dir with a lower recipe.lr "
             "or recipe.batch_size, with trainer.precision=32-true, or with another normalizer"
         )
 

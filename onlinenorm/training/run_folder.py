@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -153,7 +154,9 @@ class RunFolder:
         """results.json of a finished run, or None; ConfigError where the folder is of another configuration."""
         self.check_config(config)
         path = self.path / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        return _read(path, json.loads, "delete it, and the same command writes it again from the last checkpoint")
 
     def check_config(self, config: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
         """Raises ConfigError, naming the keys, where the folder holds progress of a run with another configuration.
@@ -166,7 +169,8 @@ class RunFolder:
         progress = [self.path / "results.json", *self.checkpoints.glob("*.ckpt")]
         if not path.exists() or not any(file.exists() for file in progress):
             return
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        advice = "nobody can tell whose checkpoints lie beside it: put it back, or delete the folder to start over"
+        old = _read(path, yaml.safe_load, advice)
         if changes := changed_keys(old, config, ignored):
             raise ConfigError(
                 f"run_dir: {self.path} holds a run with another configuration:\n  "
@@ -179,7 +183,8 @@ class RunFolder:
         if self.leader and resumed_from is None:
             keep_epochs(self.path)  # their checkpoints are gone, or they would be continued
         path = self.path / ENVIRONMENT
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if resumed_from and path.exists() else []
+        advice = "delete it, and the same command goes on without what it told of former starts"
+        starts = _read(path, json.loads, advice).get("starts", []) if resumed_from and path.exists() else []
         now = environment(world_size) | {"statistics": statistics_seen(config)}
         time = datetime.now(UTC).isoformat(timespec="seconds")
         starts.append({"time": time, "host": platform.node(), "world_size": world_size, "resumed_from": resumed_from})
@@ -187,6 +192,25 @@ class RunFolder:
             write_atomically(self.path / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             write_atomically(path, json.dumps({**now, "starts": starts}, indent=2) + "\n")
         return sum(start["resumed_from"] is not None for start in starts)
+
+
+def run_path(config: dict[str, Any]) -> Path:
+    """The folder of the run of a configuration."""
+    names = config["choices"]
+    if config["run_dir"]:
+        return Path(str(config["run_dir"])).expanduser()  # 2026 is a number to YAML
+    return Path("runs", names["experiment"], names["normalizer"], f"seed{config['seed']}")
+
+
+def _read(path: Path, parse: Callable[[str], Any], advice: str) -> dict[str, Any]:
+    """The mapping that a record of a run holds; RunError, with `advice`, where it is damaged."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: is damaged ({' '.join(str(error).split())}); {advice}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: is damaged (it holds {'nothing' if content is None else 'no mapping'}); {advice}")
+    return content
 
 
 def environment(world_size: int) -> dict[str, Any]:

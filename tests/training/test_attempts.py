@@ -24,7 +24,7 @@ def test_each_failed_attempt_is_kept_with_its_records(tmp_path):
     with folder.held():
         folder.record_start({"recipe": {"lr": 3}}, 1, None)
     assert [a["failure"] for a in former_attempts(tmp_path)] == [
-        f"onlinenorm.training.errors.RunError: the loss became NaN or infinite at step {k}" for k in range(3)
+        f"onlinenorm.errors.RunError: the loss became NaN or infinite at step {k}" for k in range(3)
     ]
     assert [a["epochs"] for a in former_attempts(tmp_path)] == [0, 1, 2]
     assert not (tmp_path / "failed.txt").exists() and not (tmp_path / "metrics.csv").exists()

@@ -2,8 +2,9 @@
 
 import pytest
 
-from onlinenorm.training.config_check import build, check_config, check_keys, check_option, flatten, nearest, prefixed
-from onlinenorm.training.errors import ConfigError
+from onlinenorm.errors import ConfigError
+from onlinenorm.training.config_check import build, check_config, check_keys, flatten, prefixed
+from onlinenorm.training.hints import nearest, unknown_option
 
 
 def config(**changes):
@@ -81,10 +82,10 @@ def test_partial_nodes_build_a_fresh_layer_at_each_call():
 
 
 def test_options_and_keys():
-    with pytest.raises(ConfigError, match="did you mean normalizer=online_clamp"):
-        check_option("normalizer", "online_clmap", ["batch", "online_clamp"])
-    with pytest.raises(ConfigError, match="there are batch, group"):
-        check_option("normalizer", None, ["group", "batch"])
+    assert "did you mean normalizer=online_clamp" in str(
+        unknown_option("normalizer", "online_clmap", ["batch", "online_clamp"])
+    )
+    assert "there are batch, group" in str(unknown_option("normalizer", None, ["group", "batch"]))
     check_keys(["recipe", "recipe.epochs", "experiment", "seed"], config())
     with pytest.raises(ConfigError, match=r"seed.x: no such key; there are"):
         check_keys(["seed.x"], config())

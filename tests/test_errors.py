@@ -1,11 +1,23 @@
-"""What a user is told when a run ends, once for all processes."""
+"""How a command ends: a message and an exit code, once for all processes, and no word where nobody reads on."""
 
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 
-from onlinenorm.training import errors
-from onlinenorm.training.errors import ConfigError, Interrupted, RunError, told
+from onlinenorm import errors
+from onlinenorm.errors import ConfigError, Interrupted, RunError, cli_errors
+
+TALKER = """
+import sys
+from onlinenorm.errors import cli_errors
+with cli_errors():
+    for number in range(100_000):
+        print(number, flush={flush})
+    sys.exit(0)
+"""
 
 
 @pytest.fixture
@@ -23,7 +35,7 @@ def process(monkeypatch):
 
 
 def end(error):
-    with pytest.raises(SystemExit) as left, told():
+    with pytest.raises(SystemExit) as left, cli_errors():
         raise error
     return left.value.code
 
@@ -61,3 +73,29 @@ def test_torchrun_shows_the_sentence_in_its_table(process, tmp_path, capsys):
 def test_ctrl_c_has_no_traceback(capsys):
     assert end(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "Ctrl-C\n"
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_leaves_early_ends_the_command_quietly(flush, root):
+    command = f"set -o pipefail; {shlex.join([sys.executable, '-c', TALKER.format(flush=flush)])} | head -n 3"
+    done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "0\n1\n2\n", "")
+
+
+def test_other_broken_pipes_are_errors():
+    with pytest.raises(BrokenPipeError), cli_errors():
+        raise BrokenPipeError("a worker is gone")
+
+
+def test_ctrl_c_is_told_in_a_word(capsys):
+    with pytest.raises(SystemExit) as left, cli_errors("table1.py: "):
+        raise KeyboardInterrupt
+    assert left.value.code == 130 and capsys.readouterr().err == "table1.py: Ctrl-C\n"
+
+
+def test_every_script_ends_through_it(root):
+    scripts = [file for file in (root / "scripts").rglob("*.py") if '__name__ == "__main__"' in file.read_text()]
+    assert len(scripts) > 10
+    for file in scripts:
+        if "onlinenorm" in file.read_text().partition('__name__ == "__main__"')[0] and file.name != "readme.py":
+            assert "with cli_errors(" in file.read_text(), file

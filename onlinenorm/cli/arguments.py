@@ -1,0 +1,105 @@
+"""The words of a command line: flags, overrides KEY=VALUE, and paths as the shell gave them."""
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from onlinenorm.cli.help import GROUPS, key_names
+from onlinenorm.errors import ConfigError
+from onlinenorm.training.hints import SYNONYMS, nearest
+
+# Keys whose values are paths. What other values mean to Hydra's grammar, as "=", "[", "(", "~", ",", these may contain.
+PATH_KEYS = ("run_dir", "data.root")
+
+_SWITCHES = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--shell-completion", "-sc",
+             "--help", "-h", "--info", "-i")  # fmt: skip
+_WITH_VALUE = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--experimental-rerun")
+_QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")
+_SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)", re.DOTALL)
+_PIECE = re.compile(rf"(?:{_QUOTED.pattern}|[^,])+")
+
+
+class Arguments(NamedTuple):
+    """A command line of train.py: its overrides, the folder of more configurations, and all flags as given."""
+
+    overrides: list[str]
+    config_dir: str | None
+    flags: list[str]
+
+    @property
+    def multirun(self) -> bool:
+        return bool({"-m", "--multirun"} & set(self.flags))
+
+
+def parse(words: Iterable[str]) -> Arguments:
+    """Flags and overrides in any order. Raises ConfigError for a flag that does not exist, naming the key it meant."""
+    overrides, flags, config_dir = [], [], None
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in _WITH_VALUE:
+            if not equals and (value := next(rest, None)) is None:
+                raise ConfigError(f"{name}: needs a value")
+            flags += [name, value]
+            config_dir = value if name in ("--config-dir", "-cd") else config_dir
+        elif word in _SWITCHES or name == "--info":
+            flags.append("--info=all" if word in ("--info", "-i") else word)  # which would take the next word
+        elif word.startswith("-"):
+            raise unknown_flag(word, rest)
+        else:
+            overrides.append(word)
+    return Arguments(overrides, config_dir, flags)
+
+
+def unknown_flag(word: str, rest: Iterator[str]) -> ConfigError:
+    """The error for `--epochs 10`: settings are keys, and which one is meant. `rest` are the words that follow."""
+    name, equals, value = word.partition("=")
+    leaf = name.lstrip("-").replace("-", "_")
+    leaf = SYNONYMS.get(leaf, leaf)
+    if not equals:
+        value = next(rest, "")
+        value = "" if value.startswith("-") or "=" in value else value
+    keys = key_names()
+    flag = nearest(name, [flag for flag in (*_SWITCHES, *_WITH_VALUE) if flag.startswith("--")])
+    exact = [key for key in (*GROUPS, *keys) if leaf in (key, key.rpartition(".")[2], key.replace(".", "_"))]
+    near = exact[0] if exact else "" if flag else nearest(leaf, (*GROUPS, *keys))
+    if near:
+        return ConfigError(
+            f"{name}: no such flag; settings are given as KEY=VALUE: did you mean {near}={value or 'VALUE'}?"
+        )
+    hint = f"did you mean {flag}?" if flag else "settings are given as KEY=VALUE, as in recipe.epochs=10"
+    return ConfigError(f"{name}: no such flag; {hint} (train.py --help lists all)")
+
+
+def parse_script(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
+    """What a parser with positional overrides makes of a command line, flags anywhere among them."""
+    options, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        raise unknown_flag(unknown[0], iter(unknown[1:]))
+    return options
+
+
+def literal(overrides: Iterable[str], several: bool = False) -> list[str]:
+    """Overrides with the values of `PATH_KEYS` quoted, so that Hydra takes them as they are.
+
+    Args:
+        overrides: as on the command line.
+        several: whether a comma separates values, as for --multirun; else it is part of the path.
+    """
+    return [_literal(override, several) for override in overrides]
+
+
+def quoted(text: str) -> str:
+    """`text` in single quotes, as Hydra's grammar reads it back."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+
+
+def _literal(override: str, several: bool) -> str:
+    key, equals, value = override.partition("=")
+    if not equals or key.lstrip("+~") not in PATH_KEYS:
+        return override
+    if several and _SWEEP.fullmatch(value):
+        return override
+    pieces = _PIECE.findall(value) if several else [value]
+    return f"{key}=" + ",".join(p if p in ("", "null") or _QUOTED.fullmatch(p) else quoted(p) for p in pieces)

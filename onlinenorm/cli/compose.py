@@ -1,0 +1,152 @@
+"""Overrides into configurations of plain values, by Hydra; what cannot be meant ends in one sentence."""
+
+import itertools
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from onlinenorm.cli.arguments import literal, quoted
+from onlinenorm.cli.help import CONFIGS, GROUPS, settings
+from onlinenorm.errors import ConfigError
+from onlinenorm.training.config_check import check_keys
+from onlinenorm.training.hints import unknown_option
+
+MOST_VALUES = 10_000  # of one key of a sweep; more are a slip
+
+
+def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
+    """The composed configuration as plain values, with the chosen file of each group under `choices`.
+
+    Args:
+        overrides: KEY=VALUE, as on the command line; one value each.
+        config_dir: folder of more configurations.
+    """
+    overrides = literal(overrides)
+    options = {group: group_options(group, config_dir) for group in GROUPS}
+    parsed = [parse_override(override) for override in overrides]
+    for override in parsed:
+        key = override.key_or_group
+        if override.is_sweep_override():
+            raise _several_values(override, options)
+        if key in GROUPS and not override.is_delete() and override.value() not in options[key]:
+            raise unknown_option(key, override.value(), options[key])
+    groups = [override.input_line for override in parsed if override.key_or_group in GROUPS]
+    keys = [override.key_or_group for override in parsed if not override.is_hydra_override()]
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            search = [f"hydra.searchpath=[{quoted(str(Path(config_dir).absolute()))}]"] if config_dir else []
+            check_keys(keys, _compose([*groups, *search]), _elsewhere(config_dir))
+            return _compose([*overrides, *search])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{shlex.join(overrides)}: {_first_line(error)}") from None
+
+
+def jobs(overrides: list[str], config_dir: str | None = None) -> list[list[str]]:
+    """The overrides of each run that several values a key make of `overrides`."""
+    choices = [_values(parse_override(override), config_dir) for override in literal(overrides, several=True)]
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def parse_override(text: str) -> Override:
+    """Hydra's view of KEY=VALUE, a path made literal; ConfigError, with the form that works, where it has none."""
+    key, equals, value = text.partition("=")
+    if not equals and not text.startswith("~"):
+        raise ConfigError(f"{text!r}: is not of the form KEY=VALUE, as in recipe.epochs=10")
+    if not key.strip("+~"):
+        raise ConfigError(f"{text!r}: names no key; overrides are KEY=VALUE")
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        inner = value.replace("\\", "\\\\").replace('"', '\\"')
+        form = shlex.quote(f'{key}="{inner}"')
+        raise ConfigError(
+            f"{key}: {value!r} cannot be read ({_first_line(error)}); if it is meant as a text, quote it: {form}"
+        ) from None
+
+
+def plain(config: DictConfig, choices: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain values, with `choices`."""
+    keys = [key for key in config if key != "hydra" and not (key in GROUPS and config[key] is None)]
+    values = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True, throw_on_missing=True)
+    names = {group: choices.get(group) for group in GROUPS} | {"experiment": choices.get("experiment") or "default"}
+    return {**values, "choices": names}
+
+
+def group_options(group: str, config_dir: str | None = None) -> list[str]:
+    """Names of a group's files."""
+    return sorted({file.stem for folder in _folders(config_dir) for file in (folder / group).glob("*.yaml")})
+
+
+def _folders(config_dir: str | None) -> list[Path]:
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir: {config_dir} is no folder")
+    return [CONFIGS] if config_dir is None else [CONFIGS, Path(config_dir)]
+
+
+def _compose(overrides: list[str]) -> dict[str, Any]:
+    config = hydra.compose("train", overrides, return_hydra_config=True)
+    return plain(config, config.hydra.runtime.choices)
+
+
+def _several_values(override: Override, options: dict[str, list[str]]) -> ConfigError:
+    key, value = override.key_or_group, override.input_line.partition("=")[2]
+    if key == "logger":
+        return ConfigError(f"logger: {value!r}: a run has one logger, one of {', '.join(options[key])}")
+    if key not in GROUPS and _is_list(key):
+        return ConfigError(f"{key}: {value!r} is a list; write it in brackets: {shlex.quote(f'{key}=[{value}]')}")
+    return ConfigError(
+        f"{key}: {value!r} are several values, and a run takes one; for a run each add -m, or use scripts/sweep.py"
+    )
+
+
+def _is_list(key: str) -> bool:
+    group, _, leaf = key.partition(".")
+    files = [settings(file) for file in (CONFIGS / group).glob("*.yaml")] if leaf else []
+    return any(leaf in file and file[leaf].value.startswith("[") for file in files)
+
+
+def _values(override: Override, config_dir: str | None) -> list[str]:
+    """The overrides, one value each, that one of a sweep stands for."""
+    key, value = override.key_or_group, override.value()
+    if not override.is_sweep_override():
+        return [override.input_line]
+    if isinstance(value, Glob):
+        if key not in GROUPS:
+            raise ConfigError(
+                f"{key}: glob() chooses among files of a group, as normalizer=glob(*) does; list the values"
+            )
+        found = value.filter(group_options(key, config_dir))
+    elif override.is_interval_sweep():
+        raise ConfigError(f"{key}: an interval() holds no finite number of values; list them, or use range()")
+    elif isinstance(value, RangeSweep) and not (value.step and math.isfinite(value.step)):
+        raise ConfigError(f"{key}: a range() needs a step other than 0")
+    else:
+        found = list(itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+    if not found or len(found) > MOST_VALUES:
+        count = "no value" if not found else f"more than {MOST_VALUES:,} values"
+        raise ConfigError(f"{key}: {override.input_line.partition('=')[2]} gives {count}")
+    return [f"{override.get_key_element()}={each}" for each in found]
+
+
+def _elsewhere(config_dir: str | None) -> dict[str, list[str]]:
+    """Dotted key -> the choices of its group that have it."""
+    found: dict[str, list[str]] = {}
+    for folder in _folders(config_dir):
+        for group in GROUPS[:-1]:
+            for file in sorted((folder / group).glob("*.yaml")):
+                for key in settings(file):
+                    found.setdefault(f"{group}.{key}", []).append(file.stem)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,123 @@
+"""train.py --help, from the comments of the files in configs/, without a library that takes long to load."""
+
+import re
+import shutil
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+GROUPS = ("normalizer", "model", "data", "recipe", "trainer", "logger", "experiment")
+USAGE = """\
+python train.py [KEY=VALUE ...]              a run: started, continued where it was stopped, reprinted where it is done
+python train.py -m KEY=VALUE,VALUE ...       a run for each combination; or scripts/sweep.py, which can be repeated
+python train.py --cfg job [KEY=VALUE ...]    prints the whole configuration and runs nothing
+python train.py --help [KEY=VALUE ...]       this page for other choices, as in --help normalizer=batch
+--config-dir DIR                             configurations of your own, in folders named as those of configs/
+
+A path may hold any character; quote for the shell alone. Another text with = [ ( , or spaces: 'KEY="TEXT"'.
+Exit code 0: done; 1: the run failed; 2: the configuration cannot be meant; 128 + signal: stopped and saved.
+"""
+_LINE = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: +(?P<value>[^#\s].*?))?(?: +# ?(?P<comment>.*))?")
+
+
+class Setting(NamedTuple):
+    """A key's value in a file and what is said of it there."""
+
+    value: str
+    comment: str
+
+
+def about(file: Path) -> str:
+    """What a configuration file says of itself in its first sentence."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line[1:].strip())
+    text = " ".join(lines)
+    return re.split(r"(?<!et al)\.(?: |$)|: python ", text)[0]
+
+
+def settings(file: Path) -> dict[str, Setting]:
+    """Dotted key -> `Setting` of a configuration file, but for Hydra's own and those that name code."""
+    found, path = {}, []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        match = _LINE.fullmatch(line)
+        if match is None:
+            continue
+        path = [*path[: len(match["indent"]) // 2], match["key"]]
+        if match["value"] is not None and path[0] not in ("defaults", "hydra") and not match["key"].startswith("_"):
+            found[".".join(path)] = Setting(match["value"], match["comment"] or "")
+    return found
+
+
+def key_names() -> list[str]:
+    """All keys of all choices, dotted."""
+    names = dict.fromkeys(settings(CONFIGS / "train.yaml"))
+    for group in GROUPS[:-1]:
+        for file in _files(group).values():
+            names |= dict.fromkeys(f"{group}.{key}" for key in settings(file))
+    return list(names)
+
+
+def defaults(experiment: str | None = None) -> tuple[dict[str, str], dict[str, str]]:
+    """(group -> choice, key -> value) of train.yaml, changed by an experiment."""
+    choices, values = {}, {}
+    file = CONFIGS / "experiment" / f"{experiment}.yaml" if experiment else CONFIGS / "train.yaml"
+    for entry, choice in re.findall(r"^  - (?:override /)?(\w+)(?:: (\w+))?", file.read_text("utf-8"), re.MULTILINE):
+        if choice:
+            choices[entry] = choice
+        elif experiment and entry != "_self_":
+            choices, values = defaults(entry)
+    if experiment:
+        base, _ = defaults()
+        values |= {key: setting.value for key, setting in settings(file).items()}
+        return base | choices | {"experiment": experiment}, values
+    return choices, values
+
+
+def render(overrides: list[str], width: int | None = None) -> str:
+    """The page, for the choices among `overrides`."""
+    width = width or max(shutil.get_terminal_size((120, 0)).columns, 80)
+    asked = dict(override.partition("=")[::2] for override in overrides)
+    named = asked.get("experiment")
+    choices, values = defaults(named if named in _files("experiment") else None)
+    choices |= {group: asked[group] for group in GROUPS if asked.get(group) in _files(group)}
+    lines = [USAGE]
+    for key, setting in settings(CONFIGS / "train.yaml").items():
+        lines += _setting(key, setting, width)
+    for group in GROUPS:
+        files = _files(group)
+        lines += ["", f"{group}={choices.get(group, 'null')}    of:"]
+        lines += [_row(f"  {name}", about(file), width) for name, file in files.items()]
+        chosen = settings(files[choices[group]]) if group != "experiment" else {}
+        elsewhere = {k: s for name, file in files.items() for k, s in settings(file).items() if group != "experiment"}
+        for key, setting in chosen.items():
+            told = setting.comment or _comment(key, files)
+            lines += _setting(f"{group}.{key}", Setting(values.get(f"{group}.{key}", setting.value), told), width)
+        if others := {key: setting for key, setting in elsewhere.items() if key not in chosen}:
+            lines.append("  of other choices:")
+            for key, setting in others.items():
+                lines += _setting(f"{group}.{key}", Setting(setting.value, _comment(key, files)), width)
+    return "\n".join(lines) + "\n"
+
+
+def _files(group: str) -> dict[str, Path]:
+    return {file.stem: file for file in sorted((CONFIGS / group).glob("*.yaml"))}
+
+
+def _comment(key: str, files: dict[str, Path]) -> str:
+    """What any file of a group says of a key: the longest, which explains where the others note."""
+    return max((settings(file)[key].comment for file in files.values() if key in settings(file)), key=len)
+
+
+def _setting(key: str, setting: Setting, width: int) -> list[str]:
+    return [_row(f"  {key}={setting.value}", setting.comment, width)]
+
+
+def _row(left: str, right: str, width: int) -> str:
+    column = 44
+    first = f"{left:<{column - 2}}  " if len(left) <= column - 2 else f"{left}\n{'':{column}}"
+    return (first + f"\n{'':{column}}".join(textwrap.wrap(right, width - column))).rstrip()

@@ -1,0 +1,105 @@
+"""What ends a command on purpose, and how its user is told."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+LEADER_SECONDS = 3.0  # for which the other processes leave the word to the first
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be meant; the message starts with the key."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message says what happened, where, and what to do."""
+
+    exit_code = 1
+
+
+class Interrupted(RunError):
+    """The run was asked to stop by a signal, and has saved itself if training had begun."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+@contextlib.contextmanager
+def cli_errors(prefix: str = ""):
+    """Context of a command: a deliberate error, one with an `exit_code`, ends it with its message alone and that code.
+
+    Of several processes that end for the same reason one says so. A reader of the output that leaves early, as in
+    `| head`, ends the command without a word. `prefix` goes before messages.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the buffer would raise at exit
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        _end(f"{prefix}Ctrl-C", 128 + signal.SIGINT)
+    except Exception as error:
+        if hasattr(error, "exit_code"):
+            _end(f"{prefix}{error}", error.exit_code, isinstance(error, Interrupted))
+        if not _out_of_memory(error):
+            raise
+        advice = (
+            "try trainer.accumulate_grad_batches=2: the same run, its batches in smaller parts (but for BatchNorm, "
+            "whose statistics are then of the parts)"
+        )
+        _end(f"{prefix}{str(error).splitlines()[0]}\nThe GPU's memory is too small for this batch; {advice}", 1)
+
+
+def _end(message: str, exit_code: int, interrupted: bool = False) -> NoReturn:
+    leader, child = _place()
+    if not leader:
+        if interrupted:  # and the first process says it; Lightning's launcher kills it when a child reports a failure
+            sys.exit(0 if child else exit_code)
+        # The first process says it, and its launcher ends this one; if not, the trouble is here alone.
+        parent, deadline = os.getppid(), time.monotonic() + LEADER_SECONDS
+        while time.monotonic() < deadline:
+            if os.getppid() != parent:
+                sys.exit(exit_code)
+            time.sleep(0.05)
+    if (file := os.environ.get("TORCHELASTIC_ERROR_FILE")) and not interrupted:  # what torchrun's table shows
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
+    print(message, file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _place() -> tuple[bool, bool]:
+    """Whether this process is the first of its run, and whether Lightning's launcher started it beside the first."""
+    if not any(name.endswith(("RANK", "PROCID")) for name in os.environ):
+        return True, False  # without what takes seconds to load
+    from onlinenorm.training.launch import is_child, is_leader  # which raises the errors of this module
+
+    with contextlib.suppress(ConfigError):  # a set-up that is only half described
+        return is_leader(), is_child()
+    return True, False
+
+
+def _reader_left() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: --help and the like do without
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

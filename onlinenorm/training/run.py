@@ -1,0 +1,76 @@
+"""A run from its configuration to its results."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+
+from onlinenorm.data.workers import worker_deaths_told
+from onlinenorm.training import finish, loggers
+from onlinenorm.training.attempts import former_attempts
+from onlinenorm.training.checkpoint import resumable
+from onlinenorm.training.config_check import build, check_config, flatten, prefixed
+from onlinenorm.training.epoch_log import EpochLog
+from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.launch import is_leader
+from onlinenorm.training.probe import probe_batch, probe_normalizer
+from onlinenorm.training.run_folder import RunFolder, run_path
+from onlinenorm.training.trainer import quiet_lightning, resolve
+
+
+def train(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs, continues or reprints the run of a configuration (plain values); returns its results."""
+    check_config(config)
+    config = {**config, "trainer": resolve(config["trainer"])}
+    path = run_path(config)
+    folder = RunFolder(path, is_leader())
+    with StopSignals(path) as stop:
+        return _train(config, folder, stop)
+
+
+def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict[str, Any]:
+    recipe = build(config, "recipe")
+    normalizer = build(config, "normalizer")
+    probe_normalizer(normalizer, config["normalizer"])
+    names, seed, path = config["choices"], config["seed"], folder.path
+    if results := folder.results(config):
+        if folder.leader:
+            print(finish.summary(results, path))
+        return results
+    if folder.leader:  # at once, for what follows may take long
+        chosen = " ".join(f"{group}={name}" for group, name in names.items() if name and group != "logger")
+        print(f"{path}: {chosen} seed={seed}", flush=True)
+    with prefixed("recipe", config["recipe"]), prefixed("data", config["data"]):
+        views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
+        data = build(config, "data", batch_size=recipe.batch_size, seed=seed, **views)
+        data.prepare_data()
+        data.setup("fit")
+    probe_batch(config, normalizer, data.in_channels, data.image_size)
+    with folder.held(), quiet_lightning():
+        checkpoint, position = resumable(folder.checkpoints, config, data.fingerprint)
+        pl.seed_everything(seed, workers=False, verbose=False)  # before the network: all normalizers share its weights
+        sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+        with prefixed("normalizer", config["normalizer"]):
+            network = build(config, "model", normalizer=normalizer, **sizes)
+        module = build(config, "classifier", network=network, recipe=recipe)
+        log = EpochLog(path / "metrics.csv")
+        steps = position["global_step"] if position else None
+        shown = {"name": "/".join(path.parts[-3:]), "config": flatten(config), "resumed_step": steps}
+        mirrors = build(config, "logger", folder=path, **shown)
+        parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
+        trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
+        resumed = folder.record_start(config, trainer.world_size, position)
+        with loggers.finishing(mirrors), worker_deaths_told():
+            with (
+                prefixed("normalizer", config["normalizer"]),
+                prefixed("recipe", config["recipe"]),
+                prefixed("data", config["data"]),
+            ):
+                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            clamping, arrays = finish.final_validation(trainer, module, data, log)
+        results = finish.build_results(names, seed, module, data, log, resumed, clamping, former_attempts(path))
+        if trainer.is_global_zero:
+            finish.write_results(path, results, arrays)
+            print(finish.summary(results, path))
+            if hint := loggers.upload_hint(path):
+                print(hint)
+        return results

@@ -1,0 +1,114 @@
+"""What overrides mean, and the one sentence that those get which mean nothing."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from onlinenorm.cli.compose import jobs, load_config
+from onlinenorm.errors import ConfigError
+
+MISTAKES = [
+    (["model=resnet20"], r"^model: 'resnet20' is not one of its options; did you mean model=cifar_resnet20\?$"),
+    (
+        ["normalizer=batch", "normalizer.clamp_value=3"],
+        "^normalizer.clamp_value: no such key of the normalizer chosen; it belongs to normalizer=online_clamp, ",
+    ),
+    (["data=embedded", "data.content_seed=3"], "it belongs to data=synthetic$"),
+    (["optimizer=adam"], "^optimizer: no such group; the optimizer is SGD .*recipe.lr, recipe.momentum"),
+    (["optimizer.lr=3"], "^optimizer.lr: no such key; the optimizer is SGD"),
+    (["recipe.learning_rate=3"], r"^recipe.learning_rate: no such key; did you mean recipe.lr\?$"),
+    (["recipe.workers=3"], r"^recipe.workers: no such key; did you mean data.num_workers\?$"),
+    (["epochs=3"], r"^epochs: no such key; did you mean recipe.epochs\?$"),
+    (["data.clamp_value=3"], r"^data.clamp_value: no such key; did you mean normalizer.clamp_value\?$"),
+    (["normalizer.blah=1"], "^normalizer.blah: no such key; there are normalizer._partial_, normalizer._target_"),
+    (["normalizer=batch,group"], "^normalizer: 'batch,group' are several values, .* add -m, or use scripts/sweep.py$"),
+    (["seed=range(3)"], r"^seed: 'range\(3\)' are several values"),
+    (["normalizer=glob(*)"], r"^normalizer: 'glob\(\*\)' are several values"),
+    (
+        ["recipe.milestones=2,3"],
+        r"^recipe.milestones: '2,3' is a list; write it in brackets: 'recipe.milestones=\[2,3\]'$",
+    ),
+    (
+        ["logger=tensorboard,wandb"],
+        "^logger: 'tensorboard,wandb': a run has one logger, one of csv, tensorboard",
+    ),
+    (["recipe.lr=a=b"], "^recipe.lr: 'a=b' cannot be read .* if it is meant as a text, quote it: 'recipe.lr=\"a=b\"'$"),
+    (["foo"], "^'foo': is not of the form KEY=VALUE"),
+    ([""], "^'': is not of the form KEY=VALUE"),
+    (["=3"], "^'=3': names no key"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", MISTAKES)
+def test_mistakes_get_one_sentence(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("recipe.lr=interval(0,1)", r"^recipe.lr: an interval\(\) holds no finite number of values"),
+        ("recipe.lr=glob(*)", r"^recipe.lr: glob\(\) chooses among files of a group"),
+        ("normalizer=glob(x*)", r"^normalizer: glob\(x\*\) gives no value$"),
+        ("seed=range(5,0)", r"^seed: range\(5,0\) gives no value$"),
+        ("seed=range(0,5,0)", r"^seed: a range\(\) needs a step other than 0$"),
+        ("seed=range(0,1000000)", "gives more than 10,000 values$"),
+        ("seed=choice()", r"^seed: 'choice\(\)' cannot be read"),
+        ("seed=glob(", r"^seed: 'glob\(' cannot be read"),
+        ("seed='1,2", "^seed: .* cannot be read"),
+    ],
+)
+def test_mistakes_in_sweeps_get_one_sentence(override, message):
+    with pytest.raises(ConfigError, match=message):
+        jobs([override])
+
+
+def test_sweeps_of_all_kinds():
+    assert jobs(["normalizer=glob(online_*)"]) == [
+        ["normalizer=online_clamp"], ["normalizer=online_layer_scaling"], ["normalizer=online_none"],
+    ]  # fmt: skip
+    assert jobs(["normalizer=glob(*,exclude=online_*)", "seed=1"])[0] == ["normalizer=batch", "seed=1"]
+    assert jobs(["seed=range(2)", "normalizer=choice(batch,group)"])[1] == ["seed=0", "normalizer=group"]
+    (first, second) = jobs(["data.root=/a b,'/c,d'"])
+    assert [load_config(job)["data"]["root"] for job in (first, second)] == ["/a b", "/c,d"]
+
+
+@pytest.mark.parametrize("path", ["~/imagenet", "/daten/übung", "/a=b[1](c", "/a b,c", "normalizer.clamp_value=3/x"])
+def test_paths_arrive_as_they_are(path):
+    config = load_config([f"data.root={path}", f"run_dir={path}"])
+    assert config["data"]["root"] == path == config["run_dir"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["recipe.lr=", "normalizer=", "seed=", "~", "+", "a.b", ""]), st.text(max_size=12))
+@example("seed=", "${oc.env:NOT_THERE}")
+@example("normalizer=", "[batch]")
+@example("normalizer=", "{a:b}")
+@example("", "normalizer@x=batch")
+@example("+", "normalizer=batch")
+@example("", "normalizer/x=batch")
+@example("recipe.lr=", "${")
+def test_whatever_is_typed_composes_or_gets_a_sentence(start, text):
+    for call in (load_config, jobs):
+        try:
+            call([start + text])
+        except ConfigError as error:
+            assert str(error).strip()
+
+
+def test_more_configurations_from_a_folder(tmp_path):
+    (tmp_path / "normalizer").mkdir()
+    file = tmp_path / "normalizer" / "mine.yaml"
+    file.write_text("_target_: torch.nn.BatchNorm2d\n_partial_: true\nmomentum: 0.5\n")
+    config = load_config(["normalizer=mine"], str(tmp_path))
+    assert config["normalizer"]["momentum"] == 0.5 and config["choices"]["normalizer"] == "mine"
+    assert load_config(["normalizer=batch"], str(tmp_path))["normalizer"]["momentum"] == 0.1
+    with pytest.raises(ConfigError, match=r"did you mean normalizer=mine\?"):
+        load_config(["normalizer=min"], str(tmp_path))
+    with pytest.raises(ConfigError, match="--config-dir: /nowhere is no folder"):
+        load_config([], "/nowhere")
+    file.write_text("_target_: [\n")
+    with pytest.raises(ConfigError, match="normalizer=mine: "):
+        load_config(["normalizer=mine"], str(tmp_path))

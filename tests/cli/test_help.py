@@ -1,0 +1,45 @@
+"""The page of --help: every key with its value and meaning, without torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from onlinenorm.cli import help
+from onlinenorm.cli.compose import load_config
+from onlinenorm.training.config_check import flatten
+
+
+@pytest.mark.parametrize("overrides", [[], ["experiment=quickstart"], ["normalizer=batch", "data=synthetic"]])
+def test_every_key_has_its_value_and_a_meaning(overrides):
+    page = " ".join(help.render(overrides, width=120).split())
+    for key, value in flatten(load_config(overrides)).items():
+        if not key.startswith("choices.") and not key.rpartition(".")[2].startswith("_"):
+            assert f" {key}=" in page, key
+            shown = page.partition(f" {key}=")[2]
+            if isinstance(value, int) and not isinstance(value, bool):
+                assert shown.split()[0] == str(value), key
+    for group in help.GROUPS:
+        for name in help._files(group):
+            assert f" {name} " in page
+
+
+def test_each_setting_is_commented():
+    for group in help.GROUPS[:-1]:
+        files = help._files(group)
+        assert files
+        for file in files.values():
+            assert help.about(file), file
+            for key in help.settings(file):
+                assert help._comment(key, files), f"{file}: {key} says nothing of itself"
+
+
+def test_help_loads_neither_torch_nor_lightning(root):
+    program = (
+        "import sys; sys.argv = ['train.py', 'normalizer=batch', '--help']; import runpy;"
+        f"runpy.run_path({str(root / 'train.py')!r}, run_name='__main__');"
+        "assert not {'torch', 'pytorch_lightning'} & set(sys.modules), 'too slow for a page of text'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "normalizer.momentum=0.1" in done.stdout and "0 < momentum <= 1" in done.stdout

@@ -1,0 +1,70 @@
+"""Normalizers and batches that cannot train, found before they do."""
+
+import pytest
+from tests_training import TINY, load_train_module
+from torch import nn
+
+from onlinenorm.errors import ConfigError
+from onlinenorm.training.config_check import build, check_config
+from onlinenorm.training.probe import probe_batch, probe_normalizer
+
+load_config = load_train_module().load_config
+
+
+def probe(*overrides):
+    config = load_config([*TINY, *overrides])
+    check_config(config)
+    normalizer = build(config, "normalizer")
+    probe_normalizer(normalizer, config["normalizer"])
+    probe_batch(config, normalizer, config["data"]["in_channels"], config["data"]["image_size"])
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["normalizer=batch", "normalizer.eps=-1"], "^normalizer.eps: -1 must be larger than 0"),
+        (["normalizer=batch", "normalizer.eps=0"], "^normalizer.eps: 0"),
+        (["normalizer=batch", "normalizer.eps=nan"], "^normalizer.eps: nan must be"),
+        (["normalizer=instance", "normalizer.eps=-1e-5"], "^normalizer.eps: -1e-05 must be"),
+        (["normalizer=group", "normalizer.eps=-1"], "^normalizer.eps: -1"),
+        (["normalizer=layer", "normalizer.eps=-1"], "^normalizer.eps: -1"),
+        (["normalizer=online_clamp", "normalizer.eps=-1"], "^normalizer.eps: -1"),
+        (["normalizer=batch", "normalizer.momentum=7"], "^normalizer.momentum: 7 must be larger than 0 and at most 1"),
+        (["normalizer=batch", "normalizer.momentum=-0.1"], "^normalizer.momentum: -0.1 must be"),
+        (["normalizer=group", "normalizer.num_groups=0"], "^normalizer.num_groups: 0"),
+        (
+            ["normalizer=instance", "model=resnet18", "data.image_size=32"],
+            "^normalizer: instance has a single .* of 32 pixels .* use a larger data.image_size, or another",
+        ),
+        (
+            ["normalizer=batch", "model=resnet18", "data.image_size=32", "recipe.batch_size=1"],
+            "^normalizer: batch has a single .* and a batch is one image; .*data.image_size or recipe.batch_size",
+        ),
+    ],
+)
+def test_what_cannot_train_is_told_with_its_key(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        probe(*overrides)
+
+
+def test_a_batch_is_what_one_process_sends_through():
+    small = ["normalizer=batch", "model=resnet18", "data.image_size=32", "recipe.batch_size=4"]
+    probe(*small, "trainer.accumulate_grad_batches=2")
+    with pytest.raises(ConfigError, match="a batch is one image"):
+        probe(*small, "trainer.accumulate_grad_batches=4")
+    with pytest.raises(ConfigError, match="a batch is one image"):
+        probe(*small, "trainer.devices=4")
+    probe(*small, "trainer.devices=4", "trainer.sync_batchnorm=true")
+
+
+@pytest.mark.parametrize("choice", ["batch", "instance", "group", "layer", "none", "online_clamp"])
+def test_what_trains_passes(choice):
+    probe(f"normalizer={choice}", *(["normalizer.momentum=null"] if choice == "batch" else []))
+
+
+def test_what_is_no_layer_is_told():
+    node = {"_target_": "mine.Norm"}
+    with pytest.raises(ConfigError, match=r"^normalizer._target_: mine.Norm makes a int and not a torch.nn.Module"):
+        probe_normalizer(lambda num_features: num_features, node)
+    with pytest.raises(ConfigError, match=r"^normalizer: mine.Norm could not be built"):
+        probe_normalizer(lambda num_features: nn.BatchNorm2d(num_features, nonsense=1), node)
