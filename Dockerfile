@@ -1,4 +1,5 @@
 # GPU image of the project: docker build -t onlinenorm . && docker run --gpus all onlinenorm
+# Training with loader workers: docker run --ipc=host (or --shm-size=8g), for batches travel through /dev/shm, 64 MB by default.
 # The CUDA libraries come with torch's wheels; the base image adds the container settings that expose the driver.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
 

@@ -79,7 +79,7 @@ def check_shared_memory(dataset, batch_size: int, workers: int, processes: int) 
         raise DataError(
             f"num_workers: {workers} loader workers hold up to {PREFETCHED * workers} batches of {batch / 1e6:.1f} MB "
             f"ready{f' on each of {processes} processes' if processes > 1 else ''}, and {SHARED_MEMORY} has "
-            f"{free / 1e6:.1f} MB free; give a container more with --ipc=host or --shm-size=8g, or use {fewer}"
+            f"{free / 1e6:.1f} MB free; {_MORE_ROOM.replace('data.num_workers=0', fewer)}"
         )
 
 
@@ -89,18 +89,23 @@ def worker_deaths_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # torch raises it from a SIGCHLD handler, wherever the main process is just then, or while waiting for a batch
-        match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error), re.DOTALL)
-        if match is None:
+        # torch raises it from a SIGCHLD handler, wherever the main process is just then; while waiting for a batch it
+        # catches that and raises another that knows less
+        causes: list[BaseException] = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        found = [
+            m for cause in causes if (m := re.search(r"DataLoader worker \(pid(?:\(s\))? (.*?)\) (.*)", str(cause)))
+        ]
+        if not found:
             raise
-        cause = match[2].split(".")[0]
-        advice = "data.num_workers=0 shows where; the same command continues from the last checkpoint"
-        if "Bus error" in cause or f"exit code {_NO_ROOM}" in cause:
-            cause = f"found no room in {SHARED_MEMORY} for its batch"
-            advice = f"{_MORE_ROOM}; the same command continues from the last checkpoint"
-        elif "Killed" in cause:
-            advice = (
-                "often for want of memory (dmesg tells): use a smaller data.num_workers; the same command continues "
-                "from the last checkpoint"
-            )
-        raise DataError(f"data.num_workers: loader worker {match[1]} {cause}; {advice}") from error
+        pid, text = found[-1][1], found[-1][2].split(".")[0]
+        advice = "data.num_workers=0 shows where"
+        if "Bus error" in text or f"exit code {_NO_ROOM}" in text:
+            text, advice = f"found no room in {SHARED_MEMORY} for its batch", _MORE_ROOM
+        elif "Killed" in text:
+            advice = "often for want of memory (dmesg tells): use a smaller data.num_workers"
+        raise DataError(
+            f"data.num_workers: loader worker {pid} {text}; {advice}; "
+            "the same command continues from the last checkpoint"
+        ) from error

@@ -18,7 +18,11 @@ import torch
 from distributed_runs import TINY, train
 from tests_training import ROOT, outcome
 
-RUN = (*TINY, "data.num_train=640", "recipe.epochs=12", "normalizer=online_clamp", "trainer.accelerator=cpu")
+RUN = (
+    *TINY, "data.num_train=640", "recipe.epochs=12", "normalizer=online_clamp", "trainer.accelerator=cpu",
+    "data.num_workers=1",
+)  # fmt: skip
+ONE = (*TINY, "data.num_train=160", "trainer.precision=32-true", "data.num_workers=2")
 LIMIT = 60 * 15
 
 
@@ -87,6 +91,76 @@ def test_preempted_and_out_of_time(tmp_path):
     process_groups.run(2, train, str(whole), *RUN, *several, seconds=LIMIT)
     assert outcome(folder) == outcome(whole)
     record(job, command, text, folder, whole)
+
+
+def submit(output, *arguments, **environment):
+    """The number of a job of this repository's scripts."""
+    exported = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment}
+    export = ",".join(["ALL", *(f"{name}={value}" for name, value in exported.items())])
+    command = ["sbatch", "--parsable", f"--chdir={ROOT}", f"--output={output}", f"--export={export}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("SLURM_JOB_ID") is not None, reason="starts jobs of its own")
+def test_sigterm_to_a_step_with_loader_workers(tmp_path):
+    """What scancel sends, and preemption with a grace time: to every process of the step."""
+    if nodes() < 1:
+        pytest.skip("no SLURM cluster is running")
+    folder, output = tmp_path / "job", tmp_path / "job.out"
+    arguments = (
+        "scripts/slurm/row.sbatch",
+        *ONE,
+        "trainer.accelerator=cpu",
+        "normalizer=online_clamp",
+        f"run_dir={folder}",
+    )
+    job = Job(submit(output, *arguments))
+    try:
+        job.wait(lambda state, _: state == "RUNNING" and (folder / "metrics.csv").exists())
+        ask("scancel", "--signal=TERM", f"{job.number}.0")
+        job.wait(lambda state, _: state == "FAILED")
+        assert "SIGTERM: saved at" in output.read_text() and "Traceback" not in output.read_text(), output.read_text()
+        again = Job(submit(output, *arguments))
+        again.wait(lambda state, _: state in ("COMPLETED", "FAILED"))
+    finally:
+        subprocess.run(["scancel", job.number], check=False)
+    assert again.state()[0] == "COMPLETED", output.read_text()
+    whole = (str(tmp_path / "whole"), *ONE, "normalizer=online_clamp", "trainer.strategy=ddp")
+    process_groups.run(1, train, *whole, seconds=LIMIT)
+    assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("SLURM_JOB_ID") is not None, reason="starts jobs of its own")
+def test_one_element_of_an_array_requeues_itself_alone(tmp_path):
+    """The last one bears the number of the whole array as its own."""
+    if nodes() < 2:
+        pytest.skip("no SLURM cluster of two nodes is running")
+    array = submit(
+        tmp_path / "%a.out", "--array=0-1", "scripts/slurm/matrix.sbatch", *ONE, "trainer.accelerator=cpu",
+        "recipe.epochs=600",
+        f"run_dir={tmp_path}/${{seed}}", NORMALIZERS="batch", SEEDS="0 1",
+    )  # fmt: skip
+    elements = [Job(f"{array}_{k}") for k in (0, 1)]
+    try:
+        for element in elements:
+            element.wait(lambda state, _: state == "RUNNING")
+        numbers = {ask("squeue", "-h", "-j", e.number, "-o", "%A"): e for e in elements}
+        last, other = numbers[array], next(e for number, e in numbers.items() if number != array)
+        outputs = {e: tmp_path / f"{e.number[-1]}.out" for e in elements}
+        deadline = time.monotonic() + LIMIT
+        while not all(o.exists() and "epoch 1/" in o.read_text() for o in outputs.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        ask("scancel", "--batch", "--signal=USR1", last.number)
+        last.wait(lambda _, restarts: restarts == 1)
+        assert f"requeueing job {last.number}" in outputs[last].read_text()
+        assert other.state() == ("RUNNING", 0)
+    finally:
+        subprocess.run(["scancel", array], check=False)
 
 
 def record(job, command, text, folder, whole):
