@@ -15,6 +15,7 @@ from onlinenorm.normalizers.dependence import PROCESSES
 from onlinenorm.normalizers.replay import Start, starting_point
 from onlinenorm.normalizers.transforms import check_training_is_differentiated_once, traced_as_leaf
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
+from onlinenorm.ops.repetition import with_known_start
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,9 @@ class OnlineNorm(nn.Module):
             if not start.sizes.same_pixels:
                 ops = backend_module("torch")  # the kernels take one number of pixels for all processes
             state = (start.mean, start.var, self.control_u, self.control_v)
-            out = ops.train_step(x_NCHW, residual_NCHW, self.weight, self.bias, *state, spec, relu)
+            arguments = (x_NCHW, residual_NCHW, self.weight, self.bias, *state, spec, relu)
+            repeats = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            out = with_known_start(ops.train_step, *arguments) if repeats else ops.train_step(*arguments)
         else:
             state = (self.running_mean, self.running_var)
             out = ops.evaluate(x_NCHW, residual_NCHW, self.weight, self.bias, *state, self.spec, relu)
@@ -279,7 +282,9 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
 
     Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order;
     under ``torch.no_grad()`` nothing moves. Activation checkpointing, nested or not, reentrant or not, counts a batch
-    once; under torch.compile it would repeat a pass from moved statistics, so keep norms out of regions that are both.
+    once; under torch.compile it is an error. What differentiates the training pass a second time, in forward mode or by
+    torch.func, or takes it without its backward pass (torch.export, torch.jit), is told to call eval() first.
+    ``torch.optim.swa_utils.update_bn`` knows BatchNorm alone: see ``update_statistics``.
 
     Eval: the statistics are constants, gradients ordinary, nothing moves, and the guard still applies
     (``remove_clamping`` takes the clamp away).

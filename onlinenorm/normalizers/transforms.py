@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from onlinenorm.ops.across_processes import constant_when_compiled
+
 
 def traced_as_leaf(layer: nn.Module, *arguments, **keywords) -> torch.fx.Proxy:
     """The call of ``layer`` as one node of the graph that torch.fx is tracing, like the layers of torch.nn."""
@@ -14,10 +16,15 @@ def traced_as_leaf(layer: nn.Module, *arguments, **keywords) -> torch.fx.Proxy:
     return tracer.create_proxy("call_module", path, arguments, keywords)
 
 
+@constant_when_compiled
+def _exports() -> bool:
+    return torch.compiler.is_exporting()  # traced by torch 2.11, it is True for all that is compiled
+
+
 def check_training_is_differentiated_once(layer: nn.Module, x: Tensor) -> None:
     """Raises RuntimeError under what would need a derivative of the training pass, or would drop its backward pass."""
     name = type(layer).__name__
-    if torch.compiler.is_exporting():
+    if _exports():
         raise RuntimeError(
             f"{name}: an exported program holds the forward pass alone, and in training mode the backward pass is not "
             "its derivative; call eval() before torch.export"

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onlinenorm.ops.derivatives import differentiable_once
+from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec
 
 
@@ -111,6 +112,7 @@ def forward(
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward over (N, C, H, W): output z, normalised y, deviations s (N, C); moves mean and variance."""
+    check_first_pass()
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size
     )

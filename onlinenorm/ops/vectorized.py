@@ -19,6 +19,7 @@ from torch import Tensor
 from onlinenorm.ops.across_processes import gather_samples, own_samples, total_samples
 from onlinenorm.ops.derivatives import differentiable_once
 from onlinenorm.ops.reference import channel_groups, compute_dtype, evaluate, finish, per_channel
+from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec
 
 __all__ = ["evaluate", "train_step"]
@@ -68,6 +69,7 @@ def scan_statistics(
     counts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tables (M, C) of m, 1 / s, Y and Q for every sample; moves the running statistics past the batch."""
+    check_first_pass()
     mean_MC, var_MC = gather_samples(torch.stack([mean_NC, var_NC]), processes, group, counts)
     m_MC, mean = linear_recurrence(alpha_fwd, (1 - alpha_fwd) * mean_MC, running_mean.to(mean_NC.dtype))
     d_MC = mean_MC - m_MC

@@ -147,3 +147,19 @@ def test_hooks_around_a_training_loop_leave_nothing_behind(hooks):
     gc.collect()
     assert not len(replay._regions)
     assert not [value for value in vars(layer).values() if isinstance(value, (list, tuple)) and len(value) > 2]
+
+
+@pytest.mark.parametrize("compiled", ["region", "network"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_code_that_repeats_a_pass_is_refused(backend, compiled):
+    """It runs none of the layer's Python, and starts from statistics that have moved."""
+    torch._dynamo.reset()
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), OnlineNorm2d(3, backend=backend), nn.Tanh())
+    if compiled == "region":
+        region = torch.compile(network, backend="aot_eager")
+        run = lambda x: checkpoint(region, x, use_reentrant=False)  # noqa: E731
+    else:
+        run = torch.compile(lambda x: checkpoint(network, x, use_reentrant=False), backend="aot_eager")
+    y = run(torch.randn(4, 3, 2, 2, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"checkpointing under torch.compile repeats a training pass"):
+        y.sum().backward()

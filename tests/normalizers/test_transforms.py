@@ -8,7 +8,6 @@ import torch
 import torchvision
 from torch import nn
 from torch.autograd import forward_ad
-from torch.fx.experimental.optimization import fuse
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from onlinenorm import OnlineNorm1d, OnlineNorm2d, convert
@@ -25,6 +24,7 @@ def images():
     return torch.randn(4, 2, 3, 3)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # used by torch.fx.experimental itself
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_fx_takes_layers_as_leaves(training):
     """Node names, outputs, gradients and statistics as with BatchNorm."""
@@ -42,6 +42,8 @@ def test_fx_takes_layers_as_leaves(training):
         online.load_state_dict(twin.state_dict())
     assert torch.equal(traced(x), twin(x))
     if not training:
+        from torch.fx.experimental.optimization import fuse
+
         assert torch.equal(fuse(online)(x), twin(x))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from onlinenorm.ops.across_processes import total_samples
 from onlinenorm.ops.derivatives import differentiable_once
 from onlinenorm.ops.fused import single_read, two_pass
+from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec
 
 
@@ -93,6 +94,7 @@ def fused_forward(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
         gradient_scale, processes, group, tuple(counts or ()),
     )  # fmt: skip
+    check_first_pass()
     path = single_read if once else two_pass
     with torch.cuda.device_of(x):
         y, tables, kept = path.forward(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
