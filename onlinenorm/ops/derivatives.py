@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 
 _MESSAGE = (
-    b"OnlineNorm in training mode cannot be differentiated twice: its backward pass is a control process and has no "
-    b"derivative; for a gradient penalty call eval() on the norms, or use a norm without running state"
+    b"OnlineNorm in training mode cannot be differentiated twice (once_differentiable): its backward pass is a control "
+    b"process and has no derivative; for a gradient penalty call eval() on the norms, or use a norm without running state"
 )
 
 
