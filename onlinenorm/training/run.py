@@ -38,7 +38,13 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
         return results
     if folder.leader:  # at once, for what follows may take long
         chosen = " ".join(f"{group}={name}" for group, name in names.items() if name and group != "logger")
-        print(f"{path}: {chosen} seed={seed}", flush=True)
+        where = config["trainer"]
+        processes = where["devices"] * where["num_nodes"]
+        print(
+            f"{path}: {chosen} seed={seed}; on {f'{processes} x ' * (processes > 1)}{where['accelerator']}, "
+            f"{where['precision']}",
+            flush=True,
+        )
     with prefixed("recipe", config["recipe"]), prefixed("data", config["data"]):
         views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
         data = build(config, "data", batch_size=recipe.batch_size, seed=seed, **views)

@@ -48,9 +48,12 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         settings["accelerator"] = "gpu" if gpus else "cpu"
     on_gpu = settings["accelerator"] == "gpu"
     if on_gpu and not gpus:
+        several = launched() is not None or settings["devices"] not in ("auto", 1)
+        instead = "trainer=ddp trainer.accelerator=cpu trainer.precision=32-true" if several else "trainer=cpu"
+        instead += " trainer.cuda_graph=false" if settings.get("cuda_graph") is True else ""
         raise ConfigError(
             "trainer.accelerator: a GPU is asked for and torch finds none (torch.cuda.is_available() is false); "
-            "use trainer=cpu, or see that nvidia-smi works and torch is a CUDA build"
+            f"use {instead}, or see that nvidia-smi works and torch is a CUDA build"
         )
     if (launch := launched()) is not None:
         if settings["devices"] not in ("auto", launch.devices) or settings["num_nodes"] not in (1, launch.num_nodes):

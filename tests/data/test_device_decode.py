@@ -53,7 +53,8 @@ def test_boxes_mirrors_labels_and_order_are_those_of_the_other_decoders(tree, au
 def test_pixels_do_not_depend_on_workers_or_batches(tree):
     base = by_index(module(tree))
     for other in (module(tree, num_workers=2), module(tree, batch_size=3)):
-        assert all(torch.equal(x, base[i][0]) for i, (x, _) in by_index(other).items())
+        found = by_index(other)
+        assert found.keys() == base.keys() and all(torch.equal(x, base[i][0]) for i, (x, _) in found.items())
 
 
 def test_a_share_of_the_images_is_decoded_by_the_workers(tree):

@@ -116,7 +116,7 @@ def test_names_that_are_no_unicode_survive(tree):
     os.rename(tree / "train" / "ant" / "0.JPEG", raw)
     found = load_index(tree / "train")
     assert raw in [os.fsencode(found.path(i)) for i in range(len(found))]
-    assert all(found.read(i) for i in range(len(found)))
+    assert len(found) > 1 and all(found.read(i) for i in range(len(found)))
 
 
 def test_an_index_of_imagenets_length_loads_fast(tmp_path):

@@ -38,7 +38,7 @@ def test_an_epoch_visits_every_image_once_and_epochs_differ():
     for epoch in range(3):
         sampler.set_epoch(epoch)
         batches = list(sampler)
-        assert all(e == epoch for batch in batches for e, _ in batch)
+        assert len(batches) == 15 and all(e == epoch for batch in batches for e, _ in batch)
         order = [index for batch in batches for _, index in batch]
         assert sorted(order) == list(range(120))
         seen.append(order)
@@ -87,7 +87,7 @@ def test_validation_covers_every_image_once_without_padding(world_size, images, 
     batches = [indices(sampler) for sampler in ranks]
     assert [i for rank in batches for batch in rank for i in batch] == list(range(images))
     assert len({len(rank) for rank in batches}) == 1, "unequal numbers of batches would block collectives"
-    assert all(1 <= len(batch) <= size for rank in batches for batch in rank)
+    assert all(batches) and all(1 <= len(batch) <= size for rank in batches for batch in rank)
     assert [len(sampler) for sampler in ranks] == [len(rank) for rank in batches]
     assert np.ptp([sum(map(len, rank)) for rank in batches]) <= 1
 

@@ -60,6 +60,7 @@ def test_torchvision_form_loads_strictly_into_the_batch_norm_twin(exported, trut
 
 def test_folded_form_has_no_normalizers(exported, truth):
     network = load_folded(exported / "cifar_resnet8-folded.safetensors")
+    assert any(isinstance(m, nn.Conv2d) for m in network.modules())
     assert not any(isinstance(m, nn.BatchNorm2d | OnlineNorm) for m in network.modules())
     check(network(truth[0]), truth)
 
@@ -163,6 +164,7 @@ def test_layer_scaling_is_held_by_the_other_forms(scaling_run, tmp_path):
 
 def test_batch_norm_networks_are_exported_too(batch_run, tmp_path):
     result = export(load_trained(batch_run), ["torchvision", "folded"], tmp_path, "test", latency_runs=0)
+    assert [row.form for row in result.rows] == ["torchvision", "folded"]
     assert all(row.agreement.within(1e-4) for row in result.rows)
 
 

@@ -47,7 +47,7 @@ def checkpoint_moved(folder, since, started, seconds=60):
             return changed
         if any(pipe.poll() for _, pipe in started):  # has ended
             found = process_groups.finish(started)
-            assert all(succeeded for succeeded, _ in found), found
+            assert found and all(succeeded for succeeded, _ in found), found
             return None
         time.sleep(0.002)
     raise TimeoutError(f"no new checkpoint in {folder}")
@@ -158,6 +158,7 @@ def test_processes_that_found_different_checkpoints_do_not_begin(tmp_path):
     process_groups.run(1, train, str(tmp_path / "0"), *CLAMP, "trainer.strategy=ddp")
     (tmp_path / "0" / "results.json").unlink()
     found = process_groups.finish(process_groups.start(2, train_in_folder_of_rank, str(tmp_path)))
+    assert len(found) == 2, found
     assert all(not succeeded and "have found different checkpoints" in error[1] for succeeded, error in found), found
 
 

@@ -69,7 +69,7 @@ def test_all_normalizers_start_from_the_same_weights(shortcut):
         model = build(14, normalizer, shortcut=shortcut)
         states.append({n: m.weight for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))})
     for state in states[1:]:
-        assert state.keys() == states[0].keys()
+        assert state.keys() == states[0].keys() and len(state) > 14
         assert all(torch.equal(state[name], states[0][name]) for name in state)
 
 
@@ -77,7 +77,8 @@ def test_convolutions_start_as_kaiming_fan_out_and_gammas_at_one():
     torch.manual_seed(0)
     model = build(20)
     assert model.layer3[1].conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
-    assert all((m.weight == 1).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    gammas = [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(gammas) == 21 and all((gamma == 1).all() for gamma in gammas)
     zeroed = build(20, zero_init_last_gamma=True)
     assert (zeroed.layer2[1].bn2.weight == 0).all() and (zeroed.layer2[0].downsample[1].weight == 1).all()
 

@@ -86,7 +86,7 @@ def test_all_normalizers_start_from_the_same_weights():
         assert len(norms) == (0 if key == "none" else 20)
         assert all((m.weight == 1).all() and (m.bias == 0).all() for m in norms)
     for key, weights in drawn.items():
-        assert weights.keys() == drawn["batch"].keys()
+        assert weights.keys() == drawn["batch"].keys() and len(weights) == 21
         assert all(torch.equal(weights[name], drawn["batch"][name]) for name in weights), key
 
 

@@ -42,6 +42,11 @@ def test_what_is_not_there_is_said(gpus):
     gpus(0)
     with pytest.raises(ConfigError, match=r"trainer.accelerator: a GPU is asked for .* trainer=cpu"):
         resolve({"accelerator": "gpu"})
+    with pytest.raises(ConfigError, match=r"use trainer=cpu trainer.cuda_graph=false, or see"):
+        resolve({"accelerator": "gpu", "cuda_graph": True})
+    way_out = r"use trainer=ddp trainer.accelerator=cpu trainer.precision=32-true, or see"
+    with pytest.raises(ConfigError, match=way_out):
+        resolve({"accelerator": "gpu", "devices": 2})
     gpus(2)
     with pytest.raises(ConfigError, match=r"trainer.devices: 3 asked for, this machine has 2 GPU"):
         resolve({"accelerator": "gpu", "devices": 3})
