@@ -6,7 +6,8 @@
 
 RUN is a run folder (its last weights) or a checkpoint file in one. The clamp is removed unless --keep-clamp says
 otherwise. Each file is read back and compared with the network on validation images before it is kept, and gets a model
-card. Exit code 0: written; 1: refused by that comparison; 2: the run, the form or the arguments do not allow it.
+card. Exit code 0: all forms asked for are written; 1: refused by that comparison, or --to all could not make each form
+(the others are written, the table says why); 2: the run, the form or the arguments do not allow it.
 """
 
 import argparse
@@ -66,7 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
         for row in result.rows:
             if row.file:
                 print(f"{options.output / row.file} (card: {Path(row.file).with_suffix('.md')})")
-        return 0
+        missing = [row.form for row in result.rows if not row.file]
+        if missing:
+            print(f"export.py: not made: {', '.join(missing)}; the reasons stand above", file=sys.stderr)
+        return int(bool(missing))
 
     return told("export.py", program)
 

@@ -1,6 +1,9 @@
 """The card that goes with an exported network: what it is, how good, how it was made, and under which terms."""
 
+from onlinenorm.data import FashionMNIST, ImageNet
+from onlinenorm.data.fashion_mnist import SIZE
 from onlinenorm.deploy.forms import Form
+from onlinenorm.deploy.predict import class_names
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.verification import Agreement
 from onlinenorm.models import CifarResNet
@@ -39,6 +42,35 @@ def removal_line(found: dict) -> str:
     )
 
 
+def preparation(trained: Trained) -> str:
+    """Python that turns an image file into the input of the network, as its validation images were turned."""
+    data, channels = trained.data, len(trained.data.mean_std[0])
+    mean, std = data.mean_std
+    crop = SIZE if isinstance(data, FashionMNIST) else data.image_size
+    short = round(crop * 256 / 224) if isinstance(data, ImageNet) else crop
+    mode, order = ("L", "gray") if channels == 1 else ("RGB", "red, green, blue")
+    lines = [
+        "import numpy as np",
+        "import torch",
+        "from PIL import Image",
+        "",
+        f'image = Image.open("photo.jpg").convert("{mode}")  # {order}; as stored, not turned as EXIF says',
+        "short = min(image.size)",
+        f"size = [{short} if side == short else int({short} * side / short) for side in image.size]",
+        "image = image.resize(size, Image.Resampling.BILINEAR)",
+        f"left, top = (round((side - {crop}) / 2) for side in size)  # the centre, {crop} x {crop}",
+        f"image = image.crop((left, top, left + {crop}, top + {crop}))",
+        f"images = torch.from_numpy(np.array(image)).reshape(1, {crop}, {crop}, {channels}).permute(0, 3, 1, 2) / 255",
+        f"images = (images - torch.tensor({list(mean)})[:, None, None]) / torch.tensor({list(std)})[:, None, None]",
+    ]
+    if crop != data.image_size:
+        side = f"({data.image_size}, {data.image_size})"
+        lines.append(f'images = torch.nn.functional.interpolate(images, size={side}, mode="bilinear")')
+    if channels != trained.in_channels:
+        lines.append(f"images = images.repeat(1, {trained.in_channels}, 1, 1)")
+    return "\n".join(lines)
+
+
 def render_card(
     trained: Trained, form: Form, file: str, clamp_kept: bool, agreement: Agreement, removal: Agreement | None,
     command: str, made_with: dict[str, str],
@@ -47,6 +79,7 @@ def render_card(
     data, config, environment = trained.data, trained.config, trained.environment
     dataset = (trained.results or {}).get("dataset", {"name": data.name})
     mean, std = data.mean_std
+    names, unnamed = class_names(trained)
     size, channels = data.image_size, trained.in_channels
     guard = {"clamp": "kept" if clamp_kept else "removed", "layer_scaling": "layer scaling kept"}.get(
         trained.guard, "none"
@@ -96,6 +129,14 @@ over deviation {list(std)}. Output: logits, N x {trained.num_classes}.
 ```python
 {usage}
 ```
+
+From a photograph to `images`, as the validation images were prepared:
+
+```python
+{preparation(trained)}
+```
+
+Classes, in the order of the logits{f" ({unnamed})" if unnamed else ""}: {", ".join(names)}.
 {deprecated}
 ## How it was made
 

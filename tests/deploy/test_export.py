@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,6 +18,7 @@ from onlinenorm.deploy import FORMS, DeployError, load_folded, load_trained
 from onlinenorm.deploy.export import export, page
 from onlinenorm.deploy.forms import fold, prepare, stock_network, stock_state
 from onlinenorm.deploy.images import validation_batches
+from onlinenorm.deploy.predict import read_image
 from onlinenorm.deploy.verification import Agreement, latency_ms
 from onlinenorm.models import cifar_resnet8
 from onlinenorm.normalizers import OnlineNorm, remove_clamping
@@ -294,3 +296,25 @@ def test_latency_is_a_median_of_calls():
     calls = []
     assert latency_ms(lambda images: calls.append(images), torch.zeros(1), 8) >= 0
     assert len(calls) == 10
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (31, 47), (28, 28), (20, 90)])
+def test_the_card_turns_a_photograph_into_the_input(exported, clamp_run, tmp_path, monkeypatch, shape):
+    card = (exported / "cifar_resnet8-onnx.md").read_text()
+    program = card.split("as the validation images were prepared:\n\n```python\n")[1].split("```")[0]
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", quality=95)
+    monkeypatch.chdir(tmp_path)
+    exec(program, found := {})
+    trained = load_trained(clamp_run)
+    image = read_image(tmp_path / "photo.jpg", trained)[None]
+    expected, _, _ = trained.data.on_after_batch_transfer((image, torch.zeros(1), torch.zeros(1)))
+    torch.testing.assert_close(found["images"], expected, atol=1e-6, rtol=1e-5)
+    assert "T-shirt/top" in card and "Classes, in the order of the logits" in card
+
+
+def test_a_form_that_cannot_be_made_is_an_exit_code(scaling_run, tmp_path, script, capsys):
+    assert script("export")(scaling_run, "--to", "all", "--output", tmp_path, "--latency", "0") == 1
+    told = capsys.readouterr()
+    assert "export.py: not made: torchvision, folded; the reasons" in told.err
+    assert (tmp_path / "cifar_resnet8-onnx.onnx").exists(), "the others are"
