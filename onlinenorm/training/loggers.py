@@ -5,15 +5,18 @@ import netrc
 import os
 import secrets
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from onlinenorm.training.errors import Interrupted
+from onlinenorm.training.errors import Interrupted, RunError
 from onlinenorm.training.launch import is_leader
 from onlinenorm.training.run_folder import write_atomically
+
+ANSWER_SECONDS = 20.0  # for which wandb's server is waited for
 
 
 def csv_only(folder: Path, name: str, config: dict[str, Any], resumed_step: int | None = None) -> list[Logger]:
@@ -28,7 +31,7 @@ def wandb_logger(
     resumed_step: int | None = None,
     project: str = "onlinenorm",
     entity: str | None = None,
-    mode: Literal["auto", "online", "offline"] = "auto",
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto",
     tags: list[str] | None = None,
 ) -> list[Logger]:
     """Weights & Biases, never asking for a key; the id is kept in the run folder, so that a resumed run is one run.
@@ -39,30 +42,57 @@ def wandb_logger(
         config: the run's configuration, shown beside its curves.
         resumed_step: optimizer steps of the checkpoint that the run continues from, or None.
         project, entity, tags: where and how the run is listed.
-        mode: "auto" is online where a key is found (WANDB_API_KEY or netrc), else offline.
+        mode: "auto" is what WANDB_MODE says, else online where a key is found (WANDB_API_KEY or netrc) and the server
+            answers, else offline. Where "online" is asked for by name, a server that does not answer ends the run.
     """
-    if not is_leader():
+    import wandb  # which takes a second
+
+    asked = mode if mode != "auto" else wandb_mode()
+    if asked == "disabled" or not is_leader():
         return []
     identity = folder / "wandb_id"
     if not identity.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(identity, secrets.token_hex(4))
-    if mode == "auto":
-        mode = "online" if has_wandb_key() else "offline"
-    logger = WandbLogger(
-        name=name,
-        save_dir=folder,
-        id=identity.read_text(encoding="utf-8").strip(),
-        project=project,
-        entity=entity,
-        tags=tags or None,
-        mode=mode,
-        config=config,
-        settings={"console": "off", "silent": True},
-    )
-    # Lightning passes this on even when nobody asked for it, and wandb warns about it
-    logger._wandb_init.pop("anonymous", None)
-    return [logger]
+
+    def open_run(mode: str) -> WandbLogger:
+        logger = WandbLogger(
+            name=name,
+            save_dir=folder,
+            id=identity.read_text(encoding="utf-8").strip(),
+            project=project,
+            entity=entity,
+            tags=tags or None,
+            mode=mode,
+            config=config,
+            settings={"console": "off", "silent": True, "init_timeout": ANSWER_SECONDS},
+        )
+        # Lightning passes this on even when nobody asked for it, and wandb warns about it
+        logger._wandb_init.pop("anonymous", None)
+        _ = logger.experiment  # now, not when training has begun
+        return logger
+
+    online = asked == "online" or (asked == "auto" and has_wandb_key())
+    try:
+        return [open_run("online" if online else "offline")]
+    except (wandb.errors.Error, TimeoutError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        if asked == "online":
+            raise RunError(
+                f"logger.mode: online, and Weights & Biases cannot be used ({cause}); see to network and key, or use "
+                "logger.mode=offline"
+            ) from error
+        print(f"Weights & Biases cannot be used ({cause}); the run is kept offline in {folder}/wandb", file=sys.stderr)
+        wandb.teardown()  # which has not given up the run's id yet
+        return [open_run("offline")]
+
+
+def wandb_mode() -> str:
+    """What wandb's own environment variables ask for: "online", "offline", "disabled", or "auto" where they do not."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    modes = {"dryrun": "offline", "run": "online"} | {mode: mode for mode in ("online", "offline", "disabled")}
+    return modes.get(os.environ.get("WANDB_MODE", "").lower(), "auto")
 
 
 def has_wandb_key() -> bool:

@@ -127,7 +127,7 @@ def test_sigterm_to_a_step_with_loader_workers(tmp_path):
     finally:
         subprocess.run(["scancel", job.number], check=False)
     assert again.state()[0] == "COMPLETED", output.read_text()
-    whole = (str(tmp_path / "whole"), *ONE, "normalizer=online_clamp", "trainer.strategy=ddp")
+    whole = (str(tmp_path / "whole"), *ONE, "normalizer=online_clamp")
     process_groups.run(1, train, *whole, seconds=LIMIT)
     assert outcome(folder) == outcome(tmp_path / "whole")
 

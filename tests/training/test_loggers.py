@@ -1,14 +1,19 @@
 """The mirrors hold the same curves as metrics.csv."""
 
+import contextlib
 import csv
 import json
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from onlinenorm.training import loggers
 from onlinenorm.training.epoch_log import COLUMNS
+from onlinenorm.training.errors import Interrupted, RunError
 from onlinenorm.training.loggers import has_wandb_key
 
 TWO_EPOCHS = ("normalizer=batch", "recipe.epochs=2", "recipe.milestones=[]")
@@ -21,15 +26,7 @@ def table(folder):
 
 def wandb_history(folder):
     """Rows of history records of a run's offline files, by wandb's own reader."""
-    rows = []
-    for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
-        for line in out.splitlines():
-            record = json.loads(line)
-            if record["type"] == "history":
-                rows.append(record)
-    return rows
+    return records(folder, "history")
 
 
 def test_offline_wandb_run_equals_the_csv(run, tmp_path, monkeypatch):
@@ -61,3 +58,89 @@ def test_a_key_is_found_in_the_environment_or_netrc_and_nobody_is_asked(tmp_path
     assert not has_wandb_key()
     monkeypatch.setenv("WANDB_API_KEY", "key")
     assert has_wandb_key()
+
+
+def records(folder, kind):
+    """Records of a kind of a run's offline files."""
+    found = []
+    for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
+        found += [record for record in map(json.loads, out.splitlines()) if record["type"] == kind]
+    return found
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No wandb variables of the machine's own."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "environment, mode, expected",
+    [
+        ({}, "auto", "offline"),
+        ({"WANDB_API_KEY": "key"}, "auto", "online"),
+        ({"WANDB_API_KEY": "key", "WANDB_MODE": "offline"}, "auto", "offline"),
+        ({"WANDB_API_KEY": "key", "WANDB_MODE": "dryrun"}, "auto", "offline"),
+        ({"WANDB_API_KEY": "key", "WANDB_MODE": "offline"}, "online", "online"),
+        ({"WANDB_API_KEY": "key", "WANDB_MODE": "disabled"}, "auto", None),
+        ({"WANDB_API_KEY": "key", "WANDB_DISABLED": "true"}, "auto", None),
+        ({"WANDB_API_KEY": "key"}, "disabled", None),
+    ],
+)
+def test_wandb_does_what_it_is_told(offline, monkeypatch, tmp_path, environment, mode, expected):
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["mode"]) or MagicMock())
+    loggers.wandb_logger(tmp_path, "name", {}, mode=mode)
+    assert asked == ([expected] if expected else [])
+    assert expected or not list(tmp_path.iterdir())
+
+
+def test_a_server_that_does_not_answer(offline, monkeypatch, tmp_path, capsys):
+    init, asked = wandb.init, []
+
+    def unreachable(**options):
+        asked.append((options["mode"], options["settings"]["init_timeout"]))
+        if options["mode"] == "online":
+            raise wandb.errors.CommError("no such host\nwhile retrying")
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    with loggers.finishing(loggers.wandb_logger(tmp_path, "name", {})):
+        pass
+    assert asked == [("online", loggers.ANSWER_SECONDS), ("offline", loggers.ANSWER_SECONDS)]
+    said = f"Weights & Biases cannot be used (no such host); the run is kept offline in {tmp_path}/wandb\n"
+    assert said in capsys.readouterr().err
+    with pytest.raises(RunError, match=r"^logger.mode: online, .*\(no such host\)"):
+        loggers.wandb_logger(tmp_path, "name", {}, mode="online")
+
+
+@pytest.mark.parametrize(
+    "error, code", [(None, 0), (RunError("NaN"), 1), (Interrupted("SIGTERM", 15), 143), (KeyError("bug"), 1)]
+)
+def test_wandb_is_told_how_the_run_ended(offline, tmp_path, error, code):
+    with (
+        contextlib.suppress(*([type(error)] if error else [])),
+        loggers.finishing(loggers.wandb_logger(tmp_path, "name", {}, mode="offline")),
+    ):
+        if error:
+            raise error
+    (end,) = records(tmp_path, "exit")
+    assert end["exit"].get("exit_code", 0) == code
+    assert bool(records(tmp_path, "preempting")) == (code == 143)
+
+
+def test_steps_after_the_checkpoint_are_not_shown_twice_in_tensorboard(tmp_path):
+    for steps, resumed in (([1, 2, 3, 4], None), ([3, 4, 5], 2)):  # killed after 4, where 2 was saved
+        mirrors = loggers.tensorboard_logger(tmp_path, "name", {}, resumed)
+        with loggers.finishing(mirrors):
+            for step in steps:
+                mirrors[0].log_metrics({"loss": float(step)}, step=step)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5]
