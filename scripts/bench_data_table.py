@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from onlinenorm.errors import cli_errors
+from onlinenorm.reporting.cost import as_trained, with_optimizer
 from onlinenorm.reporting.markdown import markdown_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -68,15 +69,21 @@ def _verdicts(run: dict, training: dict) -> list[list[str]]:
 
 
 def _taken(run: dict, training: dict) -> dict[str, float]:
-    """Images/s that training takes from memory, by what trains: of this run, else the fastest on the same GPU."""
+    """Images/s that training takes from memory, by what trains.
+
+    Of this run, else the fastest setting of train.py that was measured on a GPU of the same kind.
+    """
     own = {f"{row['model']}, {row['normalizer']}": row["images_per_second"]
            for row in run["rows"] if row["provider"] == "resident batch"}  # fmt: skip
     if own or training["device"] != run["device"]:
         return own
-    fastest: dict[str, float] = {}
-    for row in training["rows"]:
-        name = f"resnet50, {row['normalizer']}"
-        fastest[name] = max(row["images_per_second"], fastest.get(name, 0.0))
+    fastest = {}
+    for name in dict.fromkeys(row["normalizer"] for row in training["rows"]):
+        if rows := as_trained(training, name):
+            best = max(rows, key=lambda row: row["images_per_second"])
+            setting = [str(best[key]) for key in ("mode", "dtype") if key in best]
+            setting += ["with SGD"] if with_optimizer(best, training) else []
+            fastest[", ".join(["resnet50", name, *setting])] = best["images_per_second"]
     return dict(sorted(fastest.items(), key=lambda item: -item[1]))
 
 

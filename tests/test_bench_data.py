@@ -72,6 +72,17 @@ def test_the_page_names_what_is_short(root):
     assert f"{start}1,000 (resnet50, batch) | 1.30 | yes |" in text and "900" not in text
     assert "was not measured" in text and "commit abc with local changes" in text
     assert f"{start}not measured |" in report.render({"runs": [run]}, {**training, "device": "another"})
+    of_batch = {"normalizer": "batch", "mode": "graph"}
+    training["rows"] = [
+        {**of_batch, "images_per_second": rate, "dtype": dtype, "optimizer": optimizer, "compiler": compiler}
+        for rate, dtype, optimizer, compiler in (
+            (9e3, "fp16", True, "default"),
+            (8e3, "bf16", True, "max_autotune"),
+            (1250.0, "bf16", True, "default"),
+            (7e3, "bf16", False, "default"),
+        )
+    ]
+    assert f"{start}1,250 (resnet50, batch, graph, bf16, with SGD) | 1.04 |" in report.render({"runs": [run]}, training)
     run["rows"].append(row("training", "resident batch", 1100.0, model="resnet18", normalizer="batch"))
     text = report.render({"runs": [run]}, training)
     assert "1,100 (resnet18, batch) | 1.18 | short by 20 images/s |" in text and "resnet50" not in text

@@ -14,10 +14,11 @@ from onlinenorm.reporting import text
 from onlinenorm.reporting.errors import ReportError
 from onlinenorm.reporting.markdown import markdown_table, provenance_markdown
 from onlinenorm.reporting.runs import Run, lookup
-from onlinenorm.reporting.settings import NOT_SET, differences
+from onlinenorm.reporting.settings import NOT_SET, check_one_point, differences
 from onlinenorm.reporting.spec import ReportSpec
 from onlinenorm.reporting.statistics import Summary, summarize
 from onlinenorm.reporting.table import METRICS, Provenance, provenance, scale_labels
+from onlinenorm.reporting.tally import Tally, former_attempts, tally
 
 OFF = "off"
 CLAMP_KEY = "normalizer.clamp_value"
@@ -36,6 +37,8 @@ class Point:
     summaries: dict[str, Summary | None]
     diverged: list[str]
     unfinished: list[str]
+    attempts: list[str]
+    tally: Tally
 
     @property
     def n(self) -> int:
@@ -55,6 +58,7 @@ class Ablation:
     points: list[Point]
     notes: list[str]
     provenance: list[Provenance]
+    note: str = ""  # by hand: what the data of the runs do not tell
 
     @property
     def heading(self) -> str:
@@ -93,6 +97,8 @@ def build_ablation(runs: Sequence[Run], spec: ReportSpec) -> Ablation:
             "no folder is named <key>=<value>: an ablation needs runs of scripts/sweep.py with a key of several "
             "values; normalizers and seeds are compared by scripts/table1.py"
         )
+    for run in runs:
+        _check_folder(run)
     key = max(taken, key=lambda name: (len(taken[name]), name))
     others = sorted(name for name in taken if name != key)
     groups: dict[tuple[str, str], list[Run]] = {}
@@ -112,6 +118,16 @@ def build_ablation(runs: Sequence[Run], spec: ReportSpec) -> Ablation:
         notes=differences(runs, taken),
         provenance=[provenance(run) for run in runs],
     )
+
+
+def _check_folder(run: Run) -> None:
+    """Raises ReportError where a number in the run's folder names is not that of its configuration."""
+    for key, value in swept(run).items():
+        said = plain_value(lookup(run.config, key, NOT_SET))
+        if number(value) is not None and number(said) is not None and said != plain_value(value):
+            raise ReportError(
+                f"{run.folder}: the folder says {key}={value}, its config.yaml {said}; name the folder by what was run"
+            )
 
 
 def value_of(run: Run, key: str) -> str:
@@ -147,6 +163,7 @@ def _point(name: tuple[str, str], runs: Sequence[Run], spec: ReportSpec) -> Poin
     if doubled := {seed for seed in seeds if seeds.count(seed) > 1}:
         names = ", ".join(run.name for run in runs if run.seed in doubled)
         raise ReportError(f"{names}: the same seed of {name[1]} at {name[0]} cannot count twice; remove all but one")
+    check_one_point(runs, f"{name[1]} at {name[0]}")
     figures = {metric: [run.value(metric) for run in finished] for metric in METRICS}
     return Point(
         value=name[0],
@@ -157,6 +174,8 @@ def _point(name: tuple[str, str], runs: Sequence[Run], spec: ReportSpec) -> Poin
         summaries={metric: summarize(values, spec.confidence) for metric, values in figures.items()},
         diverged=[f"seed {run.seed} {run.status}" for run in runs if run.diverged],
         unfinished=[f"seed {run.seed} {run.status}" for run in runs if not run.finished and not run.diverged],
+        attempts=former_attempts(runs),
+        tally=tally(runs),
     )
 
 
@@ -167,8 +186,9 @@ def ablation_table(ablation: Ablation) -> str:
     for point in ablation.points:
         marked = " (published)" if point.value == ablation.published else ""
         n = "; ".join([str(point.n), *point.unfinished])
+        diverged = point.tally.mark if point.tally.attempts else str(point.tally.diverged)
         cells = [spread(point.summaries[metric], metric) for metric in metrics]
-        body.append([point.value + marked, point.series, n, str(len(point.diverged)), *cells])
+        body.append([point.value + marked, point.series, n, diverged, *cells])
     names = [text.METRIC_NAMES[metric] for metric in metrics]
     return markdown_table([ablation.name, "normalizer", "n", "diverged", *names], body)
 
@@ -185,10 +205,13 @@ def spread(summary: Summary | None, metric: str) -> str:
 
 def render_ablation(ablation: Ablation) -> str:
     """The whole ablation as Markdown."""
-    parts = [f"# {ablation.heading}", ablation_table(ablation), f"![{ablation.name}](ablation.png)"]
+    parts = [f"# {ablation.heading}", ablation_table(ablation), *filter(None, [ablation.note])]
+    parts.append(f"![{ablation.name}](ablation.png)")
     parts.append("Mean ± sample standard deviation over finished seeds; n counts these. Diverged runs have no figures.")
-    if diverged := [f"- {point.value}, {point.series}: {line}" for point in ablation.points for line in point.diverged]:
-        parts += ["## Diverged", "\n".join(diverged)]
+    left_out = [(point, line) for point in ablation.points for line in (*point.diverged, *point.attempts)]
+    if left_out:
+        lines = [f"- {point.value}, {point.series}: {line}" for point, line in left_out]
+        parts += ["## Diverged, and former attempts", "\n".join(lines)]
     if ablation.notes:
         parts += [f"## Not only {ablation.name} differs", "\n".join(f"- {note}" for note in ablation.notes)]
     return "\n\n".join([*parts, "## Where the numbers come from", provenance_markdown(ablation.provenance)]) + "\n"

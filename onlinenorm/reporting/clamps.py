@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from onlinenorm.reporting import text
 from onlinenorm.reporting.ablation import CLAMP_KEY, value_of
+from onlinenorm.reporting.checks import lookup
 from onlinenorm.reporting.markdown import markdown_table
 from onlinenorm.reporting.runs import Run, milestones
+from onlinenorm.reporting.tally import tally
 
 HOW = (
     "The clamped fraction is that of activations beyond the clamp value before clamp, residual and ReLU, over all "
@@ -45,6 +47,12 @@ def clamped_runs(studies: Mapping[str, Sequence[Run]]) -> list[tuple[str, Run]]:
     return [(name, run) for name, runs in studies.items() for run in runs if run.finished and run.results["clamping"]]
 
 
+def clamps(run: Run) -> bool:
+    """Whether the run's network has clamps, as far as its folder tells."""
+    said = lookup(run.config, "normalizer.error_compensation")
+    return bool(course(run)) or said == "clamp" or (said is None and run.normalizer == "online_clamp")
+
+
 def removal_table(studies: Mapping[str, Sequence[Run]]) -> str:
     """A line a run: what changed when its clamps were removed."""
     body = []
@@ -69,17 +77,30 @@ def removal_table(studies: Mapping[str, Sequence[Run]]) -> str:
 
 def course_table(studies: Mapping[str, Sequence[Run]]) -> str:
     """A line a study and clamp value: the clamped fraction over training, lowest and highest of its runs."""
-    groups: dict[tuple[str, str], list[Course]] = {}
+    groups: dict[tuple[str, str], list[Run]] = {}
     for study, runs in studies.items():
         for run in runs:
-            if run.finished and (found := course(run)):
-                groups.setdefault((study, value_of(run, CLAMP_KEY)), []).append(found)
+            if clamps(run):
+                groups.setdefault((study, value_of(run, CLAMP_KEY)), []).append(run)
     body = []
-    for (study, value), found in groups.items():
+    for (study, value), mine in groups.items():
+        found = [c for run in mine if run.finished and (c := course(run))]
+        if not found:
+            continue
+        mark = tally(mine).mark
         before = [c.before_drop for c in found if c.before_drop is not None]
         cells = [span([c.first for c in found]), span(before), span([c.last for c in found])]
         zero = f"{sum(c.last == 0 for c in found)} of {len(found)}"
-        body.append([study, value, str(len(found)), *cells, zero, span([c.largest for c in found], "{:.3g}")])
+        body.append(
+            [
+                study,
+                value,
+                str(len(found)) + f" ({mark})" * bool(mark),
+                *cells,
+                zero,
+                span([c.largest for c in found], "{:.3g}"),
+            ]
+        )
     head = [
         "study", "clamp value", "runs", "clamped fraction, first epoch", "before the first drop of the learning rate",
         "last epoch", "runs that end at 0", "largest |activation|, last epoch",

@@ -1,6 +1,6 @@
 """What error compensation costs, and what ImageNet would: from recorded rows of scripts/bench_training.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onlinenorm.reporting.markdown import markdown_table
@@ -9,15 +9,40 @@ from onlinenorm.reporting.spec import ReportSpec
 BARE, CLAMP, SCALING = "online_none", "online_clamp", "online_layer_scaling"
 ORDER = (BARE, CLAMP, SCALING, "batch")
 IMAGENET_IMAGES = 1_281_167
-TRAINABLE = ("bf16", "fp32")  # train.py refuses fp16, whose changing loss scale the control state would keep
+TRAINED = "bf16"  # the precision of train.py on a GPU; it steps SGD and has OnlineNorm on the fused backend
 EPOCHS = 100
 Row = Mapping[str, Any]
 Case = tuple[int, str, str, str, bool]  # batch, backend of the OnlineNorm rows, mode, dtype, with optimizer
 
 
+def as_built(row: Row) -> bool:
+    """Whether the row's network is what train.py builds: torch.compile by its defaults, the first convolution too.
+
+    Rows of BatchNorm with other compilers and stems are its best as a rival; train.py has no key for the former.
+    """
+    return row.get("compiler") in (None, "default") and row.get("stem") != "conv7x7"
+
+
+def as_trained(results: Mapping[str, Any], normalizer: str | None = None) -> list[Row]:
+    """Rows of what train.py runs on a GPU, of one normalizer or all: with the optimizer, where such were recorded."""
+    rows = [
+        row
+        for row in results["rows"]
+        if as_built(row)
+        and row.get("dtype", TRAINED) == TRAINED
+        and (row["normalizer"] == "batch" or row.get("backend", "fused") == "fused")
+        and normalizer in (None, row["normalizer"])
+    ]
+    return [row for row in rows if with_optimizer(row, results)] or rows
+
+
+def with_optimizer(row: Row, results: Mapping[str, Any]) -> bool:
+    return bool(row.get("optimizer", results.get("optimizer", False)))
+
+
 def cases(results: Mapping[str, Any]) -> dict[Case, dict[str, Row]]:
     """Rows by normalizer for each setting of OnlineNorm rows; BatchNorm, which has no backend, joins all."""
-    rows = [row for row in results["rows"] if row["normalizer"] in ORDER]
+    rows = [row for row in results["rows"] if row["normalizer"] in ORDER and as_built(row)]
     found: dict[Case, dict[str, Row]] = {}
     for row in rows:
         if row["normalizer"] != "batch":
@@ -31,7 +56,7 @@ def cases(results: Mapping[str, Any]) -> dict[Case, dict[str, Row]]:
 
 
 def _rest(row: Row, results: Mapping[str, Any]) -> tuple[str, str, bool]:
-    return row["mode"], row["dtype"], bool(row.get("optimizer", results.get("optimizer", False)))
+    return row["mode"], row["dtype"], with_optimizer(row, results)
 
 
 def describe(case: Case) -> str:
@@ -78,14 +103,12 @@ def over(row: Row, other: Row) -> float:
 def cost_sentences(results: Mapping[str, Any], fastest: bool = False) -> list[str]:
     """Is clamping cheaper than layer scaling? A sentence for each setting in which both were measured.
 
-    With `fastest` only for the fastest setting of each batch and backend.
+    With `fastest` only for the fastest setting of each batch in which train.py trains.
     """
     both = {case: group for case, group in cases(results).items() if {CLAMP, SCALING} <= group.keys()}
     if fastest:
-        best: dict[tuple[int, str], Case] = {}
-        for case in sorted(both, key=lambda c: both[c][CLAMP]["milliseconds"]):
-            best.setdefault(case[:2], case)
-        both = {case: group for case, group in both.items() if case in best.values()}
+        best = fastest_cases(results)
+        both = {case: group for case, group in both.items() if case in best}
     sentences = []
     for case, group in both.items():
         clamp, scaling = group[CLAMP], group[SCALING]
@@ -102,6 +125,17 @@ def cost_sentences(results: Mapping[str, Any], fastest: bool = False) -> list[st
         memory = f"{clamp['peak_memory_gib']:.2f} against {scaling['peak_memory_gib']:.2f} GiB"
         sentences.append(f"{describe(case)}: {verdict} {word}{than} ({numbers}, {memory}{beyond})")
     return sentences
+
+
+def fastest_cases(results: Mapping[str, Any]) -> list[Case]:
+    """The fastest setting of each batch in which train.py trains and clamping and layer scaling were both measured."""
+    trained = as_trained(results)
+    best: dict[int, Case] = {}
+    both = {case: group for case, group in cases(results).items() if {CLAMP, SCALING} <= group.keys()}
+    for case in sorted(both, key=lambda case: both[case][CLAMP]["milliseconds"]):
+        if both[case][CLAMP] in trained:
+            best.setdefault(case[0], case)
+    return list(best.values())
 
 
 def origin(results: Mapping[str, Any]) -> str:
@@ -131,17 +165,14 @@ def imagenet_table(results: Mapping[str, Any], trained: Mapping[str, tuple[float
 
     `trained` maps a normalizer to (images/s, batch) of a whole training run of the same network and image size.
     """
-    rows = [row for row in results["rows"] if row["dtype"] in TRAINABLE]
-    batches = sorted({row["batch"] for row in rows})
+    batches = sorted({row["batch"] for row in as_trained(results)})
     body = []
     for name, published in spec.rows.items():
-        fastest = []
-        for batch in batches:
-            mine = [row for row in rows if (row["normalizer"], row["batch"]) == (name, batch)]
-            mine = [row for row in mine if row.get("optimizer", results.get("optimizer"))] or mine
-            fastest.append(max(mine, key=lambda row: row["images_per_second"], default=None))
+        rows = as_trained(results, name)
         command = f"python train.py experiment=table1 normalizer={name} data.root=IMAGENET"
-        mode = next((row["mode"] for row in fastest if row), "")
+        first = [row for row in rows if row["batch"] == batches[0]]
+        mode = _fastest(first or rows)["mode"] if rows else ""
+        fastest = [_fastest([row for row in rows if (row["batch"], row["mode"]) == (batch, mode)]) for batch in batches]
         command += " model.compile=true" * ("compile" in mode) + " trainer.cuda_graph=true" * ("graph" in mode)
         cells = [published.label, f"`{command}`"]
         cells += [hours(row["images_per_second"]) if row else "not measured" for row in fastest]
@@ -153,6 +184,10 @@ def imagenet_table(results: Mapping[str, Any], trained: Mapping[str, tuple[float
     return markdown_table([*head, "best val accuracy, best val loss"], body)
 
 
+def _fastest(rows: Sequence[Row]) -> Row | None:
+    return max(rows, key=lambda row: row["images_per_second"], default=None)
+
+
 def hours(images_per_second: float) -> str:
     """Time of all epochs of ImageNet at a rate."""
     return f"{EPOCHS * IMAGENET_IMAGES / images_per_second / 3600:.1f} h ({images_per_second:,.0f} images/s)"
@@ -161,13 +196,15 @@ def hours(images_per_second: float) -> str:
 def render_imagenet(results: Mapping[str, Any], trained: Mapping[str, tuple[float, int]], spec: ReportSpec) -> str:
     """What the table's own runs would take, and what to look for in their first epochs."""
     millions = EPOCHS * IMAGENET_IMAGES / 1e6
+    whole = all(with_optimizer(row, results) for name in spec.rows for row in as_trained(results, name))
+    steps = "forward, backward and SGD" if whole else "forward and backward, and SGD where that was recorded"
     return "\n\n".join(
         [
             "# ImageNet: not run here",
             imagenet_table(results, trained, spec),
             f"Hours on one {results['device']} for {millions:.1f} million training images. Steps are those of "
-            "`results/bench_training.json` in the precision that training uses, the fastest setting recorded, with the "
-            "optimizer where such rows are: no input pipeline, no validation."
+            "`results/bench_training.json` in the command's settings and bfloat16, which is what training uses: "
+            f"{steps}; no input pipeline, no validation."
             + " The other column is the whole training run above, its images in GPU memory." * bool(trained)
             + " Decoding JPEG fast enough is not in them: `scripts/check.py` tells before a run. The commands train "
             "with batches of 32; `recipe.batch_size=256` follows the same path by the recipe's rule, in larger steps.",

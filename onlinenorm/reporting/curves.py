@@ -153,7 +153,9 @@ def _legend(rows: Sequence[Row], milestones: Sequence[int], columns: int) -> lis
     """Handles for colours, then for line styles, ordered so that a legend filled by columns reads line by line."""
     colours = []
     for row in rows:
-        n = f" (n = {row.n})" if row.n > 1 else "" if row.n else f" ({row.unfinished[0].split(' ', 2)[-1]})"
+        n = f"n = {row.n}" if row.n > 1 else "" if row.n else row.unfinished[0].split(" ", 2)[-1]
+        n = "; ".join(filter(None, [n, row.tally.mark if row.n else ""]))
+        n = f" ({n})" if n else ""
         colours.append(Line2D([], [], color=row.colour, linewidth=3, label=row.label + n))
     styles = [("train", {"linestyle": (0, (4, 2)), "linewidth": 1.8}), ("validation", {"linewidth": 1.8})]
     if any(row.n > 1 for row in rows):

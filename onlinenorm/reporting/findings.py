@@ -7,12 +7,15 @@ from typing import Any
 
 from onlinenorm.reporting import cost, text
 from onlinenorm.reporting.ablation import Ablation, Point, spread
-from onlinenorm.reporting.clamps import clamped_runs, course, fraction, span
+from onlinenorm.reporting.clamps import clamped_runs, clamps, course, fraction, span
 from onlinenorm.reporting.pooled import Pooled
 from onlinenorm.reporting.runs import Run
 from onlinenorm.reporting.spec import ReportSpec, StudySpec
-from onlinenorm.reporting.statistics import INCONCLUSIVE
-from onlinenorm.reporting.table import Comparison, Report, Row
+from onlinenorm.reporting.statistics import EQUIVALENT, INCONCLUSIVE, NOT_RUN, excludes_zero
+from onlinenorm.reporting.table import Comparison, Report, Row, recount
+from onlinenorm.reporting.tally import Tally, tally
+
+Found = Mapping[str, tuple[Report | Ablation, Sequence[Run], Sequence[Pooled]]]
 
 
 def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec, side_by_side: int = 1) -> list[str]:
@@ -42,7 +45,9 @@ def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec, side_by_s
 def summary_line(report: Report) -> str:
     """Accuracy of the main rows and the outcomes of their comparisons, in one sentence."""
     main, others = _parted(report)
-    rows = [f"{row.label} {_figure(row, 'best_top1')}" for row in main or others]
+    rows = [f"{row.label} {_figure(row, 'best_top1')}{_mark(row.tally)}" for row in main or others]
+    left_out = [f"{row.label}: {row.tally.mark}" for row in others if main and row.tally.mark]
+    rows += [f"of the others {', '.join(left_out)}"] if left_out else []
     return "; ".join([f"best val accuracy {', '.join(rows)}", *_outcomes(report)]) + "."
 
 
@@ -50,12 +55,13 @@ def _outcomes(report: Report) -> list[str]:
     """What came of each comparison between rows, the same for several metrics said once."""
     told = []
     for name, group in _judged(report).items():
-        differences = [_difference(c) for c in group]
-        if len({c.verdict.outcome for c in group}) == 1:
-            told.append(f"{name} {group[0].verdict.outcome} ({', '.join(differences)})")
+        outcomes = [c.verdict.outcome if c.verdict.difference else text.verdict_text(c) for c in group]
+        figures = [_difference(c) for c in group]
+        if len(set(outcomes)) == 1:
+            parts = [outcomes[0] + (f" ({', '.join(figures)})" if all(figures) else "")]
         else:
-            each = zip(group, differences, strict=True)
-            told.append(f"{name} {', '.join(f'{c.verdict.outcome} ({difference})' for c, difference in each)}")
+            parts = [o + (f" ({figure})" if figure else "") for o, figure in zip(outcomes, figures, strict=True)]
+        told.append(f"{name} {', '.join(parts)}")
     return told
 
 
@@ -66,9 +72,29 @@ def _parted(report: Report) -> tuple[list[Row], list[Row]]:
 
 
 def _judged(report: Report) -> dict[str, list[Comparison]]:
-    """Comparisons between rows that have a difference, by name."""
+    """Comparisons between rows by name, where one of the two has several seeds and neither was left out."""
+    n = {row.normalizer: row.n for row in report.rows}
     groups = text.comparison_groups(report, published=False)
-    return {name: group for name, group in groups.items() if any(c.verdict.difference for c in group)}
+    told = {
+        name: [c for c in group if c.verdict.outcome != NOT_RUN and max(n.get(c.first, 0), n.get(c.second, 0)) > 1]
+        for name, group in groups.items()
+    }
+    return {name: group for name, group in told.items() if group}
+
+
+def recount_line(found: Found) -> str | None:
+    """What accuracies of runs recorded by two rules are by one."""
+    recounts = [recount(run) for _, runs, _ in found.values() for run in runs]
+    top1 = [[c for c in each if c.figure.endswith("top1")] for each in recounts if each]
+    apart = [[abs(c.recorded - c.counted) for c in each if c.recorded != c.counted] for each in top1]
+    if not any(apart):
+        return None
+    worst = max(max(each, default=0) for each in apart)
+    return (
+        f"**Accuracies by one rule**: the last ones of {sum(map(bool, apart))} of {len(top1)} runs here, which were "
+        f"recorded before accuracy had one, differ from those counted in predictions.npz, by {worst} "
+        f"image{'s' * (worst != 1)} at most (ties of bfloat16 logits; the tables name them)."
+    )
 
 
 def _details(scale_label: str, brief: bool) -> str:
@@ -82,7 +108,8 @@ def _rows(rows: Sequence[Row]) -> str:
     told = []
     for row in rows:
         figures = _figure(row, "best_top1", "best_loss") if row.n else "no figures"
-        seeds = "; ".join([f"n = {row.n}", *row.unfinished])
+        mark = [row.tally.mark] if row.n and row.tally.mark else []
+        seeds = "; ".join([f"n = {row.n}", *mark, *row.unfinished, *row.attempts])
         told.append(f"{row.label} {figures} ({seeds})")
     return ", ".join(told)
 
@@ -94,20 +121,27 @@ def _figure(row: Row, *metrics: str) -> str:
     return " and ".join(spread(row.summaries[metric], metric) for metric in metrics)
 
 
+def _mark(counts: Tally) -> str:
+    return f" ({counts.mark})" if counts.finished and counts.mark else ""
+
+
 def _verdict(comparison: Comparison) -> str:
     found, metric = comparison.verdict.difference, comparison.metric
     name = "accuracy" if text.is_accuracy(metric) else "loss"
     if found is None:
         return f"{name} {text.verdict_text(comparison)}"
-    low, high = (text.difference(value, metric) for value in (found.low, found.high))
-    interval = f"{100 * found.level:g} % CI {low} to {high}"
-    return f"{name} **{comparison.verdict.outcome}** ({_difference(comparison)}, {interval})"
+    diverged = f"; {comparison.verdict.reason}" if "diverged" in comparison.verdict.reason else ""
+    interval = text.interval_words(found, metric)
+    return f"{name} **{comparison.verdict.outcome}** ({_difference(comparison, bare=True)}, {interval}{diverged})"
 
 
-def _difference(comparison: Comparison) -> str:
-    """ "-0.41 points", "+0.0138 nats"."""
+def _difference(comparison: Comparison, bare: bool = False) -> str:
+    """ "-0.41 points", "+0.0138 nats"; unless bare, with what keeps "equivalent" from being read as "equal"."""
     found, unit = comparison.verdict.difference, "points" if text.is_accuracy(comparison.metric) else "nats"
-    return f"{text.difference(found.mean, comparison.metric)} {unit}" if found else text.verdict_text(comparison)
+    if found is None:
+        return ""
+    apart = not bare and comparison.verdict.outcome == EQUIVALENT and excludes_zero(found)
+    return f"{text.difference(found.mean, comparison.metric)} {unit}" + ", interval excludes 0" * apart
 
 
 def _rate(row: Row, runs: Sequence[Run]) -> str:
@@ -141,7 +175,7 @@ def removal_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> s
     if brief:
         images = [results["dataset"]["val_images"] for results in every]
         percent = span([100 * count / of for count, of in zip(changed, images, strict=True)], "{:.1f}")
-        return f"{claim} {percent} % of the predictions, and none in {exact} of {total} runs."
+        return f"{claim} {percent} % of the predictions, and none in {exact} of {total} runs{_of_clamped(studies)}."
     parts = []
     for study in studies:
         found = [run.results for _, run in clamped_runs({study: studies[study]})]
@@ -154,7 +188,12 @@ def removal_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> s
                 f"{study}: {counts} of {images:,} predictions in {len(found)} run{'s' * (len(found) > 1)}, accuracy "
                 f"{worst} points at most"
             )
-    return f"{claim} no prediction in {exact} of {total} runs ({'; '.join(parts)})."
+    return f"{claim} no prediction in {exact} of {total} runs{_of_clamped(studies)} ({'; '.join(parts)})."
+
+
+def _of_clamped(studies: Mapping[str, Sequence[Run]]) -> str:
+    """What runs with clamps came to, where not all of them finished at once."""
+    return _mark(tally([run for runs in studies.values() for run in runs if clamps(run)]))
 
 
 def course_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> str | None:
@@ -182,7 +221,8 @@ def course_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> st
     studied = "" if brief else f" ({'; '.join(parts)})"
     return (
         "**The clamped fraction**, claimed to vanish as the learning rate is annealed, is lower at the end than "
-        f"before the first drop in {fallen} of {compared} runs and exactly 0 in {ends} of {total}{studied}."
+        f"before the first drop in {fallen} of {compared} runs and exactly 0 in {ends} of {total}{_of_clamped(studies)}"
+        f"{studied}."
     )
 
 
@@ -198,14 +238,16 @@ def ablation_line(ablation: Ablation, brief: bool = False) -> str:
             parts.append(f"{name} finished nowhere")
             continue
         low, high = (pick(reached, key=lambda p: p.summaries["last_top1"].mean) for pick in (min, max))
-        at = [f"{text.figure(p.summaries['last_top1'].mean, 'top1')} at {p.value}" for p in (low, high)]
+        at = [f"{text.figure(p.summaries['last_top1'].mean, 'top1')} at {p.value}{_mark(p.tally)}" for p in (low, high)]
         sds = [p.summaries["last_top1"].sd for p in reached if p.summaries["last_top1"].sd is not None]
         within = 100 * (sum(sd**2 for sd in sds) / len(sds)) ** 0.5 if sds else 0.0
         seeds = f", seeds at one value ± {within:.2f}" if sds and not brief else ""
         where = "every value" if len(reached) > 1 else low.value
-        one = f"{text.figure(low.summaries['last_top1'].mean, 'top1')} at {where}"
+        one = f"{text.figure(low.summaries['last_top1'].mean, 'top1')} at {where}{_mark(low.tally)}"
         parts.append(f"{name} {one}" if low is high else f"{name} {at[0]} to {at[1]}{seeds}")
-    diverged = [f"{len(p.diverged)} of {_started(p)} ({p.value}, {p.series})" for p in ablation.points if p.diverged]
+    diverged = [
+        f"{p.tally.diverged} of {p.tally.tries} ({p.value}, {p.series})" for p in ablation.points if p.tally.diverged
+    ]
     unfinished = [f"{p.value}, {p.series}: {'; '.join(p.unfinished)}" for p in ablation.points if p.unfinished]
     ends = [
         f"diverged: {', '.join(diverged) or 'none'}",
@@ -216,19 +258,12 @@ def ablation_line(ablation: Ablation, brief: bool = False) -> str:
     return f"last val accuracy over {values}{star}: {'; '.join(parts)}; {'; '.join(ends)}."
 
 
-def _started(point: Point) -> int:
-    return point.n + len(point.diverged) + len(point.unfinished)
-
-
 def cost_line(results: Mapping[str, Any] | None, brief: bool = False) -> str:
     """Is clamping less expensive than layer scaling? The first setting only, if brief."""
     sentences = cost.cost_sentences(results, fastest=True)[: 1 if brief else None] if results else []
     if not sentences:
         return "clamping against layer scaling: not measured here: `scripts/bench_training.py` on a GPU."
     return f"a training step of ResNet-50 at 224 px, {results['device']}: {'; '.join(sentences)} ([table](cost.md))."
-
-
-Found = Mapping[str, tuple[Report | Ablation, Sequence[Run], Sequence[Pooled]]]
 
 
 def render_findings(
@@ -241,16 +276,18 @@ def render_findings(
         made, runs, pooled = found[name]
         file = "ablation" if isinstance(made, Ablation) else "table1"
         if isinstance(made, Ablation):
-            told = [ablation_line(made, brief)]
+            told = [ablation_line(made, brief), "" if brief else study.note]
         elif brief:
             told = [summary_line(made)]
         else:
-            told = [*table_lines(made, runs, spec, study.side_by_side), paired_line(pooled, spec)]
+            told = [*table_lines(made, runs, spec, study.side_by_side), study.note, paired_line(pooled, spec)]
         lines.append(f"**{study.title}** ([table]({name}/{file}.md); {_details(made.scale_label, brief)}): {told[0]}")
         lines += filter(None, told[1:])
     # Of ablations the table tells: values chosen to go wrong, and runs that other studies hold too.
     studies = {name: runs for name, (made, runs, _) in found.items() if not isinstance(made, Ablation)}
     lines += [line for line in (removal_line(studies, brief), course_line(studies, brief)) if line]
+    if not brief:
+        lines += filter(None, [recount_line(found)])
     lines.append(f"**Cost of error compensation**: {cost_line(results, brief)}")
     missing = [study for name, study in spec.studies.items() if name not in found]
     lines += [f"**{study.title}**: not run here: `{study.command}`" for study in missing]

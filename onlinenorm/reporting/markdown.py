@@ -8,9 +8,12 @@ from onlinenorm.reporting.table import COMPARED_METRICS, Provenance, Report
 
 def render_markdown(report: Report) -> str:
     """The whole report as Markdown, tables first."""
-    parts = [f"# {report.heading}", main_table(report), "![Training curves](curves.png)"]
+    parts = [f"# {report.heading}", main_table(report), *filter(None, [report.note]), "![Training curves](curves.png)"]
     parts += ["## Verdicts", *_verdicts(report)]
     parts += ["## Clamping removed before the final validation", *_removals(report)]
+    if report.recounts:
+        rows = [text.recount_cells(found) for found in report.recounts]
+        parts += ["## Accuracies by one rule", text.RECOUNT_NOTE, markdown_table(text.RECOUNT_HEAD, rows)]
     parts += ["## Departures from the published setting", _departures(report)]
     parts += ["## Where the numbers come from", _sources(report), provenance_markdown(report.provenance)]
     return "\n\n".join(parts) + "\n"

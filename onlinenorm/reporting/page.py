@@ -75,6 +75,7 @@ def render_page(report: Report, curves_png: bytes, narrow_png: bytes) -> str:
         _verdicts(report),
         "<h2>Clamping removed before the final validation</h2>",
         _removals(report),
+        *_recounts(report),
         "<h2>Departures from the published setting</h2>",
         _departures(report),
         "<h2>Where the numbers come from</h2>",
@@ -170,6 +171,14 @@ def _removals(report: Report) -> str:
     table = _simple(text.REMOVAL_HEAD, [text.removal_cells(removal) for removal in measured]) if measured else ""
     items = "".join(f"<li><b>{escape(r.run or r.label)}</b>: {escape(r.sentence)}</li>" for r in report.removals)
     return f"{table}<ul>{items}</ul>"
+
+
+def _recounts(report: Report) -> list[str]:
+    if not report.recounts:
+        return []
+    rows = [text.recount_cells(found) for found in report.recounts]
+    note = f"<p>{escape(text.RECOUNT_NOTE)}</p>"
+    return ["<h2>Accuracies by one rule</h2>", note, _simple(text.RECOUNT_HEAD, rows)]
 
 
 def _departures(report: Report) -> str:

@@ -1,6 +1,5 @@
 """Two runs image by image: who is right where, McNemar's exact test, and an interval of the accuracy difference."""
 
-import zipfile
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,18 +7,8 @@ import numpy as np
 from scipy.special import bdtr
 
 from onlinenorm.reporting.errors import ReportError
+from onlinenorm.reporting.predictions import Predictions, load_predictions
 from onlinenorm.reporting.runs import Run
-
-COLUMNS = {"with": ("prediction", "with_clamp"), "without": ("prediction", "without_clamp")}
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The final validation of a run: for each image its index, label and predicted class, by rising index."""
-
-    index: np.ndarray
-    label: np.ndarray
-    prediction: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -52,25 +41,9 @@ def read_predictions(run: Run, clamp: str = "with") -> Predictions:
 
     Raises ReportError for a run that has not finished and for a file that is missing, damaged or incomplete.
     """
-    path = run.folder / "predictions.npz"
     if not run.finished:
         raise ReportError(f"{run.folder}: {run.status}; only finished runs can be compared")
-    if not path.is_file():
-        raise ReportError(f"{path}: missing; it is written at the end of a run")
-    try:
-        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ReportError(f"{path}: cannot be read ({error})") from error
-    column = next((name for name in COLUMNS[clamp] if name in arrays), None)
-    if column is None or not {"index", "label"} <= arrays.keys():
-        raise ReportError(f"{path}: holds {', '.join(sorted(arrays))}; index, label and a prediction are needed")
-    parts = arrays["index"], arrays["label"], arrays[column]
-    if any(part.ndim != 1 or part.dtype.kind not in "iu" or len(part) != len(parts[0]) for part in parts):
-        raise ReportError(f"{path}: index, label and {column} must be whole numbers, one an image")
-    if not len(parts[0]):
-        raise ReportError(f"{path}: holds no images")
-    return Predictions(*parts)
+    return load_predictions(run.folder / "predictions.npz", clamp)
 
 
 def check_same_images(run_a: Run, run_b: Run, a: Predictions, b: Predictions) -> None:

@@ -61,7 +61,7 @@ def ablation_panel(axis: Axes, ablation: Ablation, metric: str) -> None:
                 [places[p.value]] * p.n, [factor * v for v in p.figures[metric]], ".", markersize=5, alpha=0.5, **look
             )
         for p in points:
-            if p.diverged:
+            if p.tally.diverged:
                 x = places[p.value] + 0.06 * (place - (len(series) - 1) / 2) * _step(places)
                 where = {"transform": axis.get_xaxis_transform(), "clip_on": False}
                 end = 0.05 if text.is_accuracy(metric) else 0.95
@@ -114,7 +114,7 @@ def _limits(ablation: Ablation, metric: str) -> tuple[float, float]:
     if not text.is_accuracy(metric):
         high = min(high, 4 * float(np.median(values)))
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    strip = 2 * room if any(point.diverged for point in ablation.points) else 0.0
+    strip = 2 * room if any(point.tally.diverged for point in ablation.points) else 0.0
     return (low - room - strip, high + room) if text.is_accuracy(metric) else (low - room, high + room + strip)
 
 
@@ -214,21 +214,24 @@ def _epochs(axis: Axes, runs: Sequence[Run]) -> None:
 
 def accuracy_panel(axis: Axes, report: Report, runs: Sequence[Run]) -> None:
     """Best validation accuracy by normalizer: a point a seed, a bar at the mean."""
-    rows = [row for row in report.rows if row.n]
+    rows = [row for row in report.rows if row.tally.runs]
     for place, row in enumerate(reversed(rows)):
         values = [100 * run.value("best_top1") for run in runs if run.finished and run.normalizer == row.normalizer]
         axis.plot(values, [place] * len(values), "o", color=row.colour, alpha=0.6, markersize=6, zorder=3)
-        axis.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=row.colour, linewidth=2.5, zorder=4)
-    labels = [f"{row.label} (n = {row.n})".replace(" (", "\n(", 1) for row in reversed(rows)]
+        if values:
+            axis.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=row.colour, linewidth=2.5, zorder=4)
+    labels = []
+    for row in reversed(rows):
+        name = f"{row.label} (n = {row.n})".replace(" (", "\n(", 1)
+        labels.append("\n".join(filter(None, [name, *row.tally.mark.split(", ")])))
     axis.set_yticks(range(len(rows)), labels)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_xlabel("best val accuracy (%)")
 
 
 def cost_case(results: Mapping[str, Any]) -> cost.Case | None:
-    """The fastest setting in which clamping and layer scaling were both measured."""
-    both = {case: group for case, group in cost.cases(results).items() if {cost.CLAMP, cost.SCALING} <= group.keys()}
-    return max(both, key=lambda case: both[case][cost.CLAMP]["images_per_second"], default=None)
+    """The fastest setting of the largest batch in which train.py trains and both compensations were measured."""
+    return max(cost.fastest_cases(results), key=lambda case: case[0], default=None)
 
 
 def cost_panel(axis: Axes, results: Mapping[str, Any], case: cost.Case, spec: ReportSpec) -> None:
@@ -240,7 +243,7 @@ def cost_panel(axis: Axes, results: Mapping[str, Any], case: cost.Case, spec: Re
     axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.set_yticks(range(len(names)), [spec.row(name).label.replace(" (", "\n(") for name in names])
     axis.margins(x=0.15)
-    axis.set_xlabel(f"ms a step, ResNet-50, 224 px\n{cost.describe(case)}")
+    axis.set_xlabel(f"ms a step, ResNet-50, 224 px\n{cost.describe(case)}", fontsize=9)
 
 
 def draw_overview(panels: Mapping[str, Callable[[Axes], Any]]) -> bytes:

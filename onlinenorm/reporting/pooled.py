@@ -10,7 +10,7 @@ same reason; McNemar's test stands beside each pair.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import ndtri
@@ -20,7 +20,8 @@ from onlinenorm.reporting.markdown import markdown_table
 from onlinenorm.reporting.paired import Predictions, check_same_images, mcnemar, read_predictions
 from onlinenorm.reporting.runs import Run
 from onlinenorm.reporting.spec import ReportSpec
-from onlinenorm.reporting.statistics import Difference, one_sample_difference
+from onlinenorm.reporting.statistics import MIN_SEEDS, Difference, one_sample_difference, spreads
+from onlinenorm.reporting.tally import tally
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Pooled:
     """First minus second over the shared seeds; counts are means a seed, shares are fractions.
 
     `same` is the share of images on which the two of a seed say the same; `same_within` that of two seeds of the first,
-    and of the second, None for a single seed. `over_seeds` is None for a single seed.
+    and of the second, None for a single seed. `over_seeds` is None for fewer than MIN_SEEDS.
     """
 
     first: str
@@ -42,6 +43,7 @@ class Pooled:
     over_images: Difference
     over_seeds: Difference | None
     p_values: list[float]
+    marks: tuple[str, ...] = ()  # what either side leaves out, as of `Tally.mark`
 
 
 def pool(
@@ -72,7 +74,7 @@ def pool(
         same=float(np.mean([_same(first[s], second[s], known) for s in seeds])),
         same_within=(within[0], within[1]),
         over_images=Difference(mean, mean - half, mean + half, level, True, images),
-        over_seeds=one_sample_difference(by_seed, 0.0, level, paired=True) if len(seeds) > 1 else None,
+        over_seeds=one_sample_difference(by_seed, 0.0, level, paired=True) if len(seeds) >= MIN_SEEDS else None,
         p_values=[mcnemar(int(a), int(b)) for a, b in zip(only_first, only_second, strict=True)],
     )
 
@@ -92,8 +94,13 @@ def pool_runs(runs: Sequence[Run], spec: ReportSpec) -> list[Pooled]:
         every = [(run, predictions[i][seed]) for i, side in enumerate(sides) for seed, run in side.items()]
         for run, mine in every[1:]:
             check_same_images(every[0][0], run, every[0][1], mine)
-        pooled.append(pool(*predictions, names, spec.confidence))
+        pooled.append(replace(pool(*predictions, names, spec.confidence), marks=_marks(runs, names, spec)))
     return pooled
+
+
+def _marks(runs: Sequence[Run], names: tuple[str, str], spec: ReportSpec) -> tuple[str, ...]:
+    marks = {name: tally([run for run in runs if run.normalizer == name]).mark for name in names}
+    return tuple(f"{spec.row(name).label}: {mark}" for name, mark in marks.items() if mark)
 
 
 def _same(a: Predictions, b: Predictions, known: np.ndarray) -> float:
@@ -111,17 +118,23 @@ def pooled_table(pooled: Sequence[Pooled], spec: ReportSpec) -> str:
     body = []
     for p in pooled:
         name = f"{spec.row(p.first).label} − {spec.row(p.second).label}"
-        cells = [name, str(len(p.seeds)), f"{p.only_first:,.1f}", f"{p.only_second:,.1f}"]
-        cells += [text.difference(p.over_images.mean, "top1"), interval(p.over_seeds), interval(p.over_images)]
+        cells = [name, "; ".join([str(len(p.seeds)), *p.marks]), f"{p.only_first:,.1f}", f"{p.only_second:,.1f}"]
+        cells += [
+            text.difference(p.over_images.mean, "top1"),
+            interval(p.over_seeds, len(p.seeds)),
+            interval(p.over_images, p.images),
+        ]
         cells += ["–" if share is None else f"{share:.2%}" for share in (p.same, *p.same_within)]
         body.append([*cells, ", ".join(f"{value:.2g}" for value in p.p_values)])
     return markdown_table(head, body)
 
 
-def interval(difference: Difference | None) -> str:
-    """Its ends in points, or what is missing."""
+def interval(difference: Difference | None, n: int) -> str:
+    """Its ends in points, or how many there are of what there are too few."""
     if difference is None:
-        return "n = 1"
+        return f"n = {n}"
+    if not spreads(difference):
+        return "no spread"
     return f"{text.difference(difference.low, 'top1')} to {text.difference(difference.high, 'top1')}"
 
 

@@ -12,13 +12,24 @@ from typing import Any
 
 import numpy as np
 
+from onlinenorm.reporting.checks import check_agreement, check_predictions, check_results, lookup
 from onlinenorm.reporting.errors import ReportError
 
 REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
 CLAMPING_COLUMNS = ("epoch", "step", "clamped_fraction", "max_abs_activation")
-_SCALES = ("imagenet", "imagenet-subset", "fashion_mnist", "embedded", "synthetic")
 _NOT_FINITE = re.compile(r"became NaN or infinite at step (\d+)(?: \(epoch (\d+))?")
-_NOT_RUN_FOLDERS = {"checkpoints", "wandb", "tensorboard", "lightning_logs", "node_modules"}
+_NOT_RUN_FOLDERS = {"attempts", "checkpoints", "wandb", "tensorboard", "lightning_logs", "node_modules"}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt at a run that was not the last one, and what it came to."""
+
+    status: str
+
+    @property
+    def diverged(self) -> bool:
+        return self.status.startswith("diverged")
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class Run:
 
     `metrics` maps a column of metrics.csv to float64 values, one an epoch (counted from 1), NaN where a field is empty;
     `clamping` the same of clamping.csv, {} for a run without clamps. `failure` is the text of failed.txt, if any.
+    `attempts` are those before this one, the first first.
     """
 
     folder: Path
@@ -39,6 +51,7 @@ class Run:
     results: dict[str, Any] | None
     clamping: dict[str, np.ndarray] = field(default_factory=dict)
     failure: str | None = None
+    attempts: list[Attempt] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -46,8 +59,7 @@ class Run:
 
     @property
     def epochs_done(self) -> int:
-        epochs = self.metrics.get("epoch", np.empty(0))
-        return int(epochs[-1]) if epochs.size else 0
+        return _epochs_done(self.metrics)
 
     @property
     def epochs_planned(self) -> int | None:
@@ -66,17 +78,28 @@ class Run:
         """
         if self.finished:
             return "finished"
-        planned = self.epochs_planned or "unknown"
-        if found := _NOT_FINITE.search(self.failure or ""):
-            return f"diverged: step {found[1]}, epoch {found[2] or self.epochs_done + 1} of {planned}"
-        losses = [self.metrics[key][-1] for key in ("train_loss", "val_loss") if self.epochs_done]
-        word = "failed" if self.failure is not None else "running"
-        word = "diverged" if any(math.isinf(x) or math.isnan(x) for x in losses) else word
-        return f"{word}: epoch {self.epochs_done} of {planned}"
+        return _status(self.failure, self.metrics, self.epochs_planned, "running")
 
     @property
     def diverged(self) -> bool:
         return self.status.startswith("diverged")
+
+    @property
+    def divided(self) -> dict[str, int]:
+        """How batches are divided, as far as the normalizer's statistics see it: parts by processes and accumulation.
+
+        As the run recorded it. Of runs from before that, BatchNorm's statistics see both divisions (with
+        `sync_batchnorm` only the latter), and local statistics the former.
+        """
+        if isinstance(recorded := self.environment.get("statistics"), dict):
+            return {key: recorded.get(key, 1) for key in ("processes", "accumulation")} if recorded else {}
+        trainer = self.config.get("trainer") or {}
+        processes = self.environment.get("world_size", trainer.get("devices", 1))
+        if "BatchNorm" in str(lookup(self.config, "normalizer._target_", "")):
+            processes = 1 if trainer.get("sync_batchnorm") else processes
+            return {"processes": processes, "accumulation": trainer.get("accumulate_grad_batches", 1)}
+        local = lookup(self.config, "normalizer.statistics") == "local"
+        return {"processes": processes, "accumulation": 1} if local else {}
 
     def value(self, metric: str) -> float:
         """A figure of a finished run: "best_loss", "best_top1", "last_loss" or "last_top1" (nats; fractions)."""
@@ -84,15 +107,6 @@ class Run:
         part, kind = metric.split("_")
         entry = self.results["last" if part == "last" else metric]
         return float(entry[f"val_{kind}"])
-
-
-def lookup(tree: dict[str, Any], dotted: str, default: Any = None) -> Any:
-    """tree["a"]["b"] for "a.b", or `default` where a part is missing."""
-    for part in dotted.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return default
-        tree = tree[part]
-    return tree
 
 
 def milestones(run: Run) -> list[int]:
@@ -136,10 +150,11 @@ def load_run(folder: Path, read_yaml: Callable[[Path], Any], name: str | None = 
     results = None
     if (folder / "results.json").exists():
         results = _read_json(folder / "results.json")
-        _check_results(results, folder / "results.json")
+        check_results(results, folder / "results.json")
     metrics = read_metrics(folder / "metrics.csv") if (folder / "metrics.csv").exists() or results else {}
     if results:
-        _check_agreement(results, metrics, folder)
+        check_agreement(results, metrics, folder)
+        check_predictions(results, folder)
     seed_in_name = re.fullmatch(r"seed(\d+)", folder.name)
     seed = results["seed"] if results else config.get("seed", seed_in_name and int(seed_in_name[1]))
     if not isinstance(seed, int):
@@ -148,11 +163,54 @@ def load_run(folder: Path, read_yaml: Callable[[Path], Any], name: str | None = 
         results["normalizer"] if results else lookup(config, "choices.normalizer", folder.resolve().parent.name)
     )
     clamping = folder / "clamping.csv"
+    planned = results["epochs"] if results else lookup(config, "recipe.epochs")
     return Run(
         folder, name or folder.name, normalizer, seed, config, environment, metrics, results,
         clamping=read_metrics(clamping, CLAMPING_COLUMNS) if clamping.exists() else {},
         failure=_read_text(folder / "failed.txt"),
+        attempts=_read_attempts(folder, environment, (results or {}).get("attempts", []), planned),
     )  # fmt: skip
+
+
+def _read_attempts(
+    folder: Path, environment: dict[str, Any], recorded: list[dict[str, Any]], planned: Any
+) -> list[Attempt]:
+    """The attempts before the present one: those in attempts/, and of those in results.json what is no longer there.
+
+    One that failed and was continued from a checkpoint, as `starts` of environment.json tells, is no other attempt
+    unless it diverged.
+    """
+    found, seen, starts = [], set(), environment.get("starts", [])
+    kept = [path for path in folder.glob("attempts/*") if path.name.isdigit()]
+    for path in sorted(kept, key=lambda path: int(path.name)):
+        seen.add(f"attempts/{path.name}")
+        metrics = read_metrics(path / "metrics.csv") if (path / "metrics.csv").exists() else {}
+        begun = _read_json(path / "environment.json").get("starts", []) if (path / "environment.json").exists() else []
+        attempt = Attempt(_status(_read_text(path / "failed.txt"), metrics, planned, "stopped"))
+        continued = begun and len(begun) < len(starts) and starts[: len(begun)] == begun
+        if attempt.diverged or not continued:
+            found.append(attempt)
+    for entry in recorded:
+        if entry.get("folder") not in seen:
+            status = _status(entry.get("failure"), {"epoch": np.array([entry.get("epochs", 0)])}, planned, "stopped")
+            found.append(Attempt(f"{status}; its data no longer exist"))
+    return found
+
+
+def _status(failure: str | None, metrics: dict[str, np.ndarray], planned: Any, unfinished: str) -> str:
+    """What a run that is not done came to; `unfinished` is the word for one that nothing has ended."""
+    planned, done = planned or "unknown", _epochs_done(metrics)
+    if found := _NOT_FINITE.search(failure or ""):
+        return f"diverged: step {found[1]}, epoch {found[2] or done + 1} of {planned}"
+    losses = [metrics[key][-1] for key in ("train_loss", "val_loss") if done and key in metrics]
+    word = "failed" if failure is not None else unfinished
+    word = "diverged" if any(math.isinf(x) or math.isnan(x) for x in losses) else word
+    return f"{word}: epoch {done} of {planned}"
+
+
+def _epochs_done(metrics: dict[str, np.ndarray]) -> int:
+    epochs = metrics.get("epoch", np.empty(0))
+    return int(epochs[-1]) if epochs.size else 0
 
 
 def read_metrics(path: Path, required: tuple[str, ...] = REQUIRED_COLUMNS) -> dict[str, np.ndarray]:
@@ -220,61 +278,3 @@ def _read_text(path: Path) -> str | None:
         return None
     except OSError as error:
         raise ReportError(f"{path}: cannot be read: {error}") from error
-
-
-def _check_results(results: dict[str, Any], path: Path) -> None:
-    """Types and ranges of every figure that the report prints."""
-
-    def fail(key: str, problem: str) -> None:
-        raise ReportError(f"{path}: {key} {problem}")
-
-    def number(key: str, low: float, high: float, kind: type | tuple = (int, float)) -> None:
-        value = lookup(results, key)
-        if value is None:
-            fail(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
-            fail(key, f"is {value!r}, not a finite {'whole ' if kind is int else ''}number")
-        if not low <= value <= high:
-            fail(
-                key, f"is {value!r}, outside [{low}, {high}]" + (" (accuracies are fractions)" if "top" in key else "")
-            )
-
-    if results.get("schema") != 1:
-        fail("schema", f"is {results.get('schema')!r}; this report reads schema 1")
-    for key in ("experiment", "normalizer", "dataset.name"):
-        if not isinstance(lookup(results, key), str):
-            fail(key, "is missing or not a text")
-    if results.get("scale") not in _SCALES:
-        fail("scale", f"is {results.get('scale')!r}; it must be one of {', '.join(_SCALES)}")
-    for key in ("seed", "dataset.train_images", "dataset.val_images"):
-        number(key, 0, math.inf, int)
-    for key in ("epochs", "last.epoch", "best_loss.epoch", "best_top1.epoch"):
-        number(key, 1, math.inf, int)
-    for key in ("last.val_loss", "best_loss.val_loss"):
-        number(key, 0, math.inf)
-    for key in ("last.val_top1", "best_top1.val_top1"):
-        number(key, 0, 1)
-    if results.get("clamping") is not None:
-        for side in ("with", "without"):
-            number(f"clamping.{side}.val_loss", 0, math.inf)
-            number(f"clamping.{side}.val_top1", 0, 1)
-        number("clamping.layers", 0, math.inf, int)
-        number("clamping.changed_predictions", 0, results["dataset"]["val_images"], int)
-        number("clamping.clamp_value", 0, math.inf)
-        number("clamping.clamped_fraction", 0, 1)
-        number("clamping.max_abs_activation", 0, math.inf)
-
-
-def _check_agreement(results: dict[str, Any], metrics: dict[str, np.ndarray], folder: Path) -> None:
-    """Best epochs of results.json must be those that metrics.csv shows, up to rounding."""
-    if not metrics or not metrics["epoch"].size:
-        raise ReportError(f"{folder / 'metrics.csv'}: holds no epoch, although the run is marked as done")
-    for entry, column, pick in (("best_loss", "val_loss", np.nanmin), ("best_top1", "val_top1", np.nanmax)):
-        if np.isnan(metrics[column]).all():
-            raise ReportError(f"{folder / 'metrics.csv'}: column {column} is empty")
-        seen, said = float(pick(metrics[column])), float(results[entry][column])
-        if abs(seen - said) > 1e-3 * max(1.0, abs(seen)):
-            raise ReportError(
-                f"{folder / 'results.json'}: {entry}.{column} is {said:.6g}, but metrics.csv shows {seen:.6g}; "
-                "one of the two files belongs to another run"
-            )

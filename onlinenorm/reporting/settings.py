@@ -57,6 +57,11 @@ def check_one_table(runs: Sequence[Run]) -> None:
             seen[run.seed] = run.name
 
 
+def check_one_point(runs: Sequence[Run], where: str) -> None:
+    """Raises ReportError if runs that are averaged differ in anything but the seed."""
+    _refuse_mixture({run.name: _setting(run) | _normalizer_setting(run) for run in runs}, where)
+
+
 def differences(runs: Sequence[Run], besides: Sequence[str]) -> list[str]:
     """Lines "key: value (runs) | value (runs)" where runs differ in more than the keys `besides` and the experiment."""
     keep = {*besides, "experiment"}
@@ -121,7 +126,8 @@ def _setting(run: Run) -> dict[str, Any]:
 
 def _normalizer_setting(run: Run) -> dict[str, Any]:
     flat = flatten({"normalizer": run.config.get("normalizer", UNKNOWN)})
-    return {key: value for key, value in flat.items() if key not in _IRRELEVANT}
+    divided = {f"{name} (divides the images that a statistic sees)": count for name, count in run.divided.items()}
+    return {key: value for key, value in flat.items() if key not in _IRRELEVANT} | divided
 
 
 def _refuse_mixture(settings: dict[str, dict[str, Any]], where: str) -> None:

@@ -53,10 +53,11 @@ class SettingSpec:
 
 @dataclass(frozen=True)
 class StudySpec:
-    """A study in a folder of studies: its title, and the command that makes its runs."""
+    """A study in a folder of studies: its title, the command that makes its runs, and what their data do not tell."""
 
     title: str
     command: str
+    note: str = ""
 
     @property
     def side_by_side(self) -> int:

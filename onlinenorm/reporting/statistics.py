@@ -3,6 +3,9 @@
 The rule is symmetric. Take the interval of a difference at level 1 - 2 alpha. If it lies wholly inside the margin the
 two are equivalent (this is the pair of one-sided t tests, TOST, of Schuirmann 1987); wholly outside, they differ by
 more than the margin; otherwise the seeds at hand cannot tell. A difference is never turned into a ranking.
+
+Seeds that are too few, or show no spread, cannot tell either: an interval needs MIN_SEEDS values and two that differ.
+Nor are rows equivalent of which a run diverged: means over the runs that survived say nothing of it.
 """
 
 import math
@@ -14,13 +17,14 @@ from scipy.special import stdtrit
 EQUIVALENT = "equivalent"
 DIFFERENT = "different"
 INCONCLUSIVE = "inconclusive"
+MIN_SEEDS = 3  # of two values, equal ones are no rarity, and the interval spans 12 deviations of their mean
 NOT_COMPARABLE = "not comparable"
 NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Spread of one figure over seeds; `sd`, `low` and `high` (interval of the mean) are None for a single seed."""
+    """Spread of one figure over seeds; `sd` is None for one seed, `low` and `high` (interval of the mean) for few."""
 
     n: int
     mean: float
@@ -33,7 +37,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference with its interval; `paired` says whether it was taken seed by seed."""
+    """Mean difference with its interval; `paired` says whether it was taken seed by seed, `n` of how many a side."""
 
     mean: float
     low: float
@@ -67,7 +71,9 @@ def _half_width(standard_error: float, freedom: float, level: float) -> float:
 
 
 def summarize(values: Iterable[float], confidence: float = 0.95) -> Summary | None:
-    """Mean, sample standard deviation, Student t interval of the mean, smallest and largest; None without values.
+    """Mean, sample standard deviation, smallest and largest, Student t interval of the mean from MIN_SEEDS values on.
+
+    None without values.
 
     Raises ValueError when a value is not finite or confidence lies outside (0, 1).
     """
@@ -80,30 +86,36 @@ def summarize(values: Iterable[float], confidence: float = 0.95) -> Summary | No
     if n == 1:
         return Summary(1, mean, None, None, None, mean, mean)
     sd = math.sqrt(_variance(values))
+    if n < MIN_SEEDS:
+        return Summary(n, mean, sd, None, None, min(values), max(values))
     half = _half_width(sd / math.sqrt(n), n - 1, confidence)
     return Summary(n, mean, sd, mean - half, mean + half, min(values), max(values))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], level: float) -> Difference:
-    """Mean of first[i] - second[i] with its t interval on n - 1 degrees of freedom; needs two pairs or more."""
-    if len(first) != len(second) or len(first) < 2:
-        raise ValueError(f"a paired difference needs two or more pairs, got {len(first)} and {len(second)} values")
+    """Mean of first[i] - second[i] with its t interval on n - 1 degrees of freedom; needs MIN_SEEDS pairs or more."""
+    if len(first) != len(second) or len(first) < MIN_SEEDS:
+        raise ValueError(
+            f"a paired difference needs {MIN_SEEDS} or more pairs, got {len(first)} and {len(second)} values"
+        )
     return one_sample_difference([a - b for a, b in zip(first, second, strict=True)], 0.0, level, paired=True)
 
 
 def one_sample_difference(values: Sequence[float], target: float, level: float, paired: bool = False) -> Difference:
-    """Mean of `values` minus a fixed target with its t interval; needs two values or more."""
+    """Mean of `values` minus a fixed target with its t interval; needs MIN_SEEDS values or more."""
     summary = summarize((value - target for value in values), level)
-    if summary is None or summary.n < 2:
-        raise ValueError(f"an interval needs two or more values, got {len(values)}")
+    if summary is None or summary.n < MIN_SEEDS:
+        raise ValueError(f"an interval needs {MIN_SEEDS} or more values, got {len(values)}")
     return Difference(summary.mean, summary.low, summary.high, level, paired, summary.n)
 
 
 def welch_difference(first: Sequence[float], second: Sequence[float], level: float) -> Difference:
     """Difference of two means with unequal variances; degrees of freedom by Welch and Satterthwaite."""
     _check_level(level)
-    if min(len(first), len(second)) < 2:
-        raise ValueError(f"Welch's interval needs two or more values a side, got {len(first)} and {len(second)}")
+    if min(len(first), len(second)) < MIN_SEEDS:
+        raise ValueError(
+            f"Welch's interval needs {MIN_SEEDS} or more values a side, got {len(first)} and {len(second)}"
+        )
     _check_finite([*first, *second])
     share_a, share_b = _variance(first) / len(first), _variance(second) / len(second)
     total, mean = share_a + share_b, _mean(first) - _mean(second)
@@ -116,9 +128,13 @@ def welch_difference(first: Sequence[float], second: Sequence[float], level: flo
 
 
 def decide(difference: Difference, margin: float) -> str:
-    """EQUIVALENT, DIFFERENT or INCONCLUSIVE by where the interval lies against the open interval (-margin, margin)."""
-    if not (math.isfinite(margin) and margin > 0):
-        raise ValueError(f"margin must be positive and finite, got {margin}")
+    """EQUIVALENT, DIFFERENT or INCONCLUSIVE by where the interval lies against the open interval (-margin, margin).
+
+    INCONCLUSIVE too where the interval has no width: values without spread do not tell how they would spread.
+    """
+    _check_margin(margin)
+    if not spreads(difference):
+        return INCONCLUSIVE
     if -margin < difference.low and difference.high < margin:
         return EQUIVALENT
     if difference.low > margin or difference.high < -margin:
@@ -126,15 +142,32 @@ def decide(difference: Difference, margin: float) -> str:
     return INCONCLUSIVE
 
 
+def spreads(difference: Difference) -> bool:
+    """Whether the interval is wider than rounding makes it."""
+    return difference.high - difference.low > 1e-12
+
+
+def excludes_zero(difference: Difference) -> bool:
+    return difference.low > 0 or difference.high < 0
+
+
 def compare_rows(
-    first: Mapping[int, float], second: Mapping[int, float], margin: float, alpha: float = 0.05
+    first: Mapping[int, float],
+    second: Mapping[int, float],
+    margin: float,
+    alpha: float = 0.05,
+    diverged: Sequence[str] = (),
 ) -> Verdict:
-    """Verdict on two rows of one study, each a mapping seed -> figure; paired by seed when both have the same seeds."""
+    """Verdict on two rows of one study, each a mapping seed -> figure; paired by seed when both have the same seeds.
+
+    `diverged` tells of runs of either row that have no figure, as in "BatchNorm: 3 of 5 diverged".
+    """
+    _check_margin(margin)
     if not first or not second:
-        return Verdict(NOT_RUN, "a row has no finished run")
+        return Verdict(INCONCLUSIVE, "; ".join(diverged)) if diverged else Verdict(NOT_RUN, "a row has no finished run")
     n = min(len(first), len(second))
-    if n == 1:
-        return Verdict(INCONCLUSIVE, "n = 1")
+    if n < MIN_SEEDS:
+        return Verdict(INCONCLUSIVE, "; ".join([f"n = {n}", *diverged]))
     if first.keys() == second.keys():
         seeds = sorted(first)
         difference = paired_difference([first[s] for s in seeds], [second[s] for s in seeds], 1 - 2 * alpha)
@@ -142,25 +175,42 @@ def compare_rows(
     else:
         difference = welch_difference(list(first.values()), list(second.values()), 1 - 2 * alpha)
         how = f"seeds differ, so unpaired, n = {len(first)} and {len(second)}"
-    return Verdict(decide(difference, margin), how, difference)
+    return _verdict(difference, margin, how, diverged)
 
 
 def compare_published(
-    values: Sequence[float], published: float, margin: float, obstacles: Sequence[str] = (), alpha: float = 0.05
+    values: Sequence[float],
+    published: float,
+    margin: float,
+    obstacles: Sequence[str] = (),
+    alpha: float = 0.05,
+    diverged: Sequence[str] = (),
 ) -> Verdict:
     """Verdict on reproduced values against one published figure.
 
     The published figure is taken as fixed: it is a single run, so its own seed spread is unknown here and has to be
-    covered by the margin. `obstacles` are the reasons (scale, decisive departures) that forbid the comparison.
+    covered by the margin. `obstacles` are the reasons (scale, decisive departures) that forbid the comparison,
+    `diverged` as of `compare_rows`.
     """
-    if not values:
+    if not values and not diverged:
         return Verdict(NOT_RUN, "no finished run")
     if obstacles:
         return Verdict(NOT_COMPARABLE, "; ".join(obstacles))
-    if len(values) == 1:
-        return Verdict(INCONCLUSIVE, "n = 1")
+    if not values:
+        return Verdict(INCONCLUSIVE, "; ".join(diverged))
+    if len(values) < MIN_SEEDS:
+        return Verdict(INCONCLUSIVE, "; ".join([f"n = {len(values)}", *diverged]))
     difference = one_sample_difference(values, published, 1 - 2 * alpha)
-    return Verdict(decide(difference, margin), f"published value taken as fixed, n = {len(values)}", difference)
+    return _verdict(difference, margin, f"published value taken as fixed, n = {len(values)}", diverged)
+
+
+def _verdict(difference: Difference, margin: float, how: str, diverged: Sequence[str]) -> Verdict:
+    outcome, reasons = decide(difference, margin), [how, *diverged]
+    if not spreads(difference):
+        reasons.append("the seeds show no spread")
+    if outcome == EQUIVALENT and diverged:
+        outcome = INCONCLUSIVE  # what diverged is not in the means
+    return Verdict(outcome, "; ".join(reasons), difference)
 
 
 def removal_outcome(changed_predictions: int, images: int, top1_with: float, top1_without: float) -> str:
@@ -171,6 +221,11 @@ def removal_outcome(changed_predictions: int, images: int, top1_with: float, top
     share = f" ({100 * changed_predictions / images:.2f} %)" if images else ""
     changed = f"{changed_predictions:,} of {images:,} predictions changed{share}"
     return f"not identical: {changed}, accuracy {points:+.2f} points"
+
+
+def _check_margin(margin: float) -> None:
+    if not (math.isfinite(margin) and margin > 0):
+        raise ValueError(f"margin must be positive and finite, got {margin}")
 
 
 def _check_level(level: float) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,11 @@ def load_studies(root: Path, read_yaml: Callable[[Path], Any], spec: ReportSpec)
     for name in [*names, *(name for name in folders if name not in names)]:
         runs = load_runs(folders[name], read_yaml)
         try:
+            note = spec.studies[name].note if name in spec.studies else ""
             if any(swept(run) for run in runs):
-                studies[name] = Study(runs, build_ablation(runs, spec), [])
+                studies[name] = Study(runs, replace(build_ablation(runs, spec), note=note), [])
             else:
-                studies[name] = Study(runs, build_report(runs, spec), pool_runs(runs, spec))
+                studies[name] = Study(runs, replace(build_report(runs, spec), note=note), pool_runs(runs, spec))
         except ReportError as error:
             raise ReportError(f"{folders[name]}: {error}") from error
     return studies

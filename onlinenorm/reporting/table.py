@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from onlinenorm.reporting.checks import counted
 from onlinenorm.reporting.runs import Run, lookup, milestones
 from onlinenorm.reporting.settings import UNKNOWN, Departure, check_one_table, departures, planned_scale
 from onlinenorm.reporting.spec import Published, ReportSpec
 from onlinenorm.reporting.statistics import (
+    MIN_SEEDS,
     NOT_RUN,
     Summary,
     Verdict,
@@ -16,6 +18,7 @@ from onlinenorm.reporting.statistics import (
     removal_outcome,
     summarize,
 )
+from onlinenorm.reporting.tally import Tally, former_attempts, tally
 
 METRICS = ("best_loss", "best_top1", "last_loss", "last_top1")
 COMPARED_METRICS = ("best_top1", "best_loss")
@@ -24,7 +27,10 @@ COMPARABLE_SCALE = "imagenet"
 
 @dataclass(frozen=True)
 class Row:
-    """One normalizer: published values, summaries over finished seeds by metric, and what its other runs are doing."""
+    """One normalizer: published values, summaries over finished seeds by metric, and what its other runs are doing.
+
+    `tally` counts all runs and attempts; `attempts` tells of those that were not a run's last.
+    """
 
     normalizer: str
     label: str
@@ -34,10 +40,23 @@ class Row:
     summaries: dict[str, Summary | None]
     epochs: dict[str, list[int]]
     unfinished: list[str]
+    attempts: list[str]
+    tally: Tally
 
     @property
     def n(self) -> int:
         return len(self.seeds)
+
+
+@dataclass(frozen=True)
+class Recount:
+    """A figure of a run recorded before accuracy had one rule, and what its predictions.npz gives; in images."""
+
+    run: str
+    figure: str
+    recorded: int
+    counted: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,8 @@ class Report:
     departures: list[Departure]
     provenance: list[Provenance]
     milestones: list[int]
+    recounts: list[Recount]
+    note: str = ""  # by hand: what the data of the runs do not tell
 
     @property
     def heading(self) -> str:
@@ -122,11 +143,12 @@ def build_report(runs: Sequence[Run], spec: ReportSpec) -> Report:
         rule=_rule(spec),
         confidence=spec.confidence,
         rows=rows,
-        comparisons=_against_published(rows, runs, spec, scale, found) + _between_rows(runs, spec, scale),
+        comparisons=_against_published(rows, runs, spec, scale, found) + _between_rows(rows, runs, spec, scale),
         removals=[removal for row in rows for removal in _removals(row, runs, spec)],
         departures=found,
         provenance=[provenance(run) for run in runs],
         milestones=milestones(runs[0]) if runs else [],
+        recounts=[found for run in runs for found in recount(run) if found.recorded != found.counted],
     )
 
 
@@ -162,7 +184,17 @@ def _row(normalizer: str, runs: Sequence[Run], spec: ReportSpec) -> Row:
         summaries={m: summarize([run.value(m) for run in finished], spec.confidence) for m in METRICS},
         epochs={m: [_epoch(run, m) for run in finished] for m in METRICS},
         unfinished=[f"seed {run.seed} {run.status}" for run in mine if not run.finished],
+        attempts=former_attempts(mine),
+        tally=tally(mine),
     )
+
+
+def recount(run: Run) -> list[Recount]:
+    """The figures of a finished run that its predictions.npz tells too, if it was recorded by no one rule."""
+    if not run.finished or run.results.get("top1_rule"):
+        return []
+    images = run.results["dataset"]["val_images"]
+    return [Recount(run.name, name, *pair, images) for name, pair in counted(run.results, run.folder).items()]
 
 
 def _epoch(run: Run, metric: str) -> int:
@@ -192,18 +224,25 @@ def _against_published(
         for metric in COMPARED_METRICS:
             values = list(_figures(row.normalizer, metric, runs).values())
             margin, target = _margin(spec, COMPARABLE_SCALE, metric), getattr(row.published, metric)
-            verdict = compare_published(values, target, margin, obstacles, spec.alpha)
+            verdict = compare_published(values, target, margin, obstacles, spec.alpha, _diverged([row]))
             comparisons.append(Comparison(row.normalizer, None, metric, margin, verdict))
     return comparisons
 
 
-def _between_rows(runs: Sequence[Run], spec: ReportSpec, scale: str) -> list[Comparison]:
+def _diverged(rows: Sequence[Row]) -> list[str]:
+    """What verdicts on these rows must say of runs that diverged."""
+    return [f"{row.label}: {row.tally.mark}" for row in rows if row.tally.diverged]
+
+
+def _between_rows(rows: list[Row], runs: Sequence[Run], spec: ReportSpec, scale: str) -> list[Comparison]:
     comparisons = []
     for first, second in spec.comparisons:
+        diverged = _diverged([row for row in rows if row.normalizer in (first, second)])
         for metric in COMPARED_METRICS:
             margin = _margin(spec, scale, metric)
             a, b = _figures(first, metric, runs), _figures(second, metric, runs)
-            comparisons.append(Comparison(first, second, metric, margin, compare_rows(a, b, margin, spec.alpha)))
+            verdict = compare_rows(a, b, margin, spec.alpha, diverged)
+            comparisons.append(Comparison(first, second, metric, margin, verdict))
     return comparisons
 
 
@@ -267,7 +306,9 @@ def _rule(spec: ReportSpec) -> str:
     level, alpha = f"{100 * (1 - 2 * spec.alpha):g} %", f"{100 * spec.alpha:g} %"
     return (
         f"Two rows are equivalent when the {level} Student t interval of their difference lies wholly inside the "
-        f"margin (two one-sided tests at {alpha}), different when it lies wholly outside, and inconclusive otherwise. "
+        f"margin (two one-sided tests at {alpha}), different when it lies wholly outside, and inconclusive otherwise: "
+        f"always below {MIN_SEEDS} seeds, where seeds show no spread, and instead of equivalent where a run or a "
+        "former attempt of either row diverged. "
         "Differences are paired by seed when both rows have the same seeds. The published values are single runs and "
         "are taken as fixed. Margins and rule were fixed in configs/report.yaml before the runs."
     )

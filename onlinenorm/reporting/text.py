@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onlinenorm.reporting.settings import Departure
-from onlinenorm.reporting.statistics import Summary
-from onlinenorm.reporting.table import Comparison, Provenance, Removal, Report, Row, plain
+from onlinenorm.reporting.statistics import Difference, Summary, excludes_zero
+from onlinenorm.reporting.table import Comparison, Provenance, Recount, Removal, Report, Row, plain
 
 METRIC_NAMES = {
     "best_loss": "best val loss",
@@ -51,26 +51,32 @@ def published_cell(row: Row, metric: str) -> Cell:
 
 
 def reproduced_cell(row: Row, metric: str, confidence: float = 0.95) -> Cell:
-    """Mean +- sd with interval and range; for n = 1 the value and its epoch; for n = 0 "not run" or the progress."""
-    summary = row.summaries[metric]
+    """Mean +- sd with interval and range; for n = 1 the value and its epoch; for n = 0 "not run" or the progress.
+
+    Each says of how many attempts it is, where some are left out.
+    """
+    summary, mark = row.summaries[metric], [row.tally.mark] * bool(row.tally.mark)
     if summary is None:
-        return Cell("; ".join(row.unfinished) if row.unfinished else "not run")
+        return Cell("; ".join([*row.unfinished, *row.attempts]) if row.unfinished else "not run")
     if summary.n == 1:
-        return Cell(figure(summary.mean, metric), f"epoch {row.epochs[metric][0]}")
+        return Cell(figure(summary.mean, metric), "; ".join([f"epoch {row.epochs[metric][0]}", *mark]))
     unit = " %" if is_accuracy(metric) else ""
     return Cell(
-        f"{bare(summary.mean, metric)} ± {bare(summary.sd, metric)}{unit}", _spread(summary, metric, confidence)
+        f"{bare(summary.mean, metric)} ± {bare(summary.sd, metric)}{unit}",
+        "; ".join([*_spread(summary, metric, confidence), *mark]),
     )
 
 
-def _spread(summary: Summary, metric: str, confidence: float) -> str:
-    interval = f"{100 * confidence:g} % CI {bare(summary.low, metric)} to {bare(summary.high, metric)}"
-    return f"{interval}; min–max {bare(summary.minimum, metric)}–{bare(summary.maximum, metric)}"
+def _spread(summary: Summary, metric: str, confidence: float) -> list[str]:
+    ends = f"min–max {bare(summary.minimum, metric)}–{bare(summary.maximum, metric)}"
+    if summary.low is None:
+        return [ends]
+    return [f"{100 * confidence:g} % CI {bare(summary.low, metric)} to {bare(summary.high, metric)}", ends]
 
 
 def seeds_cell(row: Row) -> Cell:
-    """n, and which runs are still under way beside the finished ones."""
-    return Cell(str(row.n), "; ".join(row.unfinished) if row.n else "")
+    """n, and what became of the runs and attempts that are not among the finished ones."""
+    return Cell(str(row.n), "; ".join([*row.unfinished, *row.attempts]) if row.n else row.tally.mark)
 
 
 def comparison_name(comparison: Comparison, report: Report) -> str:
@@ -113,8 +119,27 @@ def verdict_detail(comparison: Comparison) -> str:
         return ""
     unit = "points" if is_accuracy(metric) else "nats"
     margin = difference(comparison.margin, metric).lstrip("+").rstrip("0").rstrip(".")
-    interval = f"{100 * found.level:g} % CI {difference(found.low, metric)} to {difference(found.high, metric)}"
-    return f"{difference(found.mean, metric)} {unit} ({interval}), margin ±{margin}; {comparison.verdict.reason}"
+    told = f"{difference(found.mean, metric)} {unit} ({interval_words(found, metric)})"
+    return f"{told}, margin ±{margin}; {comparison.verdict.reason}"
+
+
+def interval_words(found: Difference, metric: str) -> str:
+    """The interval of a difference, and whether it leaves room for none."""
+    ends = f"{difference(found.low, metric)} to {difference(found.high, metric)}"
+    return f"{100 * found.level:g} % CI {ends}" + ", which excludes 0" * excludes_zero(found)
+
+
+RECOUNT_HEAD = ["run", "figure", "recorded, images", "counted in predictions.npz", "of"]
+RECOUNT_NOTE = (
+    "These runs were recorded before accuracy had one rule: val accuracies took classes whose bfloat16 logits tie in "
+    "another order than predictions.npz. The tables show the recorded figures; counted again, these differ. Epochs "
+    "before the last cannot be counted again."
+)
+
+
+def recount_cells(recount: Recount) -> list[str]:
+    """One figure in the order of RECOUNT_HEAD."""
+    return [recount.run, recount.figure, *(f"{n:,}" for n in (recount.recorded, recount.counted, recount.images))]
 
 
 REMOVAL_HEAD = [

@@ -83,6 +83,13 @@ def test_a_seed_counts_once_and_plain_runs_are_no_ablation(tmp_path, spec):
         build_ablation([run for run in load_runs(tmp_path, read_yaml) if "plain" not in run.name], spec)
 
 
+def test_a_folder_must_not_say_another_value_than_the_run(tmp_path, spec):
+    write_run(tmp_path / "recipe.batch_size=128", "batch", 0, recipe={"batch_size": 128})
+    write_run(tmp_path / "recipe.batch_size=128", "batch", 1, recipe={"batch_size": 64})
+    with pytest.raises(ReportError, match=r"seed1: the folder says recipe.batch_size=128, its config.yaml 64"):
+        ablation_of(tmp_path, spec)
+
+
 def test_positions():
     places, label = positions(["0.9", "0.99", "0.999"], "normalizer.alpha_fwd")
     assert list(places.values()) == pytest.approx([1, 2, 3]) and "log scale" in label

@@ -22,7 +22,9 @@ def test_known_counts():
     result = pool(first, second, ("a", "b"), 0.95)
     assert (result.seeds, result.images) == ([0, 1], 4)
     assert (result.only_first, result.only_second) == (1.5, 0.5)  # (2, 1) and (0, 1)
-    assert result.over_images.mean == result.over_seeds.mean == 0.25
+    assert result.over_images.mean == 0.25 and result.over_seeds is None, "two seeds have no interval"
+    more = pool({**first, 7: predictions([1, 0, 0, 0])}, second, ("a", "b"), 0.95)
+    assert more.over_images.mean == more.over_seeds.mean == 0.25
     assert result.same == 0.5 and result.same_within == (0.75, pytest.approx((0.75 + 0.75 + 0.5) / 3))
     assert result.p_values == [0.5, 1.0]
 
@@ -56,9 +58,12 @@ def test_comparisons_of_runs(tmp_path, spec):
     pooled = pool_runs(load_runs(tmp_path, read_yaml), spec)
     assert [(p.first, p.second, p.seeds) for p in pooled] == [("online_clamp", "batch", [0, 1])]
     line = render_pooled(pooled, spec, "some images").splitlines()[4]
-    assert "| 2 | 2.0 | 1.0 | +1.00 | +1.00 to +1.00 |" in line and line.endswith(
-        "| 97.00% | 100.00% | 100.00% | 1, 1 |"
-    ), line
+    assert "| 2; BatchNorm: 2 of 3 finished, 1 of 3 not finished | 2.0 | 1.0 | +1.00 | n = 2 |" in line, line
+    assert line.endswith("| 97.00% | 100.00% | 100.00% | 1, 1 |"), line
+    write_run(tmp_path, "online_clamp", 3, wrong=[0, 1])
+    write_run(tmp_path, "batch", 3, wrong=[1, 2, 3])
+    line = render_pooled(pool_runs(load_runs(tmp_path, read_yaml), spec), spec, "some images").splitlines()[4]
+    assert "| +1.00 | no spread |" in line, "an interval without width would claim that all seeds fall alike"
 
 
 def test_other_labels_are_refused(tmp_path, spec):

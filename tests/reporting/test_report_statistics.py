@@ -9,7 +9,7 @@ from scipy import stats
 from onlinenorm.reporting import statistics as rules
 
 figures = st.floats(0.0, 1.0).map(lambda x: round(x, 6))
-samples = st.lists(figures, min_size=2, max_size=8)
+samples = st.lists(figures, min_size=rules.MIN_SEEDS, max_size=8)
 margins = st.floats(1e-4, 0.5)
 
 
@@ -96,9 +96,44 @@ def test_a_difference_beyond_the_margin():
     assert rules.compare_rows(first, second, margin=0.003).outcome == rules.DIFFERENT
 
 
-def test_rows_without_spread_are_judged_by_their_difference():
-    assert rules.compare_rows({0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5}, 0.003).outcome == rules.EQUIVALENT
-    assert rules.compare_rows({0: 0.5, 1: 0.5}, {5: 0.6, 6: 0.6}, 0.003).outcome == rules.DIFFERENT
+@pytest.mark.parametrize("step", [0.0, 0.001, 0.1])
+@pytest.mark.parametrize("first_seed", [0, 5])
+@pytest.mark.parametrize("n", [3, 5])
+def test_seeds_without_spread_give_no_verdict(step, first_seed, n):
+    """Their interval has no width: how other seeds would fall is not known from them."""
+    first = {seed: 0.5 + 0.1 * (seed % 2) * (not first_seed) for seed in range(n)}
+    second = {first_seed + seed: value - step for seed, value in first.items()}
+    verdict = rules.compare_rows(first, second, 0.003)
+    assert verdict.outcome == rules.INCONCLUSIVE and "the seeds show no spread" in verdict.reason
+    assert rules.compare_published([0.5 - step] * n, 0.5, 0.003).outcome == rules.INCONCLUSIVE
+
+
+@given(st.lists(figures, min_size=2, max_size=2), figures, margins)
+def test_two_seeds_give_neither_an_interval_nor_a_verdict(values, shift, margin):
+    first, second = dict(enumerate(values)), dict(enumerate(value - shift for value in values))
+    nothing = rules.Verdict(rules.INCONCLUSIVE, "n = 2")
+    assert rules.compare_rows(first, second, margin) == rules.compare_published(values, 0.5, margin) == nothing
+    assert rules.compare_rows(first, {7: 0.5, 8: 0.5, 9: 0.5}, margin) == nothing
+    summary = rules.summarize(values)
+    assert summary.sd is not None and summary.low is None and summary.high is None
+
+
+@given(samples, samples, margins)
+def test_rows_of_which_a_run_diverged_are_never_equivalent(first, second, margin):
+    a, b, mark = dict(enumerate(first)), dict(enumerate(second)), "BatchNorm: 2 of 5 finished, 3 of 5 diverged"
+    whole, marked = rules.compare_rows(a, b, margin), rules.compare_rows(a, b, margin, diverged=[mark])
+    assert marked.outcome == (rules.INCONCLUSIVE if whole.outcome == rules.EQUIVALENT else whole.outcome)
+    assert mark in marked.reason and marked.difference == whole.difference
+    published = rules.compare_published(first, 0.5, margin, diverged=[mark])
+    assert published.outcome != rules.EQUIVALENT and mark in published.reason
+
+
+def test_a_row_that_diverged_altogether_was_run():
+    assert rules.compare_rows({}, {0: 0.5}, 0.003, diverged=["x: 5 of 5 diverged"]) == rules.Verdict(
+        rules.INCONCLUSIVE, "x: 5 of 5 diverged"
+    )
+    assert rules.compare_published([], 0.5, 0.003, diverged=["x"]) == rules.Verdict(rules.INCONCLUSIVE, "x")
+    assert rules.compare_published([], 0.5, 0.003, ["scale"], diverged=["x"]).outcome == rules.NOT_COMPARABLE
 
 
 def test_one_seed_is_never_enough():
@@ -120,14 +155,14 @@ def test_a_margin_must_be_positive(margin):
         rules.compare_rows({0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5}, margin)
 
 
-def test_intervals_need_two_values():
+def test_intervals_need_three_values():
     for call in (
-        lambda: rules.paired_difference([1.0], [1.0], 0.9),
-        lambda: rules.paired_difference([1.0, 2.0], [1.0], 0.9),
-        lambda: rules.welch_difference([1.0], [1.0, 2.0], 0.9),
-        lambda: rules.one_sample_difference([1.0], 1.0, 0.9),
+        lambda: rules.paired_difference([1.0, 2.0], [1.0, 2.0], 0.9),
+        lambda: rules.paired_difference([1.0, 2.0, 3.0], [1.0, 2.0], 0.9),
+        lambda: rules.welch_difference([1.0, 2.0], [1.0, 2.0, 3.0], 0.9),
+        lambda: rules.one_sample_difference([1.0, 2.0], 1.0, 0.9),
     ):
-        with pytest.raises(ValueError, match="two or more"):
+        with pytest.raises(ValueError, match="3 or more"):
             call()
     with pytest.raises(ValueError, match="between 0 and 1"):
         rules.summarize([1.0], confidence=95)

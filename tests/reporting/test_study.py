@@ -8,7 +8,7 @@ import pytest
 from run_folders import read_yaml, write_run
 from study_folders import NAN, benchmark, write_studies
 
-from onlinenorm.reporting import clamps, cost
+from onlinenorm.reporting import clamps, cost, pictures
 from onlinenorm.reporting.errors import ReportError
 from onlinenorm.reporting.pictures import draw_clamping
 from onlinenorm.reporting.runs import load_runs
@@ -225,6 +225,35 @@ def test_hours_of_imagenet_follow_from_rates(spec):
     half = benchmark("batch")
     half["rows"].append({**half["rows"][0], "dtype": "fp16", "images_per_second": 1e6})
     assert cost.imagenet_table(half, {}, spec) == cost.imagenet_table(benchmark("batch"), {}, spec), "no fp16 training"
+
+
+def test_rates_of_what_train_py_does_not_run_stand_beside_no_command(spec):
+    """Faster rows in float16, of other compilers and stems, or without the optimizer where it was measured."""
+    results, plain = benchmark(*ALL), benchmark(*ALL)
+    for row in (*results["rows"], *plain["rows"]):
+        row["optimizer"] = True
+    for row in list(plain["rows"]):
+        fast = {"images_per_second": 9e6, "milliseconds": 0.001}
+        results["rows"] += [{**row, **fast, **other} for other in ({"dtype": "fp16"}, {"optimizer": False})]
+        if row["normalizer"] == "batch":
+            results["rows"] += [{**row, **fast, "compiler": "max_autotune"}, {**row, **fast, "stem": "conv7x7"}]
+        else:
+            results["rows"].append({**row, **fast, "backend": "torch"})
+    assert cost.imagenet_table(results, {}, spec) == cost.imagenet_table(plain, {}, spec)
+    assert cost.cost_sentences(results, fastest=True) == cost.cost_sentences(plain, fastest=True)
+    assert all("bf16, with optimizer" in sentence for sentence in cost.cost_sentences(results, fastest=True))
+    assert pictures.cost_case(results) == pictures.cost_case(plain) == (256, "fused", "compile+graph", "bf16", True)
+    assert "forward, backward and SGD; no input" in cost.render_imagenet(results, {}, spec)
+    assert "and SGD where that was recorded" in cost.render_imagenet(benchmark("batch"), {}, spec)
+
+
+def test_the_rate_beside_a_command_is_of_the_mode_that_the_command_names(spec):
+    results = benchmark("batch")
+    for row in results["rows"]:
+        if row["batch"] == 256 and row["mode"] == "eager":
+            row["images_per_second"] = 1e6
+    (*_, batch) = cost.imagenet_table(results, {}, spec).splitlines()
+    assert "model.compile=true trainer.cuda_graph=true" in batch and "1,000,000" not in batch
 
 
 def test_runs_that_ended_before_they_began_are_not_passed_over(tmp_path, spec):

@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
-from tests_training import outcome, rows
+import torch
+from tests_training import ROOT, TINY, outcome, rows
 
 from onlinenorm.data import ImageDataModule
 from onlinenorm.data.workers import STOP_SIGNALS
@@ -210,3 +213,26 @@ def test_former_handlers_come_back(run, interrupt, tmp_path):
     with pytest.raises(Interrupted, match=r"^Ctrl-C: saved at step 2 of epoch 1"):
         run(tmp_path, "normalizer=batch")
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == former
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [[], ["trainer.cuda_graph=true"], ["model=resnet18", "data.image_size=64"]], ids=str
+)
+@pytest.mark.parametrize("normalizer", ["online_clamp", "online_layer_scaling", "batch"])
+def test_deterministic_runs_on_a_gpu_continue_with_the_same_bits(run, interrupt, tmp_path, normalizer, options):
+    """In another process, which would choose other algorithms."""
+    options = [f"normalizer={normalizer}", "trainer=gpu", "trainer.deterministic=true", *options]
+    deterministic, benchmark = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        run(tmp_path / "undisturbed", *options)
+        interrupt("training_step", 1 * STEPS + 2)
+        with pytest.raises(Interrupted, match="saved at step 2 of epoch 2"):
+            run(tmp_path / "stopped", *options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *options, f"run_dir={tmp_path / 'stopped'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")

@@ -59,7 +59,8 @@ class Tuning:
         return 2 * self.group + 32
 
 
-# The fastest on an H100 at the norm sites of ResNet-50, batches 32 and 256 (results/bench_kernels.json):
+# Chosen on an H100 at the norm sites of ResNet-50, batches 32 and 256; what each loses to the fastest tuning that was
+# measured stands in results/bench_kernels.md:
 # (direction, layer scaling, residual or second gradient, rows N * H * W from, pixels H * W from, tuning); the first
 # match counts.
 TUNINGS = (

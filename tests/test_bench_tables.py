@@ -1,0 +1,44 @@
+"""Pages of recorded benchmarks: their figures come from the recorded data, or the page says that they do not."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def kernels(root):
+    """scripts/bench_kernels_table.py as a module, and what is recorded."""
+    spec = importlib.util.spec_from_file_location("bench_kernels_table", root / "scripts" / "bench_kernels_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, json.loads((root / "results" / "bench_kernels.json").read_text())
+
+
+def test_prose_beside_the_tables_of_kernels_has_no_figures_of_its_own(kernels):
+    module, results = kernels
+    computed, _, by_hand = module.render(results).partition("## What was tried, by hand")
+    assert "not computed from the" in by_hand
+    sources = results["device"], results["command"], results["torch"], results["triton"], results["commit"]
+    for line in computed.splitlines():
+        if line.startswith("|"):
+            continue
+        for source in sources:
+            line = line.replace(source, "")
+        line = line.replace(f"{results['copy_bytes_per_second'] / 1e12:.2f} TB/s", "").replace("batch 256", "")
+        assert not re.search(r"\d", line.replace("bfloat16", "")), line
+
+
+def test_shares_are_those_of_the_recorded_kernels(kernels):
+    module, results = kernels
+    lines = {(line[0], line[1]): line for line in module._shares(results)}
+    for guard, name in module.GUARDS.items():
+        rows = [
+            row for row in results["kernels"] if row["error_compensation"] == guard and row["bytes"] >= module.LARGE
+        ]
+        shares = [r["bytes"] / (1e-6 * module._time(r)) / results["copy_bytes_per_second"] for r in rows]
+        _, _, count, reached, fastest, _ = lines[name, "from 160 MB"]
+        assert (count, reached) == (str(len(rows)), f"{min(shares):.0%} to {max(shares):.0%}")
+        best = sum(module._time(row) == min(row["microseconds"].values()) for row in rows)
+        assert fastest == f"{best} of {len(rows)}"
