@@ -4,8 +4,10 @@
     scripts/table1.py runs/quickstart                  # writes table1.md, table1.json, curves.png, index.html there
     scripts/table1.py runs/table1 --output /tmp/report
 
+    scripts/table1.py runs/quickstart --without batch/seed7      # leaves out a run of other settings
+
 Reads files only: it works while runs are under way and on a machine without GPU. Exit code 0: written; 1: the runs are
-missing, damaged or of different settings (nothing is written); 2: wrong usage.
+missing, damaged or of different settings (nothing is written, the message names those to leave out); 2: wrong usage.
 """
 
 import argparse
@@ -48,11 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", metavar="RUNS", type=Path, help="folder with runs below it, e.g. runs/quickstart")
     parser.add_argument("--output", metavar="DIR", type=Path, help="where to write the report (default: RUNS)")
+    parser.add_argument(
+        "--without", metavar="RUN", nargs="+", default=[], help="runs to leave out, named as below RUNS: batch/seed7"
+    )
     options = parser.parse_args(arguments)
     output = options.output or options.runs
     try:
         spec = parse_spec(read_yaml(ROOT / "configs" / "report.yaml"))
-        runs = load_runs(options.runs, read_yaml)
+        runs = load_runs(options.runs, read_yaml, options.without)
         report = build_report(runs, spec)
         picture = draw_curves(runs, report)
         files = {
@@ -68,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     width = None if sys.stdout.isatty() else 140
     console = Console(width=width)
     print_report(report, console)
+    if options.without:
+        console.print(f"Left out, as asked: {', '.join(options.without)}", soft_wrap=True)
     others = ", ".join(name for name in files if name != "index.html")
     console.print(f"Report: {output / 'index.html'} (with {others})", soft_wrap=True)
     return 0

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,8 @@ def milestones(run: Run) -> list[int]:
     return list(lookup(run.config, "recipe.milestones", None) or []) if step else []
 
 
-def load_runs(root: str | Path, read_yaml: Callable[[Path], Any]) -> list[Run]:
-    """All runs in or below `root`, sorted by folder.
+def load_runs(root: str | Path, read_yaml: Callable[[Path], Any], without: Sequence[str] = ()) -> list[Run]:
+    """All runs in or below `root`, sorted by folder, but for those named in `without`, or in folders named there.
 
     `read_yaml` turns a YAML file into plain Python values. Raises ReportError when `root` holds no run or a file of one
     is damaged.
@@ -124,7 +124,12 @@ def load_runs(root: str | Path, read_yaml: Callable[[Path], Any]) -> list[Run]:
     root = Path(root)
     if not root.is_dir():
         raise ReportError(f"{root}: no such folder. Name the folder that holds runs, e.g. runs/quickstart")
-    runs = [load_run(folder, read_yaml, name=_name(folder, root)) for folder in find_run_folders(root)]
+    folders = list(find_run_folders(root))
+    for name in without:
+        if not any(folder.is_relative_to(root / name) for folder in folders):
+            raise ReportError(f"--without {name}: there is no such run below {root}")
+    left = [folder for folder in folders if not any(folder.is_relative_to(root / name) for name in without)]
+    runs = [load_run(folder, read_yaml, name=_name(folder, root)) for folder in left]
     if not runs:
         raise ReportError(
             f"{root}: holds no run. A run is a folder <normalizer>/seed<k>/ with config.yaml and metrics.csv; "

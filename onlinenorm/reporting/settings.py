@@ -135,8 +135,18 @@ def _refuse_mixture(settings: dict[str, dict[str, Any]], where: str) -> None:
         shown = lines[:12] + ([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])
         raise ReportError(
             f"these runs differ in what {where} of one table must share:\n  " + "\n  ".join(shown) + "\n"
-            "Name a folder whose runs agree, e.g. that of one experiment"
+            f"Leave out those of another setting, as with --without {' '.join(_odd(settings))}, or name a folder whose "
+            "runs agree, e.g. that of one experiment"
         )
+
+
+def _odd(settings: dict[str, dict[str, Any]]) -> list[str]:
+    """The runs that do not share the setting of most."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name, setting in settings.items():
+        alike[repr(sorted(setting.items(), key=str))].append(name)
+    most = max(alike.values(), key=len)
+    return [name for name in settings if name not in most]
 
 
 def _mixture(settings: dict[str, dict[str, Any]]) -> list[str]:

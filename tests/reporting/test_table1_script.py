@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from run_folders import write_run
 
 from onlinenorm.reporting.errors import ReportError
@@ -68,3 +69,18 @@ def test_nothing_is_replaced_when_one_file_cannot_be_written(tmp_path):
         write_all(tmp_path, {"a": b"new", "missing/b/c": b"new"})
     assert (tmp_path / "a").read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"a", "missing"}
+
+
+def test_a_run_of_other_settings_is_named_and_can_be_left_out(main, tmp_path, capsys):
+    for normalizer in ("online_clamp", "batch"):
+        write_run(tmp_path, normalizer)
+    odd = write_run(tmp_path, "batch", seed=7)
+    config = yaml.safe_load((odd / "config.yaml").read_text())
+    config["recipe"]["lr"] = 0.7
+    (odd / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(tmp_path) == 1
+    assert "recipe.lr" in (told := capsys.readouterr().err) and "--without batch/seed7, or" in told
+    assert main(tmp_path, "--without", "batch/seed7") == 0
+    assert "Left out, as asked: batch/seed7" in capsys.readouterr().out
+    assert main(tmp_path, "--without", "batch/seed8") == 1
+    assert "--without batch/seed8: there is no such run below" in capsys.readouterr().err
