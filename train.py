@@ -65,7 +65,7 @@ def check_jobs(arguments: Arguments) -> None:
         )
 
 
-@hydra.main(config_path="configs", config_name="train", version_base="1.3")
+@hydra.main(config_path=str(help.CONFIGS), config_name="train", version_base="1.3")
 def hydra_main(config) -> None:
     """What Hydra calls for each job of --multirun."""
     with cli_errors():
