@@ -7,7 +7,7 @@ import torch
 
 _MESSAGE = (
     b"OnlineNorm in training mode cannot be differentiated twice (once_differentiable): its backward pass is a control "
-    b"process and has no derivative; for a gradient penalty call eval() on the norms, or use a norm without running state"
+    b"process and has no derivative; for a gradient penalty call eval() on the norms, or use norms without state"
 )
 
 
