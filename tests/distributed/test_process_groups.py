@@ -90,14 +90,13 @@ def groups(rank):
         "alone": {"process_group": own},
         "both": {"process_group": both},
         "local": {"statistics": "local"},
+        "compiled": {"statistics": "local"},
     }.items():
         model = DistributedDataParallel(network(**arguments).double())
-        with torch.no_grad():
-            for layer in (model.module[1], model.module[4]):
-                layer.gradient_scale = 1.0
+        run = torch.compile(model, backend="aot_eager") if name == "compiled" else model
         x = images(2) + 5 * rank
         for _ in range(3):
-            model(x).square().sum().backward()
+            run(x).square().sum().backward()
         found[name] = {n: b.clone() for n, b in model.module.named_buffers()}
     layer = OnlineNorm2d(4, process_group=both)
     assert layer.process_group is both and "process_group=[0, 1]" in repr(layer)
@@ -138,9 +137,10 @@ def test_groups_and_local_streams_are_kept_apart_by_data_parallel():
         own = dict(alone.named_buffers())
         for name, value in found["alone"].items():
             torch.testing.assert_close(value, own[name], msg=name)
-        for name, value in found["local"].items():  # in units of the mean over both processes
-            unit = 0.5 if "control" in name else 1
-            torch.testing.assert_close(value, own[name] * unit, msg=name)
+        for way in ("local", "compiled"):
+            for name, value in found[way].items():  # in units of the mean over both processes
+                unit = 0.5 if "control" in name else 1
+                torch.testing.assert_close(value, own[name] * unit, msg=f"{way} {name}")
     for name, value in ranks[0]["both"].items():
         assert torch.equal(value, ranks[1]["both"][name]), name
     assert not torch.allclose(ranks[0]["local"]["1.running_mean"], ranks[1]["local"]["1.running_mean"])
