@@ -24,6 +24,7 @@ try:
     from onlinenorm.reporting.errors import ReportError
     from onlinenorm.reporting.paired import check_same_images, pair, read_predictions, render_pairing
     from onlinenorm.reporting.runs import Run, load_run
+    from onlinenorm.reporting.tally import former_attempts
 except ModuleNotFoundError:
     # called as scripts/compare.py from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
@@ -57,7 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:  # ReportError is one
         print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    names = [f"{run.folder} ({run.normalizer}, seed {run.seed})" for run in (run_a, run_b)]
+    names = [
+        f"{run.folder} ({'; '.join([f'{run.normalizer}, seed {run.seed}', *former_attempts([run])])})"
+        for run in (run_a, run_b)
+    ]
     if options.json:
         print(json.dumps({"a": str(run_a.folder), "b": str(run_b.folder), **pairing.as_dict()}, indent=2))
         return 0

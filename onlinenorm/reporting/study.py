@@ -40,7 +40,8 @@ def load_studies(root: Path, read_yaml: Callable[[Path], Any], spec: ReportSpec)
         raise ReportError(f"{root}: no such folder. Name the folder that holds studies, e.g. results/study")
     folders = {path.parent.name: path for path in sorted(root.glob("*/runs")) if any(find_run_folders(path))}
     for failure in sorted(root.glob("*/runs/**/failed.txt")):
-        if not (failure.parent / "config.yaml").exists():
+        former = failure.parent.parent.name == "attempts"  # told by the run that it was an attempt at
+        if not former and not (failure.parent / "config.yaml").exists():
             raise ReportError(f"{failure}: this run ended before it began. Start it again, or remove its folder")
     names = [name for name in spec.studies if name in folders]
     studies = {}

@@ -306,9 +306,10 @@ def _rule(spec: ReportSpec) -> str:
     level, alpha = f"{100 * (1 - 2 * spec.alpha):g} %", f"{100 * spec.alpha:g} %"
     return (
         f"Two rows are equivalent when the {level} Student t interval of their difference lies wholly inside the "
-        f"margin (two one-sided tests at {alpha}), different when it lies wholly outside, and inconclusive otherwise: "
-        f"always below {MIN_SEEDS} seeds, where seeds show no spread, and instead of equivalent where a run or a "
-        "former attempt of either row diverged. "
+        f"margin (two one-sided tests at {alpha}), different when it lies wholly outside, and inconclusive otherwise. "
+        f"Inconclusive too are fewer than {MIN_SEEDS} seeds, seeds that show no spread, and instead of equivalent rows "
+        "of which a run or a former attempt diverged: added after the runs recorded so far, this only takes verdicts "
+        "away. "
         "Differences are paired by seed when both rows have the same seeds. The published values are single runs and "
-        "are taken as fixed. Margins and rule were fixed in configs/report.yaml before the runs."
+        "are taken as fixed. Margins and the rest of the rule were fixed in configs/report.yaml before the runs."
     )

@@ -1,5 +1,6 @@
 """No attempt vanishes from a row, a mean or a verdict."""
 
+import importlib.util
 import json
 import shutil
 
@@ -174,6 +175,25 @@ def test_runs_of_one_swept_value_must_agree_in_all_else(tmp_path, spec):
         write_run(tmp_path / "recipe.batch_size=8", "batch", seed, recipe={"batch_size": 8, "lr": rate})
     with pytest.raises(ReportError, match=r"BatchNorm at 8[\s\S]*recipe.lr"):
         build_ablation(load_runs(tmp_path, read_yaml), spec)
+
+
+def test_an_attempt_that_ended_before_it_began_does_not_stop_a_report(tmp_path, spec):
+    folder = write_run(tmp_path / "own" / "runs", "batch")
+    (add_attempt(folder, 1, "failed") / "config.yaml").unlink()
+    (row,) = (row for row in load_studies(tmp_path, read_yaml, spec)["own"].made.rows if row.n)
+    assert row.attempts == ["seed 0, attempt 1 of 2 failed: epoch 0 of 5"]
+
+
+def test_two_runs_side_by_side_tell_their_attempts(tmp_path, root, capsys):
+    spec = importlib.util.spec_from_file_location("compare_script", root / "scripts" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    folders = [write_run(tmp_path, name, wrong=[1]) for name in ("batch", "online_none")]
+    add_attempt(folders[1], 1)
+    assert compare.main([str(folder) for folder in folders]) == 0
+    shown = capsys.readouterr().out
+    assert "(batch, seed 0)" in shown
+    assert "(online_none, seed 0; seed 0, attempt 1 of 2 diverged: step 40, epoch 1 of 5)" in shown
 
 
 def test_pictures_name_what_they_leave_out(tmp_path, spec, monkeypatch):
