@@ -38,6 +38,12 @@ def test_tunings_are_such_as_the_kernels_can_be_cut(tuning):
     assert tuning.chunk % (tuning.group // single_read.WIDTH) == 0 and tuning.stages >= 2
 
 
+def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
+    """Backward reads the moments of samples; nothing is told from how far a sample moved the state."""
+    monkeypatch.setattr(single_read, "serves", lambda device: True)
+    assert single_read.suits(images_on_a_gpu((2, 64, 8, 8)), NormSpec(alpha_fwd=1 - 1e-7))
+
+
 @pytest.mark.parametrize("guard", ["CLAMP", "SCALED"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_cuda_compiles_without_a_gpu(direction, guard):
@@ -102,7 +108,8 @@ def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
     spec, extra = NormSpec(alpha_fwd=0.75, error_compensation=guard), other if residual else None
     y, tables, mask = single_read.forward(x, extra, weight, bias, mean, var, spec, True)
     ((blocks, stream, params, together),) = FakeKernel.launched
-    for name, tensor in {"out": y, "state": tables, "first": mean, "second": var}.items():
+    passed = {"out": y, "state": tables, "moments": tables[0, 5:], "first": mean, "second": var}
+    for name, tensor in passed.items():
         assert getattr(params, name) == tensor.data_ptr(), name
     for name in ("weight", "bias"):  # read 16 bytes at a time, so copied from an odd address
         assert getattr(params, name) % 16 == 0, name
@@ -113,9 +120,9 @@ def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
     assert (params.alpha_fwd, params.rest_fwd) == (0.75, 0.25)
     assert params.tiles > 1 and blocks == params.samples * params.tiles
     scaled = guard == "layer_scaling"
-    assert together == scaled and tables.shape == (1, 6 + scaled, 128)
+    assert together == scaled and tables.shape == (1, 10 + scaled, 128)
     if scaled:
-        assert params.rzeta == tables[0, 6].data_ptr()
+        assert params.rzeta == tables[0, 10].data_ptr()
     assert params.slots - params.published == 8 * 5 * 64 and params.shares - params.slots == 8 * 5 * 64 * params.tiles
     assert params.tickets - params.shares == 8 * 5 * scaled
 

@@ -167,6 +167,49 @@ def test_bad_values_are_where_the_sample_loops_are(bad, side, guard):
         assert torch.equal(ours[name].isfinite(), value.isfinite()), name
 
 
+def relative(ours, theirs):
+    return ((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-6)).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guard", ["clamp", "none", "layer_scaling"])
+@pytest.mark.parametrize("alpha", [0.9, 0.99999, 1 - 1e-7])
+def test_controls_keep_their_digits_however_slowly_the_statistics_move(alpha, guard):
+    """At a channel mean of 50, where the state before and after a sample tells little of its moments."""
+    torch.manual_seed(0)
+    x, grad = torch.randn((2, 70, 64, 14, 14), device="cuda")
+    inputs = [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x + 50, grad)]
+    fused, _, exact = three_backends(64, error_compensation=guard, clamp_value=1.5, alpha_fwd=alpha)
+    for layer in (fused, exact):
+        layer.running_mean.fill_(49.5)
+    assert single_read.suits(inputs[0], fused.spec)
+    ours, truth = (run(layer, inputs[0], None, inputs[1], False) for layer in (fused, exact))
+    for name in ("running_mean", "running_var", "control_u", "control_v", "weight", "bias"):
+        assert relative(ours[name], truth[name]) < 5e-3, name  # few values change sides of the clamp
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), 3e38])
+@pytest.mark.parametrize(("samples", "side"), [(70, 3), (21, 14), (6, 56)])
+@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
+def test_gradients_that_are_not_finite_are_passed_on_and_move_no_control(samples, side, guard, bad):
+    """First, inner and last sample; the sums of several values of 3e38 overflow."""
+    torch.manual_seed(0)
+    x, residual, grad = torch.randn((3, samples, 64, side, side), device="cuda").bfloat16()
+    for sample, channel in ((0, 7), (samples // 2, 7), (samples // 2, 9), (samples - 1, 11)):
+        grad[sample, channel] = bad
+    inputs = [t.contiguous(memory_format=torch.channels_last) for t in (x, residual, grad)]
+    fused, loop, _ = three_backends(64, error_compensation=guard)
+    loop.backend = "reference"
+    ours, theirs = (run(layer, *inputs, False) for layer in (fused, loop))
+    for name, value in theirs.items():
+        finite = value.isfinite()
+        assert torch.equal(ours[name].isfinite(), finite), name
+        assert name not in ("control_u", "control_v") or finite.all()
+        assert relative(ours[name][finite], value[finite].double()) < 2e-2, name
+    assert not theirs["bias"].isfinite().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
 def test_messages_survive_capture_beside_eager_launches_and_other_streams(guard):

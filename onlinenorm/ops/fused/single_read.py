@@ -16,12 +16,11 @@ WIDTH = 64  # channels a block, as in common.cu
 BOX_ROWS = 256  # the most that the copy engine takes at once
 MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the shares of their blocks
 DEPTH = 4  # samples, of three tensors each, that must fit on the chip at once for it
-SMALLEST_REST = 1e-5  # 1 - alpha_fwd from which on backward can tell a sample's moments from the states around it
 SOURCES = Path(__file__).parent / "cuda"
 
 POINTERS = (
-    "out", "out_residual", "mask", "weight", "bias", "first", "second", "state", "grad_weight", "grad_bias", "rzeta",
-    "published", "slots", "shares", "tickets",
+    "out", "out_residual", "mask", "weight", "bias", "first", "second", "state", "moments", "grad_weight", "grad_bias",
+    "rzeta", "published", "slots", "shares", "tickets",
 )  # fmt: skip
 INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes")
 REALS = ("alpha_fwd", "rest_fwd", "alpha_bkw", "rest_bkw", "eps", "clamp", "zeta_eps", "scale")
@@ -35,7 +34,6 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int) for name in INTEGERS),
         *((name, ctypes.c_float) for name in REALS),
-        ("padding", ctypes.c_char * 8),  # to whole 64 bytes, as the maps are aligned
     )
 
 
@@ -230,7 +228,6 @@ def suits(x: Tensor, spec: NormSpec) -> bool:
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[1] % WIDTH == 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and 1 - spec.alpha_fwd >= SMALLEST_REST
         and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
         and serves(x.device.index)
         and (spec.error_compensation != "layer_scaling" or _scales_at_once(x, spec))
@@ -290,7 +287,8 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(params, name, tensor.data_ptr())
-    params.rzeta = params.state + 8 * (samples + 1) * channels  # behind the states
+    params.moments = params.state + 8 * samples * channels  # behind the states
+    params.rzeta = params.moments + 8 * samples * channels
     rows = samples * height * width
     maps = b"".join([tensor_map(t.data_ptr(), rows, channels, plan.box_rows, WIDTH) for t in inputs])
     ctypes.memmove(ctypes.addressof(params) + Params.maps.offset, maps, len(maps))
@@ -309,7 +307,7 @@ def mask_size(x: Tensor) -> int:
 
 def table_rows(samples: int, channels: int, error_compensation: str) -> int:
     """Rows of 2 C in the table of ``forward``."""
-    return samples + 1 + (-(-samples // (2 * channels)) if error_compensation == "layer_scaling" else 0)
+    return 2 * samples + (-(-samples // (2 * channels)) if error_compensation == "layer_scaling" else 0)
 
 
 def forward(
@@ -324,7 +322,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, table (1, rows, 2 C), and the bits of a ReLU behind a residual; moves the state.
 
-    N + 1 rows are the states before each sample and after the last; behind them is 1 / zeta of each where layers are
+    N rows are the states before each sample, N the moments of each; behind them is 1 / zeta of each where layers are
     scaled.
     """
     y, (samples, channels) = torch.empty_like(x), x.shape[:2]

@@ -103,30 +103,28 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
 __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch& s, const uint4* memory, float u, float v) {
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
     const float weight = p.weight ? p.weight[at.channel] : 1.f, own_bias = p.bias ? p.bias[at.channel] : 0.f;
-    const float per_rest = 1.f / p.rest_fwd, per_pixels = 1.f / p.pixels, per_channels = 1.f / p.channels;
+    const float per_pixels = 1.f / p.pixels, per_channels = 1.f / p.channels;
     float bias[8], grad_weight = 0.f, grad_bias = 0.f;
     if (SCALED) parameters8(p.bias, at, 0.f, bias);
     int position = 0;  // u and v are those before this sample, one channel a thread of the first 64
     bool closing = false;
 
-    // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's sums and the
-    // states before and after it. Their difference tells the sample's moments: of x - m its mean and that of its square.
-    // Of layer scaling also from 1 / zeta and from the projection kappa of the gradient on z, mean(g w) / zeta^2.
-    auto row_of = [&](float2 before, float2 after, float2 sums, float rzeta, float kappa, float (&row)[6]) {
-        const float rstd = rsqrtf(before.y + p.eps);
-        const float offset = (after.x - before.x) * per_rest;
-        const float square = (after.y - p.alpha_fwd * before.y) * per_rest + p.rest_fwd * offset * offset;
+    // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's moments, the
+    // state before it and its sums. Of layer scaling also from 1 / zeta and from the projection kappa of the gradient on
+    // z, mean(g w) / zeta^2.
+    auto row_of = [&](float2 before, float2 moment, float2 sums, float rzeta, float kappa, float (&row)[6]) {
+        const float rstd = rsqrtf(before.y + p.eps), y = (moment.x - before.x) * rstd;
+        const float yy = y * y + moment.y * rstd * rstd;
         row[4] = sums.x * per_pixels;
         row[5] = sums.y * rstd * per_pixels;
         if (SCALED) {
-            const float y = offset * rstd, yy = square * rstd * rstd;
             row[4] = (row[4] - kappa * (weight * y + own_bias)) * rzeta;
             row[5] = (row[5] - kappa * (weight * yy + own_bias * y)) * rzeta;
         }
-        row[0] = 1.f - p.rest_bkw * (square * rstd * rstd);
+        row[0] = 1.f - p.rest_bkw * yy;
         row[1] = p.scale * weight * row[5];
         row[2] = p.scale * weight * row[4] * rstd;
-        row[3] = p.rest_bkw * offset * rstd * rstd;
+        row[3] = p.rest_bkw * y * rstd;
     };
     auto step = [&](const float (&row)[6]) {
         u = p.alpha_bkw * u + (row[2] - row[3] * v);
@@ -134,26 +132,29 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         grad_bias += row[4];
         grad_weight += row[5];
     };
-    auto step_over = [&](int j) {
-        float row[6];
+    auto step_if_finite = [&](const float (&row)[6]) {
+        const float old_u = u, old_v = v;
+        step(row);
+        if (!is_finite(u) || !is_finite(v)) u = old_u, v = old_v;
+    };
+    auto row_at = [&](int j, float (&row)[6]) {
 #pragma unroll
         for (int i = 0; i < 6; i++) row[i] = s.table[i][j][at.c];
-        step(row);
     };
 
-    // Ask for the sums of the next samples up to `last`, which may not be there yet, and read the states around them.
+    // Ask for the sums of the next samples up to `last`, which may not be there yet, and read their states and moments.
     u64 words[WORDS], shares[WORDS] = {};
-    float2 before[WORDS], after[WORDS];
+    float2 before[WORDS], moments[WORDS];
     float rzeta[WORDS] = {};
     const int mine = at.thread / WIDTH;
-    auto state_of = [&](int sample) { return p.state[(long long)sample * p.channels + at.channel]; };
+    auto of_sample = [&](const float2* table, int sample) { return table[(long long)sample * p.channels + at.channel]; };
     auto sample_of = [&](int j) { return position + mine + SEGMENTS * j; };
     auto ask = [&](int last) {
 #pragma unroll
         for (int j = 0; j < WORDS; j++) {
             const bool wanted = sample_of(j) < last;
             words[j] = wanted ? peek(sums_of(p, at, sample_of(j))) : 0;
-            if (wanted) before[j] = state_of(sample_of(j)), after[j] = state_of(sample_of(j) + 1);
+            if (wanted) before[j] = of_sample(p.state, sample_of(j)), moments[j] = of_sample(p.moments, sample_of(j));
             if (SCALED) {
                 shares[j] = wanted ? peek_shares(p, at, sample_of(j)) : 0;
                 rzeta[j] = wanted ? p.rzeta[sample_of(j)] : 0.f;
@@ -192,7 +193,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
                 if (k < batch) {
                     float row[6];
                     const float kappa = SCALED ? projection(total_of_shares(shares[j]), rzeta[j]) : 0.f;
-                    row_of(before[j], after[j], as_pair(words[j]), rzeta[j], kappa, row);
+                    row_of(before[j], moments[j], as_pair(words[j]), rzeta[j], kappa, row);
 #pragma unroll
                     for (int i = 0; i < 6; i++) s.table[i][k][at.c] = row[i];
                 }
@@ -204,6 +205,16 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
                 position -= batch;
             }
             if (at.thread < WIDTH) {
+                auto record = [&](int j) {
+                    const int n = position + j;
+                    if (n >= first && (j < batch || n == last)) {
+                        const float rstd = rsqrtf(own[(n - first) * WIDTH + at.c].y + p.eps), k = p.rest_bkw / p.scale;
+                        s.gain[n - first][at.c] = weight * rstd;
+                        s.slope[n - first][at.c] = -k * v * rstd * rstd;
+                        s.constant[n - first][at.c] = -k * u;
+                    }
+                };
+                const float start[4] = {u, v, grad_weight, grad_bias};
                 // Samples this tile does not hold go by in fours, so that only the recurrence itself is waited for.
                 const int passing = min(batch, first - position);
                 int j = 0;
@@ -214,16 +225,22 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
 #pragma unroll
                     for (int i = 0; i < 4; i++) step(rows[i]);
                 }
-                for (; j <= batch; j++) {
-                    const int n = position + j;
-                    if (n >= first && (j < batch || n == last)) {
-                        const float rstd = rsqrtf(own[(n - first) * WIDTH + at.c].y + p.eps), k = p.rest_bkw / p.scale;
-                        s.gain[n - first][at.c] = weight * rstd;
-                        s.slope[n - first][at.c] = -k * v * rstd * rstd;
-                        s.constant[n - first][at.c] = -k * u;
-                    }
-                    if (j < batch) step_over(j);
+                float row[6];
+                for (; j < batch; j++) {
+                    record(j);
+                    row_at(j, row);
+                    step(row);
                 }
+                // Once not finite they stay so: one look tells whether a sample of the batch must not move them.
+                if (!is_finite(u) || !is_finite(v)) {
+                    u = start[0], v = start[1], grad_weight = start[2], grad_bias = start[3];
+                    for (j = 0; j < batch; j++) {
+                        record(j);
+                        row_at(j, row);
+                        step_if_finite(row);
+                    }
+                }
+                record(batch);
             }
             position += batch;
             sync<2>();
@@ -278,8 +295,8 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         const float last_rzeta = SCALED ? p.rzeta[n] : 0.f;
         const float kappa = SCALED ? projection(wait_for_shares(p, at, n), last_rzeta) : 0.f;
         float row[6];
-        row_of(state_of(n), state_of(n + 1), wait_for(sums_of(p, at, n)), last_rzeta, kappa, row);
-        step(row);
+        row_of(of_sample(p.state, n), of_sample(p.moments, n), wait_for(sums_of(p, at, n)), last_rzeta, kappa, row);
+        step_if_finite(row);
         p.first[at.channel] = u, p.second[at.channel] = v;
         p.grad_weight[at.channel] = grad_weight * p.pixels, p.grad_bias[at.channel] = grad_bias * p.pixels;
     }

@@ -36,7 +36,7 @@ struct Params {
     unsigned char* mask;                         // ReLU bits, (channel block, sample, pixels made even, 8 bytes)
     const float *weight, *bias;                  // null: 1 and 0
     float *first, *second;                       // state in place: mean and variance, or u and v
-    float2* state;                               // table (N + 1, C): mean and variance before each sample and after the last
+    float2 *state, *moments;                     // tables (N, C): mean and variance before each sample, and those of it
     float *grad_weight, *grad_bias;
     float* rzeta;                                // 1 / zeta of each sample, of layer scaling
     // EMPTY at launch, a pair each: sums of samples (N, C), of tiles (N, C / 64, tiles, 64), two shares (N, C / 64)
@@ -170,7 +170,9 @@ __device__ __forceinline__ float max_nan(float a, float b) {
     return r;
 }
 
-__device__ __forceinline__ float finite(float x) { return fabsf(x) < INFINITE ? x : 0.f; }
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITE; }
+
+__device__ __forceinline__ float finite(float x) { return is_finite(x) ? x : 0.f; }
 
 // What a reducer or writer knows of its place: 16 bytes of every row it owns, one segment.
 struct Place {

@@ -1,5 +1,5 @@
-// y = relu(guard(weight (x - m) / s + bias) + residual), the table of states, and the state moved past the batch. The
-// guard clamps, or divides by zeta (n), the root mean square over a sample.
+// y = relu(guard(weight (x - m) / s + bias) + residual), the tables of states and moments, and the state moved past the
+// batch. The guard clamps, or divides by zeta (n), the root mean square over a sample.
 
 struct Scratch {
     Stages stages;
@@ -20,7 +20,11 @@ __device__ __forceinline__ void step_over(const Params& p, float2 moment, float&
 
 __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
     const int stage_size = TENSORS * stage_rows(p) * LANES;
-    auto announce = [&](int n, float mu, float q) { publish(p.published + (long long)n * p.channels + at.channel, mu, q); };
+    auto announce = [&](int n, float mu, float q) {
+        const long long index = (long long)n * p.channels + at.channel;
+        publish(p.published + index, mu, q);
+        p.moments[index] = make_float2(mu, q);  // for backward
+    };
     visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
         const uint4* start = memory + stage * stage_size;
         const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
@@ -196,7 +200,6 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     if (closing && at.thread < WIDTH) {
         step(wait_for(p.published + (long long)(p.samples - 1) * p.channels + at.channel));
         p.first[at.channel] = mean, p.second[at.channel] = var;
-        p.state[(long long)p.samples * p.channels + at.channel] = make_float2(mean, var);
     }
 }
 
