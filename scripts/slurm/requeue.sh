@@ -15,11 +15,12 @@ train_and_requeue() {
     wait "$step" || status=$?
     kill -0 "$step" 2>/dev/null || break
   done
+  # of an array, whose last element bears the array's own number, this element alone
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
   # 138 from the task that saved, or 143 from one that srun ended beside it. A failure of the run itself is below 128.
-  if ((asked && status >= 128)); then
-    # of an array, whose last element bears the array's own number, this element alone
-    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-    job=${job:-$SLURM_JOB_ID}
+  # Preemption with a grace time signals the tasks and not this shell; a run that leaves early would end the job for good.
+  if ((status >= 128)) && { ((asked)) || scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; }; then
     echo "The run has saved itself; requeueing job $job"
     scontrol requeue "$job"
     sleep 60 # SLURM ends this shell

@@ -19,7 +19,7 @@ from distributed_runs import TINY, train
 from tests_training import ROOT, outcome
 
 RUN = (
-    *TINY, "data.num_train=640", "recipe.epochs=12", "normalizer=online_clamp", "trainer.accelerator=cpu",
+    *TINY, "data.num_train=640", "recipe.epochs=36", "normalizer=online_clamp", "trainer.accelerator=cpu",
     "data.num_workers=1",
 )  # fmt: skip
 ONE = (*TINY, "data.num_train=160", "trainer.precision=32-true", "data.num_workers=2")
