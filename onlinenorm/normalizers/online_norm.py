@@ -284,7 +284,8 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
     under ``torch.no_grad()`` nothing moves. Activation checkpointing, nested or not, reentrant or not, counts a batch
     once; under torch.compile it is an error. What differentiates the training pass a second time, in forward mode or by
     torch.func, or takes it without its backward pass (torch.export, torch.jit), is told to call eval() first.
-    ``torch.optim.swa_utils.update_bn`` knows BatchNorm alone: see ``update_statistics``.
+    ``torch.optim.swa_utils.update_bn`` knows BatchNorm alone: see ``update_statistics``. ``load_state_dict`` also takes
+    what BatchNorm saved, with controls as before the first sample.
 
     Eval: the statistics are constants, gradients ordinary, nothing moves, and the guard still applies
     (``remove_clamping`` takes the clamp away).
