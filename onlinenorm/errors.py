@@ -59,7 +59,7 @@ def cli_errors(prefix: str = ""):
             raise
         advice = (
             "try trainer.accumulate_grad_batches=2: the same run, its batches in smaller parts (but for BatchNorm, "
-            "whose statistics are then of the parts)"
+            "whose statistics are then of the parts: another run, in another run_dir)"
         )
         _end(f"{prefix}{str(error).splitlines()[0]}\nThe GPU's memory is too small for this batch; {advice}", 1)
 
