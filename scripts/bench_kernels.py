@@ -3,7 +3,7 @@
     python scripts/bench_kernels.py                                # every tuning in use, one Hopper GPU, minutes
     python scripts/bench_kernels.py --tuning 128,3,16,400 ...      # and others: threads a role, stages, chunk, rows
 
-What TUNINGS of onlinenorm/ops/fused/single_read.py is chosen from. Times are microseconds a call in CUDA graphs over
+What TUNINGS of onlinenorm/ops/fused/tiling.py is chosen from. Times are microseconds a call in CUDA graphs over
 rotating inputs; bytes count every tensor once. Each tuning's results are compared with the two-pass kernels' first, and
 with themselves a second time: one that differs is told and left out. The parts of a compiled step come from torch's
 profiler. scripts/bench_kernels_table.py makes the page.
@@ -22,7 +22,7 @@ import torch
 
 from onlinenorm.errors import cli_errors
 from onlinenorm.ops.fused import single_read, two_pass
-from onlinenorm.ops.fused.single_read import TUNINGS, Tuning
+from onlinenorm.ops.fused.tiling import TUNINGS, WIDTH, Tuning
 from onlinenorm.ops.spec import NormSpec
 
 SPECS = {name: NormSpec(error_compensation=name) for name in ("clamp", "layer_scaling")}
@@ -183,7 +183,7 @@ def main(argv=None) -> dict:
     fit = {name: [tuning for tuning in tunings if agrees(tuning, spec)] for name, spec in SPECS.items()}
     results = {**bench_common.head(device), "copy_bytes_per_second": bench_normalizer.copy_bandwidth(device, 20)}
     results |= {"step": {}, "kernels": []}
-    sites = [site for site in bench_normalizer.sites("resnet50", args.size) if site[0] % single_read.WIDTH == 0]
+    sites = [site for site in bench_normalizer.sites("resnet50", args.size) if site[0] % WIDTH == 0]
     for (name, spec), batch in itertools.product(SPECS.items(), args.batch):
         for site in sites:
             for row in measure(site, batch, fit[name], spec, args.repeats):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from onlinenorm.errors import cli_errors
-from onlinenorm.ops.fused.single_read import tuning_for
+from onlinenorm.ops.fused.tiling import tuning_for
 from onlinenorm.reporting.cost import origin
 from onlinenorm.reporting.markdown import markdown_table
 

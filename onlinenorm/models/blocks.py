@@ -7,6 +7,7 @@ one pass over memory.
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
@@ -29,6 +30,20 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: b
     if residual is not None:
         out += residual
     return F.relu(out, inplace=True) if relu else out
+
+
+def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.MaxPool2d) -> Tensor:
+    """pool(relu(norm(x))), in one kernel each way where a compiled network's normalizer has ``fuses_max_pool = True``.
+
+    Eager networks call the layers one by one, so that hooks on them see what they expect.
+    """
+    if torch.compiler.is_compiling() and getattr(norm, "fuses_max_pool", False) and _is_resnets(pool):
+        return norm(x, relu=True, max_pool=True)
+    return pool(norm_act(norm, x))
+
+
+def _is_resnets(pool: nn.Module) -> bool:
+    return type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
 
 
 class BasicBlock(torchvision_resnet.BasicBlock):

@@ -12,7 +12,7 @@ from onlinenorm.models.blocks import (
     NormSite,
     check_sizes,
     init_convolutions,
-    norm_act,
+    norm_act_max_pool,
     plug_in,
     zero_last_gammas,
 )
@@ -32,7 +32,7 @@ class ImageNetResNet(torchvision_resnet.ResNet):
     """torchvision's ResNet with each norm site as one call; build it with ``resnet`` or ``resnet50``."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
+        x = norm_act_max_pool(self.bn1, self.conv1(x), self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -55,8 +55,9 @@ class StemConv2d(nn.Conv2d):
     def _rearranges(self, x: Tensor) -> bool:
         if self.stem != "auto":
             return self.stem == "space_to_depth"
-        half = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
-        return x.device.type == "cuda" and half and self.in_channels <= 4
+        if x.device.type != "cuda" or self.in_channels > 4:
+            return False
+        return x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stem={self.stem}"

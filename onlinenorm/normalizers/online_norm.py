@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onlinenorm.arguments import check_choice
@@ -34,6 +35,7 @@ class OnlineNorm(nn.Module):
     """What OnlineNorm1d and OnlineNorm2d share; use those."""
 
     fuses_residual = True
+    fuses_max_pool = True
     _dimensions: tuple[int, ...] = ()
     _layout = ""
     _announced: set[str] = set()  # noqa: RUF012  (shared on purpose: one log line a process and backend)
@@ -154,9 +156,9 @@ class OnlineNorm(nn.Module):
             return self.backend
         return "fused" if device.type == "cuda" else "torch"
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False, max_pool: bool = False) -> Tensor:
         if isinstance(x, torch.fx.Proxy):
-            return traced_as_leaf(self, x, residual=residual, relu=relu)
+            return traced_as_leaf(self, x, residual=residual, relu=relu, max_pool=max_pool)
         self._check_input(x, residual)
         backend = self.resolve_backend(x.device)
         if not torch.compiler.is_compiling():
@@ -174,11 +176,16 @@ class OnlineNorm(nn.Module):
                 ops = backend_module("torch")  # the kernels take one number of pixels for all processes
             state = (start.mean, start.var, self.control_u, self.control_v)
             arguments = (x_NCHW, residual_NCHW, self.weight, self.bias, *state, spec, relu)
+            step = ops.train_step
+            if max_pool and relu and residual is None and hasattr(ops, "train_step_max_pool"):
+                step, max_pool = ops.train_step_max_pool, False
             repeats = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-            out = with_known_start(ops.train_step, *arguments) if repeats else ops.train_step(*arguments)
+            out = with_known_start(step, *arguments) if repeats else step(*arguments)
         else:
             state = (self.running_mean, self.running_var)
             out = ops.evaluate(x_NCHW, residual_NCHW, self.weight, self.bias, *state, self.spec, relu)
+        if max_pool:
+            return F.max_pool2d(out, 3, 2, 1)
         return out.reshape(x.shape) if out.dim() != x.dim() else out
 
     def _start(self, x_NCHW: Tensor, spec: NormSpec) -> Start:
@@ -276,9 +283,9 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
     y_n = (x_n - m_n) / sqrt(var_n + eps),   out = relu(guard(weight * y_n + bias) + residual)
 
     with m and var exponential averages over the stream of samples (per channel, decay ``alpha_fwd``), so that no output
-    depends on later samples and batches of one work like any other; residual and ReLU where asked for. The backward
-    pass is a control process (decay ``alpha_bkw``) that keeps gradients nearly orthogonal to y and to 1; it is not the
-    derivative of the forward pass.
+    depends on later samples and batches of one work like any other; residual and ReLU where asked for, and behind them
+    a 3x3 max-pool of stride 2 and padding 1 (``max_pool``, of images). The backward pass is a control process (decay
+    ``alpha_bkw``) that keeps gradients nearly orthogonal to y and to 1; it is not the derivative of the forward pass.
 
     Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order;
     under ``torch.no_grad()`` nothing moves. Activation checkpointing, nested or not, reentrant or not, counts a batch

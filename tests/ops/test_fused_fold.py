@@ -61,3 +61,12 @@ def test_gradients_reach_the_operator_unadded_and_unspread(pool):
     assert first.kwargs["grad"].meta["val"].is_contiguous(memory_format=torch.channels_last)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+def test_operators_of_deep_networks_are_known_to_inductor_before_it_meets_them():
+    """Met in a deep graph, torch 2.11 would write down all that their arguments are computed from."""
+    from torch._inductor.lowering import lowerings
+
+    FoldGradients()(torch.fx.Graph())
+    pooled = torch.ops.onlinenorm.fused_max_pool_forward, torch.ops.onlinenorm.fused_max_pool_backward
+    assert all(operator.default in lowerings for operator in pooled)

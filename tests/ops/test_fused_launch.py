@@ -12,30 +12,30 @@ import torch
 
 pytest.importorskip("triton")
 
-from onlinenorm.ops.fused import driver, messages, single_read
+from onlinenorm.ops.fused import driver, messages, single_read, tiling
 from onlinenorm.ops.spec import NormSpec
 
-TUNINGS = [row[-1] for row in single_read.TUNINGS]
+TUNINGS = [row[-1] for row in tiling.TUNINGS]
 
 
 @pytest.mark.parametrize("group", sorted({tuning.group for tuning in TUNINGS}))
 def test_tiles_cover_every_row_once_and_fit(group):
     for pixels in range(1, 600):
         for most_rows in (97, 128, 224, 448):
-            tiling = single_read.Tiling.of(pixels, group, most_rows)
-            assert tiling.tile_rows * tiling.segments <= most_rows
-            assert tiling.tile_rows * tiling.segments <= tiling.boxes * tiling.box_rows <= most_rows + tiling.boxes
-            assert tiling.box_rows <= single_read.BOX_ROWS
-            assert (tiling.tiles - 1) * tiling.tile_rows < pixels <= tiling.tiles * tiling.tile_rows
-            assert tiling.tiles == 1 or tiling.tile_rows % 2 == 0
-            assert tiling.segments == 1 or tiling.tiles == 1
-            assert tiling.items(7) * tiling.segments >= 7 * tiling.tiles
+            cut = tiling.Tiling.of(pixels, group, most_rows)
+            assert cut.tile_rows * cut.segments <= most_rows
+            assert cut.tile_rows * cut.segments <= cut.boxes * cut.box_rows <= most_rows + cut.boxes
+            assert cut.box_rows <= tiling.BOX_ROWS
+            assert (cut.tiles - 1) * cut.tile_rows < pixels <= cut.tiles * cut.tile_rows
+            assert cut.tiles == 1 or cut.tile_rows % 2 == 0
+            assert cut.segments == 1 or cut.tiles == 1
+            assert cut.items(7) * cut.segments >= 7 * cut.tiles
 
 
 @pytest.mark.parametrize("tuning", TUNINGS, ids=str)
 def test_tunings_are_such_as_the_kernels_can_be_cut(tuning):
-    assert tuning.group % single_read.WIDTH == 0 and tuning.threads <= 1024
-    assert tuning.chunk % (tuning.group // single_read.WIDTH) == 0 and tuning.stages >= 2
+    assert tuning.group % tiling.WIDTH == 0 and tuning.threads <= 1024
+    assert tuning.chunk % (tuning.group // tiling.WIDTH) == 0 and tuning.stages >= 2
 
 
 def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
@@ -44,13 +44,15 @@ def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
     assert single_read.suits(images_on_a_gpu((2, 64, 8, 8)), NormSpec(alpha_fwd=1 - 1e-7))
 
 
+@pytest.mark.parametrize("pool", [0, 1])
 @pytest.mark.parametrize("guard", ["CLAMP", "SCALED"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_cuda_compiles_without_a_gpu(direction, guard):
+def test_cuda_compiles_without_a_gpu(direction, guard, pool):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA carries no NVRTC")
     source = (single_read.SOURCES / "common.cu").read_text() + (single_read.SOURCES / f"{direction}.cu").read_text()
-    flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1, "EXTRA": 1, "CLAMP": 0, "SCALED": 0, **TUNINGS[-1].defines, guard: 1}
+    flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1 - pool, "EXTRA": 1, "CLAMP": 0, "SCALED": 0, "POOL": pool}
+    flags |= {**TUNINGS[-1].defines, guard: 1}
     code = driver.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
     assert code[:4] == b"\x7fELF" and b"online_norm" in code
     with pytest.raises(RuntimeError, match="NVRTC failed"):

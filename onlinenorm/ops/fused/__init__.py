@@ -5,17 +5,18 @@ Importing this package imports Triton. On a machine without a GPU the kernels ru
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onlinenorm.ops import vectorized
-from onlinenorm.ops.fused import fold
+from onlinenorm.ops.fused import fold, max_pool
 from onlinenorm.ops.fused.kernels.forward import apply_kernel
 from onlinenorm.ops.fused.operators import OnlineNormFunction, dense, fused_evaluate
 from onlinenorm.ops.spec import NormSpec
 
 fold.install()
 
-__all__ = ["evaluate", "train_step"]
+__all__ = ["evaluate", "train_step", "train_step_max_pool"]
 
 INTERPRETED = "Interpreted" in type(apply_kernel).__name__  # by Triton, on the CPU
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +45,16 @@ def train_step(
         return vectorized.train_step(x, residual, weight, bias, *state, spec, relu)
     residual = None if residual is None else residual.to(x.dtype)
     return OnlineNormFunction.apply(dense(x), residual, weight, bias, *state, spec, relu)
+
+
+def train_step_max_pool(
+    x, residual, weight, bias, running_mean, running_var, control_u, control_v, spec, relu
+) -> Tensor:
+    """max_pool2d(train_step(...), kernel_size=3, stride=2, padding=1), in one operator each way where there is one."""
+    state = running_mean, running_var, control_u, control_v
+    if relu and residual is None and _kernels_serve(x, running_mean) and max_pool.suits(x, spec):
+        return max_pool.OnlineNormMaxPool.apply(x, weight, bias, *state, spec)
+    return F.max_pool2d(train_step(x, residual, weight, bias, *state, spec, relu), 3, 2, 1)
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 The output of a residual block has two readers, so autograd adds two gradients just before the norm that made it. The
 backward operator reads both for less than the addition costs. Global pooling sends the same gradient to all pixels of a
 channel; the operator spreads the one value itself, into memory that it uses again. Inductor runs the pass on every
-graph; it changes nothing but what a ``fused_backward`` reads.
+graph; it changes nothing but what a norm's backward reads.
 """
 
 from pathlib import Path
@@ -19,15 +19,17 @@ class FoldGradients(CustomGraphPass):
     """Replace fused_backward(a + b, None, ...) by fused_backward(a, b, ...), and what is spread by what it spreads."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        _declare_operators()
         backward = torch.ops.onlinenorm.fused_backward.default
+        pooled = torch.ops.onlinenorm.fused_max_pool_backward.default
         for node in list(graph.nodes):
-            if node.op != "call_function" or node.args[:1] != (backward,):
+            if node.op != "call_function" or node.args[:1] not in ((backward,), (pooled,)):
                 continue
             grad = node.kwargs["grad"]
             if _is_plain_add(grad) and node.kwargs["extra"] is None and len(grad.users) == 1:
                 _replace(node, dict(zip(("grad", "extra"), grad.args, strict=True)))
                 graph.erase_node(grad)
-            elif (spread := _spread(grad)) is not None and len(grad.users) == 1:
+            elif node.args[0] is backward and (spread := _spread(grad)) is not None and len(grad.users) == 1:
                 if grad.target is not aten.expand.default:
                     value, factor = spread.meta["val"], grad.args[1]
                     with graph.inserting_before(node):
@@ -38,8 +40,23 @@ class FoldGradients(CustomGraphPass):
 
     def uuid(self):
         # Part of the key of Inductor's cache on disk: none of its code expects other results of the operators.
-        results = [str(Path(__file__).with_name(name)) for name in ("operators.py", "single_read.py")]
+        results = [str(Path(__file__).with_name(name)) for name in ("max_pool.py", "operators.py", "single_read.py")]
         return get_hash_for_files((__file__, *results))
+
+
+def _declare_operators() -> None:
+    """Tell Inductor that our operators are called as they are.
+
+    It would find out at the first call of each, but torch 2.11 writes down the call's arguments then, with all that
+    they are computed from: for the last gradient of a deep network that takes for ever.
+    """
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for name in ("fused_max_pool_forward", "fused_max_pool_backward"):
+        operator = getattr(torch.ops.onlinenorm, name).default
+        if operator not in lowerings:
+            make_fallback(operator, tag_to_layout_constraint(get_layout_constraint_tag(operator, with_default=True)))
 
 
 def _replace(node: torch.fx.Node, arguments: dict[str, torch.fx.Node]) -> None:
@@ -73,3 +90,9 @@ def install() -> None:
     """Make it Inductor's custom pass, unless the process already has one of its own."""
     if config.post_grad_custom_pre_pass is None:
         config.post_grad_custom_pre_pass = FoldGradients()
+
+
+@torch.compiler.assume_constant_result
+def installed() -> bool:
+    """Whether it is Inductor's custom pass."""
+    return isinstance(config.post_grad_custom_pre_pass, FoldGradients)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from onlinenorm.ops.fused import messages
 from onlinenorm.ops.fused.driver import Kernel, architecture, compile_source, tensor_map
+from onlinenorm.ops.fused.tiling import POOLED_TUNINGS, WIDTH, Tiling, Tuning, even, shared_memory, tuning_for
 from onlinenorm.ops.spec import NormSpec
 
-WIDTH = 64  # channels a block, as in common.cu
-BOX_ROWS = 256  # the most that the copy engine takes at once
 MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the shares of their blocks
 DEPTH = 4  # samples, of three tensors each, that must fit on the chip at once for it
 SOURCES = Path(__file__).parent / "cuda"
@@ -22,7 +21,7 @@ POINTERS = (
     "out", "out_residual", "mask", "weight", "bias", "first", "second", "state", "moments", "grad_weight", "grad_bias",
     "rzeta", "published", "slots", "shares", "tickets",
 )  # fmt: skip
-INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes")
+INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes", "width")
 REALS = ("alpha_fwd", "rest_fwd", "alpha_bkw", "rest_bkw", "eps", "clamp", "zeta_eps", "scale")
 
 
@@ -34,112 +33,8 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int) for name in INTEGERS),
         *((name, ctypes.c_float) for name in REALS),
+        ("padding", ctypes.c_char * 60),  # to whole 64 bytes, as the maps are aligned
     )
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How a kernel is compiled and cut: reducers (and as many writers) a block, stages of the ring, samples the writers
-    advance over at once, and the most rows of a tile (the ring's size may allow fewer)."""
-
-    group: int
-    stages: int
-    chunk: int
-    rows: int
-
-    @property
-    def defines(self) -> dict[str, int]:
-        return {"GROUP": self.group, "STAGES": self.stages, "CHUNK": self.chunk}
-
-    @property
-    def threads(self) -> int:
-        """Reducers, writers, and the warp that fetches."""
-        return 2 * self.group + 32
-
-
-# Chosen on an H100 at the norm sites of ResNet-50, batches 32 and 256; what each loses to the fastest tuning that was
-# measured stands in results/bench_kernels.md:
-# (direction, layer scaling, residual or second gradient, rows N * H * W from, pixels H * W from, tuning); the first
-# match counts.
-TUNINGS = (
-    ("forward", False, False, 0, 3136, Tuning(256, stages=4, chunk=16, rows=400)),
-    ("forward", False, False, 0, 0, Tuning(256, stages=3, chunk=32, rows=400)),
-    ("forward", False, True, 200_000, 0, Tuning(128, stages=3, chunk=16, rows=400)),
-    ("forward", False, True, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
-    ("forward", True, False, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
-    ("forward", True, True, 50_000, 0, Tuning(128, stages=4, chunk=16, rows=400)),
-    ("forward", True, True, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
-    ("backward", False, False, 0, 784, Tuning(256, stages=2, chunk=8, rows=400)),
-    ("backward", False, False, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
-    ("backward", False, True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
-    ("backward", False, True, 0, 0, Tuning(256, stages=2, chunk=16, rows=400)),
-    ("backward", True, False, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
-    ("backward", True, True, 0, 784, Tuning(128, stages=4, chunk=8, rows=400)),
-    ("backward", True, True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
-    ("backward", True, True, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
-)
-
-
-@functools.cache
-def tuning_for(direction: str, scaled: bool, residual: bool, samples: int, pixels: int) -> Tuning:
-    """Row of TUNINGS for a tensor of ``samples`` images of ``pixels``."""
-    for *key, rows, least, tuning in TUNINGS:
-        if key == [direction, scaled, residual] and samples * pixels >= rows and pixels >= least:
-            return tuning
-    raise AssertionError(f"TUNINGS has no row for {direction}, {scaled}, {residual}")
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Cut of (N, pixels) rows into items: parts of a sample, or whole samples side by side (segments)."""
-
-    tile_rows: int
-    tiles: int
-    segments: int
-
-    @classmethod
-    def of(cls, pixels: int, group: int, most_rows: int) -> "Tiling":
-        """Tiles of equal size, ``most_rows`` at most; parts of a sample begin at even rows, as its ReLU bits need."""
-        segments = group // WIDTH
-        while segments > 1 and pixels * segments > most_rows:
-            segments //= 2
-        if segments > 1 or pixels <= most_rows:
-            return cls(pixels, 1, segments)
-        most_rows -= most_rows % 2
-        tile_rows = -(-pixels // -(-pixels // most_rows))
-        tile_rows += tile_rows % 2
-        return cls(tile_rows, -(-pixels // tile_rows), 1)
-
-    def items(self, samples: int) -> int:
-        return -(-samples // self.segments) if self.segments > 1 else samples * self.tiles
-
-    @property
-    def boxes(self) -> int:
-        """Copies a tile is brought in."""
-        return -(-self.tile_rows * self.segments // BOX_ROWS)
-
-    @property
-    def box_rows(self) -> int:
-        return -(-self.tile_rows * self.segments // self.boxes)
-
-
-def _shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling: Tiling) -> int:
-    """Bytes that a block takes, as the kernels lay them out."""
-    rows, segments, warps = tiling.boxes * tiling.box_rows, tuning.group // WIDTH, tuning.group // 32
-    scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * (2 * 8 * warps + 8 * segments)
-    if direction == "forward":
-        stage = rows * 2 * WIDTH * (1 + values["RESIDUAL"])
-        scratch += WIDTH * (8 * tuning.chunk + 2 * 4 * segments) + 4 * segments
-    else:
-        stage = rows * 2 * WIDTH * (2 + values["EXTRA"]) + tiling.segments * 8 * WIDTH
-        if values["RELU"] and values["RESIDUAL"]:
-            stage += -(-tiling.segments * _even(tiling.tile_rows) * 8 // 128) * 128
-        scratch += WIDTH * (6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments
-    return tuning.stages * stage + scratch
-
-
-def _even(rows: int) -> int:
-    return rows + rows % 2
 
 
 @functools.cache
@@ -177,18 +72,22 @@ def _plan(
     """
     samples, channels, height, width = shape
     pixels, columns = height * width, channels // WIDTH
-    names = "RELU", "RESIDUAL", "EXTRA"
+    names = "RELU", "RESIDUAL", "EXTRA", "POOL"
     scaled = spec.error_compensation == "layer_scaling"
     values = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", "SCALED": scaled}
     values |= {name: name in flags for name in names}
     values |= tuning.defines
     kernel = _kernel(device, direction, tuple(f"-D{name}={int(value)}" for name, value in values.items()))
     properties = torch.cuda.get_device_properties(device)
-    most_rows = tuning.rows
-    tiling = Tiling.of(pixels, tuning.group, most_rows)
-    while (shared := _shared_memory(direction, values, tuning, tiling)) > properties.shared_memory_per_block_optin:
+    if "POOL" in flags:
+        cut = functools.partial(Tiling.of_pooled, height, width, direction == "forward")
+    else:
+        cut = functools.partial(Tiling.of, pixels, tuning.group)
+    most_rows, tiling = tuning.rows, cut(tuning.rows)
+    while (shared := shared_memory(direction, values, tuning, tiling)) > properties.shared_memory_per_block_optin:
+        assert most_rows > 0, "`pools` let pass what does not fit"
         most_rows -= 2
-        tiling = Tiling.of(pixels, tuning.group, most_rows)
+        tiling = cut(most_rows)
     kernel.allow_shared_memory(shared)
     threads = tuning.threads + (WIDTH if scaled and direction == "forward" else 0)  # the followers
     resident = kernel.blocks_per_multiprocessor(threads, shared)
@@ -206,6 +105,7 @@ def _plan(
         segments=tiling.segments,
         box_rows=tiling.box_rows,
         boxes=tiling.boxes,
+        width=width,
         alpha_fwd=spec.alpha_fwd,
         rest_fwd=1 - spec.alpha_fwd,
         alpha_bkw=spec.alpha_bkw,
@@ -239,9 +139,13 @@ def _scales_at_once(x: Tensor, spec: NormSpec) -> bool:
     _, channels, height, width = x.shape
     if spec.layer_scaling_group_size not in (None, channels) or channels > MOST_SCALED:
         return False
-    multiprocessors, shared_memory = _chip(x.device.index)
-    blocks = multiprocessors - multiprocessors % (channels // WIDTH)  # as many for each block of channels
-    return DEPTH * 3 * channels * height * width * x.element_size() <= blocks * shared_memory
+    blocks = channels // WIDTH * columns_at_once(x)
+    return DEPTH * 3 * channels * height * width * x.element_size() <= blocks * _chip(x.device.index)[1]
+
+
+def columns_at_once(x: Tensor) -> int:
+    """Blocks that serve each 64 channels at the same time."""
+    return _chip(x.device.index)[0] // (x.shape[1] // WIDTH)
 
 
 @torch.compiler.assume_constant_result
@@ -271,13 +175,17 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], spec: NormSpec, **tensors) -> None:
+    """Queue a kernel over ``inputs``: x first forward and second backward."""
     inputs = tuple([_aligned(tensor) for tensor in inputs])
-    shaped = inputs[0]
-    shape, device = tuple(shaped.shape), shaped.device
+    x = inputs[direction == "backward"]
+    shape, device = tuple(x.shape), x.device
     samples, channels, height, width = shape
     scaled, residual = spec.error_compensation == "layer_scaling", "RESIDUAL" in flags or "EXTRA" in flags
-    tuning = tuning_for(direction, scaled, residual, samples, height * width)
-    plan = _plan(device.index, direction, shape, shaped.dtype == torch.float16, flags, spec, tuning)
+    if "POOL" in flags:
+        tuning = POOLED_TUNINGS[direction, scaled]
+    else:
+        tuning = tuning_for(direction, scaled, residual, samples, height * width)
+    plan = _plan(device.index, direction, shape, x.dtype == torch.float16, flags, spec, tuning)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     params = Params.from_buffer_copy(plan.params)
     # Messages between blocks and tickets, empty at first: all bits set.
@@ -289,8 +197,10 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
             setattr(params, name, tensor.data_ptr())
     params.moments = params.state + 8 * samples * channels  # behind the states
     params.rzeta = params.moments + 8 * samples * channels
-    rows = samples * height * width
-    maps = b"".join([tensor_map(t.data_ptr(), rows, channels, plan.box_rows, WIDTH) for t in inputs])
+    maps = b""
+    for tensor in inputs:  # a box of a pooled one is a row of it
+        box_rows = plan.box_rows if tensor.shape == shape else width // 2
+        maps += tensor_map(tensor.data_ptr(), tensor.numel() // channels, channels, box_rows, WIDTH)
     ctypes.memmove(ctypes.addressof(params) + Params.maps.offset, maps, len(maps))
     plan.kernel.launch(plan.blocks, plan.threads, plan.shared_memory, stream, params, plan.together)
     del held
@@ -302,12 +212,39 @@ def _parameter(tensor: Tensor | None) -> Tensor | None:
 
 def mask_size(x: Tensor) -> int:
     """Bytes of the ReLU's bits for x, samples padded to an even number of rows."""
-    return x.shape[0] * x.shape[1] // 8 * _even(x.shape[2] * x.shape[3])
+    return x.shape[0] * x.shape[1] // 8 * even(x.shape[2] * x.shape[3])
 
 
 def table_rows(samples: int, channels: int, error_compensation: str) -> int:
     """Rows of 2 C in the table of ``forward``."""
     return 2 * samples + (-(-samples // (2 * channels)) if error_compensation == "layer_scaling" else 0)
+
+
+def launch_forward(inputs, flags, spec: NormSpec, weight, bias, running_mean, running_var, y, mask) -> Tensor:
+    """Fill y, and mask where the flags ask for one; returns the table (1, rows, 2 C) and moves the state."""
+    samples, channels = inputs[0].shape[:2]
+    rows = table_rows(samples, channels, spec.error_compensation)
+    tables = torch.empty((1, rows, 2 * channels), dtype=torch.float32, device=y.device)
+    _launch(
+        "forward", inputs, flags, spec, out=y, mask=mask, weight=_parameter(weight), bias=_parameter(bias),
+        first=running_mean, second=running_var, state=tables,
+    )  # fmt: skip
+    return tables
+
+
+def launch_backward(
+    inputs, flags, spec: NormSpec, weight, bias, tables, control_u, control_v, mask, grad_residual=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, which is ``inputs[1]``, weight and bias; moves u and v, and fills ``grad_residual``."""
+    x = inputs[1]
+    grad_x = torch.empty_like(x)
+    grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
+    _launch(
+        "backward", inputs, flags, spec, out=grad_x, out_residual=grad_residual, mask=mask, weight=_parameter(weight),
+        bias=_parameter(bias), first=control_u, second=control_v, state=_aligned(tables), grad_weight=grad_weight,
+        grad_bias=grad_bias,
+    )  # fmt: skip
+    return grad_x, grad_weight, grad_bias
 
 
 def forward(
@@ -325,17 +262,11 @@ def forward(
     N rows are the states before each sample, N the moments of each; behind them is 1 / zeta of each where layers are
     scaled.
     """
-    y, (samples, channels) = torch.empty_like(x), x.shape[:2]
-    rows = table_rows(samples, channels, spec.error_compensation)
-    tables = torch.empty((1, rows, 2 * channels), dtype=torch.float32, device=x.device)
-    masked = relu and residual is not None
+    y, masked = torch.empty_like(x), relu and residual is not None
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None
-    flags = ("RELU",) * relu + ("RESIDUAL",) * (residual is not None)
-    _launch(
-        "forward", (x,) if residual is None else (x, residual), flags, spec, out=y, mask=mask,
-        weight=_parameter(weight), bias=_parameter(bias), first=running_mean, second=running_var, state=tables,
-    )  # fmt: skip
-    return y, tables, mask
+    inputs, flags = ((x,), ()) if residual is None else ((x, residual), ("RESIDUAL",))
+    flags += ("RELU",) * relu
+    return y, launch_forward(inputs, flags, spec, weight, bias, running_mean, running_var, y, mask), mask
 
 
 def backward(
@@ -357,14 +288,12 @@ def backward(
     With ``overwrite`` the residual's gradient may take the memory of ``grad``: a block reads each element once, before
     it writes that of the residual.
     """
-    grad_x, grad_residual, grad = torch.empty_like(x), None, _aligned(grad)
+    grad_residual, grad = None, _aligned(grad)
     if mask is not None:
         grad_residual, mask = grad if overwrite else torch.empty_like(x), _aligned(mask)
-    grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     flags = ("RELU",) * relu + ("RESIDUAL",) * (mask is not None) + ("EXTRA",) * (extra is not None)
-    _launch(
-        "backward", (grad, x) if extra is None else (grad, x, extra), flags, spec, out=grad_x,
-        out_residual=grad_residual, mask=mask, weight=_parameter(weight), bias=_parameter(bias), first=control_u,
-        second=control_v, state=_aligned(tables), grad_weight=grad_weight, grad_bias=grad_bias,
-    )  # fmt: skip
-    return grad_x, grad_residual, grad_weight, grad_bias
+    inputs = (grad, x) if extra is None else (grad, x, extra)
+    grad_x, *of_parameters = launch_backward(
+        inputs, flags, spec, weight, bias, tables, control_u, control_v, mask, grad_residual
+    )
+    return grad_x, grad_residual, *of_parameters

@@ -10,21 +10,80 @@ struct Scratch {
     float2 scaling[SEGMENTS];  // 1 / zeta and kappa, of layer scaling
 };
 
-constexpr int TENSORS = 2 + EXTRA;
-constexpr bool MASK = RELU && RESIDUAL, REWRITES = EXTRA || RELU || CLAMP;
+constexpr bool MASK = RELU && RESIDUAL, REWRITES = EXTRA || !POOL && (RELU || CLAMP);
 
-// A stage, in 16 bytes: tiles of grad, x and extra, (m, var) of its samples, and the ReLU's bits.
-__device__ __forceinline__ int states_at(const Params& p) { return TENSORS * stage_rows(p) * LANES; }
+// A stage, in 16 bytes: tiles of grad, x and extra, (m, var) of its samples, and the ReLU's bits or the indices of a
+// max-pool. A pooled gradient's tile has the rows of all windows that the tile's pixels are in, one more than it makes.
+__device__ __forceinline__ int grad_boxes(const Params& p) { return POOL ? p.tile_rows / (2 * p.width) + 1 : p.boxes; }
+__device__ __forceinline__ int grad_box_rows(const Params& p) { return POOL ? p.width / 2 : p.box_rows; }
+__device__ __forceinline__ int grad_size(const Params& p) { return grad_boxes(p) * grad_box_rows(p) * LANES; }
+__device__ __forceinline__ int extra_at(const Params& p) { return grad_size(p) + stage_rows(p) * LANES; }
+__device__ __forceinline__ int states_at(const Params& p) { return extra_at(p) + EXTRA * grad_size(p); }
 __device__ __forceinline__ int mask_at(const Params& p) { return states_at(p) + p.segments * WIDTH / 2; }
-__device__ __forceinline__ int mask_rows(const Params& p) { return p.segments * even(p.tile_rows); }
-__device__ __forceinline__ int stage_size(const Params& p) {
-    return mask_at(p) + (MASK ? (mask_rows(p) * 8 + 127) / 128 * 8 : 0);
+__device__ __forceinline__ int mask_bytes(const Params& p) {
+    return POOL ? grad_size(p) / LANES * 32 : MASK ? p.segments * even(p.tile_rows) * 8 : 0;
 }
+__device__ __forceinline__ int stage_size(const Params& p) { return mask_at(p) + (mask_bytes(p) + 127) / 128 * 8; }
 
 // The sums of a sample, of g and g (x - m), of the thread's channel.
 __device__ __forceinline__ u64* sums_of(const Params& p, const Place& at, int sample) {
     return p.published + (long long)sample * p.channels + at.channel;
 }
+
+#if POOL
+// Reducers: the sum of both pooled gradients in place of the first, rounded as torch's would be.
+__device__ __forceinline__ void add_extra(const Params& p, const Place& at, uint4* start) {
+    const uint4* extra = start + extra_at(p);
+    for (int i = at.thread; i < grad_size(p); i += GROUP) {
+        float a[8], b[8];
+        unpack(start[i], a);
+        unpack(extra[i], b);
+#pragma unroll
+        for (int k = 0; k < 8; k++) a[k] += b[k];
+        start[i] = pack(a);
+    }
+    sync<1>();
+}
+
+// visit(row of the tile, gradient, x) for all pixels of a tile, 2x2 at a time: those have four windows between them.
+template <class Visit>
+__device__ __forceinline__ void visit_pixels(const Params& p, const Place& at, const Item& item, const uint4* start, Visit visit) {
+    const int width = p.width / 2, lines = p.pixels / p.width / 2, first_line = item.tile * (p.tile_rows / (2 * p.width));
+    const uint4 *grads = start + at.lane, *xs = start + grad_size(p) + at.lane;
+    const u32* indices = reinterpret_cast<const u32*>(start + mask_at(p)) + at.lane;
+    for (int q = at.row; q < item.rows / 4; q += at.step) {
+        const int line = q / width, column = q - line * width;
+        uint4 grad[4];
+        u32 index[4];
+#pragma unroll
+        for (int w = 0; w < 4; w++) {  // of the windows here, right, below, and below right
+            const bool inside = column + w % 2 < width && first_line + line + w / 2 < lines;
+            const int from = (q + w / 2 * width + w % 2) * LANES;
+            index[w] = inside ? indices[from] : ~0u;
+            grad[w] = inside ? grads[from] : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int pixel = 0; pixel < 4; pixel++) {
+            float g[8] = {}, x[8];
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                if (w & ~pixel) continue;  // upper pixels are not in windows below, left ones not in those to the right
+                // The pixel's place in the window: of three rows the middle or last, of one below the first.
+                const int down = pixel / 2 + 1 - w / 2 * 2, right = pixel % 2 + 1 - w % 2 * 2;
+                const u32 unlike = index[w] ^ (3 * down + right) * 0x11111111u;
+                float value[8];
+                unpack(grad[w], value);
+#pragma unroll
+                for (int k = 0; k < 8; k++)
+                    if (!(unlike & 15u << 4 * k)) g[k] += value[k];
+            }
+            const int row = (2 * line + pixel / 2) * p.width + 2 * column + pixel % 2;
+            unpack(xs[row * LANES], x);
+            visit(row, g, x);
+        }
+    }
+}
+#endif
 
 __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch& s, uint4* memory) {
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
@@ -54,6 +113,16 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
         const float2* states = reinterpret_cast<const float2*>(start + states_at(p));
         const float rstd = SCALED && segment < item.count ? rsqrtf(states[segment * WIDTH + at.c].y + p.eps) : 0.f;
         float sum[8] = {}, product[8] = {};
+#if POOL
+        if (EXTRA) add_extra(p, at, start);
+        visit_pixels(p, at, item, start, [&](int, const float (&g)[8], const float (&x)[8]) {
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                sum[k] += g[k];
+                product[k] += g[k] * (x[k] - m[k]);
+            }
+        });
+#else
 #pragma unroll 2
         for (int row = at.row; row < rows; row += at.step) {
             float g[8], x[8];
@@ -81,6 +150,7 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
             }
             if (REWRITES) tile[row * LANES] = pack(g);
         }
+#endif
         if (REWRITES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine writes here next
         leave(s.stages.reduced + stage, at);
         float2* warps = s.warps[i & 1];
@@ -278,16 +348,24 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
             constant[k] -= gain[k] * kappa * bias[k];
         }
 #endif
+        auto put = [&](int row, const float (&g)[8], const float (&x)[8]) {
+            float r[8];
+#pragma unroll
+            for (int k = 0; k < 8; k++) r[k] = g[k] * gain[k] + ((x[k] - centre[k]) * slope[k] + constant[k]);
+            out[(long long)row * pitch] = pack(r);
+        };
         wait(s.stages.reduced + stage, i / STAGES & 1);
+#if POOL
+        visit_pixels(p, at, item, start, put);
+#else
 #pragma unroll 4
         for (int row = at.row; row < rows; row += at.step) {
             float g[8], x[8];
             unpack(tile[row * LANES], g);
             unpack(tile[tile_size + row * LANES], x);
-#pragma unroll
-            for (int k = 0; k < 8; k++) g[k] = g[k] * gain[k] + ((x[k] - centre[k]) * slope[k] + constant[k]);
-            out[(long long)row * pitch] = pack(g);
+            put(row, g, x);
         }
+#endif
         leave(s.stages.empty + stage, at);
     });
     if (closing && at.thread < WIDTH) {
@@ -322,15 +400,19 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm(cons
         fetch_items(p, s.stages, [&](const Item& item, int stage) {
             u64* barrier = s.stages.full + stage;
             uint4* to = memory + stage * stage_size(p);
-            const int tile_size = stage_rows(p) * LANES;
-            const u32 bits = p.segments > 1 ? item.count * even(p.pixels) * 8 : even(item.rows) * 8;
-            arrive_expecting(barrier, TENSORS * tile_size * 16 + item.count * WIDTH * 8 + (MASK ? bits : 0));
-#pragma unroll
-            for (int t = 0; t < TENSORS; t++) copy_tile(p, item, to + t * tile_size, p.maps[t], barrier);
+            const int row = int(item.first_row), pooled = item.tile * p.tile_rows / 4;
+            const int grad_row = POOL ? item.sample * pooled_pixels(p) + pooled : row;
+            u32 bits = p.segments > 1 ? item.count * even(p.pixels) * 8 : even(item.rows) * 8;
+            if (POOL) bits = min(mask_bytes(p), (pooled_pixels(p) - pooled) * 32);
+            arrive_expecting(barrier, states_at(p) * 16 + item.count * WIDTH * 8 + (MASK || POOL ? bits : 0));
+            copy_boxes(p, to, p.maps[0], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
+            copy_boxes(p, to + grad_size(p), p.maps[1], row, p.box_rows, p.boxes, barrier);
+            if (EXTRA) copy_boxes(p, to + extra_at(p), p.maps[2], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
             for (int k = 0; k < item.count; k++)
                 copy_bytes(to + states_at(p) + k * WIDTH / 2, p.state + (long long)(item.sample + k) * p.channels + at.channel_block * WIDTH,
                            WIDTH * 8, barrier);
             if (MASK) copy_bytes(to + mask_at(p), p.mask + mask_offset(p, at.channel_block, item.sample, item.tile * p.tile_rows), bits, barrier);
+            if (POOL) copy_bytes(to + mask_at(p), p.mask + index_offset(p, at.channel_block, item.sample, pooled), bits, barrier);
         });
     }
 }

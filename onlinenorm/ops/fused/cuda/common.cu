@@ -1,5 +1,5 @@
 // Single-read kernels: x (and the gradient) pass through shared memory once, because sample n needs statistics of earlier
-// samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, EXTRA, CLAMP, SCALED (0 or 1), GROUP,
+// samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, EXTRA, CLAMP, SCALED, POOL (0 or 1), GROUP,
 // STAGES, CHUNK.
 //
 // Work. Tensors are channels_last 16-bit matrices (N * pixels rows, channels). A block serves one block of 64 channels;
@@ -17,6 +17,10 @@
 // Layer scaling (SCALED). A sample's tiles are written once sums over all of its channels are known: a tile waits for
 // higher tickets too. So the launch is cooperative, which has all blocks run at once, and their stages together hold a
 // sample at least. Each warp of 32 channels publishes its share of such a sum in 4 bytes, their own flag likewise.
+// Max-pool (POOL). A 3x3 max-pool of stride 2 and padding 1 follows the ReLU. Tiles are pairs of image rows, and a box is
+// a row. Forward brings the row above a tile too, and writes pooled pixels and, in 4 bits each, which of the window's
+// nine pixels was taken, or NOTHING where ReLU or clamp let no gradient through. Backward brings the pooled gradients of
+// the windows that a tile's pixels are in, and gathers.
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
@@ -33,7 +37,8 @@ struct alignas(64) TensorMap {
 struct Params {
     TensorMap maps[3];                           // x and residual, or grad, x and extra: boxes of box_rows by 64
     uint4 *out, *out_residual;                   // y forward, grad_x and the residual's gradient backward
-    unsigned char* mask;                         // ReLU bits, (channel block, sample, pixels made even, 8 bytes)
+    unsigned char* mask;                         // ReLU bits, (channel block, sample, pixels made even, 8 bytes), or indices of
+                                                 // a max-pool, (channel block, sample, pooled pixels, 32 bytes)
     const float *weight, *bias;                  // null: 1 and 0
     float *first, *second;                       // state in place: mean and variance, or u and v
     float2 *state, *moments;                     // tables (N, C): mean and variance before each sample, and those of it
@@ -43,6 +48,7 @@ struct Params {
     u64 *published, *slots, *shares;
     int* tickets;                                // -1 at launch, one a channel block
     int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
+    int width;  // of an image that is pooled
     float alpha_fwd, rest_fwd, alpha_bkw, rest_bkw;  // decay and 1 - decay
     float eps, clamp, zeta_eps, scale;               // the last is the unit of u and v
 };
@@ -264,10 +270,9 @@ __device__ __forceinline__ void leave(u64* barrier, const Place& at) {
     if (at.warp_lane == 0) arrive(barrier);
 }
 
-__device__ __forceinline__ void copy_tile(const Params& p, const Item& item, uint4* to, const TensorMap& map, u64* barrier) {
+__device__ __forceinline__ void copy_boxes(const Params& p, uint4* to, const TensorMap& map, int first_row, int rows, int boxes, u64* barrier) {
     const int channel = blockIdx.x % (p.channels / WIDTH) * WIDTH;
-    for (int b = 0; b < p.boxes; b++)
-        copy_box(to + b * p.box_rows * LANES, map, channel, int(item.first_row) + b * p.box_rows, barrier);
+    for (int b = 0; b < boxes; b++) copy_box(to + b * rows * LANES, map, channel, first_row + b * rows, barrier);
 }
 
 __device__ __forceinline__ int stage_rows(const Params& p) { return p.boxes * p.box_rows; }
@@ -387,4 +392,11 @@ __device__ __forceinline__ int even(int rows) { return rows + (rows & 1); }
 
 __device__ __forceinline__ long long mask_offset(const Params& p, int channel_block, int sample, int row) {
     return (((long long)channel_block * p.samples + sample) * even(p.pixels) + row) * 8;
+}
+
+// Max-pool: pixels of a pooled image, and the indices of its row, 4 bytes a lane.
+__device__ __forceinline__ int pooled_pixels(const Params& p) { return p.pixels / 4; }
+
+__device__ __forceinline__ long long index_offset(const Params& p, int channel_block, int sample, int row) {
+    return (((long long)channel_block * p.samples + sample) * pooled_pixels(p) + row) * LANES * 4;
 }

@@ -10,6 +10,7 @@ struct Scratch {
 };
 
 constexpr int TENSORS = 1 + RESIDUAL;
+__device__ __forceinline__ int halo_rows(const Params& p) { return POOL ? p.width : 0; }  // above a tile
 constexpr int FOLLOWERS = SCALED ? WIDTH : 0;  // threads of a fourth role
 
 __device__ __forceinline__ void step_over(const Params& p, float2 moment, float& mean, float& var) {
@@ -26,7 +27,7 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
         p.moments[index] = make_float2(mu, q);  // for backward
     };
     visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
-        const uint4* start = memory + stage * stage_size;
+        const uint4* start = memory + stage * stage_size + halo_rows(p) * LANES;
         const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
         const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
         // Sums are shifted by the segment's first row: no cancellation, however large the mean.
@@ -69,6 +70,55 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
         }
     });
 }
+
+#if POOL
+constexpr u32 NOTHING = 15;  // index of a window whose gradient goes nowhere
+
+#if HALF
+#define PAIR "f16x2"
+constexpr u32 LOWEST = 0xfc00fc00u, ONE = 0x3c00u;  // -inf twice, and 1
+#else
+#define PAIR "bf16x2"
+constexpr u32 LOWEST = 0xff80ff80u, ONE = 0x3f80u;
+#endif
+
+// Bits of the halves where a > b, or where a is NaN.
+__device__ __forceinline__ u32 above(u32 a, u32 b) {
+    u32 greater, unlike;
+    asm("set.gt.u32." PAIR " %0, %1, %2;" : "=r"(greater) : "r"(a), "r"(b));
+    asm("set.nan.u32." PAIR " %0, %1, %1;" : "=r"(unlike) : "r"(a));
+    return greater | unlike;
+}
+
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+    u32 r;
+    asm("mul." PAIR " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+__device__ __forceinline__ u32 sign_of(float scale) { return scale > 0.f ? ONE : scale < 0.f ? ONE | 0x8000u : 0; }
+
+// What a window takes of 8 channels: the first of the largest, as torch does; a NaN before all, the last of them. All that
+// follows is monotone, so the largest of x times the scale's sign is the largest of the results.
+struct Window {
+    u32 best[4], index[4];
+
+    __device__ Window(bool top, bool left) {
+        const u32 first = (top ? 3 : 0) + (left ? 1 : 0);
+#pragma unroll
+        for (int j = 0; j < 4; j++) best[j] = LOWEST, index[j] = first * 0x10001u;
+    }
+    __device__ void look(uint4 pixel, u32 position, const u32 (&signs)[4]) {
+        const u32 words[4] = {pixel.x, pixel.y, pixel.z, pixel.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const u32 key = times(words[j], signs[j]), take = above(key, best[j]);
+            best[j] = (best[j] & ~take) | (key & take);
+            index[j] = (index[j] & ~take) | (position * 0x10001u & take);
+        }
+    }
+};
+#endif
 
 __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch& s, const uint4* memory, float mean, float var) {
     const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size, pitch = p.channels / 8;
@@ -141,7 +191,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     };
 
     visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
-        const uint4* tile = memory + stage * stage_size + at.segment * p.pixels * LANES + at.lane;
+        const uint4* tile = memory + stage * stage_size + (halo_rows(p) + at.segment * p.pixels) * LANES + at.lane;
         const int rows = item.rows_of(at.segment), last = item.sample + item.count - 1;
         uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
         unsigned char* mask = p.mask + mask_offset(p, at.channel_block, item.sample + at.segment, item.tile * p.tile_rows) + at.lane;
@@ -166,6 +216,44 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
 #pragma unroll
         for (int k = 0; k < 8; k++) scale[k] *= rzeta, offset[k] *= rzeta;
 #endif
+#if POOL
+        u32 signs[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) signs[j] = sign_of(scale[2 * j]) | sign_of(scale[2 * j + 1]) << 16;
+        const int pooled_width = p.width / 2, pooled_first = item.tile * p.tile_rows / 4;
+        uint4* pooled = p.out + ((long long)item.sample * pooled_pixels(p) + pooled_first) * pitch + at.channel_block * LANES + at.lane;
+        u32* indices = reinterpret_cast<u32*>(p.mask + index_offset(p, at.channel_block, item.sample, pooled_first)) + at.lane;
+        for (int q = at.row; q < rows / 4; q += at.step) {
+            const int line = q / pooled_width, column = q - line * pooled_width;
+            const uint4* middle = tile + 2 * (line * p.width + column) * LANES;
+            const bool top = item.tile == 0 && line == 0, left = column == 0;
+            Window window(top, left);
+#pragma unroll
+            for (int k = 0; k < 9; k++) {
+                const int down = k / 3 - 1, right = k % 3 - 1;
+                if ((down < 0 && top) || (right < 0 && left)) continue;
+                window.look(middle[(down * p.width + right) * LANES], k, signs);
+            }
+            float z[8];
+#pragma unroll
+            for (int j = 0; j < 4; j++) window.best[j] = times(window.best[j], signs[j]);
+            unpack(make_uint4(window.best[0], window.best[1], window.best[2], window.best[3]), z);
+            u32 taken = 0;
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const int shift = k % 2 * 16;
+                z[k] = (z[k] - m[k]) * scale[k] + offset[k];
+                const bool passes = !(z[k] <= 0.f) && (!CLAMP || fabsf(z[k]) < p.clamp);
+                taken |= (passes ? window.index[k / 2] >> shift & 15 : NOTHING) << 4 * k;
+#if CLAMP
+                z[k] = min_nan(z[k], p.clamp);
+#endif
+                z[k] = max_nan(z[k], 0.f);
+            }
+            pooled[(long long)q * pitch] = pack(z);
+            indices[q * LANES] = taken;
+        }
+#else
 #pragma unroll 4
         for (int row = at.row; row < rows; row += at.step) {
             float z[8];
@@ -194,6 +282,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
             mask[row * 8] = bits;
 #endif
         }
+#endif
         wait(s.stages.reduced + stage, i / STAGES & 1);
         leave(s.stages.empty + stage, at);
     });
@@ -275,7 +364,8 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + FOLLOWERS, 1) onli
             uint4* to = memory + stage * stage_size;
             arrive_expecting(barrier, stage_size * 16);
 #pragma unroll
-            for (int t = 0; t < TENSORS; t++) copy_tile(p, item, to + t * stage_rows(p) * LANES, p.maps[t], barrier);
+            for (int t = 0; t < TENSORS; t++)
+                copy_boxes(p, to + t * stage_rows(p) * LANES, p.maps[t], int(item.first_row) - halo_rows(p), p.box_rows, p.boxes, barrier);
         });
     }
 }
