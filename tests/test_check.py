@@ -126,3 +126,25 @@ def test_what_would_end_the_run_at_once_is_told(script, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert script.main([f"run_dir={tmp_path / 'file'}", *arguments]) == 2
     assert "is a file, not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["normalizer=batch", "normalizer.momentum=7"], "normalizer.momentum: 7 must be"),
+        (["normalizer=batch", "normalizer.eps=-1"], "normalizer.eps: -1 must be"),
+        (["normalizer=instance", "model=resnet18", "data.image_size=32"], "normalizer: instance has a single value"),
+        (["normalizer=batch", "--epochs", "3"], "--epochs: no such flag"),
+        (["normalizer=batch", "--seconds", "0"], "--seconds: 0 must be larger than 0"),
+    ],
+)
+def test_what_train_would_refuse_is_refused_in_its_words(script, capsys, overrides, message):
+    assert script.main([*SYNTHETIC, *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "abc", "1:2:3:4", "-5", "1-"])
+def test_times_that_are_none(script, capsys, text):
+    with pytest.raises(SystemExit):
+        script.main([f"--time-limit={text}"])
+    assert f"{text!r} is no time; write 90 (minutes)" in capsys.readouterr().err

@@ -228,3 +228,32 @@ def test_a_real_matrix(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "2 done" in done.stdout, done.stdout + done.stderr
     assert (tmp_path / "runs" / "default" / "none" / "seed0" / "results.json").exists()
+
+
+def test_a_diverged_run_is_not_run_again_unless_asked(matrix, tmp_path, capsys):
+    (tmp_path / "train.py").write_text(
+        FAKE_TRAIN.replace("the loss became NaN", "the loss became NaN or infinite at step 3")
+    )
+    folder = tmp_path / "runs" / "default" / "batch" / "seed0"
+    for times in (1, 1):
+        assert matrix("normalizer=batch", "recipe.lr=9") == 1
+        assert (folder / "started").read_text() == "x" * times
+        shown = capsys.readouterr().out
+        assert re.search(r"diverged +0/3 +-  runs", shown) and "--retry starts them once more" in shown
+    assert matrix("normalizer=batch", "recipe.lr=9", "--status") == 1
+    (tmp_path / "repaired").touch()
+    assert matrix("normalizer=batch", "recipe.lr=9", "--retry") == 0 and (folder / "started").read_text() == "xx"
+
+
+@pytest.mark.parametrize("folder", ["~x", "a=b", "a[1](c", "it's", "a b,c", "übung"])
+def test_any_folder_of_runs_reaches_the_run(sweep, tmp_path, folder):
+    row = sweep.plan([*TINY, "normalizer=batch", "normalizer.momentum=0.1,0.2"], tmp_path / folder)[1]
+    assert load_train_module().load_config(sweep.command(row, row.folder))["run_dir"] == str(row.folder)
+
+
+@pytest.mark.parametrize("sweep_of", ["recipe.lr=interval(0,1)", "recipe.lr=glob(*)", "seed='1,2", "seed=choice()"])
+def test_sweeps_that_mean_nothing_get_a_sentence(sweep, tmp_path, sweep_of):
+    with pytest.raises(ConfigError):
+        sweep.plan([*TINY, sweep_of], tmp_path)
+    (row,) = sweep.plan([*TINY, "normalizer=glob(*scal*)"], tmp_path)
+    assert row.normalizer == "online_layer_scaling"

@@ -1,10 +1,16 @@
 """What is refused before anything is built, and how it is said."""
 
+import copy
+import math
+
 import pytest
 
+from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import ConfigError
 from onlinenorm.training.config_check import build, check_config, check_keys, flatten, prefixed
 from onlinenorm.training.hints import nearest, unknown_option
+from onlinenorm.training.probe import probe_normalizer
+from onlinenorm.training.trainer import resolve
 
 
 def config(**changes):
@@ -101,3 +107,39 @@ def test_nearest_compares_the_last_part_first():
 
 def test_flatten_keeps_empty_mappings():
     assert flatten({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        ({"_partial_": None}, "normalizer._partial_: is missing beside _target_: .*add the line '_partial_: true'"),
+        (
+            {"_target_": "torch.nn.GroupNorm", "alpha_fwd": None},
+            "_target_: torch.nn.GroupNorm takes no num_features",
+        ),
+    ],
+)
+def test_normalizers_that_the_network_cannot_call(node, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(config(normalizer=node))
+
+
+@pytest.mark.parametrize(
+    "group", ["normalizer=online_clamp", "normalizer=batch", "normalizer=group", "recipe=he2015", "trainer=ddp"]
+)
+@pytest.mark.parametrize("value", [None, -1, math.nan, math.inf, "x", [], [1], {"a": 1}, True])
+def test_values_of_the_wrong_kind_are_no_bugs(group, value):
+    """Each key of a group with a value that may mean nothing: fine, or a sentence that names the key."""
+    base = load_config([group])
+    group = group.partition("=")[0]
+    assert base[group]
+    for key in base[group]:
+        changed = copy.deepcopy(base)
+        changed[group][key] = value
+        try:
+            check_config(changed)
+            resolve(changed["trainer"])
+            build(changed, "recipe")
+            probe_normalizer(build(changed, "normalizer"), changed["normalizer"])
+        except ConfigError as error:
+            assert str(error).startswith((f"{group}.{key}", group)), key

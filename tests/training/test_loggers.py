@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from onlinenorm.training import loggers
 from onlinenorm.training.epoch_log import COLUMNS
 from onlinenorm.training.errors import Interrupted, RunError
-from onlinenorm.training.loggers import has_wandb_key
+from onlinenorm.training.loggers import has_wandb_key, upload_hint
 
 TWO_EPOCHS = ("normalizer=batch", "recipe.epochs=2", "recipe.milestones=[]")
 
@@ -36,6 +36,13 @@ def test_offline_wandb_run_equals_the_csv(run, tmp_path, monkeypatch):
     rows = [{key: row["history"]["item"][key] for key in COLUMNS} for row in wandb_history(tmp_path)]
     assert rows == table(tmp_path) and len(rows) == 2
     assert (tmp_path / "wandb_id").read_text() in next((tmp_path / "wandb").glob("offline-run-*")).name
+
+
+def test_a_run_says_where_it_lies_offline_and_how_it_is_uploaded(tmp_path):
+    assert upload_hint(tmp_path) == ""
+    (tmp_path / "a b" / "wandb" / "offline-run-1-x").mkdir(parents=True)
+    expected = f"W&B: kept offline; upload with: wandb sync '{tmp_path}/a b/wandb/offline-run-1-x'"
+    assert upload_hint(tmp_path / "a b") == expected
 
 
 def test_tensorboard_equals_the_csv(run, tmp_path):

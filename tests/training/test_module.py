@@ -68,8 +68,12 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_before_it_is_saved(ru
             self.val_sums = self.val_sums + torch.tensor([float("nan"), 0, 0, 0], dtype=torch.float64)
 
     monkeypatch.setattr(ImageClassifier, "validation_step", overflow)
-    last = 1
-    with pytest.raises(RunError, match=r"the validation loss became NaN or infinite at step \d+ \(epoch 2"):
-        run(tmp_path, "recipe.epochs=2", "recipe.milestones=[]")
+    last, two_epochs = 1, ("recipe.epochs=2", "recipe.milestones=[]")
+    with pytest.raises(RunError, match=r"the validation loss became NaN or infinite at step \d+ \(epoch 2") as caught:
+        run(tmp_path, *two_epochs)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["position"]["epoch"] == 1 and not (tmp_path / "results.json").exists()
+    assert f"The last good checkpoint is kept: {tmp_path}/checkpoints/last.ckpt." in str(caught.value)
+    last = 0
+    with pytest.raises(RunError, match=r"\(epoch 1.*No checkpoint had been saved yet\."):
+        run(tmp_path / "other", *two_epochs)

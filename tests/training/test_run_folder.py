@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from onlinenorm.training.errors import ConfigError, Interrupted, RunError
-from onlinenorm.training.run_folder import RunFolder, changed_keys, environment, git_state, write_atomically
+from onlinenorm.training.run_folder import RunFolder, changed_keys, environment, git_state, run_path, write_atomically
 
 CONFIG = {"recipe": {"lr": 0.1}, "trainer": {"devices": 1, "precision": "32-true"}, "logger": {"_target_": "x"}}
 
@@ -148,3 +150,26 @@ def test_a_file_in_place_of_the_folder_is_told(tmp_path):
 def test_how_unreadable_images_are_met_may_change():
     old = {"data": {"on_unreadable": "raise", "unreadable_limit": 0.0, "limit_val": 1}}
     assert changed_keys(old, {"data": {"on_unreadable": "skip", "unreadable_limit": 0.1, "limit_val": 1}}) == []
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1', "[1]", "\x00"])
+def test_damaged_records_are_told_with_what_to_do(tmp_path, content):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(RunError, match=r"results.json: is damaged \(.*\); delete it, and the same command writes it"):
+        folder.results(CONFIG)
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(RunError, match=r"config.yaml: is damaged \(.*\); .*put it back, or delete the folder"):
+        folder.results(CONFIG)
+    (tmp_path / "environment.json").write_text(content)
+    with pytest.raises(RunError, match=r"environment.json: is damaged \(.*\); delete it"):
+        folder.record_start(CONFIG, 1, {"epoch": 1, "step": 0, "global_step": 9})
+
+
+def test_the_folder_of_a_run(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = {"choices": {"experiment": "table1", "normalizer": "batch"}, "seed": 3, "run_dir": None}
+    assert run_path(config) == Path("runs/table1/batch/seed3")
+    assert run_path(config | {"run_dir": "~/a=b"}) == Path("/home/me/a=b")
+    assert run_path(config | {"run_dir": 2026}) == Path("2026")
