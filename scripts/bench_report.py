@@ -14,15 +14,15 @@ from onlinenorm.errors import cli_errors
 from onlinenorm.reporting.cost import origin, step_time
 from onlinenorm.reporting.markdown import markdown_table
 
+NAMES = ("normalizer", "stem", "compiler", "mode", "dtype")
 BEST = (
     "batch",
-    "normalizer",
-    "mode",
-    "dtype",
+    *NAMES,
     "ms a step",
     "images/s",
-    "over BatchNorm",
-    "with the optimizer, over BatchNorm",
+    "over the best BatchNorm",
+    "over torchvision's network, torch.compile",
+    "with the optimizer, over the best BatchNorm",
     "peak memory, GiB",
     "over BatchNorm's",
 )
@@ -30,14 +30,24 @@ ALL = (
     "batch",
     "normalizer",
     "backend",
-    "mode",
-    "dtype",
+    *NAMES[1:],
     "optimizer",
     "ms a step",
     "images/s",
-    "over BatchNorm",
+    "over the best BatchNorm",
     "peak memory, GiB",
 )
+PLAIN = {
+    "normalizer": "batch",
+    "stem": "conv7x7",
+    "compiler": "default",
+}  # torchvision's network, torch.compile as it is
+
+
+def named(row: dict, keys: tuple[str, ...]) -> list[str]:
+    """What a row is; eager rows have no compiler, and files from before stems were recorded had torchvision's."""
+    given = {"stem": "conv7x7", "compiler": "default" if row["mode"].startswith("compile") else None, **row}
+    return ["–" if given[key] is None else str(given[key]) for key in keys]
 
 
 def fastest(rows: list[dict], **wanted) -> dict | None:
@@ -46,31 +56,43 @@ def fastest(rows: list[dict], **wanted) -> dict | None:
     return max(found, key=lambda row: row["images_per_second"], default=None)
 
 
+def smallest(rows: list[dict], **wanted) -> dict | None:
+    """The row of least peak memory among those that have the wanted values."""
+    found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return min(found, key=lambda row: row["peak_memory_gib"], default=None)
+
+
 def over(row: dict | None, rival: dict | None, key: str) -> str:
     """A row's figure over its rival's."""
     return f"{row[key] / rival[key]:.3f}" if row and rival and rival[key] else "not run"
 
 
 def _best(rows: list[dict], dtype: str) -> list[list[str]]:
-    """Each normalizer's fastest row in ``dtype`` a batch size, without the optimizer; ratios to BatchNorm's fastest."""
+    """Each normalizer's fastest row in ``dtype`` a batch size, without the optimizer; ratios to BatchNorm's fastest.
+
+    Peak memory is compared with the least that a row of BatchNorm in the same mode takes.
+    """
     lines, rows = [], [row for row in rows if row["dtype"] == dtype]
     for batch in sorted({row["batch"] for row in rows}, reverse=True):
-        rivals = {
-            optimizer: fastest(rows, batch=batch, normalizer="batch", optimizer=optimizer) for optimizer in (0, 1)
-        }
-        names = dict.fromkeys(row["normalizer"] for row in rows if row["batch"] == batch)
-        best = [row for name in names if (row := fastest(rows, batch=batch, normalizer=name, optimizer=False))]
+        of_size = [row for row in rows if row["batch"] == batch]
+        rivals = {optimizer: fastest(of_size, normalizer="batch", optimizer=optimizer) for optimizer in (0, 1)}
+        plain = fastest([row for row in of_size if named(row, tuple(PLAIN)) == [*PLAIN.values()]], optimizer=False)
+        names = dict.fromkeys(row["normalizer"] for row in of_size)
+        best = [row for name in names if (row := fastest(of_size, normalizer=name, optimizer=False))]
         for row in sorted(best, key=lambda row: -row["images_per_second"]):
-            whole = fastest(rows, batch=batch, normalizer=row["normalizer"], optimizer=True)
+            whole = fastest(of_size, normalizer=row["normalizer"], optimizer=True)
+            like = smallest(of_size, normalizer="batch", mode=row["mode"], optimizer=False)
             lines.append(
                 [
-                    *(str(row[key]) for key in ("batch", "normalizer", "mode", "dtype")),
+                    str(batch),
+                    *named(row, NAMES),
                     step_time(row),
                     f"{row['images_per_second']:,.0f}",
                     over(row, rivals[0], "images_per_second"),
+                    over(row, plain, "images_per_second"),
                     over(whole, rivals[1], "images_per_second"),
                     f"{row['peak_memory_gib']:.2f}",
-                    over(row, rivals[0], "peak_memory_gib"),
+                    over(row, like, "peak_memory_gib"),
                 ]
             )
     return lines
@@ -82,7 +104,7 @@ def _all(rows: list[dict]) -> list[list[str]]:
         rival = fastest(rows, batch=row["batch"], normalizer="batch", optimizer=row["optimizer"])
         lines.append(
             [
-                *(str(row[key]) for key in ("batch", "normalizer", "backend", "mode", "dtype")),
+                *named(row, ("batch", "normalizer", "backend", *NAMES[1:])),
                 "yes" if row["optimizer"] else "no",
                 step_time(row),
                 f"{row['images_per_second']:,.0f}",
@@ -118,7 +140,7 @@ def render(results: dict) -> str:
         "",
     ]
     for row in results.get("not_run", []):
-        name = " ".join(str(row[key]) for key in ("batch", "normalizer", "backend", "mode", "dtype"))
+        name = " ".join(named(row, ("batch", "normalizer", "backend", *NAMES[1:])))
         lines.append(f"- not run: {name}{', with optimizer' if row['optimizer'] else ''}: {row['why']}")
     lines += [""] * bool(results.get("not_run")) + [origin(results)]
     return "\n".join(lines) + "\n"

@@ -26,7 +26,7 @@ import bench_common
 import torch
 import torch.nn.functional as F
 import yaml
-from bench_report import fastest, over, workload
+from bench_report import fastest, over, smallest, workload
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.errors import cli_errors
@@ -158,7 +158,7 @@ def _slow(wanted: tuple) -> bool:
 def summary(rows: list[dict]) -> list[str]:
     """Best row of each OnlineNorm kind over the best BatchNorm row, by batch size and use of the optimizer.
 
-    Its peak memory is compared with that of BatchNorm in the same mode and dtype.
+    Its peak memory is compared with the least that BatchNorm takes in the same mode and dtype.
     """
     lines = []
     for batch, optimizer in sorted({(row["batch"], row["optimizer"]) for row in rows}):
@@ -167,7 +167,7 @@ def summary(rows: list[dict]) -> list[str]:
         step = "with optimizer" if optimizer else "forward and backward"
         for name in sorted({row["normalizer"] for row in of_size} - {"batch"}) if rival else ():
             best = fastest(of_size, normalizer=name)
-            like = fastest(of_size, normalizer="batch", mode=best["mode"], dtype=best["dtype"])
+            like = smallest(of_size, normalizer="batch", mode=best["mode"], dtype=best["dtype"])
             speed, memory = over(best, rival, "images_per_second"), over(best, like, "peak_memory_gib")
             lines.append(f"N = {batch}, {step}: {name} / batch = {speed} in speed, {memory} in peak memory")
     return lines
