@@ -15,6 +15,7 @@ PATH_KEYS = ("run_dir", "data.root")
 _SWITCHES = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--shell-completion", "-sc",
              "--help", "-h", "--info", "-i")  # fmt: skip
 _WITH_VALUE = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--experimental-rerun")
+_ACTIONS = ("--multirun", "-m", "--run", "-r", "--cfg", "-c", "--info", "--hydra-help", "--shell-completion", "-sc")
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")
 _SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)", re.DOTALL)
 _PIECE = re.compile(rf"(?:{_QUOTED.pattern}|[^,])+")
@@ -49,6 +50,8 @@ def parse(words: Iterable[str]) -> Arguments:
             raise unknown_flag(word, rest)
         else:
             overrides.append(word)
+    if len(asked := [flag for flag in flags if flag.partition("=")[0] in _ACTIONS]) > 1:
+        raise ConfigError(f"{' '.join(asked)}: each asks for something else; give one of them")
     return Arguments(overrides, config_dir, flags)
 
 

@@ -59,6 +59,8 @@ def test_flags_with_a_value_keep_it():
     found = parse(["a=1", "--config-dir", "more", "--cfg=job", "b=2"])
     assert found.overrides == ["a=1", "b=2"] and found.config_dir == "more"
     assert found.flags == ["--config-dir", "more", "--cfg", "job"]
+    with pytest.raises(ConfigError, match="--cfg -m: each asks for something else"):
+        parse(["--cfg", "job", "a=1,2", "-m"])
     with pytest.raises(ConfigError, match="--cfg: needs a value"):
         parse(["--cfg"])
 
