@@ -32,12 +32,12 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: b
     return F.relu(out, inplace=True) if relu else out
 
 
-def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.MaxPool2d) -> Tensor:
+def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.MaxPool2d, fuse: bool = True) -> Tensor:
     """pool(relu(norm(x))), in one kernel each way where a compiled network's normalizer has ``fuses_max_pool = True``.
 
     Eager networks call the layers one by one, so that hooks on them see what they expect.
     """
-    if torch.compiler.is_compiling() and getattr(norm, "fuses_max_pool", False) and _is_resnets(pool):
+    if fuse and torch.compiler.is_compiling() and getattr(norm, "fuses_max_pool", False) and _is_resnets(pool):
         return norm(x, relu=True, max_pool=True)
     return pool(norm_act(norm, x))
 

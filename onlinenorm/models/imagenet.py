@@ -31,8 +31,10 @@ BOTTLENECKS = {"3x3": Bottleneck, "1x1": BottleneckStride1x1}
 class ImageNetResNet(torchvision_resnet.ResNet):
     """torchvision's ResNet with each norm site as one call; build it with ``resnet`` or ``resnet50``."""
 
+    fuse_max_pool = True
+
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = norm_act_max_pool(self.bn1, self.conv1(x), self.maxpool)
+        x = norm_act_max_pool(self.bn1, self.conv1(x), self.maxpool, self.fuse_max_pool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
@@ -45,6 +47,7 @@ def resnet(
     bottleneck_stride: str = "3x3",
     zero_init_last_gamma: bool = False,
     stem: str = "auto",
+    fuse_max_pool: bool = True,
     compile: bool = False,
 ) -> ImageNetResNet:
     """ResNet for images of about 224 x 224 with torchvision's parameter names, for (N, C, H, W) -> (N, num_classes).
@@ -62,6 +65,8 @@ def resnet(
         zero_init_last_gamma: start the last gamma of each residual branch at 0 (Goyal et al. 2017).
         stem: how the first convolution is computed: "conv7x7" as it is, "space_to_depth" as a 4x4 convolution on 2x2
             blocks, the same values up to the order of sums; "auto" whichever is faster (see ``StemConv2d``).
+        fuse_max_pool: in a compiled network, run the first norm, its ReLU and the max-pool in one kernel each way where
+            the normalizer has one (OnlineNorm on Hopper GPUs in 16 bits).
         compile: compile the network in place with torch.compile at its first call; parameter names stay.
 
     Raises:
@@ -83,7 +88,7 @@ def resnet(
         conv1.weight = model.conv1.weight  # drawn already
     else:
         init_convolutions(conv1)
-    model.conv1 = conv1
+    model.conv1, model.fuse_max_pool = conv1, fuse_max_pool
     plug_in(model, normalizer)
     if zero_init_last_gamma:
         zero_last_gammas(model)

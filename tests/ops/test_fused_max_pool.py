@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from onlinenorm import OnlineNorm2d
+from onlinenorm import OnlineNorm2d, models
 from onlinenorm.models.blocks import norm_act_max_pool
 from onlinenorm.ops.fused import max_pool, single_read, tiling
 from onlinenorm.ops.spec import NormSpec
@@ -246,3 +246,19 @@ def test_pooled_tiles_cover_every_pair_of_rows_once(size, halo, most_rows):
     assert cut.tile_rows % (2 * width) == 0 and cut.box_rows == width <= tiling.BOX_ROWS
     assert (cut.tiles - 1) * cut.tile_rows < height * width <= cut.tiles * cut.tile_rows
     assert cut.boxes * cut.box_rows == cut.tile_rows + halo * width
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_compiled_networks_ask_the_normalizer_unless_told_not_to(fuse):
+    calls = []
+
+    class Norm(nn.BatchNorm2d):
+        fuses_max_pool = fuses_residual = True
+
+        def forward(self, x, residual=None, relu=False, max_pool=False):
+            calls.append(max_pool)
+            return F.max_pool2d(x, 3, 2, 1) if max_pool else x
+
+    model = models.resnet18(Norm, fuse_max_pool=fuse)
+    torch.compile(model, backend="eager")(torch.randn(2, 3, 32, 32))
+    assert calls.count(True) == fuse and len(calls) == 20
