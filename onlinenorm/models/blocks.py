@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
 Normalizer = Callable[[int], nn.Module]
+# Norms whose backward needs their input alone, so that their output may be overwritten, which saves its memory. Not
+# their subclasses: what those compute last (tanh, sigmoid, softmax) may need its output.
+OVERWRITABLE = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.Identity)
 
 
 def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -27,9 +30,10 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: b
     if getattr(norm, "fuses_residual", False):
         return norm(x, residual=residual, relu=relu)
     out = norm(x)
+    inplace = type(norm) in OVERWRITABLE
     if residual is not None:
-        out += residual
-    return F.relu(out, inplace=True) if relu else out
+        out = out.add_(residual) if inplace else out + residual
+    return F.relu(out, inplace=inplace or residual is not None) if relu else out
 
 
 def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.MaxPool2d, fuse: bool = True) -> Tensor:
@@ -136,13 +140,16 @@ def zero_last_gammas(model: nn.Module) -> None:
     """
     for block in model.modules():
         if isinstance(block, (BasicBlock, Bottleneck)):
-            gamma = getattr(block.last_norm, "weight", None)
-            if gamma is None:
+            norm = block.last_norm
+            roles = getattr(norm, "parameter_roles", {"weight": "norm_weight"})
+            gammas = [getattr(norm, name, None) for name, role in roles.items() if role == "norm_weight"]
+            if not gammas or None in gammas:
                 raise ValueError(
-                    f"zero_init_last_gamma: {type(block.last_norm).__name__} has no weight to set to 0; use "
+                    f"zero_init_last_gamma: {type(norm).__name__} has no weight to set to 0; use "
                     "zero_init_last_gamma=false or an affine normalizer"
                 )
-            nn.init.zeros_(gamma)
+            for gamma in gammas:
+                nn.init.zeros_(gamma)
 
 
 def check_sizes(num_classes: int, in_channels: int) -> None:

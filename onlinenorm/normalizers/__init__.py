@@ -1,6 +1,6 @@
 """Normalizers as modules: OnlineNorm, clamp removal, and the baselines it is compared with."""
 
-from onlinenorm.normalizers.across_processes import average_statistics, gather_statistics
+from onlinenorm.normalizers.across_processes import average_statistics, gather_statistics, merged
 from onlinenorm.normalizers.baselines import group_norm, identity, layer_norm
 from onlinenorm.normalizers.clamping import remove_clamping
 from onlinenorm.normalizers.conversion import convert
@@ -19,6 +19,7 @@ __all__ = [
     "group_norm",
     "identity",
     "layer_norm",
+    "merged",
     "remove_clamping",
     "synchronise_batch_norm",
     "update_statistics",

@@ -66,12 +66,3 @@ def first_own_sample(samples: int, processes: int, group: str, counts: Sequence[
         return 0
     rank = own_rank(group)
     return sum(counts[:rank]) if counts else rank * samples
-
-
-def average_over_processes(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Replace each tensor, on every process of a group, by its mean over them."""
-    flat = torch.cat([tensor.flatten().double() for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))

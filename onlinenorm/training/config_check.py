@@ -71,15 +71,17 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:
-    """Calls the target of `config[path]` with the node's values and `provided`; a partial for `_partial_` nodes.
+    """Calls the target of `config[path]` with the node's values and `provided`; for a normalizer its factory.
 
     A ValueError of the target whose message starts with one of its arguments becomes a ConfigError naming the full key.
     """
     node = config[path]
     target = _locate(path, node["_target_"])
     arguments = {key: value for key, value in node.items() if key not in _MARKS}
-    if node.get("_partial_"):
-        return functools.partial(target, **arguments, **provided)
+    if path == "normalizer":
+        from onlinenorm.training.roles import make_normalizer  # not above: wrong keys are told before torch is loaded
+
+        return functools.partial(make_normalizer, target, **arguments, **provided)
     with prefixed(path, arguments):
         return target(**arguments, **provided)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from onlinenorm.normalizers import average_statistics, gather_statistics
+from onlinenorm.normalizers import average_statistics, gather_statistics, merged
 from onlinenorm.training.accuracy import full_precision, predicted, rank
 from onlinenorm.training.attempts import DIVERGED
 from onlinenorm.training.clamping import ClampMeter
@@ -161,8 +161,9 @@ class ImageClassifier(pl.LightningModule):
         # Statistics that processes keep for themselves: their mean in the weights, and each as it is beside them, so
         # that as many processes continue exactly, and another number from the mean.
         gathered = {f"network.{name}": table.cpu() for name, table in gather_statistics(self.network).items()}
+        gathered = {name: table for name, table in gathered.items() if name in checkpoint["state_dict"]}
         checkpoint["local_statistics"] = gathered
-        checkpoint["state_dict"] |= {name: table.double().mean(0).to(table.dtype) for name, table in gathered.items()}
+        checkpoint["state_dict"] |= {name: merged(table) for name, table in gathered.items()}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._schedule_state = checkpoint["schedule"]

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from onlinenorm.errors import ConfigError
 from onlinenorm.training.config_check import build, prefixed
+from onlinenorm.training.roles import parameter_roles
 
 CHANNELS = 64  # of the layer that is tried
 
@@ -28,6 +29,10 @@ def probe_normalizer(factory: Callable[..., Any], node: dict[str, Any]) -> None:
             raise ConfigError(f"normalizer: {name} could not be built ({str(error).splitlines()[0]})") from error
     if not isinstance(layer, nn.Module):
         raise ConfigError(f"normalizer._target_: {name} makes a {type(layer).__name__} and not a torch.nn.Module")
+    try:
+        parameter_roles(layer)
+    except ConfigError as error:
+        raise ConfigError(f"normalizer._target_: {error}") from None
     eps, momentum = getattr(layer, "eps", None), getattr(layer, "momentum", None)
     if "eps" in node and isinstance(eps, int | float) and not 0 < eps < math.inf:
         raise ConfigError(f"normalizer.eps: {eps!r} must be larger than 0: it is added to the variance, as 1e-5 is")

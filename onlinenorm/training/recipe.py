@@ -10,24 +10,10 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 from onlinenorm.arguments import check_choice
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
-from onlinenorm.normalizers import OnlineNorm
+from onlinenorm.training.roles import parameter_roles
 
 SCALINGS = ("horizon", "linear", "none")
 SCHEDULES = ("step", "plateau")
-
-NORM_TYPES = (
-    OnlineNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
 
 
 @dataclass(frozen=True)
@@ -125,23 +111,6 @@ def scaled_lr_momentum(
         return lr * ratio, momentum
     check_choice("scaling", rule, SCALINGS)
     return lr, momentum
-
-
-def parameter_roles(model: nn.Module) -> dict[str, str]:
-    """Name -> role of every trained parameter, once each: "weight", "bias", "norm_weight" or "norm_bias".
-
-    The type of the module that owns a parameter decides, so that ``downsample.1`` is a norm whatever it is called.
-    A normalizer outside ``NORM_TYPES`` and its subclasses counts as an ordinary layer.
-    """
-    roles = {}
-    seen = set()
-    for path, module in model.named_modules():
-        prefix = "norm_" if isinstance(module, NORM_TYPES) else ""
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                roles[f"{path}.{name}" if path else name] = prefix + ("bias" if name.endswith("bias") else "weight")
-    return roles
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -46,6 +47,63 @@ def test_one_call_equals_three_ops(with_residual, relu):
     torch.testing.assert_close(norm_act(nn.BatchNorm2d(3), x, residual, relu), expected, rtol=0, atol=0)
     torch.testing.assert_close(norm_act(fusing, x, residual, relu), expected, rtol=0, atol=0)
     assert fusing.calls == [(with_residual, relu)]
+
+
+class Squashing(nn.Module):
+    """Ends in an operation whose backward pass needs its own output."""
+
+    def __init__(self, num_features, last=torch.tanh):
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm2d(num_features), last
+
+    def forward(self, x):
+        return self.last(self.norm(x))
+
+
+class SquashingBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        Squashing,
+        SquashingBatchNorm,
+        partial(Squashing, last=torch.sigmoid),
+        partial(Squashing, last=partial(F.softmax, dim=1)),
+    ],
+)
+@pytest.mark.parametrize("build, size", [(resnet18, 64), (cifar_resnet8, 16)])
+def test_norms_whose_backward_needs_their_output_train(build, size, normalizer):
+    torch.manual_seed(0)
+    model = build(normalizer, num_classes=2)
+    model(torch.randn(2, 3, size, size)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_output_of_torchs_norms_is_overwritten():
+    """The ReLU of BatchNorm's output takes no memory of its own."""
+    norm = nn.BatchNorm2d(2)
+    outputs = []
+    norm.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    out = norm_act(norm, torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3))
+    assert out.data_ptr() == outputs[0].data_ptr()
+
+
+def test_last_gammas_of_ones_own_are_zeroed_by_their_role():
+    class Greek(nn.Module):
+        parameter_roles: ClassVar = {"gamma": "norm_weight"}
+
+        def __init__(self, num_features):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(num_features))
+
+        def forward(self, x):
+            return x * self.gamma.view(1, -1, 1, 1)
+
+    model = cifar_resnet8(Greek, zero_init_last_gamma=True)
+    assert not model.layer1[0].bn2.gamma.any() and model.layer1[0].bn1.gamma.all()
 
 
 @pytest.mark.parametrize("build, size", [(resnet18, 32), (cifar_resnet8, 16)])

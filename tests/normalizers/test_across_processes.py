@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from onlinenorm import OnlineNorm2d
-from onlinenorm.normalizers import average_statistics
+from onlinenorm.normalizers import average_statistics, gather_statistics
 
 STEPS, BATCH = 5, 8
 
@@ -58,6 +58,44 @@ def worker(rank, world_size, port, guard, accumulate, folder):
     assert torch.allclose(local[1].running_mean, torch.full((4,), (world_size - 1) / 2, dtype=torch.float64))
     assert average_statistics(model) == 0
     dist.destroy_process_group()
+
+
+class OwnStatistics(torch.nn.Module):
+    """Keeps statistics of any shape and a count, as a normalizer of one's own may."""
+
+    def __init__(self, statistics=None):
+        super().__init__()
+        self.register_buffer("level", torch.zeros(2, 3))
+        self.register_buffer("scalar", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+        if statistics:
+            self.statistics = statistics
+
+
+def own_statistics(rank, world_size, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    model = nn.Sequential(OwnStatistics(), nn.InstanceNorm2d(2, track_running_stats=True), OwnStatistics("global"))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.level[1] += rank
+            layer.scalar += rank
+            layer.batches += 2**40 + rank
+        model[1].running_mean += rank
+    tables = gather_statistics(model)
+    assert average_statistics(model) == 2
+    torch.save([tables, model.state_dict()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_statistics_of_any_layer_are_averaged_and_counts_are_the_largest(tmp_path):
+    mp.spawn(own_statistics, (2, free_port(), str(tmp_path)), 2)
+    for rank in range(2):
+        tables, state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert state["0.level"].tolist() == [[0, 0, 0], [0.5, 0.5, 0.5]] and float(state["0.scalar"]) == 0.5
+        assert int(state["0.batches"]) == 2**40 + 1 and state["1.running_mean"].tolist() == [0.5, 0.5]
+        assert tables["0.level"].shape == (2, 2, 3) and tables["0.batches"].tolist() == [2**40, 2**40 + 1]
+        assert float(state["2.scalar"]) == rank, "said to be the same everywhere"
 
 
 def free_port():

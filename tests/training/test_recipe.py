@@ -16,9 +16,9 @@ from onlinenorm.training.recipe import (
     build_optimizer,
     build_schedule,
     parameter_groups,
-    parameter_roles,
     scaled_lr_momentum,
 )
+from onlinenorm.training.roles import parameter_roles
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "recipe"
 NORMALIZERS = {

@@ -1,0 +1,108 @@
+"""What each parameter of a network is for, which decides whether weight decay acts on it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from onlinenorm.errors import ConfigError
+from onlinenorm.normalizers import OnlineNorm
+
+ROLES = ("weight", "bias", "norm_weight", "norm_bias")
+NORM_TYPES = (
+    OnlineNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+_CONTAINERS = (nn.Module, nn.ParameterList, nn.ParameterDict)
+
+
+def make_normalizer(target: Callable[..., Any], num_features: int, **arguments: Any) -> Any:
+    """The layer of a normalizer's class or function, known as a normalizer from then on."""
+    layer = target(num_features=num_features, **arguments)
+    if isinstance(layer, nn.Module):
+        layer.is_normalizer = True
+    return layer
+
+
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """Name -> role of every trained parameter, once each: "weight", "bias", "norm_weight" or "norm_bias".
+
+    What a module says of its parameters, or of those further down, in an attribute ``parameter_roles`` ({name: role})
+    comes first. Else the module that owns a parameter decides, so that ``downsample.1`` is a norm whatever it is
+    called: ``weight`` and ``bias`` of torch's norms and of a normalizer's layers, where they have a value a channel,
+    are those of a norm; parameters of torch's other layers are ordinary. Raises ConfigError for any other.
+    """
+    roles: dict[str, str] = {}
+    seen = set()
+    for path, module, above in _walk(model, "", ()):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                full = f"{path}{name}"
+                roles[full] = (
+                    _declared(full, above) or _implied(name, parameter, module, above) or _unknown(full, above)
+                )
+    return roles
+
+
+def _walk(module: nn.Module, path: str, above: tuple) -> Iterator[tuple[str, nn.Module, tuple]]:
+    """(prefix of its parameters, module, (prefix, module) of it and all around it) for each module, outermost first."""
+    above = (*above, (path, module))
+    yield path, module, above
+    for name, child in module.named_children():
+        yield from _walk(child, f"{path}{name}.", above)
+
+
+def _declared(full: str, above: tuple) -> str | None:
+    for path, module in reversed(above):
+        declared = getattr(module, "parameter_roles", {})
+        if (role := declared.get(full.removeprefix(path))) is not None:
+            if role not in ROLES:
+                raise ConfigError(
+                    f"{_class(module)}: parameter_roles says {role!r} of {full.removeprefix(path)}, which is not one "
+                    f"of {', '.join(ROLES)}"
+                )
+            return role
+    return None
+
+
+def _implied(name: str, parameter: nn.Parameter, module: nn.Module, above: tuple) -> str | None:
+    ordinary_name = name in ("weight", "bias")
+    if isinstance(module, NORM_TYPES):
+        return f"norm_{name}" if ordinary_name else None
+    if any(getattr(outer, "is_normalizer", False) for _, outer in above):
+        one_a_channel = parameter.numel() == max(parameter.shape, default=1)
+        return f"norm_{name}" if ordinary_name and one_a_channel else None
+    if type(module) in _CONTAINERS:
+        return None
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return "bias" if "bias" in name else "weight"
+    of_torch = any(
+        base.__module__.startswith("torch.nn.modules.") for base in type(module).__mro__ if base != nn.Module
+    )
+    return name if of_torch and ordinary_name else None
+
+
+def _unknown(full: str, above: tuple) -> str:
+    path, module = next(((p, m) for p, m in above if getattr(m, "is_normalizer", False)), above[-1])
+    if type(module) in _CONTAINERS and len(above) > 1:
+        path, module = above[-2]
+    name = full.removeprefix(path)
+    roles = "norm_weight (multiplies) or norm_bias (is added)"
+    raise ConfigError(
+        f"{_class(module)}: whether weight decay acts on its parameter {name} is not known; say in the class what it "
+        f'is: parameter_roles = {{"{name}": "norm_weight"}}, with {roles} for a normalizer, weight or bias otherwise'
+    )
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
