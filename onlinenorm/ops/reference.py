@@ -11,6 +11,9 @@ u and v) as the samples before n left it::
                t = g - k v y                            v <- v + mean(t y)
                gx = t / s - k u                         u <- u + mean(gx)
 
+A sample whose v or u would not be finite (its gradient overflowed, as under a loss scale that is too large) leaves both
+as they were; the gradients it passes on are not finite, for the scaler to see.
+
 The backward pass is a control process that keeps gradients orthogonal to y and to 1 on average over the stream of
 samples. It is not the derivative of the forward pass, so gradcheck does not apply. At a tie |w| = c the clamp passes no
 gradient. Sources: Chiley et al., Online Normalization for Training Neural Networks, arXiv:1905.05894, and the numpy
@@ -92,6 +95,12 @@ def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None:
         y = y * per_channel(weight.to(y.dtype))
     return y if bias is None else y + per_channel(bias.to(y.dtype))
+
+
+def move_if_finite(u: Tensor, v: Tensor, next_u: Tensor, next_v: Tensor) -> tuple[Tensor, Tensor]:
+    """(next_u, next_v) in channels where both are finite, (u, v) in the others."""
+    moves = next_u.isfinite() & next_v.isfinite()
+    return torch.where(moves, next_u, u), torch.where(moves, next_v, v)
 
 
 # Custom operators make the loops opaque to torch.compile, and declare which state they move.
@@ -177,10 +186,9 @@ def backward(
     grad_x = torch.empty_like(y)
     for n in range(len(y)):
         t = g[n] * gradient_scale - per_channel(k * v) * y[n]
-        v = v + (t * y[n]).mean((1, 2))
         gx = t / per_channel(s_NC[n]) - per_channel(k * u)
-        u = u + gx.mean((1, 2))
         grad_x[n] = gx / gradient_scale
+        u, v = move_if_finite(u, v, u + gx.mean((1, 2)), v + (t * y[n]).mean((1, 2)))
     control_u.copy_(u)
     control_v.copy_(v)
     return grad_x.to(grad_z.dtype, copy=True), grad_weight, grad_bias

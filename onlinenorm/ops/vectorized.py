@@ -3,14 +3,18 @@
 All that couples samples are the moments of each (sample, channel), so a training pass is one reduction over the tensor,
 a scan over tables of shape (N, C), and one elementwise pass. With y = (x - m) / s and the moments mu, q of x::
 
-    Y = mean(y) = (mu - m) / s         Q = mean(y^2) = (q + (mu - m)^2) / s^2
+    Y = mean(y) = (mu - m) / s         V = var(y) = q / s^2         Q = mean(y^2) = V + Y^2
     G = mean(g)                        GY = mean(g y)
     v <- (1 - k Q) v + GY              u <- (1 - k) u + (G - k v Y) / s           (both with the old v)
     gx = g / s - (k v / s) y - k u     grad_weight = HW sum_n GY_w                grad_bias = HW sum_n G_w
 
 Both recurrences are linear and are solved by an associative scan of compositions (a, b) of h -> a h + b. As the
-coefficient 1 - k Q may be zero or negative during warm-up, the scan neither divides by it nor takes logarithms.
-Layer scaling reads its per-sample scale off the same moments: mean(w^2) = weight^2 Q + 2 weight bias Y + bias^2.
+coefficient 1 - k Q may be zero or negative during warm-up, the scan neither divides by it nor takes logarithms. Where
+large coefficients follow each other, compositions leave the range that their values stay in, and where a gradient is
+not finite, the recurrence is not linear: such batches are walked through, sample by sample.
+Layer scaling reads its per-sample scale off the same moments: mean(w^2) = (weight Y + bias)^2 + weight^2 V, and so the
+projection of the gradient: mean(g w) = (weight Y + bias) G + weight mean(g (y - Y)). The bias may cancel weight Y, so
+that squares multiplied out would lose all digits.
 """
 
 import torch
@@ -18,11 +22,13 @@ from torch import Tensor
 
 from onlinenorm.ops.across_processes import gather_samples, own_samples, total_samples
 from onlinenorm.ops.derivatives import differentiable_once
-from onlinenorm.ops.reference import channel_groups, compute_dtype, evaluate, finish, per_channel
+from onlinenorm.ops.reference import channel_groups, compute_dtype, evaluate, finish, move_if_finite, per_channel
 from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec
 
 __all__ = ["evaluate", "train_step"]
+
+MOST_GROWTH = 10.0  # in bits, of values composed by a scan, and so of the rounding it adds to that of a walk
 
 
 def moments(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,7 @@ def scan_statistics(
     group: str,
     counts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tables (M, C) of m, 1 / s, Y and Q for every sample; moves the running statistics past the batch."""
+    """Tables (M, C) of m, 1 / s, Y and V for every sample; moves the running statistics past the batch."""
     check_first_pass()
     mean_MC, var_MC = gather_samples(torch.stack([mean_NC, var_NC]), processes, group, counts)
     m_MC, mean = linear_recurrence(alpha_fwd, (1 - alpha_fwd) * mean_MC, running_mean.to(mean_NC.dtype))
@@ -78,7 +84,7 @@ def scan_statistics(
     running_mean.copy_(mean)
     running_var.copy_(var)
     rstd_MC = torch.rsqrt(before_MC + eps)
-    return m_MC, rstd_MC, d_MC * rstd_MC, (var_MC + d_MC * d_MC) * rstd_MC * rstd_MC
+    return m_MC, rstd_MC, d_MC * rstd_MC, var_MC * rstd_MC * rstd_MC
 
 
 @scan_statistics.register_fake
@@ -92,7 +98,7 @@ def scan_control(
     g_NC: Tensor,
     gy_NC: Tensor,
     y_MC: Tensor,
-    yy_MC: Tensor,
+    spread_MC: Tensor,
     rstd_MC: Tensor,
     control_u: Tensor,
     control_v: Tensor,
@@ -105,9 +111,32 @@ def scan_control(
     """Controls (u, v), each (M, C), in units of the gradient, for every sample; moves the state past the batch."""
     k = 1 - alpha_bkw
     g_MC, gy_MC = gather_samples(torch.stack([g_NC, gy_NC]) * gradient_scale, processes, group, counts)
-    v_MC, v = linear_recurrence(1 - k * yy_MC, gy_MC, control_v.to(g_NC.dtype))
-    drift_MC = (g_MC - k * v_MC * y_MC) * rstd_MC
-    u_MC, u = linear_recurrence(alpha_bkw, drift_MC, control_u.to(g_NC.dtype))
+    decay_MC = 1 - k * (spread_MC + y_MC * y_MC)
+    before = control_u.to(g_NC.dtype), control_v.to(g_NC.dtype)
+
+    def scan():
+        v_MC, v = linear_recurrence(decay_MC, gy_MC, before[1])
+        u_MC, u = linear_recurrence(alpha_bkw, (g_MC - k * v_MC * y_MC) * rstd_MC, before[0])
+        return u_MC, v_MC, u, v
+
+    def walk():
+        u_MC, v_MC = torch.empty_like(y_MC), torch.empty_like(y_MC)
+        u, v = before
+        for n in range(len(y_MC)):
+            u_MC[n], v_MC[n] = u, v
+            drift = (g_MC[n] - k * v * y_MC[n]) * rstd_MC[n]
+            u, v = move_if_finite(u, v, alpha_bkw * u + drift, decay_MC[n] * v + gy_MC[n])
+        return u_MC, v_MC, u, v
+
+    # A capture cannot ask the device which of them it takes.
+    if g_NC.is_cuda and torch.cuda.is_current_stream_capturing():
+        u_MC, v_MC, u, v = walk()
+    else:
+        u_MC, v_MC, u, v = scan()
+        growth = decay_MC.abs().clamp_(min=1).log2_().sum(0)
+        # a control that is not finite at one sample is not at the last
+        if not (u.isfinite() & v.isfinite() & (growth <= MOST_GROWTH)).all():
+            u_MC, v_MC, u, v = walk()
     control_u.copy_(u)
     control_v.copy_(v)
     return u_MC / gradient_scale, v_MC / gradient_scale
@@ -118,9 +147,9 @@ def _(g_NC, gy_NC, y_MC, *rest):
     return torch.empty_like(y_MC), torch.empty_like(y_MC)
 
 
-def _inverse_layer_scale(yy_NC, y_NC, weight_C, bias_C, spec: NormSpec) -> Tensor:
-    """1 / zeta (N, C) of layer scaling, from the moments Q and Y of the normalised values."""
-    square_NC = weight_C * weight_C * yy_NC + 2 * weight_C * bias_C * y_NC + bias_C * bias_C
+def _inverse_layer_scale(y_NC, spread_NC, weight_C, bias_C, spec: NormSpec) -> Tensor:
+    """1 / zeta (N, C) of layer scaling, from the moments Y and V of the normalised values."""
+    square_NC = (weight_C * y_NC + bias_C).square() + weight_C.square() * spread_NC
     square_NC = torch.where(y_NC.isinf(), y_NC.abs(), square_NC)  # of infinite pixels, whose variance is NaN
     return torch.rsqrt(channel_groups(square_NC, spec) + spec.layer_scaling_eps)
 
@@ -134,10 +163,10 @@ class _OnlineNorm(torch.autograd.Function):
         bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
         mean_NC, var_NC = moments(x_NCHW)
         tables = scan_statistics(mean_NC, var_NC, running_mean, running_var, spec.alpha_fwd, spec.eps, *spec.peers)
-        m_NC, rstd_NC, y_NC, yy_NC = (own_samples(table, *spec.peers) for table in tables)
+        m_NC, rstd_NC, y_NC, spread_NC = (own_samples(table, *spec.peers) for table in tables)
         scale_NC, shift_NC = weight_C * rstd_NC, bias_C.expand_as(rstd_NC)
         if spec.error_compensation == "layer_scaling":
-            rzeta_NC = _inverse_layer_scale(yy_NC, y_NC, weight_C, bias_C, spec)
+            rzeta_NC = _inverse_layer_scale(y_NC, spread_NC, weight_C, bias_C, spec)
             scale_NC, shift_NC = scale_NC * rzeta_NC, shift_NC * rzeta_NC
         else:
             rzeta_NC = None
@@ -156,7 +185,7 @@ class _OnlineNorm(torch.autograd.Function):
     def backward(ctx, grad_z):
         x, weight, bias, rzeta_NC, *tables = ctx.saved_tensors
         spec, k = ctx.spec, 1 - ctx.spec.alpha_bkw
-        m_NC, rstd_NC, y_NC, yy_NC = (own_samples(table, *spec.peers) for table in tables)
+        m_NC, rstd_NC, y_NC, spread_NC = (own_samples(table, *spec.peers) for table in tables)
         dtype = m_NC.dtype
         weight_C = torch.ones_like(m_NC[0]) if weight is None else weight.to(dtype)
         bias_C = torch.zeros_like(weight_C) if bias is None else bias.to(dtype)
@@ -165,13 +194,17 @@ class _OnlineNorm(torch.autograd.Function):
         if spec.error_compensation == "clamp":
             w = (y * per_channel(weight_C)).add_(per_channel(bias_C))
             g = torch.where(w.abs_() < spec.clamp_value, g, 0)
-        g_NC, gy_NC = g.mean((2, 3)), (g * y).mean((2, 3))
+        g_NC = g.mean((2, 3))
         slope_NC, pull_y_NC, pull_NC = weight_C, 0, 0
-        if rzeta_NC is not None:
-            # g_w = (g - kappa z) / zeta with z = (weight y + bias) / zeta and kappa = mean over the group of g z.
-            kappa_NC = channel_groups((weight_C * gy_NC + bias_C * g_NC) * rzeta_NC, spec) * rzeta_NC
-            g_NC = (g_NC - kappa_NC * (weight_C * y_NC + bias_C)) * rzeta_NC
-            gy_NC = (gy_NC - kappa_NC * (weight_C * yy_NC + bias_C * y_NC)) * rzeta_NC
+        if rzeta_NC is None:
+            gy_NC = (g * y).mean((2, 3))
+        else:
+            # g_w = (g - kappa w) / zeta with w = weight y + bias and kappa = mean over the group of g w / zeta^2.
+            apart_NC = (g * (y - per_channel(y_NC))).mean((2, 3))
+            w_NC = weight_C * y_NC + bias_C
+            kappa_NC = channel_groups((weight_C * apart_NC + w_NC * g_NC) * rzeta_NC, spec) * rzeta_NC
+            g_NC = (g_NC - kappa_NC * w_NC) * rzeta_NC
+            gy_NC = y_NC * g_NC + (apart_NC - kappa_NC * weight_C * spread_NC) * rzeta_NC
             slope_NC = weight_C * rzeta_NC
             pull_y_NC, pull_NC = slope_NC * kappa_NC * weight_C, slope_NC * kappa_NC * bias_C
         pixels = x.shape[2] * x.shape[3]

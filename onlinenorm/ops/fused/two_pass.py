@@ -14,6 +14,7 @@ from onlinenorm.ops.across_processes import first_own_sample, gather_samples, ow
 from onlinenorm.ops.fused.kernels import backward as backward_kernels
 from onlinenorm.ops.fused.kernels import forward as forward_kernels
 from onlinenorm.ops.spec import NormSpec
+from onlinenorm.ops.vectorized import MOST_GROWTH
 
 PROGRAMS_WANTED = 1024  # reductions slice the rows of a sample until about this many programs share the work
 
@@ -202,12 +203,12 @@ def backward(
     """Gradients of x, residual (where asked for), weight and bias; moves u and v."""
     geo, everyone = _geometries(x, spec)
     moments, state = tables
-    own_state = _own(state, spec)
+    own_state, own_moments = _own(state, spec), _own(moments, spec) if rzeta is not None else None
     flags = {"RELU": relu, "CLAMP": spec.error_compensation == "clamp", **geo.blocks}
     sizes = geo.pixels, geo.channels
     partial = _table(x, geo.samples, geo.splits, geo.channels, 2)
     backward_kernels.gradient_moments_kernel[geo.reduce_grid](
-        grad, extra, x, out, partial, own_state, weight, bias, *sizes, geo.splits, geo.rows, *geo.strides,
+        grad, extra, x, out, partial, own_moments, own_state, weight, bias, *sizes, geo.splits, geo.rows, *geo.strides,
         spec.eps, spec.clamp_value, **flags, STAGES=3,
     )  # fmt: skip
     partial = _from_all(partial, spec)
@@ -216,8 +217,8 @@ def backward(
     if rzeta is not None:
         kappa = torch.empty_like(rzeta)
         backward_kernels.project_kernel[(rzeta.numel(),)](
-            partial, weight, bias, rzeta, kappa, geo.channels, *groups, geo.splits, geo.pixels,
-            BLOCK_C=min(triton.next_power_of_2(groups[1]), 1024),
+            partial, moments, state, weight, bias, rzeta, kappa, geo.channels, *groups, geo.splits, geo.pixels,
+            spec.eps, BLOCK_C=min(triton.next_power_of_2(groups[1]), 1024),
         )  # fmt: skip
     control = _table(x, everyone.samples, geo.channels, 2)
     grad_weight, grad_bias = _table(x, geo.channels), _table(x, geo.channels)
@@ -225,7 +226,8 @@ def backward(
     backward_kernels.backward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
         partial, moments, state, rzeta, kappa, weight, bias, control_u, control_v, control, grad_weight, grad_bias,
         everyone.samples, first_own_sample(geo.samples, *spec.peers), geo.samples, geo.channels, *groups, geo.splits,
-        geo.pixels, spec.eps, spec.alpha_bkw, 1 - spec.alpha_bkw, spec.gradient_scale, **scan,
+        geo.pixels, spec.eps, spec.alpha_bkw, 1 - spec.alpha_bkw, spec.gradient_scale, MOST_GROWTH,
+        **scan,
     )  # fmt: skip
     control, rzeta, kappa = (_own(table, spec) for table in (control, rzeta, kappa))
     grad_x = torch.empty_like(x)

@@ -11,8 +11,13 @@ def compose(a1, b1, a2, b2):
 
 
 @triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
 def finite(x):
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    return tl.where(is_finite(x), x, 0.0)
 
 
 @triton.jit
