@@ -40,7 +40,7 @@ def main(words: list[str]) -> None:
     elif set(arguments.flags[::2]) <= {"--config-dir", "-cd"}:
         train(load_config(arguments.overrides, arguments.config_dir))
         return
-    elif {"-c", "--cfg"} & set(arguments.flags):
+    else:
         load_config(arguments.overrides, arguments.config_dir)  # for its errors
     sys.argv[1:] = [*arguments.flags, *literal(arguments.overrides, several=arguments.multirun)]
     hydra_main()

@@ -21,7 +21,7 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 try:
     from onlinenorm.deploy import load_trained
     from onlinenorm.deploy.audit import audit, draw_audit, render_audit
-    from onlinenorm.deploy.command import staged, told
+    from onlinenorm.deploy.command import ALLOW, staged, told
     from onlinenorm.deploy.export import made_with
     from onlinenorm.deploy.images import pick_device
     from onlinenorm.errors import cli_errors
@@ -44,12 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: clamping/ in the run folder")
     parser.add_argument("--data-root", metavar="DIR", help="where the dataset lies (default: where the run found it)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--allow", metavar="NAME", action="append", default=[], help=ALLOW)
     options = parser.parse_args(arguments)
     command = shlex.join(["scripts/audit_clamping.py", *(sys.argv[1:] if arguments is None else arguments)])
 
     def program() -> int:
         device = pick_device(options.device)
-        trained = load_trained(options.run, options.data_root)
+        trained = load_trained(options.run, options.data_root, allowed=options.allow)
         output = options.output or trained.folder / "clamping"
         result = audit(trained, options.values, options.images, device)
         tables = render_audit(result)

@@ -22,7 +22,7 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 try:
     from onlinenorm.deploy import FORMS, load_trained
     from onlinenorm.deploy.card import TORCHSCRIPT
-    from onlinenorm.deploy.command import told
+    from onlinenorm.deploy.command import ALLOW, told
     from onlinenorm.deploy.export import export, facts, table
     from onlinenorm.errors import cli_errors
 except ModuleNotFoundError:
@@ -51,11 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--latency", metavar="N", type=int, default=20, dest="latency_runs", help="timed calls a form (20)"
     )
+    parser.add_argument("--allow", metavar="NAME", action="append", default=[], help=ALLOW)
     options = parser.parse_args(arguments)
     command = shlex.join(["scripts/export.py", *(sys.argv[1:] if arguments is None else arguments)])
 
     def program() -> int:
-        trained = load_trained(options.run, options.data_root, evaluation="center_crop")
+        trained = load_trained(options.run, options.data_root, "center_crop", options.allow)
         names = list(FORMS) if options.to == "all" else [options.to]
         result = export(
             trained, names, options.output, command,

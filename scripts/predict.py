@@ -20,7 +20,7 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 
 try:
     from onlinenorm.deploy import DeployError, load_trained
-    from onlinenorm.deploy.command import told
+    from onlinenorm.deploy.command import ALLOW, told
     from onlinenorm.deploy.images import pick_device
     from onlinenorm.deploy.predict import class_names, find_images, predict
     from onlinenorm.errors import cli_errors
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default 32)")
     parser.add_argument("--data-root", metavar="DIR", help="where the dataset lies, for its class names")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--allow", metavar="NAME", action="append", default=[], help=ALLOW)
     options = parser.parse_args(arguments)
 
     def program() -> int:
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise DeployError(f"{key} {value}: must be at least 1")
         device = pick_device(options.device)
         files = find_images(options.images)
-        trained = load_trained(options.run, options.data_root, evaluation="center_crop")
+        trained = load_trained(options.run, options.data_root, "center_crop", options.allow)
         names, reason = class_names(trained)
         if reason:
             print(f"predict.py: classes are numbers only: {reason}", file=sys.stderr)

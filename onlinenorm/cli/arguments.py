@@ -14,7 +14,7 @@ PATH_KEYS = ("run_dir", "data.root")
 
 _SWITCHES = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--shell-completion", "-sc",
              "--help", "-h", "--info", "-i")  # fmt: skip
-_WITH_VALUE = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--experimental-rerun")
+_WITH_VALUE = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 _ACTIONS = ("--multirun", "-m", "--run", "-r", "--cfg", "-c", "--info", "--hydra-help", "--shell-completion", "-sc")
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")
 _SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)", re.DOTALL)

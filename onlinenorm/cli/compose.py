@@ -1,5 +1,6 @@
 """Overrides into configurations of plain values, by Hydra; what cannot be meant ends in one sentence."""
 
+import functools
 import itertools
 import math
 import shlex
@@ -19,6 +20,7 @@ from onlinenorm.cli.help import CONFIGS, GROUPS, settings
 from onlinenorm.errors import ConfigError
 from onlinenorm.training.config_check import check_keys
 from onlinenorm.training.hints import unknown_option
+from onlinenorm.training.targets import targets
 
 MOST_VALUES = 10_000  # of one key of a sweep; more are a slip
 
@@ -35,6 +37,8 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
     parsed = [parse_override(override) for override in overrides]
     for override in parsed:
         key = override.key_or_group
+        if key == "hydra.searchpath":
+            raise ConfigError(f"{key}: more configurations are given by --config-dir FOLDER")
         if override.is_sweep_override():
             raise _several_values(override, options)
         if key in GROUPS and not override.is_delete() and override.value() not in options[key]:
@@ -44,8 +48,11 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             search = [f"hydra.searchpath=[{quoted(str(Path(config_dir).absolute()))}]"] if config_dir else []
-            check_keys(keys, _compose([*groups, *search]), _elsewhere(config_dir))
-            return _compose([*overrides, *search])
+            written = _compose([*groups, *search])
+            check_keys(keys, _plain(written), _elsewhere(config_dir))
+            config = _compose([*overrides, *search])
+            _check_code(written, config)
+            return _plain(config)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{shlex.join(overrides)}: {_first_line(error)}") from None
 
@@ -92,9 +99,34 @@ def _folders(config_dir: str | None) -> list[Path]:
     return [CONFIGS] if config_dir is None else [CONFIGS, Path(config_dir)]
 
 
-def _compose(overrides: list[str]) -> dict[str, Any]:
-    config = hydra.compose("train", overrides, return_hydra_config=True)
+def _compose(overrides: list[str]) -> DictConfig:
+    return hydra.compose("train", overrides, return_hydra_config=True)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
     return plain(config, config.hydra.runtime.choices)
+
+
+def _check_code(written: DictConfig, config: DictConfig) -> None:
+    """Raises ConfigError where `config` names code otherwise than the chosen files do, which make `written`."""
+    texts = dict(targets(OmegaConf.to_container(written, resolve=False)))
+    for key, target in targets(_plain(config)):
+        if texts.get(key) != target:
+            group = key.partition(".")[0]
+            raise ConfigError(
+                f"{key}: {target!r} is refused: code is named in files alone, as it stands; write "
+                f"configs/{group}/NAME.yaml, or {group}/NAME.yaml in the folder of --config-dir, and use {group}=NAME"
+            )
+    for key, value in _hydras_code().items():
+        if OmegaConf.to_container(config.hydra, resolve=False).get(key) != value:
+            raise ConfigError(f"hydra.{key}: is fixed, since Hydra runs code that is named there; leave it out")
+
+
+@functools.cache
+def _hydras_code() -> dict[str, Any]:
+    """What of Hydra's own configuration names code: as it is without overrides."""
+    settings = OmegaConf.to_container(_compose([]).hydra, resolve=False)
+    return {key: settings[key] for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")}
 
 
 def _several_values(override: Override, options: dict[str, list[str]]) -> ConfigError:

@@ -12,6 +12,8 @@ from onlinenorm.data import DataError
 from onlinenorm.deploy.errors import DeployError
 from onlinenorm.training.errors import ConfigError, RunError
 
+ALLOW = "build this class of a package of your own that the run names, which runs its code; may be repeated"
+
 
 def told(name: str, program: Callable[[], int]) -> int:
     """The exit code of `program`; a deliberate error becomes one line on stderr and its own code, or 2."""

@@ -1,6 +1,7 @@
 """A trained network from its run folder, of which nothing is trusted: what is named is checked before it is built."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,11 @@ from onlinenorm import data, models
 from onlinenorm.deploy.errors import DeployError
 from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
-from onlinenorm.training.config_check import ALLOWED_TARGETS, build, check_config
+from onlinenorm.training.config_check import build, check_config
 from onlinenorm.training.errors import ConfigError, RunError
 from onlinenorm.training.finish import parameters_sha256
 from onlinenorm.training.recipe import Recipe
-
-_DATASETS = {cls.__name__ for cls in data.ImageDataModule.__subclasses__()}
-# All that a run's nodes may name. Tighter than what train.py builds: run folders are passed around, configs are not.
-_ALLOWED = {
-    "model": [f"onlinenorm.models.{name}" for name in models.__all__],
-    "data": [f"onlinenorm.data.{name}" for name in data.__all__ if name in _DATASETS],
-    "normalizer": [
-        *(f"onlinenorm.normalizers.{name}" for name in ("OnlineNorm2d", "group_norm", "layer_norm", "identity")),
-        *(f"torch.nn.{name}" for name in ("BatchNorm2d", "SyncBatchNorm", "InstanceNorm2d")),
-    ],
-    "recipe": ["onlinenorm.training.recipe.Recipe"],
-}
+from onlinenorm.training.targets import NAMED, OWN, targets
 
 
 @dataclass
@@ -78,22 +68,29 @@ class Trained:
         return getattr(models, self.builder)(normalizer=normalizer, **self.arguments)
 
 
-def load_trained(path: str | Path, data_root: str | None = None, evaluation: str | None = None) -> Trained:
+def load_trained(
+    path: str | Path,
+    data_root: str | None = None,
+    evaluation: str | None = None,
+    allowed: Collection[str] = (),
+) -> Trained:
     """The network of a run folder (its last weights) or of a checkpoint file inside one.
 
     Weights are read as tensors and plain values only (weights_only), the configuration as plain YAML; nothing outside
     the run folder is read, and only networks, normalizers, data and recipes of this package (and torch.nn's norms) are
-    built. The dataset is not opened.
+    built, and of other packages what `allowed` names. The dataset is not opened.
 
     Args:
         path: run folder, or a .ckpt file in it or in its checkpoints/.
         data_root: where the dataset lies on this machine; None as in the run's configuration.
         evaluation: view of validation images, "center_crop" or "ten_crop"; None as in the run's recipe.
+        allowed: names in full of normalizers, networks and data sets of the user's own package, as the run's
+            configuration has them. Building them runs code of that package.
 
     Raises DeployError for anything missing, damaged, foreign or outside.
     """
     folder, checkpoint = locate(Path(path))
-    config = _read_config(folder)
+    config = _read_config(folder, allowed)
     try:
         check_config(config)
         recipe = build(config, "recipe")
@@ -158,7 +155,7 @@ def inside(folder: Path, file: Path) -> Path:
     return resolved
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, allowed: Collection[str]) -> dict[str, Any]:
     path = inside(folder, folder / "config.yaml")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -166,26 +163,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise DeployError(f"{path}: cannot be read as plain YAML ({_first_line(error)})") from error
     if not isinstance(config, dict):
         raise DeployError(f"{path}: does not hold a configuration")
-    for key, target in _targets(config, ""):
+    for key, target in targets(config):
         # before anything is imported
-        if not isinstance(target, str) or not target.startswith(ALLOWED_TARGETS):
-            raise DeployError(f"{path}: {key}: {target!r} is foreign and refused; nothing was built")
-    for key, names in _ALLOWED.items():
-        target = config[key].get("_target_") if isinstance(config.get(key), dict) else None
-        if target not in names:
-            raise DeployError(f"{path}: {key}._target_: {target!r} is refused; there are {', '.join(names)}")
+        group = key.partition(".")[0]
+        if target in NAMED.get(group, ()) or (group in OWN and target in allowed):
+            continue
+        way = f"; --allow {target} builds it, which runs code of its package" if group in OWN else ""
+        raise DeployError(
+            f"{path}: {key}: {target!r} is foreign and is refused; there are {', '.join(NAMED.get(group, ()))}{way}"
+        )
     return config
-
-
-def _targets(tree: Any, prefix: str):
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            if key == "_target_":
-                yield f"{prefix}{key}", value
-            yield from _targets(value, f"{prefix}{key}.")
-    elif isinstance(tree, list):
-        for index, value in enumerate(tree):
-            yield from _targets(value, f"{prefix}{index}.")
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

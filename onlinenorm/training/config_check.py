@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import inspect
 import itertools
 import re
@@ -11,20 +10,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from onlinenorm.errors import ConfigError, RunError
+from onlinenorm.errors import ConfigError
 from onlinenorm.training.hints import PROVIDED, nearest, unknown_key
+from onlinenorm.training.targets import locate, targets
 
-ALLOWED_TARGETS = (
-    "onlinenorm.",
-    "pytorch_lightning.",
-    "torch.nn.BatchNorm",
-    "torch.nn.GroupNorm",
-    "torch.nn.InstanceNorm",
-    "torch.nn.LayerNorm",
-    "torch.nn.SyncBatchNorm",
-    "torch.nn.Identity",
-    "torch.optim.",
-)
 KNOWN = (*PROVIDED, "experiment", "seed", "run_dir")  # keys at the top, beside the names of the chosen files
 _MARKS = ("_target_", "_partial_")
 
@@ -76,7 +65,7 @@ def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:
     A ValueError of the target whose message starts with one of its arguments becomes a ConfigError naming the full key.
     """
     node = config[path]
-    target = _locate(path, node["_target_"])
+    target = locate(path, node["_target_"])
     arguments = {key: value for key, value in node.items() if key not in _MARKS}
     if path == "normalizer":
         from onlinenorm.training.roles import make_normalizer  # not above: wrong keys are told before torch is loaded
@@ -100,32 +89,23 @@ def prefixed(path: str, keys: Iterable[str]):
         raise ConfigError(f"{path}.{error}") from error
 
 
-def _locate(path: str, name: Any) -> Any:
-    if not isinstance(name, str) or not name.startswith(ALLOWED_TARGETS):
-        raise ConfigError(f"{path}._target_: {name!r} is refused; only {', '.join(ALLOWED_TARGETS)} are built")
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "?"):
-            raise RunError(f"{path}: {name} needs the package {error.name}, which is not installed") from None
-        raise ConfigError(f"{path}._target_: {name!r} does not exist ({error})") from None
-
-
 def _check_node(path: str, node: dict[str, Any]) -> None:
-    target = _locate(path, node["_target_"])
+    target = locate(path, node["_target_"])
     parameters = inspect.signature(target).parameters
     if path == "normalizer":
         _check_normalizer(node, parameters)
-    hints = typing.get_type_hints(_function_of(target))
+    else:
+        _check_called(path, node, parameters)
+    hints = _hints(target)
     provided = PROVIDED.get(path, ())
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in node.items():
         if key in _MARKS:
             continue
-        if key not in parameters or key in provided:
+        if key in provided or (key not in parameters and (str(key).startswith("_") or not takes_all)):
             options = [p for p in parameters if p not in provided]
             raise unknown_key(f"{path}.{key}", [f"{path}.{option}" for option in options])
-        if isinstance(value, dict) and "_target_" in value:
+        if any(targets(value)):
             raise ConfigError(f"{path}.{key}: a node within a node would be built once and shared; use plain values")
         if key in hints:
             _check_type(f"{path}.{key}", value, hints[key])
@@ -142,12 +122,41 @@ def _check_normalizer(node: dict[str, Any], parameters: Mapping[str, inspect.Par
             f"normalizer._partial_: is missing beside _target_: {name}; add the line '_partial_: true': the network "
             "builds the layers, each with its own num_features"
         )
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if "num_features" not in parameters and not takes_all:
+    if not _takes("num_features", parameters):
         raise ConfigError(
             f"normalizer._target_: {name} takes no num_features, the argument that says how many channels a layer has "
             f"(it takes {', '.join(parameters) or 'nothing'}); name a function that does and calls {name}"
         )
+
+
+def _check_called(path: str, node: dict[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Raises ConfigError for a node that is not called once, with all that train.py hands to its target."""
+    if node.get("_partial_", False) is not False:
+        raise ConfigError(f"{path}._partial_: is for normalizers, of which a network builds many; leave it out")
+    for key in PROVIDED[path]:
+        if not _takes(key, parameters):
+            raise ConfigError(
+                f"{path}._target_: {node['_target_']} takes no {key}; train.py calls it with "
+                f"{', '.join(PROVIDED[path])}, and it must take each (it takes {', '.join(parameters) or 'nothing'})"
+            )
+
+
+def _takes(key: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return (key in parameters and parameters[key].kind in by_name) or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(_function_of(target))
+    except (
+        NameError,
+        TypeError,
+        AttributeError,
+    ):  # names that are there for type checkers only
+        return {}
 
 
 def _function_of(target: Any) -> Any:

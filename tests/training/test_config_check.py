@@ -54,7 +54,13 @@ def test_a_sound_configuration_passes():
         ({"recipe": {"_target_": "onlinenormal.evil"}}, "'onlinenormal.evil' is refused"),
         (
             {"recipe": {"_target_": "onlinenorm.training.recipe.Recip"}},
-            "'onlinenorm.training.recipe.Recip' does not exist",
+            "'onlinenorm.training.recipe.Recip' is refused; there are onlinenorm.training.recipe.Recipe$",
+        ),
+        ({"model": {"_partial_": True}}, "model._partial_: is for normalizers"),
+        ({"data": {"root": [{"a": {"_target_": "onlinenorm.data.Synthetic"}}]}}, "data.root: a node within a node"),
+        *(
+            ({"normalizer": {key: value}}, f"normalizer.{key}: no such key")
+            for key, value in {"_args_": [1], "_recursive_": True, "_convert_": "all", "_mode_": "x"}.items()
         ),
         ({"recipe": {"_args_": [1]}}, "recipe._args_: no such key"),
         ({"normalizer": {"backend": {"_target_": "onlinenorm.x"}}}, "normalizer.backend: a node within a node"),
@@ -114,8 +120,8 @@ def test_flatten_keeps_empty_mappings():
     [
         ({"_partial_": None}, "normalizer._partial_: is missing beside _target_: .*add the line '_partial_: true'"),
         (
-            {"_target_": "torch.nn.GroupNorm", "alpha_fwd": None},
-            "_target_: torch.nn.GroupNorm takes no num_features",
+            {"_target_": "onlinenorm.normalizers.OnlineNorm2d", "_partial_": False},
+            "normalizer._partial_: is missing",
         ),
     ],
 )

@@ -1,0 +1,110 @@
+"""What the `_target_` of a configuration's node may name: what stands here, or a class of the user's own package."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from onlinenorm.errors import ConfigError, RunError
+
+DEPTHS = {"resnet": ("", 18, 34, 50, 101, 152), "cifar_resnet": ("", 8, 14, 20, 32, 56, 110)}
+# By group of configs/: every name in full, since a module that may be named leads to all that it imports.
+NAMED = {
+    "normalizer": (
+        "onlinenorm.normalizers.OnlineNorm2d",
+        "onlinenorm.normalizers.group_norm",
+        "onlinenorm.normalizers.layer_norm",
+        "onlinenorm.normalizers.identity",
+        "torch.nn.BatchNorm2d",
+        "torch.nn.SyncBatchNorm",
+        "torch.nn.InstanceNorm2d",
+    ),
+    "model": tuple(f"onlinenorm.models.{name}{depth}" for name, depths in DEPTHS.items() for depth in depths),
+    "data": ("onlinenorm.data.FashionMNIST", "onlinenorm.data.ImageNet", "onlinenorm.data.Synthetic"),
+    "recipe": ("onlinenorm.training.recipe.Recipe",),
+    "trainer": ("onlinenorm.training.build_trainer",),
+    "logger": (
+        "onlinenorm.training.loggers.csv_only",
+        "onlinenorm.training.loggers.tensorboard_logger",
+        "onlinenorm.training.loggers.wandb_logger",
+    ),
+    "classifier": ("onlinenorm.training.ImageClassifier",),
+}
+# Groups that also take a class or function of the user's own package -> what such a class must be one of.
+OWN = {
+    "normalizer": "torch.nn.Module",
+    "model": "torch.nn.Module",
+    "data": "onlinenorm.data.ImageDataModule",
+}
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+def targets(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every `_target_` in a tree of plain values, at any depth."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key == "_target_":
+                yield f"{prefix}{key}", value
+            yield from targets(value, f"{prefix}{key}.")
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from targets(value, f"{prefix}{index}.")
+
+
+def locate(group: str, name: Any) -> Any:
+    """What the `_target_` of a group's node names. Raises ConfigError for what is none of `NAMED` or `OWN`.
+
+    A package of the user's own is neither Python's nor installed beside others (an editable install is no such), and
+    what is taken from it is a class or function that it defines itself.
+    """
+    if not isinstance(name, str):
+        raise refused(group, name)
+    module, _, attribute = name.rpartition(".")
+    own = name not in NAMED.get(group, ())
+    if own and not (group in OWN and module and attribute and _is_own(name.partition(".")[0], group, name)):
+        raise refused(group, name)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "?"):
+            raise RunError(f"{group}: {name} needs the package {error.name}, which is not installed") from None
+        raise ConfigError(f"{group}._target_: {name!r} does not exist ({error})") from None
+    if own:
+        _check_own(group, name, found)
+    return found
+
+
+def refused(group: str, name: Any) -> ConfigError:
+    """The error for a `_target_` that is not built."""
+    more = f", and of a package of your own a {OWN[group]} or a function that makes one" if group in OWN else ""
+    return ConfigError(f"{group}._target_: {name!r} is refused; there are {', '.join(NAMED.get(group, ()))}{more}")
+
+
+def _is_own(package: str, group: str, name: str) -> bool:
+    if package in {*sys.stdlib_module_names, "__main__", "onlinenorm"}:
+        return False
+    try:
+        spec = importlib.util.find_spec(package)  # imports nothing: the name has no dots
+    except (ImportError, ValueError):
+        return False
+    if spec is None:
+        raise ConfigError(
+            f"{group}._target_: {name!r} does not exist (no module named {package}); install its package with "
+            "pip install -e, or put the folder that holds it on PYTHONPATH"
+        )
+    places = [spec.origin] if spec.has_location else list(spec.submodule_search_locations or [])
+    return bool(places) and not any(_INSTALLED & set(Path(place).resolve().parts) for place in places)
+
+
+def _check_own(group: str, name: str, found: Any) -> None:
+    package = name.partition(".")[0]
+    defined = str(getattr(found, "__module__", "")).partition(".")[0]
+    if not (inspect.isclass(found) or inspect.isfunction(found)) or defined != package:
+        raise ConfigError(f"{group}._target_: {name!r} is no class or function that {package} defines itself; refused")
+    module, _, attribute = OWN[group].rpartition(".")
+    base = getattr(importlib.import_module(module), attribute)
+    if inspect.isclass(found) and not issubclass(found, base):
+        raise ConfigError(f"{group}._target_: {name!r} is refused; a class named here is a subclass of {OWN[group]}")
