@@ -4,6 +4,7 @@ from onlinenorm.normalizers.across_processes import average_statistics, gather_s
 from onlinenorm.normalizers.baselines import group_norm, identity, layer_norm
 from onlinenorm.normalizers.clamping import remove_clamping
 from onlinenorm.normalizers.conversion import convert
+from onlinenorm.normalizers.loss_scale import rescale_controls
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
 from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d, synchronise_batch_norm
 from onlinenorm.normalizers.update import update_statistics
@@ -21,6 +22,7 @@ __all__ = [
     "layer_norm",
     "merged",
     "remove_clamping",
+    "rescale_controls",
     "synchronise_batch_norm",
     "update_statistics",
 ]

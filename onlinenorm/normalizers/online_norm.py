@@ -294,6 +294,11 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
     ``torch.optim.swa_utils.update_bn`` knows BatchNorm alone: see ``update_statistics``. ``load_state_dict`` also takes
     what BatchNorm saved, with controls as before the first sample.
 
+    Controls are averages of gradients as backward meets them, times ``layer.gradient_scale`` (a float, at first 1):
+    give it 1 / scale where a loss is multiplied by a constant. A sample whose gradient overflows moves no control, so
+    that a step that GradScaler discards does no lasting harm; where its scale changes, call ``rescale_controls``, or
+    set ``gradient_scale`` anew before each forward pass. Every backward pass through a retained graph moves controls.
+
     Eval: the statistics are constants, gradients ordinary, nothing moves, and the guard still applies
     (``remove_clamping`` takes the clamp away).
 

@@ -17,6 +17,7 @@ from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import check_alone, cluster_environment, launched
+from onlinenorm.training.precision import ScaledHalf
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.rendezvous import MeetingDDPStrategy
 
@@ -39,7 +40,7 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
     """The trainer node with "auto" replaced by what this machine has.
 
     Under torchrun and srun the numbers of processes and machines are those that have been started. Raises ConfigError
-    where GPUs or CUDA graphs are asked for that cannot be had, or other processes than were started, and for 16-mixed.
+    where GPUs or CUDA graphs are asked for that cannot be had, or other processes than were started.
     """
     defaults = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "auto"}
     settings = defaults | settings
@@ -76,13 +77,6 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"trainer.devices: {settings['devices']} asked for, this machine has {gpus} GPU(s)")
     if settings["precision"] == "auto":
         settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-    if settings["precision"] == "16-mixed":
-        # Gradients would come multiplied by a factor that changes, and with the infinities of every step that
-        # overflows, before u and v have been told; the same precision for all normalizers, so that rows compare.
-        raise ConfigError(
-            "trainer.precision: 16-mixed scales the loss by a changing factor and lets steps overflow, which "
-            "OnlineNorm's control state would keep; use bf16-mixed, which needs no loss scale, or 32-true"
-        )
     if settings["strategy"] == "auto" and settings["devices"] * settings["num_nodes"] > 1:
         settings["strategy"] = "ddp"
     return settings
@@ -129,6 +123,8 @@ def build_trainer(
         if value < 1:
             raise ValueError(f"{key}: {value!r} must be at least 1")
     plugins: list[Any] = [VerifiedIO(), cluster_environment()]
+    if scaled := precision == "16-mixed":
+        plugins.append(ScaledHalf("cuda" if accelerator == "gpu" else "cpu"))
     if sync_batchnorm and accelerator == "cpu" and strategy == "ddp":
         sync_batchnorm = False  # Lightning's way is torch's SyncBatchNorm, which needs GPUs
         plugins.append(SyncedBatchNorm())
@@ -151,7 +147,7 @@ def build_trainer(
         devices=devices,
         num_nodes=num_nodes,
         strategy=ddp,
-        precision=precision,
+        precision=None if scaled else precision,
         accumulate_grad_batches=accumulate_grad_batches,
         sync_batchnorm=sync_batchnorm,
         deterministic=deterministic,

@@ -47,7 +47,10 @@ def test_same_gradients_and_buffers_as_without(normalizer):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("overrides", [[], ["trainer.accumulate_grad_batches=2"], ["model.compile=true"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["trainer.accumulate_grad_batches=2"], ["model.compile=true"], ["trainer.precision=16-mixed"]],
+)
 def test_same_run_as_without(run, tmp_path, overrides):
     shared = ["trainer=gpu", "trainer.precision=32-true", "trainer.deterministic=true", *overrides]
     plain = run(tmp_path / "plain", *shared)

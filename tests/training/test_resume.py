@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from tests_training import ROOT, TINY, outcome, rows
+from tests_training import ROOT, TINY, outcome, rows, scaled_by
 
 from onlinenorm.data import ImageDataModule
 from onlinenorm.data.workers import STOP_SIGNALS
-from onlinenorm.training import ImageClassifier, checkpoint
+from onlinenorm.training import ImageClassifier, checkpoint, precision
 from onlinenorm.training.checkpoint import read
 from onlinenorm.training.errors import ConfigError, Interrupted, RunError
 
@@ -60,6 +60,19 @@ def test_stopped_within_an_epoch(undisturbed, run, interrupt, tmp_path, normaliz
     results = run(tmp_path, f"normalizer={normalizer}")
     assert results["resumed"] == 1
     assert outcome(tmp_path) == outcome(undisturbed(normalizer))
+
+
+def test_a_changing_loss_scale_goes_on_where_it_was(undisturbed, run, interrupt, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision.ScaledHalf, "__init__", scaled_by(2.0**20, growth_interval=2))
+    expected = undisturbed("online_clamp", "trainer.precision=16-mixed")
+    interrupt("training_step", 1 * STEPS + 2)
+    with pytest.raises(Interrupted):
+        run(tmp_path, "trainer.precision=16-mixed")
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["ScaledHalf"]["scale"] != 2.0**20
+    run(tmp_path, "trainer.precision=16-mixed")
+    assert outcome(tmp_path) == outcome(expected)
+    ends = [read(folder / "checkpoints" / "last.ckpt")["ScaledHalf"] for folder in (tmp_path, expected)]
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize(

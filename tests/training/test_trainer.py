@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from tests_training import scaled_by
 
+from onlinenorm.training import checkpoint, precision
 from onlinenorm.training.epoch_log import COLUMNS, EpochLog, to_csv
 from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
@@ -54,9 +56,16 @@ def test_what_is_not_there_is_said(gpus):
         resolve({"accelerator": "cpu", "devices": 0})
 
 
-def test_a_changing_loss_scale_is_refused():
-    with pytest.raises(ConfigError, match=r"trainer.precision: 16-mixed .* use bf16-mixed"):
-        resolve({"accelerator": "cpu", "precision": "16-mixed"})
+@pytest.mark.parametrize("overrides", [[], ["trainer.accumulate_grad_batches=2", "normalizer=batch"]])
+def test_half_precision_scales_the_loss_on_the_cpu_too(run, tmp_path, monkeypatch, overrides):
+    """An overflow at first halves the scale until there is none; controls follow every change of it."""
+    factors = []
+    monkeypatch.setattr(precision, "rescale_controls", lambda network, factor: factors.append(factor))
+    monkeypatch.setattr(precision.ScaledHalf, "__init__", scaled_by(2.0**20, growth_interval=2))
+    results = run(tmp_path, "trainer.precision=16-mixed", *overrides)
+    end = checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["ScaledHalf"]["scale"]
+    assert {0.5, 2.0} <= set(factors) and math.prod(factors) == end / 2.0**20
+    assert math.isfinite(results["last"]["val_loss"])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 
 ROOT = Path(__file__).resolve().parents[2]
 # 3 epochs of 4 steps on 64 images of 8 x 8
@@ -50,3 +52,13 @@ def outcome(folder):
     with np.load(Path(folder) / "predictions.npz") as arrays:
         predictions = {key: value.tolist() for key, value in arrays.items()}
     return results, rows(folder), predictions
+
+
+def scaled_by(init_scale, growth_interval):
+    """`__init__` of a ScaledHalf whose scale starts there and doubles after so many steps."""
+
+    def initialise(self, device):
+        scaler = torch.amp.GradScaler(device, init_scale=init_scale, growth_interval=growth_interval)
+        MixedPrecision.__init__(self, "16-mixed", device, scaler)
+
+    return initialise

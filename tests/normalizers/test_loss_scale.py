@@ -1,0 +1,81 @@
+"""Training in half precision with a loss scale that is too large at first."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from onlinenorm import OnlineNorm2d
+from onlinenorm.normalizers import rescale_controls
+
+SAMPLES, STEPS = 32, 60
+
+
+def network(backend):
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(c_in, c, 3, stride, 1) for c_in, c, stride in ((3, 16, 1), (16, 16, 1), (16, 32, 2))]
+    blocks = [nn.Sequential(conv, OnlineNorm2d(conv.out_channels, backend=backend), nn.ReLU()) for conv in convs]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def train(scale=None, follow=None, left_out=0, backend="torch", steps=STEPS):
+    """Mean loss of the last steps, steps that the scaler discarded, and the network; ``left_out`` are done without."""
+    model = network(backend)
+    norms = [module for module in model.modules() if isinstance(module, OnlineNorm2d)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    generator = torch.Generator().manual_seed(1)
+    centres, losses, discarded = torch.randn(10, 3, 12, 12, generator=generator), [], 0
+    for step in range(steps):
+        labels = torch.randint(10, (SAMPLES,), generator=generator)
+        x = centres[labels] + 0.5 * torch.randn(SAMPLES, 3, 12, 12, generator=generator)
+        before = scaler.get_scale()
+        if follow == "gradient_scale":
+            for norm in norms:
+                norm.gradient_scale = 1 / before
+        with torch.autocast("cpu", torch.float16):
+            loss = F.cross_entropy(model(x).float(), labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if scale is not None or step >= left_out:
+            scaler.step(optimizer)
+            scaler.update()
+        discarded += scaler.get_scale() < before
+        if follow == "rescale_controls":
+            rescale_controls(model, scaler.get_scale() / before)
+        losses.append(loss.item())
+    return sum(losses[-5:]) / 5, discarded, model
+
+
+def test_overflow_costs_the_steps_that_are_discarded_and_no_more():
+    """Controls that follow the scale, either way, lead where a run leads that leaves out as many steps."""
+    loss, discarded, rescaled = train(2.0**24, "rescale_controls")
+    same_loss, _, told = train(2.0**24, "gradient_scale")
+    assert discarded > 5 and loss == same_loss
+    assert loss == pytest.approx(train(left_out=discarded)[0], rel=0.05)
+    scale = told[0][1].gradient_scale
+    assert torch.equal(rescaled[0][1].control_v * scale, told[0][1].control_v)
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**20, 2.0**24])
+def test_training_goes_on_after_an_overflow_that_no_control_follows(scale):
+    """A standard loop: its first losses are 2.3; what it lags behind wears off with the controls of the large scale."""
+    loss, discarded, model = train(scale)
+    assert (discarded > 1) == (scale > 2.0**16)
+    assert loss < 1.7 * train(left_out=discarded)[0] and loss < 1.5
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_scale_that_never_overflows_changes_nothing(backend):
+    plain, scaled = (train(scale, backend=backend, steps=4) for scale in (None, 2.0**8))
+    assert scaled[0] == pytest.approx(plain[0], rel=1e-3)
+
+
+def test_only_controls_are_rescaled():
+    model = network("torch")
+    model(torch.randn(4, 3, 6, 6)).sum().backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rescale_controls(model, 0.25)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] * (0.25 if "control" in name else 1)), name
