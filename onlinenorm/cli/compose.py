@@ -22,6 +22,10 @@ from onlinenorm.training.config_check import check_keys
 from onlinenorm.training.hints import unknown_option
 from onlinenorm.training.targets import targets
 
+# Other launchers that Hydra may build for --multirun: those of hydra-submitit-launcher.
+LAUNCHERS = [
+    [f"hydra_plugins.hydra_submitit_launcher.submitit_launcher.{name}"] for name in ("SlurmLauncher", "LocalLauncher")
+]
 MOST_VALUES = 10_000  # of one key of a sweep; more are a slip
 
 
@@ -117,8 +121,10 @@ def _check_code(written: DictConfig, config: DictConfig) -> None:
                 f"{key}: {target!r} is refused: code is named in files alone, as it stands; write "
                 f"configs/{group}/NAME.yaml, or {group}/NAME.yaml in the folder of --config-dir, and use {group}=NAME"
             )
+    hydras = OmegaConf.to_container(config.hydra, resolve=False)
+    launcher = [target for _, target in targets(hydras["launcher"])]
     for key, value in _hydras_code().items():
-        if OmegaConf.to_container(config.hydra, resolve=False).get(key) != value:
+        if hydras.get(key) != value and not (key == "launcher" and launcher in LAUNCHERS):
             raise ConfigError(f"hydra.{key}: is fixed, since Hydra runs code that is named there; leave it out")
 
 

@@ -230,6 +230,20 @@ def test_hydras_own_code_is_fixed_in_files_too(tmp_path):
         load_config(["experiment=mine"], write(tmp_path, "experiment", text))
 
 
+@pytest.mark.parametrize(
+    "more, fine", [("", True), (", x: {_target_: os.getcwd}", False), (", x: [{_target_: os.getcwd}]", False)]
+)
+def test_launchers_of_submitit_are_known(more, fine, tmp_path):
+    name = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+    text = f"# @package _global_\nhydra: {{launcher: {{_target_: {name}{more}}}}}\n"
+    folder = write(tmp_path, "experiment", text)
+    if fine:
+        assert load_config(["experiment=mine"], folder)["choices"]["experiment"] == "mine"
+    else:
+        with pytest.raises(ConfigError, match=r"^hydra.launcher: is fixed|^experiment=mine: "):
+            load_config(["experiment=mine"], folder)
+
+
 def test_a_yaml_that_holds_python_objects_is_refused(tmp_path):
     trace = tmp_path / "trace"
     folder = write(tmp_path, "normalizer", f"_target_: !!python/object/apply:os.mkdir ['{trace}']\n_partial_: true\n")
