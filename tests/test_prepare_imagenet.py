@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent / "data"))
 
+from image_folders import write_tree
 from official_archives import WNIDS, write_official
 
 from onlinenorm.data import ImageNet, prepare
@@ -175,3 +176,41 @@ def test_verification_is_kept_as_json(main, official, tmp_path):
     main(official, tmp_path / "root", "--no-checksum", "--verify")
     found = json.loads((tmp_path / "root" / ".onlinenorm-verified.json").read_text())
     assert found["scale"] == "imagenet-subset" and len(found["fingerprint"]) == 64
+
+
+def test_shards_of_other_classes_or_changed_images_are_not_taken_for_done(main, tmp_path, capsys):
+    source, root = write_tree(tmp_path / "set"), tmp_path / "root"
+    assert main(source, root, "--packed", "--classes", "ant") == 0
+    before = tree(root)
+    assert main(source, root, "--packed", "--classes", "bee") == 1
+    assert "holds other images than those to be packed now" in capsys.readouterr().err and tree(root) == before
+    assert main(source, root, "--packed", "--classes", "ant") == 0
+    file = source / "train" / "ant" / "0.JPEG"
+    content = bytearray(file.read_bytes())
+    file.write_bytes(content)
+    assert main(source, root, "--packed", "--classes", "ant") == 0, "rewritten with the same bytes"
+    content[-9] ^= 1
+    file.write_bytes(content)
+    assert main(source, root, "--packed", "--classes", "ant") == 1 and tree(root) == before
+
+
+def test_a_changed_image_is_extracted_again(main, tmp_path):
+    source, root = write_tree(tmp_path / "set"), tmp_path / "root"
+    assert main(source, root) == 0
+    file = source / "train" / "ant" / "0.JPEG"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    assert main(source, root) == 0
+    assert (root / "train" / "ant" / "0.JPEG").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["train", "train/.ant.partial", "train-00000-of-00001.partial"])
+def test_nothing_is_written_through_links(main, tmp_path, capsys, name):
+    source, root, elsewhere = write_tree(tmp_path / "set"), tmp_path / "root", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (root / name).parent.mkdir(parents=True)
+    (root / name).symlink_to(elsewhere)
+    assert main(source, root, *["--packed"] * name.endswith("1.partial")) == 1
+    assert "is a symbolic link, and nothing is written outside" in capsys.readouterr().err
+    assert not list(elsewhere.iterdir())

@@ -8,6 +8,7 @@ Arrow would give the same through a library in every worker; a tar needs Python'
 import contextlib
 import hashlib
 import os
+import posixpath
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,12 +18,14 @@ import numpy as np
 
 from onlinenorm.data.devkit import Devkit, find_devkit, read_devkit
 from onlinenorm.data.errors import DataError
-from onlinenorm.data.index import EXTENSIONS, FolderIndex, name_few, pack_names
+from onlinenorm.data.index import EXTENSIONS, FolderIndex, changed_ns, name_few, pack_names
 from onlinenorm.data.index_cache import Arrays, cached_arrays
 
 TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
-_FORMAT = "onlinenorm archives 1"
+_FORMAT = "onlinenorm archives 2"
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+_LINKS = 40  # followed one after another, as the kernel does
 
 Member = tuple[str, int, int, int]  # path, archive's position in the list, offset of the bytes, their number
 Report = Callable[[str, int, int | None], None]  # what is being done, how much is done, of how much (None: unknown)
@@ -60,6 +63,10 @@ class ArchiveIndex(FolderIndex):
         if len(data) != self.sizes[index]:
             raise OSError(f"{self.archives[place]} ends within {self.relative_path(index)}")
         return data
+
+    def newest(self, images: Iterable[int]) -> int:
+        places = np.unique(self.places[list(images)]).tolist()
+        return max((changed_ns(os.stat(self.archives[place])) for place in places), default=0)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
@@ -108,25 +115,60 @@ def load_official(folder: Path, report: Report = silent) -> tuple[ArchiveIndex, 
 def _scan(archive: Path, place: int) -> Iterator[Member]:
     """The files of a tar."""
     with _opened(archive) as tar:
-        for member in tar:
-            if member.isfile():
-                yield member.name.removeprefix("./"), place, member.offset_data, member.size
+        for name, member in _files(tar, archive).items():
+            yield name, place, member.offset_data, member.size
+
+
+def _files(members: Iterable[tarfile.TarInfo], archive: Path) -> dict[str, tarfile.TarInfo]:
+    """Path -> the member that holds its bytes: the last one of a name counts, links are followed within the archive.
+
+    Raises DataError for what could reach beyond the folder it is unpacked to, and for files not stored as they are.
+    """
+    last = {}
+    for member in members:
+        name = posixpath.normpath(member.name)
+        if name.startswith(("/", "../")) or ".." in member.name.split("/"):
+            raise DataError(f"{archive}: its member {member.name} points out of the folder; pack it again without it")
+        if member.isdev():
+            raise DataError(f"{archive}: its member {member.name} is a device, no file; pack it again without it")
+        last[name] = member
+    return {name: _followed(name, last, archive) for name, member in last.items() if not member.isdir()}
+
+
+def _followed(name: str, members: dict[str, tarfile.TarInfo], archive: Path) -> tarfile.TarInfo:
+    path = name
+    for _ in range(_LINKS):
+        member = members.get(path)
+        if member is None or member.isdir():
+            break
+        if member.issym():
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
+        elif member.islnk():
+            path = posixpath.normpath(member.linkname)
+        elif member.issparse():
+            raise DataError(f"{archive}: {path} is stored with holes; pack it again without --sparse")
+        else:
+            return member
+    raise DataError(
+        f"{archive}: its member {name} is a link to {members[name].linkname}, which is no file of this archive; pack "
+        "it again with the files themselves (tar --dereference --hard-dereference)"
+    )
 
 
 def _scan_nested(archive: Path, devkit: Devkit, report: Report) -> Iterator[Member]:
     """The images of the official training archive, a tar of one tar a class."""
     with _opened(archive) as tar:
-        outer = [member for member in tar if member.isfile() and member.name.endswith(".tar")]
+        outer = {path: member for path, member in _files(tar, archive).items() if path.endswith(".tar")}
         if not outer:
             raise DataError(f"{archive}: holds no class archives (n01440764.tar, ...); is it the training archive?")
-        for done, member in enumerate(outer):
-            name = Path(member.name).stem
+        for done, (path, member) in enumerate(outer.items()):
+            name = Path(path).stem
             if name not in devkit.train_images:
-                raise DataError(f"{archive}: holds {member.name}, which the devkit does not know as a class")
+                raise DataError(f"{archive}: holds {path}, which the devkit does not know as a class")
             report(f"reading headers of {archive.name}", done, len(outer))
             with _opened(archive, tar.extractfile(member), member.name) as inner:
-                for image in inner:
-                    yield f"{name}/{image.name}", 0, member.offset_data + image.offset_data, image.size
+                for image, place in _files(inner, archive / path).items():
+                    yield f"{name}/{image}", 0, member.offset_data + place.offset_data, place.size
         report(f"reading headers of {archive.name}", len(outer), len(outer))
 
 
@@ -135,10 +177,18 @@ def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") ->
     """The members of a tar, or of a tar within one; damage is told as DataError with the archive's name."""
     name = f"{archive}: its member {member}" if member else str(archive)
     try:
-        with stream or open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            yield tar
+        with stream or open(archive, "rb") as file:
+            start = file.read(8)
+            if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None):
+                raise DataError(
+                    f"{name} is compressed ({kind}); images are read in place from plain tar: unpack it once"
+                )
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                yield tar
+                end = tar.offset
             # tarfile takes a damaged header, or the end of the file between two members, for the end of the list
-            file.seek(tar.offset)
+            file.seek(end)
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError("no tar header and no end mark where one must be")
     except (tarfile.TarError, EOFError, OSError) as error:
@@ -172,11 +222,20 @@ def _label_val(members: Iterator[Member], devkit: Devkit, archive: Path) -> Iter
 
 
 def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
+    """The arrays of ArchiveIndex; a path in several archives counts once, in the last. A common top folder is no class.
+
+    Raises DataError where no class folders are left.
+    """
+
     def order(member: Member) -> tuple[str, str, str]:
         parent, _, file = member[0].rpartition("/")
         return member[0].partition("/")[0], parent, file
 
-    found = sorted((m for m in members if m[0].lower().endswith(EXTENSIONS)), key=order)
+    last = {m[0]: m for m in members if m[0].lower().endswith(EXTENSIONS) and not m[0].startswith(".")}
+    below = {tuple(path.split("/")[:-1][:2]) for path in last}
+    if len({parts[:1] for parts in below}) == 1 and len(below) > 1 and all(len(parts) == 2 for parts in below):
+        last = {path.partition("/")[2]: (path.partition("/")[2], *rest) for path, *rest in last.values()}
+    found = sorted(last.values(), key=order)
     loose = [path for path, *_ in found if "/" not in path]
     if loose or not found:
         what = f"images outside class folders: {name_few(loose)}" if loose else "no image"

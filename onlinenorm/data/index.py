@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -61,6 +62,10 @@ class FolderIndex:
         with open(self.path(index), "rb") as file:
             return file.read()
 
+    def newest(self, images: Iterable[int]) -> int:
+        """When the last of these images changed on disk, in nanoseconds."""
+        return max((changed_ns(os.stat(self.path(i))) for i in images), default=0)
+
     def class_range(self, label: int) -> range:
         """Indices of the images of a class, which lie together."""
         return range(*np.searchsorted(self.labels, [label, label + 1]).tolist())
@@ -79,6 +84,11 @@ class FolderIndex:
         """Feeds paths, sizes and labels (not the pixels: reading 150 GB at every start would take minutes)."""
         for array in (self.names, self.offsets, self.labels, self.sizes):
             digest.update(np.ascontiguousarray(array))
+
+
+def changed_ns(status: os.stat_result) -> int:
+    """The later of a file's times: copying may set back that of its content, not that of its entry."""
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def list_classes(folder: Path) -> list[str]:

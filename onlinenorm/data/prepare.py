@@ -45,6 +45,7 @@ def check_archives(folder: Path, record: Path, report: Report = silent) -> None:
             )
         known[name] = {"state": state, "md5": found}
         record.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_link(record)
         record.write_text(json.dumps(known, indent=1) + "\n")
 
 
@@ -61,17 +62,21 @@ def chosen_classes(indexes: Iterable[FolderIndex], wanted: list[str] | None) -> 
 def extract(index: FolderIndex, folder: Path, classes: list[str], report: Report = silent) -> int:
     """Writes `folder`/CLASS/FILE for the chosen classes; returns how many classes had to be written.
 
-    A class appears under its name when it is complete; one that is there with the right names and sizes is kept.
+    A class appears under its name when it is complete; one that is there with the right names and sizes, and not older
+    than the images, is kept.
     """
+    _refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plan = [(name, index.class_range(index.class_names.index(name))) for name in classes]
-    open_classes = [(name, images) for name, images in plan if scan_class(folder, name) != _listed(index, images)]
+    open_classes = [(name, images) for name, images in plan if not _is_written(index, images, folder, name)]
     total = sum(len(images) for _, images in plan)
     done = total - sum(len(images) for _, images in open_classes)
     needed = sum(int(index.sizes[i]) // _BLOCK + 1 for _, images in open_classes for i in images) * _BLOCK
     _check_space(folder, needed)
     for name, images in open_classes:
         partial = folder / f".{name}.partial"
+        _refuse_link(partial)
+        _refuse_link(folder / name)
         shutil.rmtree(partial, ignore_errors=True)
         for i in images:
             path = partial / Path(index.relative_path(i)).relative_to(name)
@@ -94,6 +99,7 @@ def pack(
     """Writes tar shards SPLIT-00000-of-00020.tar with members CLASS/FILE; a shard appears when it is complete.
 
     A shard holds whole classes, about `shard_bytes` of them. The same images give the same bytes. Returns the shards.
+    Raises DataError, before anything is written, where a shard that is there holds other images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     groups: list[list[int]] = [[]]
@@ -110,11 +116,19 @@ def pack(
     foreign = sorted(path.name for path in folder.glob(f"{split}*.tar") if path not in shards)
     if foreign:
         raise DataError(f"{folder}: holds shards of another division: {name_few(foreign)}; remove them first")
+    for shard, group in zip(shards, groups, strict=True):
+        _refuse_link(shard)
+        if shard.exists() and not _is_packed(index, group, shard):
+            raise DataError(
+                f"{shard}: holds other images than those to be packed now (other classes, or changed files); remove it "
+                "first, or choose another ROOT"
+            )
     todo = [(shard, group) for shard, group in zip(shards, groups, strict=True) if not shard.exists()]
     total, done = sum(map(len, groups)), sum(map(len, groups)) - sum(len(group) for _, group in todo)
     _check_space(folder, sum(int(index.sizes[i]) + 1024 for _, group in todo for i in group))
     for shard, group in todo:
         partial = shard.with_suffix(".partial")
+        _refuse_link(partial)
         with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
             for i in group:
                 data = index.read(i)
@@ -132,8 +146,33 @@ def pack(
     return shards
 
 
-def _listed(index: FolderIndex, images: range) -> list[tuple[str, int]]:
+def _listed(index: FolderIndex, images: Iterable[int]) -> list[tuple[str, int]]:
     return [(index.relative_path(i), int(index.sizes[i])) for i in images]
+
+
+def _is_written(index: FolderIndex, images: range, folder: Path, name: str) -> bool:
+    """Whether the class folder holds these names and sizes and none of the images is newer."""
+    written = scan_class(folder, name) == _listed(index, images)
+    return written and index.newest(images) <= os.stat(folder / name).st_mtime_ns
+
+
+def _is_packed(index: FolderIndex, images: list[int], shard: Path) -> bool:
+    """Whether a shard holds these names and sizes and, where any of the images is newer, the same bytes."""
+    with tarfile.open(shard, "r:") as tar:
+        members = tar.getmembers()
+        if [(member.name, member.size) for member in members] != _listed(index, images):
+            return False
+        if index.newest(images) <= os.stat(shard).st_mtime_ns:
+            return True
+        return all(tar.extractfile(m).read() == index.read(i) for m, i in zip(members, images, strict=True))
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise DataError(
+            f"{path}: is a symbolic link, and nothing is written outside the folder that was named; remove it, or name "
+            "the folder that it leads to"
+        )
 
 
 def _check_space(folder: Path, needed: int) -> None:

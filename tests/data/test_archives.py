@@ -172,3 +172,63 @@ def test_a_shard_cut_after_indexing_is_unreadable_not_wrong(tmp_path):
     with pytest.raises(OSError, match=r"ends within ant/0\.jpg"):
         index.read(0)
     assert np.array_equal(index.sizes, [100_000])
+
+
+def link(tar, name, target, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    tar.addfile(member)
+
+
+def test_links_are_followed_and_the_last_of_a_name_counts(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for data in (b"old", b"newer"):
+            add(tar, "ant/0.jpg", data)
+        link(tar, "./bee/1.jpg", "../ant/0.jpg", tarfile.SYMTYPE)
+        link(tar, "bee/2.jpg", "bee/1.jpg", tarfile.LNKTYPE)
+    index = load_shards([tmp_path / "train.tar"], "train")
+    assert contents(index) == {"ant/0.jpg": (0, b"newer"), "bee/1.jpg": (1, b"newer"), "bee/2.jpg": (1, b"newer")}
+
+
+def test_a_path_in_two_shards_counts_once(tmp_path):
+    shards = [tmp_path / f"train-{n}.tar" for n in range(2)]
+    for n, shard in enumerate(shards):
+        with tarfile.open(shard, "w") as tar:
+            add(tar, "ant/0.jpg", b"x%d" % n)
+    assert contents(load_shards(shards, "train")) == {"ant/0.jpg": (0, b"x1")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "target", "message"),
+    [
+        ("a/../../../../escaped.jpg", tarfile.REGTYPE, "", "escaped.jpg points out of the folder"),
+        ("/tmp/absolute.jpg", tarfile.REGTYPE, "", "absolute.jpg points out of the folder"),
+        ("ant/0.jpg", tarfile.CHRTYPE, "", "is a device"),
+        ("ant/0.jpg", tarfile.FIFOTYPE, "", "is a device"),
+        ("ant/0.jpg", tarfile.SYMTYPE, "/etc/passwd", "a link to /etc/passwd, which is no file of this archive"),
+        ("ant/0.jpg", tarfile.SYMTYPE, "0.jpg", "a link to 0.jpg, which is no file"),
+        ("ant/0.jpg", tarfile.LNKTYPE, "ant", "a link to ant, which is no file"),
+    ],
+)
+def test_members_that_reach_out_are_refused(tmp_path, name, kind, target, message):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "ant/good.jpg", b"x")
+        link(tar, name, target, kind)
+    with pytest.raises(DataError, match=message):
+        load_shards([tmp_path / "train.tar"], "train")
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_compressed_tars_are_named(tmp_path, kind):
+    with tarfile.open(tmp_path / "train.tar", f"w:{kind}") as tar:
+        add(tar, "ant/0.jpg", b"x")
+    with pytest.raises(DataError, match=r"train.tar is compressed \((gzip|bzip2|xz)\).*unpack it"):
+        load_shards([tmp_path / "train.tar"], "train")
+
+
+def test_a_common_top_folder_is_no_class(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name in ("ant", "bee"):
+            add(tar, f"set/{name}/0.jpg", name.encode())
+    index = load_shards([tmp_path / "train.tar"], "train")
+    assert contents(index) == {"ant/0.jpg": (0, b"ant"), "bee/0.jpg": (1, b"bee")}
