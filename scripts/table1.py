@@ -42,7 +42,7 @@ except ModuleNotFoundError:
 
 def read_yaml(path: Path):
     """Plain Python content of a YAML file."""
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    return OmegaConf.to_container(OmegaConf.load(path))  # unresolved: ${oc.env:KEY} of a run that came from elsewhere
 
 
 def main(arguments: list[str] | None = None) -> int:
