@@ -69,7 +69,8 @@ def check_jobs(arguments: Arguments) -> None:
 def hydra_main(config) -> None:
     """What Hydra calls for each job of --multirun."""
     with cli_errors():
-        train(plain(config, HydraConfig.get().runtime.choices))
+        job = HydraConfig.get()
+        train(plain(config, job.runtime.choices, list(job.overrides.task)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ try:
     import torch
 
     from onlinenorm.cli.arguments import literal, parse_script
-    from onlinenorm.cli.compose import jobs, load_config, parse_override
+    from onlinenorm.cli.compose import jobs, limited_experiment, load_config, parse_override
     from onlinenorm.data.workers import STOP_SIGNALS
     from onlinenorm.training.attempts import DIVERGED, former_attempts, keep_attempt
     from onlinenorm.training.config_check import check_config
@@ -107,7 +107,8 @@ def plan(overrides: list[str], runs: Path, config_dir: str | None = None) -> lis
         values = sorted(part for part in job if part.partition("=")[0].lstrip("+") in swept)
         names = config["choices"]
         between = [",".join(values).replace("/", "_")] if values else []
-        folder = Path(runs, names["experiment"], *between, names["normalizer"], f"seed{config['seed']}")
+        experiment = limited_experiment(names["experiment"], job)
+        folder = Path(runs, experiment, *between, names["normalizer"], f"seed{config['seed']}")
         # of the trainer only train.py knows what it resolves to, on the machine where it runs
         RunFolder(folder, leader=False).check_config(config, ignored=("trainer",))
         epochs, devices = config["recipe"]["epochs"], config["trainer"]["devices"]

@@ -84,12 +84,25 @@ def parse_override(text: str) -> Override:
         ) from None
 
 
-def plain(config: DictConfig, choices: DictConfig) -> dict[str, Any]:
-    """A composed configuration as plain values, with `choices`."""
+def plain(config: DictConfig, choices: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """A composed configuration as plain values, with `choices`; `overrides` are those that it was composed with."""
     keys = [key for key in config if key != "hydra" and not (key in GROUPS and config[key] is None)]
     values = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True, throw_on_missing=True)
     names = {group: choices.get(group) for group in GROUPS} | {"experiment": choices.get("experiment") or "default"}
+    experiment = limited_experiment(names["experiment"], overrides)
+    if not values["run_dir"] and experiment != names["experiment"]:
+        values["run_dir"] = f"runs/{experiment}/{names['normalizer']}/seed{values['seed']}"
     return {**values, "choices": names}
+
+
+def limited_experiment(experiment: str, overrides: list[str]) -> str:
+    """The folder's name of an experiment: another one where the command line limits the images.
+
+    A smoke run would otherwise take the folder of the real one, which then is refused.
+    """
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    limits = [(key, given.get(f"data.{key}", "null")) for key in ("limit_train", "limit_val")]
+    return "-".join([experiment, *(f"{key}{value}" for key, value in limits if value != "null")])
 
 
 def group_options(group: str, config_dir: str | None = None) -> list[str]:
@@ -108,7 +121,7 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
-    return plain(config, config.hydra.runtime.choices)
+    return plain(config, config.hydra.runtime.choices, list(config.hydra.overrides.task))
 
 
 def _check_code(written: DictConfig, config: DictConfig) -> None:

@@ -45,6 +45,8 @@ class ArchiveIndex(FolderIndex):
         class_names: array of text. Others as FolderIndex.
     """
 
+    per_image = (*FolderIndex.per_image, "places", "starts")
+
     def __init__(self, archives: list[Path], places: np.ndarray, starts: np.ndarray, class_names: np.ndarray, **arrays):
         super().__init__(archives[0].parent, class_names.tolist(), **arrays)
         self.archives, self.places, self.starts = archives, places, starts

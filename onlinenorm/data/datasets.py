@@ -4,6 +4,7 @@ A batch is (images uint8, labels int64, indices int64), and for scale_jitter in 
 shifts N x 3. Images are N x C x H x W, for ten_crop N x 10 x C x H x W.
 """
 
+import copy
 import functools
 import hashlib
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from onlinenorm.data.decoders import DECODERS
 from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex
+from onlinenorm.data.limits import LimitedSource
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.sampler import Request, split_requests
 from onlinenorm.data.transforms import DRAWS, DRAWS_OF, PLANS, Planner, colour_shifts, follow_plan, shift_and_mirror
@@ -84,6 +86,16 @@ class InMemoryDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def labels(self) -> np.ndarray:
+        """Of all images."""
+        return self.source.labels(np.arange(len(self)))
+
+    def limited(self, chosen: np.ndarray) -> "InMemoryDataset":
+        """The same of some images, by their indices."""
+        twin = copy.copy(self)
+        twin.source = LimitedSource(self.source, chosen)
+        return twin
+
     def __getitems__(self, requests: list[Request]) -> Batch:
         epochs, indices = split_requests(requests)
         draws_NK = self.draws(epochs, indices)
@@ -144,6 +156,16 @@ class FolderDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def labels(self) -> np.ndarray:
+        """Of all images."""
+        return self.index.labels
+
+    def limited(self, chosen: np.ndarray) -> "FolderDataset":
+        """The same of some images, by their indices."""
+        twin = copy.copy(self)
+        twin.index = self.index.take(chosen)
+        return twin
 
     def __getitems__(self, requests: list[Request]) -> Batch:
         epochs, indices = split_requests(requests)

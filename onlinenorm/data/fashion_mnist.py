@@ -61,13 +61,13 @@ class FashionMNIST(ImageDataModule):
         folder = EMBEDDED_FOLDER if self.embedded else find_full_set(self.root)
         counts = EMBEDDED if self.embedded else FULL
         return (
-            self._dataset(folder, "train", counts, self.limit_train, self.augmentation),
-            self._dataset(folder, "val", counts, self.limit_val, self.evaluation),
+            self._dataset(folder, "train", counts, self.augmentation),
+            self._dataset(folder, "val", counts, self.evaluation),
         )
 
-    def _dataset(self, folder: Path, split: str, counts: dict[str, int], limit: int | None, plan: str):
+    def _dataset(self, folder: Path, split: str, counts: dict[str, int], plan: str):
         images_NHW, labels_N = read_split(folder, split, counts[split])
-        source = ArraySource(images_NHW[:limit, None], labels_N[:limit])
+        source = ArraySource(images_NHW[:, None], labels_N)
         return InMemoryDataset(source, plan, self.crop_padding, self.seed)
 
     @property

@@ -51,7 +51,6 @@ class ImageNet(ImageDataModule):
 
     def build(self) -> tuple[FolderDataset, FolderDataset]:
         train, val = self._splits = open_splits(self.root)
-        train, val = train.first(self.limit_train), val.first(self.limit_val)
         size, padding, seed = self.image_size, self.crop_padding, self.seed
         if self.decoder in DEVICE_DECODERS:
             ours = EncodedDataset(train, self.augmentation, size, padding, seed, True, self.device_fraction)

@@ -33,6 +33,8 @@ class FolderIndex:
         sizes: int64, bytes of each file (-1 where it could not be asked).
     """
 
+    per_image: tuple[str, ...] = ("labels", "sizes")  # arrays with an entry an image
+
     def __init__(
         self,
         folder: Path,
@@ -70,14 +72,15 @@ class FolderIndex:
         """Indices of the images of a class, which lie together."""
         return range(*np.searchsorted(self.labels, [label, label + 1]).tolist())
 
-    def first(self, count: int | None) -> Self:
-        """The first `count` files in index order: sorted by class, so of the first classes only."""
-        if count is None or count >= len(self):
-            return self
+    def take(self, chosen: np.ndarray) -> Self:
+        """The files at these positions, which rise."""
         shorter = copy.copy(self)
-        shorter.names = self.names[: self.offsets[count]]
-        shorter.offsets = self.offsets[: count + 1]
-        shorter.labels, shorter.sizes = self.labels[:count], self.sizes[:count]
+        for name in self.per_image:
+            setattr(shorter, name, getattr(self, name)[chosen])
+        lengths = np.diff(self.offsets)[chosen]
+        shorter.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        moved = np.repeat(self.offsets[:-1][chosen] - shorter.offsets[:-1], lengths)
+        shorter.names = self.names[np.arange(len(moved)) + moved]
         return shorter
 
     def update_digest(self, digest: Any) -> None:

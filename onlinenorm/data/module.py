@@ -18,6 +18,7 @@ from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
 from onlinenorm.data.device_decode import DeviceLoader
 from onlinenorm.data.encoded import EncodedDataset
 from onlinenorm.data.errors import UnreadableImageError
+from onlinenorm.data.limits import RULE, proportional
 from onlinenorm.data.resident import ResidentLoader
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
@@ -44,8 +45,9 @@ class ImageDataModule(pl.LightningDataModule):
         num_workers: loader processes; None chooses this process's share of the cores, at most 16.
         on_device: keep the whole set in the device's memory and augment it there, without workers; for sets held in
             memory and the augmentations that keep an image's size (pad_crop, none). The pixels are the same.
-        limit_train, limit_val: use the first that many images in index order (all, if there are fewer). Class folders
-            are indexed class by class, so there a limit keeps the first classes only.
+        limit_train, limit_val: use that many images (all, if there are fewer): the classes in proportion, evenly spaced
+            in each in index order, see `limits.proportional`. The same images for every seed, decoder and number of
+            processes. An image's number, which its augmentation depends on, is its position among those used.
         decoder: of training images: "pillow" (reference), "torchvision", or "nvjpeg" (on the GPU); without effect on
             sets held in memory.
         val_decoder: of validation images: "pillow" or "torchvision". Its own key, so that accuracies of runs with
@@ -113,7 +115,7 @@ class ImageDataModule(pl.LightningDataModule):
     # what a kind of dataset provides
 
     def build(self) -> tuple[AnyDataset, AnyDataset]:
-        """Opens the training and the validation set, limits applied; raises DataError if they are missing or broken."""
+        """Opens the whole training and validation set; raises DataError if they are missing or broken."""
         raise NotImplementedError
 
     @property
@@ -135,7 +137,14 @@ class ImageDataModule(pl.LightningDataModule):
 
     @functools.cached_property
     def _sets(self) -> tuple[AnyDataset, AnyDataset]:
-        return self.build()
+        train, val = whole = self.build()
+        self._limited_from = (len(train), len(val))
+        chosen = [
+            proportional(dataset.labels(), limit) if limit is not None else None
+            for dataset, limit in zip(whole, (self.limit_train, self.limit_val), strict=True)
+        ]
+        train, val = (d if c is None else d.limited(c) for d, c in zip(whole, chosen, strict=True))
+        return train, val
 
     @property
     def num_classes(self) -> int:
@@ -154,14 +163,24 @@ class ImageDataModule(pl.LightningDataModule):
         """sha256 over the content (class folders: over paths, sizes and labels) of the images in use."""
         return fingerprint([s.source if isinstance(s, InMemoryDataset) else s.index for s in self._sets])
 
-    def describe(self) -> dict[str, str | int]:
-        """The `dataset` entry of results.json."""
-        return {
+    @property
+    def limited(self) -> dict[str, Any] | None:
+        """What limit_train and limit_val leave of the set, in numbers and by which rule; None for the whole set."""
+        counts = self.train_images, self.val_images
+        if counts == self._limited_from:
+            return None
+        train, val = (f"{used} of {all}" for used, all in zip(counts, self._limited_from, strict=True))
+        return {"train_images": train, "val_images": val, "rule": RULE}
+
+    def describe(self) -> dict[str, Any]:
+        """The `dataset` entry of results.json; `limited` only where it is."""
+        described = {
             "name": self.name,
             "train_images": self.train_images,
             "val_images": self.val_images,
             "fingerprint": self.fingerprint,
         }
+        return described if self.limited is None else {**described, "limited": self.limited}
 
     # Lightning's hooks
 

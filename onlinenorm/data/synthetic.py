@@ -89,8 +89,8 @@ class Synthetic(ImageDataModule):
 
     def build(self) -> tuple[InMemoryDataset, InMemoryDataset]:
         return (
-            self._dataset(min(self.num_train, self.limit_train or self.num_train), self.augmentation, split=0),
-            self._dataset(min(self.num_val, self.limit_val or self.num_val), self.evaluation, split=1),
+            self._dataset(self.num_train, self.augmentation, split=0),
+            self._dataset(self.num_val, self.evaluation, split=1),
         )
 
     def _dataset(self, count: int, plan: str, split: int) -> InMemoryDataset:

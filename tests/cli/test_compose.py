@@ -112,3 +112,21 @@ def test_more_configurations_from_a_folder(tmp_path):
     file.write_text("_target_: [\n")
     with pytest.raises(ConfigError, match="normalizer=mine: "):
         load_config(["normalizer=mine"], str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("limits", "folder"),
+    [
+        ([], None),
+        (["data.limit_train=null"], None),
+        (["data.limit_train=64"], "runs/quickstart-limit_train64/batch/seed1"),
+        (["data.limit_val=8", "+data.limit_train=64"], "runs/quickstart-limit_train64-limit_val8/batch/seed1"),
+        (["data.limit_train=64", "run_dir=mine"], "mine"),
+    ],
+)
+def test_a_limited_run_has_a_folder_of_its_own(limits, folder):
+    assert load_config(["experiment=quickstart", "normalizer=batch", "seed=1", *limits])["run_dir"] == folder
+
+
+def test_limits_of_an_experiment_itself_keep_its_folder():
+    assert load_config(["experiment=resnet50"])["run_dir"] is None

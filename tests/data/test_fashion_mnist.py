@@ -53,12 +53,12 @@ def test_embedded_set():
     assert np.bincount(labels).min() > 900 and abs(images.mean() / 255 - 0.286) < 0.002
 
 
-def test_limits_take_the_first_images_and_change_the_fingerprint():
+def test_limits_change_the_fingerprint_and_are_told():
     whole, part = FashionMNIST(embedded=True), FashionMNIST(embedded=True, limit_train=300, limit_val=50)
     assert (part.train_images, part.val_images) == (300, 50) and part.fingerprint != whole.fingerprint
-    np.testing.assert_array_equal(
-        part._sets[0].source.images(np.arange(300)), whole._sets[0].source.images(np.arange(300))
-    )
+    rule = "classes in proportion, evenly spaced in each in index order"
+    assert part.describe()["limited"] == {"train_images": "300 of 10000", "val_images": "50 of 2000", "rule": rule}
+    assert "limited" not in whole.describe()
     assert FashionMNIST(embedded=True, limit_train=99_999).train_images == 10_000
 
 

@@ -86,7 +86,7 @@ def test_a_read_only_dataset_is_cached_for_the_user(tree, cache, monkeypatch):
 
 def test_fingerprint_sees_names_sizes_labels_and_limits(tree):
     base = load_index(tree / "train")
-    prints = {fingerprint([base]), fingerprint([base.first(7)])}
+    prints = {fingerprint([base]), fingerprint([base.take(np.arange(7))])}
     (tree / "train" / "ant" / "0.JPEG").rename(tree / "train" / "ant" / "0b.JPEG")
     prints.add(fingerprint([load_index(tree / "train")]))
     file = tree / "train" / "ant" / "1.JPEG"
@@ -96,11 +96,12 @@ def test_fingerprint_sees_names_sizes_labels_and_limits(tree):
     assert len(prints) == 4
 
 
-def test_first_keeps_index_order(tree):
-    found = load_index(tree / "train")
-    assert [found.first(7).relative_path(i) for i in range(7)] == [found.relative_path(i) for i in range(7)]
-    assert len(found.first(7)) == 7 and found.first(None) is found and found.first(99) is found
-    assert found.first(7).labels.tolist() == [0] * 5 + [1] * 2
+def test_some_of_an_index(tree):
+    found, chosen = load_index(tree / "train"), np.array([1, 4, 5, 14])
+    taken = found.take(chosen)
+    assert [taken.relative_path(i) for i in range(4)] == [found.relative_path(i) for i in chosen.tolist()]
+    assert [taken.read(i) for i in range(4)] == [found.read(i) for i in chosen.tolist()]
+    assert taken.labels.tolist() == [0, 0, 1, 2] and len(found) == 15
 
 
 def test_empty_classes_are_named(tree):
