@@ -42,7 +42,7 @@ try:
     from onlinenorm.reporting.spec import parse_spec
     from onlinenorm.training.config_check import build, check_config, prefixed
     from onlinenorm.training.errors import ConfigError, RunError
-    from onlinenorm.training.probe import probe_batch, probe_normalizer
+    from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
     from onlinenorm.training.recipe import build_optimizer
     from onlinenorm.training.run_folder import RunFolder, run_path
     from onlinenorm.training.trainer import quiet_lightning, resolve
@@ -68,15 +68,16 @@ def check(
     check_config(config)
     config = {**config, "trainer": resolve(config["trainer"])}
     recipe, normalizer = build(config, "recipe"), build(config, "normalizer")
-    probe_normalizer(normalizer, config["normalizer"])
+    processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+    probe_normalizer(normalizer, config["normalizer"], processes)
     yield _finding("config", OK, " ".join(f"{key}={name}" for key, name in config["choices"].items() if name))
     views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
     data = build(config, "data", batch_size=recipe.batch_size, seed=config["seed"], **views)
     data.prepare_data()
     data.setup()
+    probe_data(data, config)
     probe_batch(config, normalizer, data.in_channels, data.image_size)
     yield check_data(data)
-    processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
     accumulate = config["trainer"]["accumulate_grad_batches"]
     with prefixed("recipe", config["recipe"]), prefixed("data", config["data"]):
         GlobalBatchSampler(data.train_images, recipe.batch_size, 0, 0, processes, accumulate)

@@ -55,8 +55,9 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
             written = _compose([*groups, *search])
             check_keys(keys, _plain(written), _elsewhere(config_dir))
             config = _compose([*overrides, *search])
-            _check_code(written, config)
-            return _plain(config)
+            values = _plain(config)
+            _check_code(written, config, values)
+            return values
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{shlex.join(overrides)}: {_first_line(error)}") from None
 
@@ -124,10 +125,10 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return plain(config, config.hydra.runtime.choices, list(config.hydra.overrides.task))
 
 
-def _check_code(written: DictConfig, config: DictConfig) -> None:
-    """Raises ConfigError where `config` names code otherwise than the chosen files do, which make `written`."""
+def _check_code(written: DictConfig, config: DictConfig, values: dict[str, Any]) -> None:
+    """Raises ConfigError where `config`, as plain `values`, names code that the files of `written` do not spell out."""
     texts = dict(targets(OmegaConf.to_container(written, resolve=False)))
-    for key, target in targets(_plain(config)):
+    for key, target in targets(values):
         if texts.get(key) != target:
             group = key.partition(".")[0]
             raise ConfigError(
@@ -144,8 +145,9 @@ def _check_code(written: DictConfig, config: DictConfig) -> None:
 @functools.cache
 def _hydras_code() -> dict[str, Any]:
     """What of Hydra's own configuration names code: as it is without overrides."""
-    settings = OmegaConf.to_container(_compose([]).hydra, resolve=False)
-    return {key: settings[key] for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")}
+    settings = _compose([]).hydra
+    keys = ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")
+    return {key: OmegaConf.to_container(settings[key], resolve=False) for key in keys}
 
 
 def _several_values(override: Override, options: dict[str, list[str]]) -> ConfigError:

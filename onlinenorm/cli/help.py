@@ -13,7 +13,8 @@ python train.py [KEY=VALUE ...]              a run: started, continued where it 
 python train.py -m KEY=VALUE,VALUE ...       a run for each combination; or scripts/sweep.py, which can be repeated
 python train.py --cfg job [KEY=VALUE ...]    prints the whole configuration and runs nothing
 python train.py --help [KEY=VALUE ...]       this page for other choices, as in --help normalizer=batch
---config-dir DIR                             configurations of your own, in folders named as those of configs/
+--config-dir DIR                             configurations of your own, in folders named as those of configs/; for
+                                             classes of your own see onlinenorm/normalizers/__init__.py
 
 A path may hold any character; quote for the shell alone. Another text with = [ ( , or spaces: 'KEY="TEXT"'.
 Exit code 0: done; 1: the run failed; 2: the configuration cannot be meant; 128 + signal: stopped and saved.

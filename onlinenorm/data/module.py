@@ -120,7 +120,10 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def scale(self) -> str:
-        """The results' label: "imagenet", "imagenet-subset", "fashion_mnist", "embedded" or "synthetic"."""
+        """The results' label: "imagenet", "imagenet-subset", "fashion_mnist", "embedded", "synthetic", or one's own.
+
+        Of a set of the user's own any short text but "imagenet", which is compared with published figures.
+        """
         raise NotImplementedError
 
     @property

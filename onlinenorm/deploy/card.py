@@ -153,7 +153,7 @@ Classes, in the order of the logits{f" ({unnamed})" if unnamed else ""}: {", ".j
 
 ## Licence
 
-Code: Apache-2.0. Weights follow from their data: {LICENCES[_scale(trained)]}.
+Code: Apache-2.0. Weights follow from their data: {LICENCES.get(_scale(trained), "the terms of the images trained on")}.
 """
 
 

@@ -55,6 +55,11 @@ def prepare(trained: Trained, form: Form, keep_clamp: bool = False) -> nn.Module
     """
     guard = trained.guard
     if not form.holds_guards:
+        if trained.own_model:
+            raise DeployError(
+                f"--to {form.name}: holds weights of networks that its reader can build, and {trained.own_model} is "
+                f"your own; use {_others()}"
+            )
         if guard == "layer_scaling":
             raise DeployError(
                 f"--to {form.name}: layer scaling divides by the root mean square over all channels of a sample, which "

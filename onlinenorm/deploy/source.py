@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from onlinenorm import data, models
+from onlinenorm import data
 from onlinenorm.deploy.errors import DeployError
 from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
@@ -53,8 +53,14 @@ class Trained:
 
     @property
     def builder(self) -> str:
-        """Name of the function in `onlinenorm.models` that builds the network."""
+        """Name of the function or class that builds the network."""
         return self.config["model"]["_target_"].rpartition(".")[2]
+
+    @property
+    def own_model(self) -> str:
+        """The network's class or function in full where it is not of this package, else ""."""
+        target = self.config["model"]["_target_"]
+        return "" if target in NAMED["model"] else target
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -65,7 +71,8 @@ class Trained:
 
     def build_network(self, normalizer) -> nn.Module:
         """A network like this one, untrained, with another normalizer (a callable num_features -> nn.Module)."""
-        return getattr(models, self.builder)(normalizer=normalizer, **self.arguments)
+        node = {"_target_": self.config["model"]["_target_"], **self.arguments}
+        return build({"model": node}, "model", normalizer=normalizer)
 
 
 def load_trained(
@@ -97,18 +104,16 @@ def load_trained(
     except (ConfigError, RunError, ValueError) as error:
         raise DeployError(f"{folder / 'config.yaml'}: {error}") from error
     state, content = _read_state(checkpoint)
-    shapes = {key: tuple(state[key].shape) for key in ("fc.weight", "conv1.weight") if key in state}
-    if len(shapes) < 2 or len(shapes["conv1.weight"]) != 4:
-        raise DeployError(f"{checkpoint}: holds no network of this package (no fc.weight and conv1.weight)")
     node = {**config["data"], "num_workers": None if config["data"].get("num_workers") else 0}
     if data_root is not None:
         node["root"] = data_root
     try:
         images = build({"data": node}, "data", batch_size=recipe.batch_size, seed=config["seed"], augmentation="none",
                      evaluation=evaluation or recipe.evaluation)  # fmt: skip
+        classes, channels = _sizes(config, state, images, checkpoint)
         normalizer = build(config, "normalizer")
         trained = Trained(folder, checkpoint, config, _read_json(folder, "environment.json"), None, nn.Identity(),
-                          recipe, images, shapes["fc.weight"][0], shapes["conv1.weight"][1])  # fmt: skip
+                          recipe, images, classes, channels)  # fmt: skip
         trained.network = trained.build_network(normalizer)
     except (ConfigError, RunError, ValueError) as error:
         raise DeployError(f"{folder / 'config.yaml'}: {error}") from error
@@ -123,6 +128,21 @@ def load_trained(
             layer.backend = "auto"  # the run's may need a GPU that is not here
     trained.network.eval().requires_grad_(False)
     return trained
+
+
+def _sizes(
+    config: dict[str, Any], state: dict[str, Tensor], images: data.ImageDataModule, checkpoint: Path
+) -> tuple[int, int]:
+    """(classes, input channels): by the weights of a network of this package, of another by its data set."""
+    if config["model"]["_target_"] not in NAMED["model"]:
+        try:
+            return images.num_classes, images.in_channels
+        except data.DataError as error:
+            raise DeployError(f"{error} (--data-root names another place)") from error
+    shapes = {key: tuple(state[key].shape) for key in ("fc.weight", "conv1.weight") if key in state}
+    if len(shapes) < 2 or len(shapes["conv1.weight"]) != 4:
+        raise DeployError(f"{checkpoint}: holds no network of this package (no fc.weight and conv1.weight)")
+    return shapes["fc.weight"][0], shapes["conv1.weight"][1]
 
 
 def locate(path: Path) -> tuple[Path, Path]:

@@ -1,5 +1,7 @@
 """Statistics that every process keeps for itself, made one before they are used or saved."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ def average_statistics(model: nn.Module, process_group: dist.ProcessGroup | None
 
     These are the buffers of OnlineNorm layers with local statistics or over a smaller group than ``process_group``
     (None: all processes), of BatchNorm layers that are not synchronised over it, and of every other layer but those
-    with an attribute ``statistics = "global"``, which says that they are identical on all processes. One collective for
+    with an attribute ``statistics = "global"``, which says that they are identical on all processes; of a
+    configuration's normalizer also parameters that are not trained, in which some keep statistics. One collective for
     the whole model; without torch.distributed, or with one process, nothing happens. Every process of the group must
     call it at the same point.
     """
@@ -53,11 +56,17 @@ def local_statistics(model: nn.Module, process_group: dist.ProcessGroup | None =
     if not initialised() or (processes := dist.get_world_size(process_group)) == 1:
         return {}
     return {
-        f"{path}.{name}".removeprefix("."): buffer
+        f"{path}.{name}".removeprefix("."): tensor
         for path, layer in model.named_modules()
         if _shared_by(layer) < processes
-        for name, buffer in layer.named_buffers(recurse=False)
+        for name, tensor in _state(layer)
     }
+
+
+def _state(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from layer.named_buffers(recurse=False)
+    if getattr(layer, "is_normalizer", False):
+        yield from ((name, p) for name, p in layer.named_parameters(recurse=False) if not p.requires_grad)
 
 
 def _shared_by(layer: nn.Module) -> int:

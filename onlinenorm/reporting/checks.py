@@ -8,8 +8,7 @@ import numpy as np
 
 from onlinenorm.reporting.errors import ReportError
 from onlinenorm.reporting.predictions import Predictions, load_predictions
-
-SCALES = ("imagenet", "imagenet-subset", "fashion_mnist", "embedded", "synthetic")
+from onlinenorm.scales import LABEL, is_label
 
 
 def lookup(tree: dict[str, Any], dotted: str, default: Any = None) -> Any:
@@ -43,8 +42,8 @@ def check_results(results: dict[str, Any], path: Path) -> None:
     for key in ("experiment", "normalizer", "dataset.name"):
         if not isinstance(lookup(results, key), str):
             fail(key, "is missing or not a text")
-    if results.get("scale") not in SCALES:
-        fail("scale", f"is {results.get('scale')!r}; it must be one of {', '.join(SCALES)}")
+    if not is_label(results.get("scale")):
+        fail("scale", f"is {results.get('scale')!r}; it must be {LABEL}")
     for key in ("seed", "dataset.train_images", "dataset.val_images"):
         number(key, 0, math.inf, int)
     for key in ("epochs", "last.epoch", "best_loss.epoch", "best_top1.epoch"):

@@ -9,6 +9,7 @@ from typing import Any
 from onlinenorm.reporting.errors import ReportError
 from onlinenorm.reporting.runs import Run, lookup
 from onlinenorm.reporting.spec import SettingSpec
+from onlinenorm.scales import UNKNOWN
 
 # Where files lie, how many workers read them and how fast a step runs does not change what is computed.
 _IRRELEVANT = {
@@ -16,7 +17,6 @@ _IRRELEVANT = {
     "data.unreadable_limit", "model.compile", "normalizer.backend",
 }  # fmt: skip
 _COMPARED_GROUPS = ("model", "data", "recipe")
-UNKNOWN = "unknown"
 NOT_SET = "not set"
 
 
@@ -74,10 +74,10 @@ def differences(runs: Sequence[Run], besides: Sequence[str]) -> list[str]:
 
 def planned_scale(run: Run) -> str | None:
     """Scale of a run that is not done, where its configuration tells it; a folder of ImageNet's layout does not."""
-    target = str(lookup(run.config, "data._target_", "")).rpartition(".")[2]
-    if target == "FashionMNIST":
+    target = lookup(run.config, "data._target_", "")
+    if target == "onlinenorm.data.FashionMNIST":
         return "embedded" if lookup(run.config, "data.embedded") else "fashion_mnist"
-    return "synthetic" if target == "Synthetic" else None
+    return "synthetic" if target == "onlinenorm.data.Synthetic" else None
 
 
 def departures(runs: Sequence[Run], setting: Sequence[SettingSpec]) -> list[Departure]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onlinenorm.reporting.errors import ReportError
+from onlinenorm.scales import UNKNOWN
 
 # Okabe-Ito and neighbours, for normalizers that configs/report.yaml does not name; distinct for the colour-blind.
 _SPARE_COLOURS = ("#882255", "#44AA99", "#332288", "#999933", "#AA4499", "#117733")
@@ -88,8 +89,13 @@ class ReportSpec:
         return known.get(normalizer) or RowSpec(label=normalizer, colour=spare)
 
     def scale(self, name: str) -> Scale:
-        """A scale's printed names; "unknown" when no run is done and the configuration cannot tell."""
-        return self.scales.get(name) or Scale(label="images not known before a run is done", short="unknown images")
+        """A scale's printed names: those of the file, else of a data set of the user's own its label.
+
+        "unknown" stands for no run that is done, and a configuration that cannot tell.
+        """
+        if name == UNKNOWN:
+            return Scale(label="images not known before a run is done", short="unknown images")
+        return self.scales.get(name) or Scale(label=f"{name}, not ImageNet", short=name)
 
 
 def parse_spec(content: Mapping[str, Any]) -> ReportSpec:

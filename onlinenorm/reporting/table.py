@@ -6,7 +6,7 @@ from typing import Any
 
 from onlinenorm.reporting.checks import counted
 from onlinenorm.reporting.runs import Run, lookup, milestones
-from onlinenorm.reporting.settings import UNKNOWN, Departure, check_one_table, departures, planned_scale
+from onlinenorm.reporting.settings import Departure, check_one_table, departures, planned_scale
 from onlinenorm.reporting.spec import Published, ReportSpec
 from onlinenorm.reporting.statistics import (
     MIN_SEEDS,
@@ -19,6 +19,7 @@ from onlinenorm.reporting.statistics import (
     summarize,
 )
 from onlinenorm.reporting.tally import Tally, former_attempts, tally
+from onlinenorm.scales import UNKNOWN
 
 METRICS = ("best_loss", "best_top1", "last_loss", "last_top1")
 COMPARED_METRICS = ("best_top1", "best_loss")

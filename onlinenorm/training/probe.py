@@ -10,15 +10,20 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
 
 from onlinenorm.errors import ConfigError
+from onlinenorm.normalizers.dependence import statistics_depend_on
+from onlinenorm.scales import COMPARABLE, LABEL, is_label
 from onlinenorm.training.config_check import build, prefixed
 from onlinenorm.training.roles import parameter_roles
+from onlinenorm.training.targets import NAMED
 
 CHANNELS = 64  # of the layer that is tried
+CLASSES = 7  # of the network that is tried
 
 
-def probe_normalizer(factory: Callable[..., Any], node: dict[str, Any]) -> None:
+def probe_normalizer(factory: Callable[..., Any], node: dict[str, Any], processes: int = 1) -> None:
     """Builds one layer of a normalizer and raises ConfigError, naming the key, for values that it cannot be meant with.
 
+    So it does for one that says ``averages_statistics = False`` where a run has several `processes`.
     torch's own layers take any eps and momentum; the ranges of both are checked here for every layer that has them.
     """
     name = node["_target_"]
@@ -31,8 +36,14 @@ def probe_normalizer(factory: Callable[..., Any], node: dict[str, Any]) -> None:
         raise ConfigError(f"normalizer._target_: {name} makes a {type(layer).__name__} and not a torch.nn.Module")
     try:
         parameter_roles(layer)
-    except ConfigError as error:
+        statistics_depend_on(layer)
+    except ValueError as error:
         raise ConfigError(f"normalizer._target_: {error}") from None
+    if processes > 1 and not all(getattr(inner, "averages_statistics", True) for inner in layer.modules()):
+        raise ConfigError(
+            f"normalizer._target_: {name} says that its statistics cannot be averaged over processes "
+            "(averages_statistics), so that each would validate a network of its own; train on one, trainer.devices=1"
+        )
     eps, momentum = getattr(layer, "eps", None), getattr(layer, "momentum", None)
     if "eps" in node and isinstance(eps, int | float) and not 0 < eps < math.inf:
         raise ConfigError(f"normalizer.eps: {eps!r} must be larger than 0: it is added to the variance, as 1e-5 is")
@@ -43,15 +54,43 @@ def probe_normalizer(factory: Callable[..., Any], node: dict[str, Any]) -> None:
         )
 
 
+def probe_network(network: Any, config: dict[str, Any]) -> None:
+    """Raises ConfigError for what a model's function made where that is not a network."""
+    if not isinstance(network, nn.Module):
+        name = config["model"]["_target_"]
+        raise ConfigError(f"model._target_: {name} makes a {type(network).__name__} and not a torch.nn.Module")
+
+
+def probe_data(data: Any, config: dict[str, Any]) -> None:
+    """Raises ConfigError for a data set of the user's own that lacks what a run and its table need."""
+    name = config["data"]["_target_"]
+    for key in ("scale", "class_names", "mean_std"):
+        try:
+            value = getattr(data, key)
+        except (NotImplementedError, AttributeError):
+            raise ConfigError(
+                f"data._target_: {name} has no {key}; onlinenorm.data.ImageDataModule says what a data set provides"
+            ) from None
+        if key == "scale" and not is_label(value):
+            raise ConfigError(f"data._target_: {name}.scale is {value!r}; it is {LABEL}, such as flowers")
+    if name not in NAMED["data"] and data.scale == COMPARABLE:
+        raise ConfigError(
+            f"data._target_: {name}.scale is {COMPARABLE!r}, which published figures are of; name it otherwise"
+        )
+
+
 def probe_batch(config: dict[str, Any], factory: Callable[..., Any], in_channels: int, image_size: int) -> None:
     """Raises ConfigError where a training batch leaves a layer of torch's norms a single value to normalise with.
+
+    So it does where a network of the user's own does not give a logit for each class.
 
     Args:
         config: of the run, its trainer resolved.
         factory: of its normalizer.
         in_channels, image_size: of the images.
     """
-    if not any(isinstance(layer, _NormBase) for layer in factory(num_features=CHANNELS).modules()):
+    own = config["model"]["_target_"] not in NAMED["model"]
+    if not own and not any(isinstance(layer, _NormBase) for layer in factory(num_features=CHANNELS).modules()):
         return
     trainer = {"devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1, "sync_batchnorm": False} | config["trainer"]
     parts = trainer["accumulate_grad_batches"]
@@ -59,8 +98,9 @@ def probe_batch(config: dict[str, Any], factory: Callable[..., Any], in_channels
     batch = max(config["recipe"]["batch_size"] // parts, 1)
     try:
         with torch.no_grad(), FakeTensorMode(), torch.compiler.set_stance("force_eager"):  # shapes without numbers
-            network = build(config, "model", normalizer=factory, num_classes=2, in_channels=in_channels)
-            network.train()(torch.empty(batch, in_channels, image_size, image_size))
+            network = build(config, "model", normalizer=factory, num_classes=CLASSES, in_channels=in_channels)
+            probe_network(network, config)
+            logits = network.train()(torch.empty(batch, in_channels, image_size, image_size))
     except (RuntimeError, NotImplementedError):
         return  # a layer of somebody's own that needs numbers
     except ValueError as error:
@@ -72,3 +112,9 @@ def probe_batch(config: dict[str, Any], factory: Callable[..., Any], in_channels
             f"of {image_size} pixels end in maps of 1 x 1{'' if alone else ' and a batch is one image'}; use a larger "
             f"data.image_size{'' if alone else ' or recipe.batch_size'}, or another normalizer"
         ) from error
+    if own and (not isinstance(logits, torch.Tensor) or logits.shape != (batch, CLASSES)):
+        made = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"model._target_: {config['model']['_target_']} built with num_classes={CLASSES} makes {made} of {batch} "
+            f"images, and not their logits, [{batch}, {CLASSES}]"
+        )

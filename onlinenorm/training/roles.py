@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import OnlineNorm
@@ -28,8 +29,8 @@ _CONTAINERS = (nn.Module, nn.ParameterList, nn.ParameterDict)
 def make_normalizer(target: Callable[..., Any], num_features: int, **arguments: Any) -> Any:
     """The layer of a normalizer's class or function, known as a normalizer from then on."""
     layer = target(num_features=num_features, **arguments)
-    if isinstance(layer, nn.Module):
-        layer.is_normalizer = True
+    for inner in layer.modules() if isinstance(layer, nn.Module) else ():
+        inner.is_normalizer = True
     return layer
 
 
@@ -47,10 +48,10 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                full = f"{path}{name}"
-                roles[full] = (
-                    _declared(full, above) or _implied(name, parameter, module, above) or _unknown(full, above)
-                )
+                full, (own, owner) = f"{path}{name}", (name, module)
+                if isinstance(module, ParametrizationList):  # OWNER.parametrizations.NAME.original
+                    own, owner = path.split(".")[-2], above[-3][1]
+                roles[full] = _declared(full, above) or _implied(own, parameter, owner, above) or _unknown(full, above)
     return roles
 
 

@@ -12,7 +12,7 @@ from onlinenorm.training.config_check import build, check_config, flatten, prefi
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import is_leader
-from onlinenorm.training.probe import probe_batch, probe_normalizer
+from onlinenorm.training.probe import probe_batch, probe_data, probe_network, probe_normalizer
 from onlinenorm.training.run_folder import RunFolder, run_path
 from onlinenorm.training.trainer import quiet_lightning, resolve
 
@@ -30,7 +30,9 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict[str, Any]:
     recipe = build(config, "recipe")
     normalizer = build(config, "normalizer")
-    probe_normalizer(normalizer, config["normalizer"])
+    where = config["trainer"]
+    processes = where["devices"] * where["num_nodes"]
+    probe_normalizer(normalizer, config["normalizer"], processes)
     names, seed, path = config["choices"], config["seed"], folder.path
     if results := folder.results(config):
         if folder.leader:
@@ -38,8 +40,6 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
         return results
     if folder.leader:  # at once, for what follows may take long
         chosen = " ".join(f"{group}={name}" for group, name in names.items() if name and group != "logger")
-        where = config["trainer"]
-        processes = where["devices"] * where["num_nodes"]
         print(
             f"{path}: {chosen} seed={seed}; on {f'{processes} x ' * (processes > 1)}{where['accelerator']}, "
             f"{where['precision']}",
@@ -50,6 +50,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
         data = build(config, "data", batch_size=recipe.batch_size, seed=seed, **views)
         data.prepare_data()
         data.setup("fit")
+        probe_data(data, config)
     probe_batch(config, normalizer, data.in_channels, data.image_size)
     with folder.held(), quiet_lightning():
         checkpoint, position = resumable(folder.checkpoints, config, data.fingerprint)
@@ -57,6 +58,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
         sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
         with prefixed("normalizer", config["normalizer"]):
             network = build(config, "model", normalizer=normalizer, **sizes)
+        probe_network(network, config)
         module = build(config, "classifier", network=network, recipe=recipe)
         log = EpochLog(path / "metrics.csv")
         steps = position["global_step"] if position else None

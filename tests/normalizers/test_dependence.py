@@ -67,3 +67,21 @@ def test_what_is_said_is_what_happens_when_a_batch_is_taken_in_parts(root, name)
         for a, b in zip(whole.buffers(), halves.buffers(), strict=True)
     )
     assert same == (ACCUMULATION not in statistics_depend_on(whole))
+
+
+def test_what_a_layer_says_covers_the_layers_in_it_and_is_one_of_two_words():
+    class Silent(nn.Module):
+        pass
+
+    class Says(nn.Module):
+        statistics_depend_on = (ACCUMULATION,)
+
+        def __init__(self):
+            super().__init__()
+            self.inner = Silent()
+
+    assert statistics_depend_on(Says()) == statistics_depend_on(nn.Sequential(Says())) == {ACCUMULATION}
+    for wrong in ("processes", ("batch",)):
+        Says.statistics_depend_on = wrong
+        with pytest.raises(ValueError, match=r"Says.statistics_depend_on: .* is no tuple of 'processes' and"):
+            statistics_depend_on(Says())

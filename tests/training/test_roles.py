@@ -124,3 +124,20 @@ def test_layers_of_ones_own_outside_of_normalizers():
             parameter_roles(nn.Sequential(layer))
     Scaled.parameter_roles = {"scale": "weight"}
     assert parameter_roles(Scaled()) == {"scale": "weight", "weight": "weight", "bias": "bias"}
+
+
+def test_a_parametrised_parameter_is_what_it_stands_for():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    def doubled(num_features):
+        return nn.utils.parametrize.register_parametrization(nn.BatchNorm2d(num_features), "weight", Twice())
+
+    assert roles(doubled) == {"bias": "norm_bias", "parametrizations.weight.original": "norm_weight"}
+    convolution = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1))
+    assert parameter_roles(convolution) == {
+        "bias": "bias",
+        "parametrizations.weight.original0": "weight",
+        "parametrizations.weight.original1": "weight",
+    }
