@@ -59,6 +59,24 @@ def test_damaged_files_are_counted_in_the_results(tmp_path):
     assert found["dataset"]["val_images"] == 6 and found["scale"] == "imagenet-subset"
 
 
+def test_a_run_goes_on_after_a_damaged_file_was_replaced(tmp_path, caplog):
+    tree, folder = write_tree(tmp_path / "set"), tmp_path / "run"
+    damaged = tree / "val" / "bee" / "1.JPEG"
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[:200])
+    with pytest.raises(ConfigError, match=r"Replace the file"):
+        run(folder, tree, "trainer.checkpoint_every_n_steps=1")
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    others = write_tree(tmp_path / "others", size=(64, 64))
+    with pytest.raises(ConfigError, match=r"data.root: holds other images than those that .*last.ckpt was trained on"):
+        run(folder, others, "trainer.checkpoint_every_n_steps=1")
+    damaged.unlink()
+    damaged.write_bytes(good)
+    found = run(folder, tree, "trainer.checkpoint_every_n_steps=1")
+    assert found["resumed"] == 1 and found["dataset"]["replaced"] == {"count": 1, "files": ["val/bee/1.JPEG"]}
+    assert "files of another size than before count as replaced (1): val/bee/1.JPEG" in caplog.text
+
+
 def test_official_archives_train_the_same_in_every_layout(tmp_path):
     official = write_official(tmp_path / "official")
     splits = open_splits(str(official))

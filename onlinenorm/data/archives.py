@@ -84,7 +84,7 @@ class ArchiveIndex(FolderIndex):
 
 
 def load_shards(archives: list[Path], name: str) -> ArchiveIndex:
-    """The index of a split whose class folders lie in tar shards (members CLASS/FILE); cached beside them."""
+    """The index of a split whose class folders lie in tar shards (members CLASS/FILE)."""
     archives = [path.resolve() for path in archives]
     members = lambda: (m for place, path in enumerate(archives) for m in _scan(path, place))  # noqa: E731
     key = _key(archives)
@@ -257,5 +257,5 @@ def _key(files: list[Path]) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
     for path in files:
         status = os.stat(path)
-        digest.update(b"%s %d %d\n" % (os.fsencode(path.name), status.st_size, status.st_mtime_ns))
+        digest.update(b"%s %d %d\n" % (os.fsencode(path), status.st_size, changed_ns(status)))
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,10 @@ from onlinenorm.data.index_cache import Arrays, cached_arrays
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-_FORMAT = "onlinenorm index 1"
+SIZES_ASKED = 100_000  # files of a split whose sizes are compared at each start
+
+_FORMAT = "onlinenorm index 2"
+_THREADS = 16
 
 
 class FolderIndex:
@@ -83,6 +86,14 @@ class FolderIndex:
         shorter.names = self.names[np.arange(len(moved)) + moved]
         return shorter
 
+    @property
+    def names_digest(self) -> str:
+        """sha256 of paths and labels, without sizes."""
+        digest = hashlib.sha256()
+        for array in (self.names, self.offsets, self.labels):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
     def update_digest(self, digest: Any) -> None:
         """Feeds paths, sizes and labels (not the pixels: reading 150 GB at every start would take minutes)."""
         for array in (self.names, self.offsets, self.labels, self.sizes):
@@ -100,23 +111,50 @@ def list_classes(folder: Path) -> list[str]:
 
 
 def load_index(folder: Path) -> FolderIndex:
-    """The index of a split, from its cache file if class folders and their modification times are unchanged."""
+    """The index of a split, from its cache file while that holds (`unchanged`)."""
     folder = Path(folder).resolve()
     classes = list_classes(folder)
-    key = _cache_key(folder, classes)
-    return FolderIndex(
-        folder, classes, **cached_arrays(folder.parent, folder.name, key, lambda: build_index(folder, classes))
+    key = hashlib.sha256(b"\0".join([_FORMAT.encode(), *map(os.fsencode, (folder, *classes))])).hexdigest()
+    arrays = cached_arrays(
+        folder.parent, folder.name, key, lambda: build_index(folder, classes), lambda found: unchanged(folder, found)
     )
+    return FolderIndex(folder, classes, **{name: arrays[name] for name in ("names", "offsets", "labels", "sizes")})
+
+
+def unchanged(folder: Path, arrays: Arrays) -> bool:
+    """Whether the arrays of `build_index` still hold.
+
+    Asked are the modification times of all folders, those within class folders too, which tell of files added, removed
+    and renamed; and the sizes of files, which may be overwritten in place: of all where they are at most
+    `SIZES_ASKED`, else of so many, evenly spaced (on a network file system a million take minutes).
+    """
+    step = -(-len(arrays["sizes"]) // SIZES_ASKED)
+    files, sizes = np.arange(0, len(arrays["sizes"]), step), arrays["sizes"][::step]
+    folders = np.arange(len(arrays["times"]))
+
+    def same(what: str, chosen: np.ndarray, expected: np.ndarray, ask: Callable[[str], int]) -> bool:
+        names, offsets = (arrays[f"{what}names"], arrays[f"{what}offsets"])
+        paths = (os.fsdecode(names[offsets[i] : offsets[i + 1]].tobytes()) for i in chosen)
+        return all(ask(os.path.join(folder, path)) == int(value) for path, value in zip(paths, expected, strict=True))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = [("folder_", i, arrays["times"][i], _modified) for i in np.array_split(folders, _THREADS)]
+        order = np.array_split(np.arange(len(files)), _THREADS)
+        parts += [("", files[i], sizes[i], _size) for i in order]
+        return all(pool.map(lambda part: same(*part), parts))
 
 
 def build_index(folder: Path, classes: list[str]) -> Arrays:
-    """Walks the class folders; names, offsets, labels and sizes as FolderIndex takes them.
+    """Walks the class folders; names, offsets, labels and sizes as FolderIndex takes them, and what `unchanged` asks.
 
     Raises DataError naming classes without a single image.
     """
+    modified = _modified(folder)  # before it is read: what changes meanwhile is seen at the next start
     # threads hide the latency of network filesystems; the work is system calls
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda name: scan_class(folder, name), classes))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        walked = list(pool.map(lambda name: _walk(folder, name), classes))
+    found = [files for files, _ in walked]
+    folders = [(".", modified), *(entry for _, entries in walked for entry in entries)]
     empty = [name for name, files in zip(classes, found, strict=True) if not files]
     if empty:
         raise DataError(
@@ -127,6 +165,8 @@ def build_index(folder: Path, classes: list[str]) -> Arrays:
         **pack_names([path for files in found for path, _ in files]),
         "labels": np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in found]),
         "sizes": np.array([size for files in found for _, size in files], dtype=np.int64),
+        **{f"folder_{key}": array for key, array in pack_names([path for path, _ in folders]).items()},
+        "times": np.array([time for _, time in folders], dtype=np.int64),
     }
 
 
@@ -147,21 +187,40 @@ def name_few(names: list[str], count: int = 5) -> str:
 
 def scan_class(folder: Path, name: str) -> list[tuple[str, int]]:
     """(path below `folder`, bytes) of the images in a class folder, in index order."""
-    files = []
-    for parent, _, file_names in sorted(os.walk(folder / name, followlinks=True)):
-        for file_name in sorted(file_names):
-            if file_name.lower().endswith(EXTENSIONS):
-                path = os.path.join(parent, file_name)
-                try:
-                    size = os.stat(path).st_size
-                except OSError:
-                    size = -1  # a broken link: found, counted, and reported as unreadable when its turn comes
-                files.append((os.path.relpath(path, folder), size))
-    return files
+    return _walk(folder, name)[0]
 
 
-def _cache_key(folder: Path, classes: list[str]) -> str:
-    digest = hashlib.sha256(_FORMAT.encode())
-    for name in classes:
-        digest.update(b"%s %d\n" % (os.fsencode(name), os.stat(folder / name).st_mtime_ns))
-    return digest.hexdigest()
+def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """(path below `folder`, bytes) of a class's images, in index order, and (path, modified) of the folders read."""
+    found: dict[str, list[str]] = {}
+    folders, todo = [], [os.path.join(folder, name)]
+    while todo:
+        parent = todo.pop()
+        try:
+            folders.append((os.path.relpath(parent, folder), _modified(parent)))
+            found[parent] = []
+            for entry in os.scandir(parent):
+                if entry.is_dir():
+                    todo.append(entry.path)
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    found[parent].append(entry.name)
+        except FileNotFoundError:  # there is none of this class
+            continue
+        except OSError as error:
+            raise DataError(f"root: {parent} cannot be read ({error.strerror}); correct its permissions") from None
+    paths = [os.path.join(parent, file) for parent in sorted(found) for file in sorted(found[parent])]
+    return [(os.path.relpath(path, folder), _size(path)) for path in paths], folders
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1  # a broken link: found, counted, and reported as unreadable when its turn comes
+
+
+def _modified(path: str | Path) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return -1

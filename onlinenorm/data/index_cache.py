@@ -1,5 +1,6 @@
 """Index arrays kept in a file between runs."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -16,25 +17,26 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onlinenorm"
 
 
-def cached_arrays(folder: Path, name: str, key: str, build: Callable[[], Arrays]) -> Arrays:
-    """The arrays that `build` makes, from the cache file if it was written under the same `key`.
+def cached_arrays(
+    folder: Path,
+    name: str,
+    key: str,
+    build: Callable[[], Arrays],
+    holds: Callable[[Arrays], bool] = lambda arrays: True,
+) -> Arrays:
+    """The arrays that `build` makes, from the cache file if it was written under the same `key` and `holds` agrees.
 
-    The cache lies in `folder` (`.onlinenorm-index-NAME.npz`), or where that is read-only in the user's cache folder
-    ($XDG_CACHE_HOME or ~/.cache, below onlinenorm/). Arrays that cannot be stored are built every time.
+    The file lies in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, below onlinenorm/) under a name made of
+    `folder` and `name`; nothing is written to the dataset. Arrays that cannot be stored are built every time.
     """
     place = hashlib.sha256(os.fsencode(folder / name)).hexdigest()[:16]
-    files = folder / f".onlinenorm-index-{name}.npz", user_cache() / f"index-{place}-{name}.npz"
-    for file in files:
-        cached = _load(file, key)
-        if cached is not None:
-            return cached
+    file = user_cache() / f"index-{place}-{name}.npz"
+    cached = _load(file, key)
+    if cached is not None and holds(cached):
+        return cached
     arrays = build()
-    for file in files:
-        try:
-            _store(file, key, arrays)
-            break
-        except OSError:
-            continue
+    with contextlib.suppress(OSError):
+        _store(file, key, arrays)
     return arrays
 
 

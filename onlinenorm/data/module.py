@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
 from onlinenorm.data.device_decode import DeviceLoader
 from onlinenorm.data.encoded import EncodedDataset
 from onlinenorm.data.errors import UnreadableImageError
+from onlinenorm.data.index import name_few
 from onlinenorm.data.limits import RULE, proportional
 from onlinenorm.data.resident import ResidentLoader
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
@@ -25,6 +27,9 @@ from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 from onlinenorm.data.workers import PREFETCHED, WorkerLoader, check_shared_memory, start_worker
 
 log = logging.getLogger(__name__)
+
+_LISTED = 1000  # replaced files named in results.json
+_REPLACED = 0.01  # share of the files that may have another size in a run that is continued
 
 AnyDataset = InMemoryDataset | FolderDataset
 
@@ -67,7 +72,8 @@ class ImageDataModule(pl.LightningDataModule):
         crop_padding: pixels that pad_crop adds on each side.
 
     Attributes: name, scale, num_classes, in_channels, class_names, train_images, val_images, fingerprint, unreadable
-    (paths of images that this process skipped, in order of appearance; kept in checkpoints).
+    (paths of images that this process skipped, in order of appearance), replaced (paths of files that got another size
+    between two starts of a run); both are kept in checkpoints.
     """
 
     root: str | None = None
@@ -108,6 +114,7 @@ class ImageDataModule(pl.LightningDataModule):
         check_int("crop_padding", self.crop_padding, 0)
         self.name = type(self).__name__
         self.unreadable: list[str] = []
+        self.replaced: list[str] = []
         self._resumed = (0, 0)
         self._train_sampler: GlobalBatchSampler | None = None
         self._statistics: dict[torch.device, list[torch.Tensor]] = {}
@@ -177,13 +184,53 @@ class ImageDataModule(pl.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """The `dataset` entry of results.json; `limited` only where it is."""
-        described = {
+        described: dict[str, Any] = {
             "name": self.name,
             "train_images": self.train_images,
             "val_images": self.val_images,
             "fingerprint": self.fingerprint,
         }
-        return described if self.limited is None else {**described, "limited": self.limited}
+        if self.limited is not None:
+            described["limited"] = self.limited
+        if self.replaced:
+            described["replaced"] = {"count": len(self.replaced), "files": self.replaced[:_LISTED]}
+        return described
+
+    def files(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps of the files, for `replaced_since`; None where there are none.
+
+        A run may go on after a damaged file was replaced, so that sizes are kept one by one, names in a digest.
+        """
+        if not all(isinstance(dataset, FolderDataset) for dataset in self._sets):
+            return None
+        indexes = [dataset.index for dataset in self._sets]
+        sizes = torch.from_numpy(np.concatenate([index.sizes for index in indexes]))
+        return {"names": [index.names_digest for index in indexes], "sizes": sizes}
+
+    def replaced_since(self, files: dict[str, Any] | None) -> list[str] | None:
+        """Paths whose size differs from that in `files` of a checkpoint; None where these are other images.
+
+        The same images are those of the same names and labels, of which at most `_REPLACED` (or three) have another
+        size.
+        """
+        here = self.files()
+        if files is None or here is None or files["names"] != here["names"]:
+            return None
+        changed = (files["sizes"] != here["sizes"]).nonzero().flatten().tolist()
+        if len(changed) > max(3, int(_REPLACED * len(here["sizes"]))):
+            return None
+        train, val = (dataset.index for dataset in self._sets)
+        return [
+            f"train/{train.relative_path(i)}" if i < len(train) else f"val/{val.relative_path(i - len(train))}"
+            for i in changed
+        ]
+
+    def note_replaced(self, files: dict[str, Any] | None) -> None:
+        """Keeps, and tells, which files were replaced since a checkpoint with `files` was written."""
+        new = self.replaced_since(files) or []
+        self.replaced = list(dict.fromkeys([*self.replaced, *new]))
+        if new and self._process()[0] == 0:
+            log.warning("files of another size than before count as replaced (%d): %s", len(new), name_few(new))
 
     # Lightning's hooks
 
@@ -246,11 +293,13 @@ class ImageDataModule(pl.LightningDataModule):
         return (x_NCHW.unflatten(0, (-1, crops)) if crops else x_NCHW), labels, indices
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the unreadable images met so far. Order and augmentation need no state."""
-        return {"unreadable": list(self.unreadable)} if self.unreadable else {}
+        """What a checkpoint keeps: images found unreadable or replaced so far. Order and augmentation need no state."""
+        lists = {"unreadable": self.unreadable, "replaced": self.replaced}
+        return {name: list(paths) for name, paths in lists.items() if paths}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.unreadable = [str(path) for path in state_dict.get("unreadable", [])]
+        self.replaced = [str(path) for path in state_dict.get("replaced", [])]
 
     def _statistics_on(self, device: torch.device) -> list[torch.Tensor]:
         # kept on the device: a copy from the host at every batch would wait for the GPU

@@ -93,12 +93,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def resumable(
-    folder: Path, config: dict[str, Any] | None = None, fingerprint: str | None = None
+    folder: Path, config: dict[str, Any] | None = None, data: Any = None
 ) -> tuple[Path | None, dict[str, int] | None]:
     """(checkpoint to continue from, its position), or (None, None) where there is none; reports unusable ones.
 
     Raises RunError when there are checkpoints and none can be used: starting over is for the user to say; ConfigError
-    when the one to continue from belongs to another configuration or to other images, where these are given.
+    when the one to continue from belongs to another configuration or to other images than those of the data module
+    `data`, where these are given.
     """
     unusable = []
     for name in (LAST, PREVIOUS):
@@ -111,7 +112,7 @@ def resumable(
             except RunError as error:
                 unusable.append(str(error))
                 continue
-            _check_kinship(path, content, config, fingerprint)
+            _check_kinship(path, content, config, data)
             for line in unusable:
                 print(f"{line}: continuing from {path}", file=sys.stderr)
             return path, content["position"]
@@ -123,10 +124,12 @@ def resumable(
     return None, None
 
 
-def _check_kinship(path: Path, content: dict[str, Any], config: dict[str, Any] | None, fingerprint: str | None) -> None:
+def _check_kinship(path: Path, content: dict[str, Any], config: dict[str, Any] | None, data: Any) -> None:
     if config is not None and (changes := changed_keys(content.get("config", config), config)):
         raise ConfigError(f"run_dir: {path} is a checkpoint of another configuration:\n  " + "\n  ".join(changes))
-    if fingerprint is not None and content.get("fingerprint", fingerprint) != fingerprint:
+    if data is None or content.get("fingerprint", data.fingerprint) == data.fingerprint:
+        return
+    if data.replaced_since(content.get("files")) is None:
         raise ConfigError(
             f"data.root: holds other images than those that {path} was trained on; give back the former ones, or "
             "choose another run_dir= to start over"
@@ -236,12 +239,15 @@ class Checkpoints(Checkpoint):
         checkpoint["best_top1"] = self.best_top1
         checkpoint["config"] = self._config
         checkpoint["fingerprint"] = trainer.datamodule.fingerprint
+        if files := trainer.datamodule.files():
+            checkpoint["files"] = files
 
     def on_load_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         self.best_top1 = checkpoint["best_top1"]
         position = checkpoint["position"]
         self._resumed_step = position["global_step"]
         trainer.datamodule.resume(position["epoch"], position["step"])
+        trainer.datamodule.note_replaced(checkpoint.get("files"))
         steps = trainer.datamodule.train_images // module.recipe.batch_size
         checkpoint["loops"] = {
             "fit_loop": loop_state(

@@ -53,7 +53,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
         probe_data(data, config)
     probe_batch(config, normalizer, data.in_channels, data.image_size)
     with folder.held(), quiet_lightning():
-        checkpoint, position = resumable(folder.checkpoints, config, data.fingerprint)
+        checkpoint, position = resumable(folder.checkpoints, config, data)
         pl.seed_everything(seed, workers=False, verbose=False)  # before the network: all normalizers share its weights
         sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
         with prefixed("normalizer", config["normalizer"]):

@@ -9,7 +9,7 @@ from onlinenorm.data import index as index_module
 from onlinenorm.data import index_cache
 from onlinenorm.data.datasets import fingerprint
 from onlinenorm.data.errors import DataError
-from onlinenorm.data.index import FolderIndex, build_index, list_classes, load_index
+from onlinenorm.data.index import FolderIndex, build_index, load_index
 
 
 @pytest.fixture(autouse=True)
@@ -58,30 +58,84 @@ def test_it_is_built_once_and_again_when_the_tree_changes(tree, monkeypatch):
     assert len(load_index(tree / "val")) == 6 and len(calls) == 4
 
 
-def test_a_damaged_cache_is_built_anew(tree):
+def test_files_changed_in_place_and_folders_within_classes_are_seen(tree, monkeypatch):
+    nested = write_image(tree / "train" / "bee" / "one" / "two" / "a.jpg", 1)
+    calls = count_builds(monkeypatch)
+    prints = [fingerprint([load_index(tree / "train")])]
+
+    def seen(length):
+        found = load_index(tree / "train")
+        assert len(found) == length and fingerprint([found]) not in prints
+        assert [int(size) for size in found.sizes] == [os.path.getsize(found.path(i)) for i in range(length)]
+        prints.append(fingerprint([found]))
+
+    nested.write_bytes(nested.read_bytes() + b"x" * 21)
+    seen(16)
+    write_image(nested.with_name("b.jpg"), 2)
+    seen(17)
+    nested.unlink()
+    seen(16)
+    write_image(nested.parents[1] / "c.jpg", 3)
+    seen(17)
+    load_index(tree / "train")
+    assert len(calls) == 5
+
+
+def test_of_very_large_sets_some_sizes_are_asked(tree, monkeypatch):
+    monkeypatch.setattr(index_module, "SIZES_ASKED", 4)
+    asked = []
+    load_index(tree / "train")
+    size = index_module._size
+    monkeypatch.setattr(index_module, "_size", lambda path: asked.append(path) or size(path))
+    load_index(tree / "train")
+    assert len(asked) == 4
+
+
+def test_a_folder_that_may_not_be_read_is_named(tree, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(index_module.os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"train/cat cannot be read \(Permission denied\); correct its permissions"):
+        load_index(tree / "train")
+
+
+def test_nothing_is_written_to_the_dataset(tree, cache, tmp_path):
+    (tmp_path / "link").symlink_to(tree)
+    before = sorted(tree.rglob("*"))
+    load_index(tmp_path / "link" / "train")
+    assert sorted(tree.rglob("*")) == before and len(list(cache.glob("index-*-train.npz"))) == 1
+
+
+def test_an_index_that_holds_a_pickle_is_built_anew(tree, cache, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
     expected = fingerprint([load_index(tree / "train")])
-    (file,) = tree.glob(".onlinenorm-index-train.npz")
+    (file,) = cache.glob("index-*-train.npz")
+    with np.load(file) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    np.savez(file, **{**arrays, "labels": np.array([Evil()], dtype=object)})
+    assert fingerprint([load_index(tree / "train")]) == expected and not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_cache_is_built_anew(tree, cache):
+    expected = fingerprint([load_index(tree / "train")])
+    (file,) = cache.glob("index-*-train.npz")
     file.write_bytes(file.read_bytes()[:100])
     assert fingerprint([load_index(tree / "train")]) == expected
-    assert not list(tree.glob("*.tmp"))
+    assert not list(cache.glob("*.tmp"))
 
 
-def test_a_read_only_dataset_is_cached_for_the_user(tree, cache, monkeypatch):
-    store = index_cache._store
-
-    def read_only(file, *rest):
-        if file.parent == tree:
-            raise PermissionError("read-only")
-        store(file, *rest)
-
-    monkeypatch.setattr(index_cache, "_store", read_only)
-    calls = count_builds(monkeypatch)
-    load_index(tree / "train")
-    load_index(tree / "train")
-    assert len(calls) == 1 and len(list(cache.glob("index-*-train.npz"))) == 1
+def test_without_a_cache_folder_it_is_built_every_time(tree, monkeypatch):
     monkeypatch.setattr(index_cache, "_store", lambda *a: (_ for _ in ()).throw(OSError("full")))
-    write_image(tree / "train" / "cat" / "new.jpg", 9)
-    assert len(load_index(tree / "train")) == 16
+    calls = count_builds(monkeypatch)
+    assert len(load_index(tree / "train")) == len(load_index(tree / "train")) == 15 and len(calls) == 2
 
 
 def test_fingerprint_sees_names_sizes_labels_and_limits(tree):
@@ -91,8 +145,7 @@ def test_fingerprint_sees_names_sizes_labels_and_limits(tree):
     prints.add(fingerprint([load_index(tree / "train")]))
     file = tree / "train" / "ant" / "1.JPEG"
     file.write_bytes(file.read_bytes() + b"x")
-    classes = list_classes(tree / "train")
-    prints.add(fingerprint([FolderIndex(tree / "train", classes, **build_index(tree / "train", classes))]))
+    prints.add(fingerprint([load_index(tree / "train")]))
     assert len(prints) == 4
 
 

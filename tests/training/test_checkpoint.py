@@ -1,6 +1,7 @@
 """Checkpoint files survive what happens to files."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -148,12 +149,16 @@ def test_flags_that_zip_cannot_serve_are_damage(folder):
         assert checkpoint.resumable(folder)[0] == folder / "previous.ckpt"
 
 
+def images(fingerprint):
+    return SimpleNamespace(fingerprint=fingerprint, replaced_since=lambda files: None)
+
+
 def test_one_of_another_run_is_not_continued(folder):
     checkpoint.write(
         state(3) | {"config": {"seed": 1, "data": {"root": "a"}}, "fingerprint": "x"}, folder / "last.ckpt"
     )
-    assert checkpoint.resumable(folder, {"seed": 1, "data": {"root": "b"}}, "x")[0] == folder / "last.ckpt"
+    assert checkpoint.resumable(folder, {"seed": 1, "data": {"root": "b"}}, images("x"))[0] == folder / "last.ckpt"
     with pytest.raises(ConfigError, match=r"is a checkpoint of another configuration:\n  seed: 1 -> 0"):
-        checkpoint.resumable(folder, {"seed": 0, "data": {"root": "a"}}, "x")
+        checkpoint.resumable(folder, {"seed": 0, "data": {"root": "a"}}, images("x"))
     with pytest.raises(ConfigError, match=r"^data.root: holds other images than those that .*last.ckpt was trained on"):
-        checkpoint.resumable(folder, {"seed": 1, "data": {"root": "a"}}, "y")
+        checkpoint.resumable(folder, {"seed": 1, "data": {"root": "a"}}, images("y"))
