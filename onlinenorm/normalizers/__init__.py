@@ -25,7 +25,7 @@ from onlinenorm.normalizers.clamping import remove_clamping
 from onlinenorm.normalizers.conversion import convert
 from onlinenorm.normalizers.loss_scale import rescale_controls
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
-from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d, synchronise_batch_norm
+from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d, check_synchronisable, synchronise_batch_norm
 from onlinenorm.normalizers.update import update_statistics
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "OnlineNorm2d",
     "SyncBatchNorm2d",
     "average_statistics",
+    "check_synchronisable",
     "convert",
     "gather_statistics",
     "group_norm",

@@ -1,5 +1,7 @@
 """BatchNorm over the batches of all processes on the CPU, which torch's own SyncBatchNorm (and DDP with it) refuses."""
 
+from collections.abc import Collection
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -56,19 +58,23 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return (y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y).to(dtype)
 
 
+def check_synchronisable(model: nn.Module, kinds: Collection[type]) -> None:
+    """Raises ValueError for a BatchNorm layer in ``model`` not of ``kinds``, which would lose its ways."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and (type(layer) not in kinds or "forward" in vars(layer)):
+            raise ValueError(
+                f"{path or 'model'}: {type(layer).__name__} cannot take the statistics of all processes, as "
+                f"{', '.join(kind.__name__ for kind in kinds)} can here"
+            )
+
+
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
     """Turn each BatchNorm2d in ``model`` into a `SyncBatchNorm2d`, in place, with all that hangs on it; returns it.
 
     Raises ValueError, before anything is changed, for a BatchNorm layer of another class that is not synchronised.
     """
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
-    for path, layer in layers.items():
-        if type(layer) not in (nn.BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm) or "forward" in vars(layer):
-            raise ValueError(
-                f"{path or 'model'}: {type(layer).__name__} cannot take the statistics of all processes on the CPU, "
-                "BatchNorm2d can"
-            )
-    for layer in layers.values():
+    check_synchronisable(model, (nn.BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm))
+    for layer in model.modules():
         if type(layer) is nn.BatchNorm2d:
             layer.__class__ = SyncBatchNorm2d  # which has the same state
     return model

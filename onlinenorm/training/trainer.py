@@ -9,9 +9,10 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.layer_sync import LayerSync
+from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
+from torch import nn
 
-from onlinenorm.normalizers import synchronise_batch_norm
+from onlinenorm.normalizers import check_synchronisable, synchronise_batch_norm
 from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.errors import ConfigError
@@ -21,6 +22,7 @@ from onlinenorm.training.precision import ScaledHalf
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.rendezvous import MeetingDDPStrategy
 
+TORCHS_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 Precision = Literal["auto", "32-true", "64-true", "bf16-mixed", "16-mixed"]
 
 _HARMLESS = (
@@ -125,9 +127,8 @@ def build_trainer(
     plugins: list[Any] = [VerifiedIO(), cluster_environment()]
     if scaled := precision == "16-mixed":
         plugins.append(ScaledHalf("cuda" if accelerator == "gpu" else "cpu"))
-    if sync_batchnorm and accelerator == "cpu" and strategy == "ddp":
-        sync_batchnorm = False  # Lightning's way is torch's SyncBatchNorm, which needs GPUs
-        plugins.append(SyncedBatchNorm())
+    if sync_batchnorm and strategy == "ddp":
+        plugins.append(SyncedBatchNorm(on_gpu=accelerator == "gpu"))
     # Buffers are not broadcast: OnlineNorm's are identical on all ranks, and rank 0's would overwrite local streams,
     # which are averaged where they are used instead.
     ddp: Any = strategy
@@ -149,7 +150,6 @@ def build_trainer(
         strategy=ddp,
         precision=None if scaled else precision,
         accumulate_grad_batches=accumulate_grad_batches,
-        sync_batchnorm=sync_batchnorm,
         deterministic=deterministic,
         benchmark=accelerator == "gpu" and not deterministic,
         log_every_n_steps=log_every_n_steps,
@@ -171,14 +171,23 @@ class TrainingGraph(pl.Callback):
         module.graph_steps()
 
 
-class SyncedBatchNorm(LayerSync):
-    """Lightning's door to `synchronise_batch_norm`."""
+class SyncedBatchNorm(TorchSyncBatchNorm):
+    """Replaces torch's BatchNorm layers: by its own SyncBatchNorm, or on the CPU, which that refuses, by ours."""
+
+    def __init__(self, on_gpu: bool):
+        self.on_gpu = on_gpu
 
     def apply(self, model):
-        return synchronise_batch_norm(model)
+        try:
+            if not self.on_gpu:
+                return synchronise_batch_norm(model)
+            check_synchronisable(model, TORCHS_BATCH_NORMS)
+        except ValueError as error:
+            raise ConfigError(f"trainer.sync_batchnorm: {error}; leave it false, or use normalizer=batch") from error
+        return super().apply(model)
 
-    def revert(self, model):  # in eval mode they are ordinary ones
-        return model
+    def revert(self, model):
+        return super().revert(model) if self.on_gpu else model  # in eval mode ours are ordinary ones
 
 
 @contextlib.contextmanager

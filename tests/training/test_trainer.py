@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 from tests_training import scaled_by
+from torch import nn
 
+from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.training import checkpoint, precision
 from onlinenorm.training.epoch_log import COLUMNS, EpochLog, to_csv
 from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.progress import clock, epoch_line
-from onlinenorm.training.trainer import build_trainer, quiet_lightning, resolve
+from onlinenorm.training.trainer import SyncedBatchNorm, build_trainer, quiet_lightning, resolve
 
 
 @pytest.fixture
@@ -99,3 +101,18 @@ def test_lines_for_people():
     assert [clock(s) for s in (-1, 9, 75, 3675)] == ["0:00", "0:09", "1:15", "1:01:15"]
     line = epoch_line(row(2, 1234.5), 10, 75.0)
     assert line.startswith("epoch 2/10  train loss 0.500  top-1 50.0%") and "1,234 images/s  1:15 left" in line
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_batch_norms_of_ones_own_are_not_replaced_without_a_word(on_gpu):
+    layers = nn.Sequential(nn.BatchNorm2d(2), nn.Sequential(FrozenBatchNorm(2)))
+    with pytest.raises(ConfigError, match=r"^trainer.sync_batchnorm: 1.0: FrozenBatchNorm cannot .* leave it false"):
+        SyncedBatchNorm(on_gpu).apply(layers)
+    assert type(layers[0]) is nn.BatchNorm2d and type(layers[1][0]) is FrozenBatchNorm
+    synchronised = SyncedBatchNorm(on_gpu).apply(nn.Sequential(nn.BatchNorm2d(2)))
+    assert type(synchronised[0]) is (nn.SyncBatchNorm if on_gpu else SyncBatchNorm2d)
