@@ -69,7 +69,7 @@ def check(
     config = {**config, "trainer": resolve(config["trainer"])}
     recipe, normalizer = build(config, "recipe"), build(config, "normalizer")
     processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
-    probe_normalizer(normalizer, config["normalizer"], processes)
+    probe_normalizer(normalizer, config["normalizer"], config["trainer"])
     yield _finding("config", OK, " ".join(f"{key}={name}" for key, name in config["choices"].items() if name))
     views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
     data = build(config, "data", batch_size=recipe.batch_size, seed=config["seed"], **views)

@@ -162,7 +162,7 @@ def test_statistics_that_cannot_be_averaged_are_for_one_process(folder):
     check_config(config)
     probe_normalizer(build(config, "normalizer"), config["normalizer"])
     with pytest.raises(ConfigError, match=r"Alone says that its statistics cannot be averaged .*trainer.devices=1"):
-        probe_normalizer(build(config, "normalizer"), config["normalizer"], processes=2)
+        probe_normalizer(build(config, "normalizer"), config["normalizer"], {"devices": 2})
 
 
 def test_a_sweep_takes_the_folder(folder, root, tmp_path):

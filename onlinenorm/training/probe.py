@@ -1,15 +1,16 @@
 """What is wrong with a network before it trains: one layer built, one batch sent through without its numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from onlinenorm.errors import ConfigError
+from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.normalizers.dependence import statistics_depend_on
 from onlinenorm.scales import COMPARABLE, LABEL, is_label
 from onlinenorm.training.config_check import build, prefixed
@@ -18,12 +19,17 @@ from onlinenorm.training.targets import NAMED
 
 CHANNELS = 64  # of the layer that is tried
 CLASSES = 7  # of the network that is tried
+_SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm2d)
 
 
-def probe_normalizer(factory: Callable[..., Any], node: dict[str, Any], processes: int = 1) -> None:
+def probe_normalizer(
+    factory: Callable[..., Any], node: dict[str, Any], trainer: Mapping[str, Any] | None = None
+) -> None:
     """Builds one layer of a normalizer and raises ConfigError, naming the key, for values that it cannot be meant with.
 
-    So it does for one that says ``averages_statistics = False`` where a run has several `processes`.
+    So it does for one that several processes of a `trainer` (resolved) cannot train: whose statistics cannot be
+    averaged (``averages_statistics = False``), or that synchronising would replace by torch's own.
+
     torch's own layers take any eps and momentum; the ranges of both are checked here for every layer that has them.
     """
     name = node["_target_"]
@@ -39,10 +45,21 @@ def probe_normalizer(factory: Callable[..., Any], node: dict[str, Any], processe
         statistics_depend_on(layer)
     except ValueError as error:
         raise ConfigError(f"normalizer._target_: {error}") from None
-    if processes > 1 and not all(getattr(inner, "averages_statistics", True) for inner in layer.modules()):
+    if factory(num_features=CHANNELS) is layer:
+        raise ConfigError(f"normalizer._target_: {name} makes the same layer at each call, and each site needs its own")
+    trainer = trainer or {}
+    several = trainer.get("devices", 1) * trainer.get("num_nodes", 1) > 1
+    if several and not all(getattr(inner, "averages_statistics", True) for inner in layer.modules()):
         raise ConfigError(
             f"normalizer._target_: {name} says that its statistics cannot be averaged over processes "
             "(averages_statistics), so that each would validate a network of its own; train on one, trainer.devices=1"
+        )
+    kinds = {type(inner) for inner in layer.modules() if isinstance(inner, _BatchNorm)}
+    own = sorted(kind.__name__ for kind in kinds.difference(_SYNCHRONISED))
+    if several and trainer.get("sync_batchnorm") and own:
+        raise ConfigError(
+            f"trainer.sync_batchnorm: {', '.join(own)} of {name} would be replaced by torch's SyncBatchNorm, "
+            "without what it does otherwise; leave it false"
         )
     eps, momentum = getattr(layer, "eps", None), getattr(layer, "momentum", None)
     if "eps" in node and isinstance(eps, int | float) and not 0 < eps < math.inf:

@@ -32,7 +32,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
     normalizer = build(config, "normalizer")
     where = config["trainer"]
     processes = where["devices"] * where["num_nodes"]
-    probe_normalizer(normalizer, config["normalizer"], processes)
+    probe_normalizer(normalizer, config["normalizer"], where)
     names, seed, path = config["choices"], config["seed"], folder.path
     if results := folder.results(config):
         if folder.leader:

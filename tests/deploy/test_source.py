@@ -205,3 +205,16 @@ def test_bombs_go_off_without_the_protection(tmp_path):
     # the other tests would pass with a dud
     pickle.loads(pickle.dumps(Bomb(tmp_path / "trace")))
     assert (tmp_path / "trace").exists()
+
+
+def test_what_is_allowed_is_still_of_a_package_of_ones_own(clamp_run, copied):
+    folder = copied(clamp_run)
+    for node, name in {"model": "os.system", "normalizer": "torch.load", "trainer": "subprocess.run"}.items():
+        edit_config(folder, lambda config, node=node, name=name: config[node].update(_target_=name))
+        with pytest.raises(DeployError, match=f"{node}._target_: {name!r} is .*refused"):
+            load_trained(folder, allowed=["os.system", "torch.load", "subprocess.run"])
+        edit_config(folder, lambda config, node=node: config.update({node: read_config(clamp_run)[node]}))
+
+
+def read_config(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())

@@ -68,3 +68,24 @@ def test_what_is_no_layer_is_told():
         probe_normalizer(lambda num_features: num_features, node)
     with pytest.raises(ConfigError, match=r"^normalizer: mine.Norm could not be built"):
         probe_normalizer(lambda num_features: nn.BatchNorm2d(num_features, nonsense=1), node)
+
+
+def test_a_layer_for_all_sites_is_none():
+    shared = nn.Identity()
+    with pytest.raises(ConfigError, match=r"^normalizer._target_: mine.norm makes the same layer at each call"):
+        probe_normalizer(lambda num_features: shared, {"_target_": "mine.norm"})
+
+
+def test_what_synchronising_would_replace_is_refused():
+    """torch turns subclasses into SyncBatchNorm, and what they override is gone."""
+
+    class Squashing(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).tanh()
+
+    several = {"devices": 1, "num_nodes": 2, "sync_batchnorm": True}
+    with pytest.raises(ConfigError, match=r"^trainer.sync_batchnorm: Squashing of mine.Squashing would be replaced"):
+        probe_normalizer(Squashing, {"_target_": "mine.Squashing"}, several)
+    for trainer in ({"devices": 1, "sync_batchnorm": True}, {"devices": 2}, None):
+        probe_normalizer(Squashing, {"_target_": "mine.Squashing"}, trainer)
+    probe_normalizer(nn.BatchNorm2d, {"_target_": "torch.nn.BatchNorm2d"}, several)
