@@ -55,10 +55,10 @@ def prepare(trained: Trained, form: Form, keep_clamp: bool = False) -> nn.Module
     """
     guard = trained.guard
     if not form.holds_guards:
-        if trained.own_model:
+        if own := trained.own("model") or trained.own("normalizer"):
             raise DeployError(
-                f"--to {form.name}: holds weights of networks that its reader can build, and {trained.own_model} is "
-                f"your own; use {_others()}"
+                f"--to {form.name}: holds weights of networks that its reader can build, and {own} is your own; use "
+                f"{_others()}"
             )
         if guard == "layer_scaling":
             raise DeployError(

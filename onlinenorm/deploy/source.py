@@ -56,11 +56,10 @@ class Trained:
         """Name of the function or class that builds the network."""
         return self.config["model"]["_target_"].rpartition(".")[2]
 
-    @property
-    def own_model(self) -> str:
-        """The network's class or function in full where it is not of this package, else ""."""
-        target = self.config["model"]["_target_"]
-        return "" if target in NAMED["model"] else target
+    def own(self, group: str) -> str:
+        """What a node, "model" or "normalizer", names in full where it is not in our list, else ""."""
+        target = self.config[group]["_target_"]
+        return "" if target in NAMED[group] else target
 
     @property
     def arguments(self) -> dict[str, Any]:

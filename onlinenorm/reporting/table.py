@@ -10,6 +10,7 @@ from onlinenorm.reporting.settings import Departure, check_one_table, departures
 from onlinenorm.reporting.spec import Published, ReportSpec
 from onlinenorm.reporting.statistics import (
     MIN_SEEDS,
+    NOT_COMPARABLE,
     NOT_RUN,
     Summary,
     Verdict,
@@ -243,6 +244,9 @@ def _between_rows(rows: list[Row], runs: Sequence[Run], spec: ReportSpec, scale:
             margin = _margin(spec, scale, metric)
             a, b = _figures(first, metric, runs), _figures(second, metric, runs)
             verdict = compare_rows(a, b, margin, spec.alpha, diverged)
+            if a and b and scale not in spec.margins:
+                reason = f"configs/report.yaml has no margin for {spec.scale(scale).short}"
+                verdict = Verdict(NOT_COMPARABLE, reason, verdict.difference)
             comparisons.append(Comparison(first, second, metric, margin, verdict))
     return comparisons
 

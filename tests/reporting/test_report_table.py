@@ -190,3 +190,14 @@ def test_a_spec_with_an_unknown_key_or_a_margin_of_zero_is_refused(root):
     content["equivalence"]["margins"]["embedded"]["best_top1"] = 0
     with pytest.raises(ReportError, match="margins of embedded"):
         parse_spec(content)
+
+
+def test_images_of_ones_own_have_a_table_and_no_verdict(tmp_path, spec):
+    for seed in range(3):
+        for normalizer in ("online_clamp", "batch"):
+            write_run(tmp_path, normalizer, seed, scale="moths", top1=0.8 + 0.01 * seed)
+    report = report_on(tmp_path, spec)
+    assert report.scale == report.scale_short == "moths" and report.scale_label.startswith("moths")
+    told = [c.verdict for c in report.comparisons if c.verdict.outcome != "not run"]
+    assert told and {verdict.outcome for verdict in told} == {"not comparable"}
+    assert "configs/report.yaml has no margin for moths" in {verdict.reason for verdict in told}
