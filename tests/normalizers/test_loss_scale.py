@@ -11,29 +11,32 @@ from onlinenorm.normalizers import rescale_controls
 SAMPLES, STEPS = 32, 60
 
 
-def network(backend):
+def network(backend="auto", width=16):
     torch.manual_seed(0)
-    convs = [nn.Conv2d(c_in, c, 3, stride, 1) for c_in, c, stride in ((3, 16, 1), (16, 16, 1), (16, 32, 2))]
+    sizes = (3, width, 1), (width, width, 1), (width, 2 * width, 2)
+    convs = [nn.Conv2d(inputs, outputs, 3, stride, 1) for inputs, outputs, stride in sizes]
     blocks = [nn.Sequential(conv, OnlineNorm2d(conv.out_channels, backend=backend), nn.ReLU()) for conv in convs]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
 
 
-def train(scale=None, follow=None, left_out=0, backend="torch", steps=STEPS):
+def train(scale=None, follow=None, left_out=0, model=None, steps=STEPS):
     """Mean loss of the last steps, steps that the scaler discarded, and the network; ``left_out`` are done without."""
-    model = network(backend)
+    model = network() if model is None else model
+    device = model[0][0].weight.device
     norms = [module for module in model.modules() if isinstance(module, OnlineNorm2d)]
     optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    scaler = torch.amp.GradScaler(device.type, init_scale=scale or 1.0, enabled=scale is not None)
     generator = torch.Generator().manual_seed(1)
     centres, losses, discarded = torch.randn(10, 3, 12, 12, generator=generator), [], 0
     for step in range(steps):
         labels = torch.randint(10, (SAMPLES,), generator=generator)
         x = centres[labels] + 0.5 * torch.randn(SAMPLES, 3, 12, 12, generator=generator)
+        x, labels = x.to(device, memory_format=torch.channels_last), labels.to(device)
         before = scaler.get_scale()
         if follow == "gradient_scale":
             for norm in norms:
                 norm.gradient_scale = 1 / before
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(device.type, torch.float16):
             loss = F.cross_entropy(model(x).float(), labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -68,14 +71,26 @@ def test_training_goes_on_after_an_overflow_that_no_control_follows(scale):
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_a_scale_that_never_overflows_changes_nothing(backend):
-    plain, scaled = (train(scale, backend=backend, steps=4) for scale in (None, 2.0**8))
+    plain, scaled = (train(scale, model=network(backend), steps=4) for scale in (None, 2.0**8))
     assert scaled[0] == pytest.approx(plain[0], rel=1e-3)
 
 
 def test_only_controls_are_rescaled():
-    model = network("torch")
+    model = network()
     model(torch.randn(4, 3, 6, 6)).sum().backward()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rescale_controls(model, 0.25)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name] * (0.25 if "control" in name else 1)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [16, 64])
+def test_overflow_on_a_gpu_costs_the_steps_that_are_discarded_and_no_more(width):
+    """Two-pass kernels, and single-read ones, whose gradients are float16 and overflow."""
+    models = [network(width=width).to("cuda", memory_format=torch.channels_last) for _ in range(3)]
+    loss, discarded, _ = train(2.0**24, "rescale_controls", model=models[0])
+    expected = train(left_out=discarded, model=models[1])[0]
+    assert discarded > 5 and loss == pytest.approx(expected, rel=0.1)
+    assert train(2.0**24, model=models[2])[0] < 2 * expected
+    assert all(value.isfinite().all() for value in models[2].state_dict().values())
