@@ -56,7 +56,7 @@ def test_damaged_files_are_counted_in_the_results(tmp_path):
     found = run(tmp_path / "lenient", tree, "data.on_unreadable=skip", "data.unreadable_limit=0.2")
     assert found["unreadable"]["count"] == 3
     assert sorted(found["unreadable"]["files"]) == ["train/ant/3.JPEG", "train/cat/0.JPEG", "val/bee/1.JPEG"]
-    assert found["dataset"]["val_images"] == 6 and found["scale"] == "imagenet-subset"
+    assert found["dataset"]["val_images"] == 6 and (found["scale"], found["dataset"]["name"]) == ("folder", "set")
 
 
 def test_a_run_goes_on_after_a_damaged_file_was_replaced(tmp_path, caplog):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from onlinenorm.data.decoders import DECODERS
+from onlinenorm.data.decoders import DECODERS, named_warnings
 from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.limits import LimitedSource
@@ -188,7 +188,10 @@ class FolderDataset(Dataset):
 
     def decode(self, index: int, draws_K: np.ndarray) -> np.ndarray:
         """Crops of one image, crops x H x W x 3; raises whatever the file system or the decoder raises."""
-        return DECODERS[self.decoder](self.index.read(index), self.planner(draws_K))
+        data = self.index.read(index)
+        with named_warnings() as reading:
+            reading.file = self.index.path(index)
+            return DECODERS[self.decoder](data, self.planner(draws_K))
 
     def failure(self, index: int) -> str:
         """Why image `index` cannot be read, in words."""

@@ -3,17 +3,57 @@
 EXIF orientation is not applied (torchvision's ImageFolder does not either, and the published numbers were made so).
 """
 
+import contextlib
 import io
+import logging
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
 from onlinenorm.data.transforms import Planner, cut_crops, follow_plan
 
+log = logging.getLogger(__name__)
+
 _JPEG_START = b"\xff\xd8\xff"
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """An image file as 8-bit RGB, its first frame; 16-bit gray is scaled, where Pillow's own conversion makes it white.
+
+    Raises ValueError for floating-point and 32-bit pixels, whose range no file tells.
+    """
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("it is none of the formats that Pillow reads, or damaged") from None
+    with opened:
+        opened.load()
+        if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM")):
+            gray_HW = (np.asarray(opened).astype(np.uint32) + 128) // 257  # 65535 becomes 255
+            return Image.fromarray(gray_HW.astype(np.uint8)).convert("RGB")
+        if opened.mode in ("I", "F"):
+            kind = "floating-point" if opened.mode == "F" else "32-bit"
+            raise ValueError(f"its pixels are {kind} numbers of unknown range; save it with 8 or 16 bits")
+        return opened if opened.mode == "RGB" else opened.convert("RGB")  # converting RGB would copy it
+
+
+@contextlib.contextmanager
+def named_warnings(handle: Callable[[str], None] = log.warning) -> Iterator[threading.local]:
+    """Context in which warnings of decoders (damaged EXIF data) go to `handle`, after the thread's `.file`."""
+    reading = threading.local()
+
+    def show(message, *_, **__):
+        handle(f"{getattr(reading, 'file', 'an image')}: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield reading
 
 
 def decode_pillow(data: bytes, planner: Planner) -> np.ndarray:
@@ -21,9 +61,7 @@ def decode_pillow(data: bytes, planner: Planner) -> np.ndarray:
 
     No reduced-size decoding (draft mode, reducing_gap): it would be faster and change the pixels.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        opened.load()
-        image = opened if opened.mode == "RGB" else opened.convert("RGB")  # converting RGB would copy it
+    image = open_rgb(data)
     plan = planner(*image.size)
     if plan.box is not None:
         left, top, width, height = plan.box

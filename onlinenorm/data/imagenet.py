@@ -15,7 +15,7 @@ from onlinenorm.data.encoded import EncodedDataset
 from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import EXTENSIONS, FolderIndex, list_classes, load_index, name_few
 from onlinenorm.data.module import ImageDataModule
-from onlinenorm.data.verify import PUBLISHED, recorded
+from onlinenorm.data.verify import recorded, scale_of
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ class ImageNet(ImageDataModule):
     """Class folders train/CLASS and val/CLASS, loose or in tar files, read as torchvision's ImageFolder does.
 
     Labels are positions in the sorted list of class folders. `scale` is "imagenet" only for 1,000 classes with
-    1,281,167 and 50,000 images, else "imagenet-subset". Training crops have `image_size` pixels; validation
+    1,281,167 and 50,000 images, "imagenet-subset" for other sets of classes named by WordNet's ids (n01440764), else
+    "folder", and `name` then that of the folder. Training crops have `image_size` pixels; validation
     resizes the shorter side to image_size * 256 / 224 first. pad_crop and none are meant for small images.
     Arguments are those of ImageDataModule.
     """
@@ -51,6 +52,8 @@ class ImageNet(ImageDataModule):
 
     def build(self) -> tuple[FolderDataset, FolderDataset]:
         train, val = self._splits = open_splits(self.root)
+        if scale_of(train.class_names, len(train), len(val)) == "folder":
+            self.name = Path(self.root).expanduser().resolve().name
         size, padding, seed = self.image_size, self.crop_padding, self.seed
         if self.decoder in DEVICE_DECODERS:
             ours = EncodedDataset(train, self.augmentation, size, padding, seed, True, self.device_fraction)
@@ -80,8 +83,7 @@ class ImageNet(ImageDataModule):
 
     @property
     def scale(self) -> str:
-        found = self.num_classes, self.train_images, self.val_images
-        return "imagenet" if found == PUBLISHED else "imagenet-subset"
+        return scale_of(self.class_names, self.train_images, self.val_images)
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,8 +1,8 @@
 """Checks a prepared dataset, and keeps what was found where ImageNet's data module looks for it."""
 
-import io
 import json
 import logging
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from onlinenorm.data.archives import Report, silent
 from onlinenorm.data.datasets import fingerprint
+from onlinenorm.data.decoders import named_warnings, open_rgb
 from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.index_cache import user_cache
 from onlinenorm.data.randomness import CONTENT, hash64
@@ -24,8 +24,17 @@ PUBLISHED = 1000, 1_281_167, 50_000  # classes, training and validation images o
 VAL_IMAGES_A_CLASS = 50
 _WHAT = "classes", "training images", "validation images"
 
+_WORDNET_ID = re.compile(r"n\d{8}")
+
 _FILE = ".onlinenorm-verified.json"
 _TOGETHER = 512  # images handed to the threads at a time
+
+
+def scale_of(class_names: list[str], train_images: int, val_images: int) -> str:
+    """ "imagenet", "imagenet-subset" or, where the classes are not named by WordNet's ids, "folder"."""
+    if not all(_WORDNET_ID.fullmatch(name) for name in class_names):
+        return "folder"
+    return "imagenet" if (len(class_names), train_images, val_images) == PUBLISHED else "imagenet-subset"
 
 
 def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, report: Report = silent) -> dict[str, Any]:
@@ -57,8 +66,9 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, report: 
         unreadable += _undecodable(index, chosen, split, report)
     if unreadable:
         problems.append(f"{len(unreadable)} of {decoded:,} images decoded are unreadable, the first {unreadable[0]}")
+    scale = scale_of(train.class_names, *counts[1:])
     return {
-        "scale": "imagenet" if counts == PUBLISHED and not problems else "imagenet-subset",
+        "scale": "imagenet-subset" if problems and scale == "imagenet" else scale,
         "classes": counts[0],
         "train_images": counts[1],
         "val_images": counts[2],
@@ -111,9 +121,9 @@ def _sample(length: int, count: int | None) -> np.ndarray:
 
 def _undecodable(index: FolderIndex, chosen: np.ndarray, split: str, report: Report) -> list[str]:
     def problem(i: int) -> str | None:
+        reading.file = f"{split}/{index.relative_path(i)}"
         try:
-            with Image.open(io.BytesIO(index.read(i))) as image:
-                image.convert("RGB")
+            open_rgb(index.read(i))
         except MemoryError:
             raise
         except Exception as error:  # a damaged file makes decoders raise almost anything
@@ -121,7 +131,7 @@ def _undecodable(index: FolderIndex, chosen: np.ndarray, split: str, report: Rep
         return None
 
     found = []
-    with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
+    with named_warnings() as reading, ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
         for begin in range(0, len(chosen), _TOGETHER):
             found += filter(None, pool.map(problem, chosen[begin : begin + _TOGETHER].tolist()))
             report(f"decoding {split}", min(begin + _TOGETHER, len(chosen)), len(chosen))

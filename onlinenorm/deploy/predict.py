@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from onlinenorm.data import DataError, FashionMNIST, ImageNet
-from onlinenorm.data.decoders import DECODERS
+from onlinenorm.data.decoders import DECODERS, named_warnings, open_rgb
 from onlinenorm.data.fashion_mnist import SIZE
 from onlinenorm.data.index import EXTENSIONS
 from onlinenorm.data.transforms import Plan, cut_crops, plan_center_crop, shorter_side
@@ -75,8 +75,9 @@ def read_image(file: Path, trained: Trained) -> torch.Tensor:
     if channels not in (1, 3):
         raise DeployError(f"image files have 1 or 3 channels and the network's images {channels}")
     size = SIZE if isinstance(data, FashionMNIST) else data.image_size
-    with Image.open(file) as opened:
-        image = opened.convert("L" if channels == 1 else "RGB")
+    image = open_rgb(encoded)
+    if channels == 1:
+        image = image.convert("L")
     width, height = shorter_side(*image.size, size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -101,7 +102,9 @@ def predict(
         group, images, errors = files[start : start + batch_size], [], {}
         for file in group:
             try:
-                images.append(read_image(file, trained))
+                with named_warnings() as reading:
+                    reading.file = file
+                    images.append(read_image(file, trained))
             except DeployError:
                 raise
             except Exception as error:  # a damaged file makes decoders raise almost anything

@@ -1,11 +1,12 @@
 import io
+import warnings
 
 import numpy as np
 import pytest
 from image_folders import write_image
 from PIL import Image
 
-from onlinenorm.data.decoders import DECODERS, decode_pillow, decode_torchvision
+from onlinenorm.data.decoders import DECODERS, decode_pillow, decode_torchvision, named_warnings
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.transforms import DRAWS, plan_center_crop, plan_random_resized_crop, plan_scale_jitter
 
@@ -69,3 +70,56 @@ def test_damaged_files_raise(tmp_path, decoder, damage):
     data = {"empty": b"", "noise": b"\xff\xd8\xff" + bytes(range(256)) * 4}.get(damage, good[: len(good) // 2])
     with pytest.raises((OSError, SyntaxError, ValueError)):
         DECODERS[decoder](data, lambda w, h: plan_center_crop(w, h, 32))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_16_bit_gray_is_scaled(decoder, kind):
+    gray_HW = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    content = io.BytesIO()
+    Image.fromarray(gray_HW).save(content, kind)
+    crops = DECODERS[decoder](content.getvalue(), lambda w, h: plan_center_crop(w, h, 56))
+    expected = (gray_HW / 257).round().astype(np.uint8)
+    near = np.asarray(Image.fromarray(expected).resize((64, 64)))[4:-4, 4:-4]
+    assert np.abs(crops[0].astype(int) - near[..., None].astype(int)).max() <= 1
+    assert 90 < crops.mean() < 165 and crops.std() > 40
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floating-point"), (np.int32, "32-bit")])
+def test_pixels_of_unknown_range_are_refused(decoder, dtype, kind):
+    content = io.BytesIO()
+    Image.fromarray(np.ones((64, 64), dtype)).save(content, "TIFF")
+    with pytest.raises(ValueError, match=f"its pixels are {kind} numbers of unknown range"):
+        DECODERS[decoder](content.getvalue(), lambda w, h: plan_center_crop(w, h, 56))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [("1", "PNG", {}), ("LA", "PNG", {}), ("P", "PNG", {"transparency": 3}), ("P", "GIF", {}), ("CMYK", "TIFF", {})],
+)
+def test_rare_modes_keep_their_brightness(mode, kind, options):
+    half = Image.fromarray(np.repeat([[0] * 32, [255] * 32], 32, axis=1).astype(np.uint8).reshape(2, -1)[:, :64])
+    picture = half.resize((64, 64), Image.Resampling.NEAREST).convert("RGB" if mode in ("CMYK", "P") else "L")
+    content = io.BytesIO()
+    picture.convert(mode).save(content, kind, **options)
+    crops = decode_pillow(content.getvalue(), lambda w, h: plan_center_crop(w, h, 64))
+    assert abs(crops.mean() - np.asarray(picture).mean()) < 2
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_what_is_no_image_is_told_without_an_address(decoder):
+    with pytest.raises(OSError, match="none of the formats that Pillow reads") as told:
+        DECODERS[decoder](b"no image", lambda w, h: plan_center_crop(w, h, 56))
+    assert "BytesIO" not in str(told.value)
+
+
+def test_warnings_carry_the_name_of_the_file(caplog):
+    with named_warnings() as reading:
+        reading.file = "train/ant/0.JPEG"
+        warnings.warn("Corrupt EXIF data", stacklevel=1)
+        reading.file = "train/ant/1.JPEG"
+        warnings.warn("Corrupt EXIF data", stacklevel=1)
+    assert [record.message for record in caplog.records] == [
+        "train/ant/0.JPEG: Corrupt EXIF data", "train/ant/1.JPEG: Corrupt EXIF data"
+    ]  # fmt: skip

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from image_folders import write_image, write_tree
+from PIL import Image
 
 from onlinenorm.data import DataError, ImageNet, UnreadableImageError
 
@@ -25,16 +26,22 @@ def hooked(data, loader):
 def test_description(tree):
     data = module(tree)
     data.setup()
-    assert (data.num_classes, data.class_names, data.scale) == (3, ["ant", "bee", "cat"], "imagenet-subset")
-    assert (data.train_images, data.val_images, data.name, data.in_channels) == (15, 6, "imagenet", 3)
+    assert (data.num_classes, data.class_names, data.scale) == (3, ["ant", "bee", "cat"], "folder")
+    assert (data.train_images, data.val_images, data.name, data.in_channels) == (15, 6, "set", 3)
     assert module(tree, limit_train=7, limit_val=2).describe()["train_images"] == 7
     assert module(tree, limit_train=7).fingerprint != data.fingerprint == module(tree).fingerprint
 
 
 def test_only_the_published_counts_are_called_imagenet(tree, monkeypatch):
     data = module(tree)
-    for counts, scale in [((1000, 1281167, 50000), "imagenet"), ((1000, 1281166, 50000), "imagenet-subset")]:
-        for name, value in zip(("num_classes", "train_images", "val_images"), counts, strict=True):
+    wordnet, others = ([f"{letter}{c:08d}" for c in range(1000)] for letter in "nm")
+    for *counts, scale in [
+        (wordnet, 1281167, 50000, "imagenet"),
+        (wordnet, 1281166, 50000, "imagenet-subset"),
+        (wordnet[:10], 9469, 3925, "imagenet-subset"),
+        (others, 1281167, 50000, "folder"),
+    ]:
+        for name, value in zip(("class_names", "train_images", "val_images"), counts, strict=True):
             monkeypatch.setattr(ImageNet, name, property(lambda _, v=value: v))
         assert data.scale == scale
 
@@ -174,3 +181,13 @@ def test_decoders_give_nearly_the_same_training_pixels(tree):
         return np.concatenate([batch[0].numpy().astype(int) for batch in loader])
 
     assert np.abs(pixels("pillow") - pixels("torchvision")).mean() < 1
+
+
+def test_damaged_exif_data_is_told_with_the_file(tree, caplog):
+    file = tree / "train" / "bee" / "0.JPEG"
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x20\0" + b"\x1a\x01\x05\0\x01\0\0\0\xff\xff\0\0"  # cut short
+    with Image.open(file) as image:
+        image.save(file, "JPEG", exif=exif)
+    data = module(tree)
+    list(data.train_dataloader())
+    assert "train/bee/0.JPEG: " in caplog.text
