@@ -17,7 +17,7 @@ from onlinenorm.training.config_check import build, prefixed
 from onlinenorm.training.roles import parameter_roles
 from onlinenorm.training.targets import NAMED
 
-CHANNELS = 64  # of the layer that is tried
+CHANNELS, BATCH = 64, 3  # of the layer that is tried, and the images it is tried with
 CLASSES = 7  # of the network that is tried
 _SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm2d)
 
@@ -61,6 +61,8 @@ def probe_normalizer(
             f"trainer.sync_batchnorm: {', '.join(own)} of {name} would be replaced by torch's SyncBatchNorm, "
             "without what it does otherwise; leave it false"
         )
+    if name not in NAMED["normalizer"]:
+        _probe_own(layer, name)
     eps, momentum = getattr(layer, "eps", None), getattr(layer, "momentum", None)
     if "eps" in node and isinstance(eps, int | float) and not 0 < eps < math.inf:
         raise ConfigError(f"normalizer.eps: {eps!r} must be larger than 0: it is added to the variance, as 1e-5 is")
@@ -69,6 +71,27 @@ def probe_normalizer(
             f"normalizer.momentum: {momentum!r} must be larger than 0 and at most 1: it is the share of a batch in the "
             "running statistics (or null, for their mean over all batches)"
         )
+
+
+def _probe_own(layer: nn.Module, name: str) -> None:
+    """Raises ConfigError for a layer of the user's own that changes a shape, or keeps what no checkpoint holds."""
+    x = torch.randn(BATCH, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            y = layer.train()(x)
+    except Exception:  # it may need a GPU; what else is wrong is told where it trains
+        y = x
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+        made = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ConfigError(f"normalizer._target_: {name} makes {made} of {list(x.shape)}; it must keep the shape")
+    for path, part in layer.named_modules():
+        for key, value in vars(part).items():
+            if isinstance(value, torch.Tensor) and value.shape[:1] != (BATCH,):  # else of the batch, not a statistic
+                raise ConfigError(
+                    f"normalizer._target_: {name} keeps the tensor {f'{path}.{key}'.lstrip('.')} outside of its "
+                    "buffers, where no checkpoint holds it and no device gets it; make it one: "
+                    f'self.register_buffer("{key}", ...)'
+                )
 
 
 def probe_network(network: Any, config: dict[str, Any]) -> None:

@@ -1,6 +1,9 @@
 """Normalizers and batches that cannot train, found before they do."""
 
+from functools import partial
+
 import pytest
+import torch
 from tests_training import TINY, load_train_module
 from torch import nn
 
@@ -89,3 +92,55 @@ def test_what_synchronising_would_replace_is_refused():
     for trainer in ({"devices": 1, "sync_batchnorm": True}, {"devices": 2}, None):
         probe_normalizer(Squashing, {"_target_": "mine.Squashing"}, trainer)
     probe_normalizer(nn.BatchNorm2d, {"_target_": "torch.nn.BatchNorm2d"}, several)
+
+
+class Forgetting(nn.Module):
+    """Keeps its statistics in a plain attribute, which no checkpoint holds."""
+
+    def __init__(self, num_features, late=False):
+        super().__init__()
+        self.level, self.late = None if late else torch.zeros(num_features), late
+
+    def forward(self, x):
+        self.level = x.detach().mean((0, 2, 3))
+        return x - self.level.view(1, -1, 1, 1)
+
+
+class Watched(nn.Module):
+    """Keeps the last images for somebody to look at."""
+
+    def __init__(self, num_features):
+        super().__init__()
+
+    def forward(self, x):
+        self.seen = x
+        return x
+
+
+class Shrinking(Watched):
+    def forward(self, x):
+        return x[:, :, ::2]
+
+
+class Demanding(Watched):
+    def forward(self, x):
+        raise RuntimeError("needs a GPU")
+
+
+@pytest.mark.parametrize(
+    "factory, message",
+    [
+        (Forgetting, r"keeps the tensor level outside of its buffers.*self.register_buffer\("),
+        (partial(Forgetting, late=True), "keeps the tensor level outside of its buffers"),
+        (lambda num_features: nn.Sequential(Forgetting(num_features)), r"keeps the tensor 0\.level outside"),
+        (Shrinking, r"makes \[3, 64, 4, 8\] of \[3, 64, 8, 8\]; it must keep the shape"),
+    ],
+)
+def test_what_a_normalizer_of_ones_own_must_not_do(factory, message):
+    with pytest.raises(ConfigError, match=rf"^normalizer._target_: own.Norm {message}"):
+        probe_normalizer(factory, {"_target_": "own.Norm"})
+
+
+@pytest.mark.parametrize("factory", [Watched, Demanding, nn.BatchNorm2d])
+def test_what_it_may_do(factory):
+    probe_normalizer(factory, {"_target_": "own.Norm"})
