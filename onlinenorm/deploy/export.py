@@ -149,7 +149,7 @@ def made_with() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     found["python"] = platform.python_version()
-    git = git_state(Path(__file__).parent)
+    git = git_state()
     found["commit"] = git["commit"] + (" (with local changes)" if git["dirty"] else "")
     return found
 

@@ -116,6 +116,7 @@ def _setting(run: Run) -> dict[str, Any]:
     flat = {key: value for key, value in flatten(chosen).items() if key not in _IRRELEVANT}
     flat["experiment"] = lookup(run.config, "choices.experiment", UNKNOWN)
     flat["trainer.precision"] = lookup(run.config, "trainer.precision", UNKNOWN)
+    flat |= _own_code(run, "model", "data")
     if run.results:
         dataset = run.results["dataset"]
         flat |= {key: run.results[key] for key in ("experiment", "scale", "epochs")}
@@ -127,7 +128,15 @@ def _setting(run: Run) -> dict[str, Any]:
 def _normalizer_setting(run: Run) -> dict[str, Any]:
     flat = flatten({"normalizer": run.config.get("normalizer", UNKNOWN)})
     divided = {f"{name} (divides the images that a statistic sees)": count for name, count in run.divided.items()}
-    return {key: value for key, value in flat.items() if key not in _IRRELEVANT} | divided
+    return (
+        {key: value for key, value in flat.items() if key not in _IRRELEVANT} | divided | _own_code(run, "normalizer")
+    )
+
+
+def _own_code(run: Run, *groups: str) -> dict[str, Any]:
+    """SHA-256 of the files of the user's own that made these parts of a run."""
+    recorded = run.environment.get("own_code", {})
+    return flatten({"own_code": {group: recorded[group] for group in groups if group in recorded}})
 
 
 def _refuse_mixture(settings: dict[str, dict[str, Any]], where: str) -> None:

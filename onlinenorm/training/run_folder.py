@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,10 @@ from onlinenorm.training.config_check import flatten
 from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
 from onlinenorm.training.errors import ConfigError, Interrupted, RunError
+from onlinenorm.training.own_code import changed_code, own_code, own_files
+
+PROJECT = Path(__file__).resolve().parents[2]  # of a checkout; installed, the folder of all packages
+PACKAGE = Path(__file__).parents[1].name
 
 # What lockf answers on file systems that have no locks; where one is held it is EACCES or EAGAIN.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -159,9 +163,9 @@ class RunFolder:
         return _read(path, json.loads, "delete it, and the same command writes it again from the last checkpoint")
 
     def check_config(self, config: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
-        """Raises ConfigError, naming the keys, where the folder holds progress of a run with another configuration.
+        """Raises ConfigError, naming keys or files, where the folder holds progress of a run of other settings or code.
 
-        The parts of the configuration in `ignored` are not compared, see `changed_keys`.
+        The parts of the configuration in `ignored` are not compared, see `changed_keys`; of code, the user's own is.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir: {self.path} is a file, not a folder; choose another run_dir=")
@@ -177,20 +181,32 @@ class RunFolder:
                 + "\n  ".join(changes)
                 + "\nChoose another run_dir=, take the change back, or delete the folder to start over"
             )
+        recorded = self._environment().get("own_code")
+        if recorded is not None and (changes := changed_code(recorded, config)):
+            raise ConfigError(
+                f"run_dir: {self.path} holds a run of other code:\n  "
+                + "\n  ".join(changes)
+                + "\nChoose another run_dir=, take the change back, or delete the folder to start over"
+            )
+
+    def _environment(self) -> dict[str, Any]:
+        path = self.path / ENVIRONMENT
+        advice = "delete it, and the same command goes on without what it told of former starts"
+        return _read(path, json.loads, advice) if path.exists() else {}
 
     def record_start(self, config: dict[str, Any], world_size: int, resumed_from: dict[str, int] | None) -> int:
         """Writes config.yaml and environment.json for this start; returns how often the run has been resumed."""
         if self.leader and resumed_from is None:
             keep_epochs(self.path)  # their checkpoints are gone, or they would be continued
-        path = self.path / ENVIRONMENT
-        advice = "delete it, and the same command goes on without what it told of former starts"
-        starts = _read(path, json.loads, advice).get("starts", []) if resumed_from and path.exists() else []
-        now = environment(world_size) | {"statistics": statistics_seen(config)}
+        starts = self._environment().get("starts", []) if resumed_from else []
+        code = {"own_code": own_code(config)}
+        files = [file for group in own_files(config).values() for file in group.values()]
+        now = environment(world_size, files) | code | {"statistics": statistics_seen(config)}
         time = datetime.now(UTC).isoformat(timespec="seconds")
         starts.append({"time": time, "host": platform.node(), "world_size": world_size, "resumed_from": resumed_from})
         if self.leader:
             write_atomically(self.path / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-            write_atomically(path, json.dumps({**now, "starts": starts}, indent=2) + "\n")
+            write_atomically(self.path / ENVIRONMENT, json.dumps({**now, "starts": starts}, indent=2) + "\n")
         return sum(start["resumed_from"] is not None for start in starts)
 
 
@@ -213,8 +229,8 @@ def _read(path: Path, parse: Callable[[str], Any], advice: str) -> dict[str, Any
     return content
 
 
-def environment(world_size: int) -> dict[str, Any]:
-    """What a run was computed with: command, git state, versions, hardware, processes."""
+def environment(world_size: int, own: Sequence[Path] = ()) -> dict[str, Any]:
+    """What a run was computed with: command, git state (see there of `own`), versions, hardware, processes."""
     packages = ("torch", "torchvision", "pytorch-lightning", "triton", "numpy", "onlinenorm")
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
     for package in packages:
@@ -224,23 +240,31 @@ def environment(world_size: int) -> dict[str, Any]:
             versions[package] = "none"
     return {
         "command": " ".join([Path(sys.executable).name, os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "git": git_state(Path(__file__).parent),
+        "git": git_state(own=own),
         "versions": versions,
         "hardware": hardware(),
         "world_size": world_size,
     }
 
 
-def git_state(folder: Path) -> dict[str, Any]:
-    """{"commit", "dirty"} of the repository around `folder`; outside one $GIT_COMMIT, else "unknown", and None."""
+def git_state(project: Path = PROJECT, own: Sequence[Path] = ()) -> dict[str, Any]:
+    """{"commit", "dirty"} of the repository that keeps `project`; without one $GIT_COMMIT, else "unknown", and None.
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
+    Dirty are changed files, and files that are not tracked where code and configurations of a run are: package,
+    configs/, train.py and `own`. A package that the repository ignores, as an environment within it, is not kept there.
+    """
+
+    def git(*arguments: str, check: bool = True) -> str:
+        done = subprocess.run(["git", *arguments], cwd=project, capture_output=True, text=True, check=check)
+        return done.stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        top = Path(git("rev-parse", "--show-toplevel")).resolve()
+        if git("check-ignore", PACKAGE, check=False):
+            raise FileNotFoundError
+        code = [PACKAGE, "configs", "train.py", *(str(file) for file in own if file.is_relative_to(top))]
+        untracked = git("ls-files", "--others", "--exclude-standard", "--", *code)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(untracked or git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": os.environ.get("GIT_COMMIT", "unknown"), "dirty": None}
 

@@ -96,7 +96,12 @@ def _is_own(package: str, group: str, name: str) -> bool:
             "pip install -e, or put the folder that holds it on PYTHONPATH"
         )
     places = [spec.origin] if spec.has_location else list(spec.submodule_search_locations or [])
-    return bool(places) and not any(_INSTALLED & set(Path(place).resolve().parts) for place in places)
+    return bool(places) and not any(map(is_installed, places))
+
+
+def is_installed(place: str) -> bool:
+    """Whether a file or folder is of an installed package (an editable install is the user's own folder)."""
+    return not _INSTALLED.isdisjoint(Path(place).resolve().parts)
 
 
 def _check_own(group: str, name: str, found: Any) -> None:

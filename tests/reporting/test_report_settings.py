@@ -40,6 +40,14 @@ def test_one_row_with_two_clamp_values_is_refused(tmp_path):
         check_one_table(load_runs(tmp_path, read_yaml))
 
 
+def test_edited_code_of_ones_own_is_another_setting(tmp_path):
+    for group in ("normalizer", "data"):
+        for seed, digest in enumerate(("aa", "bb")):
+            write_run(tmp_path / group, "mine", seed, environment={"own_code": {group: {"my_norms": digest}}})
+        with pytest.raises(ReportError, match=rf"own_code.{group}.my_norms: 'aa' .* 'bb'"):
+            check_one_table(load_runs(tmp_path / group, read_yaml))
+
+
 def test_a_seed_counts_once(tmp_path):
     for part in ("a", "b"):
         write_run(tmp_path / part, "batch", 4)
