@@ -7,8 +7,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onlinenorm.normalizers.data_parallel import group_key, initialised
+from onlinenorm.normalizers.online_norm import OnlineNorm
 from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d
 from onlinenorm.ops.across_processes import gather_samples
+
+# Of OnlineNorm and the synchronised BatchNorms.
+_SYNCHRONISED = {"running_mean", "running_var", "num_batches_tracked", "control_u", "control_v"}
 
 
 @torch.no_grad()
@@ -58,8 +62,8 @@ def local_statistics(model: nn.Module, process_group: dist.ProcessGroup | None =
     return {
         f"{path}.{name}".removeprefix("."): tensor
         for path, layer in model.named_modules()
-        if _shared_by(layer) < processes
         for name, tensor in _state(layer)
+        if _shared_by(layer, name) < processes
     }
 
 
@@ -69,8 +73,12 @@ def _state(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p) for name, p in layer.named_parameters(recurse=False) if not p.requires_grad)
 
 
-def _shared_by(layer: nn.Module) -> int:
-    """Processes that hold the same statistics as this one in ``layer``."""
-    if isinstance(layer, (SyncBatchNorm2d, nn.SyncBatchNorm)) or getattr(layer, "statistics", None) == "global":
+def _shared_by(layer: nn.Module, name: str) -> int:
+    """Processes that hold the same as this one in a buffer of ``layer``."""
+    synchronised = isinstance(layer, (SyncBatchNorm2d, nn.SyncBatchNorm))
+    known = isinstance(layer, OnlineNorm) or synchronised
+    if known and name not in _SYNCHRONISED:  # a subclass keeps it
+        return 1
+    if synchronised or getattr(layer, "statistics", None) == "global":
         return dist.get_world_size(getattr(layer, "process_group", None))
     return 1

@@ -72,18 +72,29 @@ class OwnStatistics(torch.nn.Module):
             self.statistics = statistics
 
 
+class OnlineNormAndMore(OnlineNorm2d):
+    """Its statistics are global, and what it keeps beside them is not."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.register_buffer("more", torch.zeros(()))
+
+
 def own_statistics(rank, world_size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    model = nn.Sequential(OwnStatistics(), nn.InstanceNorm2d(2, track_running_stats=True), OwnStatistics("global"))
+    model = nn.Sequential(
+        OwnStatistics(), nn.InstanceNorm2d(2, track_running_stats=True), OwnStatistics("global"), OnlineNormAndMore(2)
+    )
     with torch.no_grad():
         for layer in (model[0], model[2]):
             layer.level[1] += rank
             layer.scalar += rank
             layer.batches += 2**40 + rank
         model[1].running_mean += rank
+        model[3].more += rank
     tables = gather_statistics(model)
-    assert average_statistics(model) == 2
+    assert average_statistics(model) == 3
     torch.save([tables, model.state_dict()], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -96,6 +107,7 @@ def test_statistics_of_any_layer_are_averaged_and_counts_are_the_largest(tmp_pat
         assert int(state["0.batches"]) == 2**40 + 1 and state["1.running_mean"].tolist() == [0.5, 0.5]
         assert tables["0.level"].shape == (2, 2, 3) and tables["0.batches"].tolist() == [2**40, 2**40 + 1]
         assert float(state["2.scalar"]) == rank, "said to be the same everywhere"
+        assert float(state["3.more"]) == 0.5 and "3.running_mean" not in tables
 
 
 def free_port():
