@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.append(str(Path(__file__).parent / "data"))
 
@@ -214,3 +216,22 @@ def test_nothing_is_written_through_links(main, tmp_path, capsys, name):
     assert main(source, root, *["--packed"] * name.endswith("1.partial")) == 1
     assert "is a symbolic link, and nothing is written outside" in capsys.readouterr().err
     assert not list(elsewhere.iterdir())
+
+
+def test_a_verification_is_not_written_through_a_link(main, tmp_path):
+    root, elsewhere = write_tree(tmp_path / "set"), tmp_path / "elsewhere.json"
+    elsewhere.write_text("mine")
+    (root / ".onlinenorm-verified.json").symlink_to(elsewhere)
+    assert main("--verify", root) == 0
+    assert elsewhere.read_text() == "mine" and "fingerprint" in (root / ".onlinenorm-verified.json").read_text()
+
+
+def test_verify_reads_16_bit_gray_and_names_pixels_of_unknown_range(main, tmp_path, capsys):
+    root = write_tree(tmp_path / "set")
+    Image.fromarray(np.full((40, 50), 30000, np.uint16)).save(root / "train" / "ant" / "deep.png")
+    assert main("--verify", root) == 0
+    Image.fromarray(np.ones((40, 50), np.float32)).save(root / "train" / "ant" / "float.tif")
+    assert main("--verify", root) == 1
+    told = capsys.readouterr().out
+    assert "unreadable: train/ant/float.tif (ValueError: its pixels are floating-point numbers" in told
+    assert "deep.png" not in told and "BytesIO" not in told

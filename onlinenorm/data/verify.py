@@ -85,6 +85,7 @@ def record(root: Path, found: dict[str, Any]) -> Path:
     beside, cached = _files(root, found["fingerprint"])
     text = json.dumps(found, indent=1) + "\n"
     try:
+        beside.unlink(missing_ok=True)  # which may be a link that leads out of the folder
         beside.write_text(text)
         return beside
     except OSError:
