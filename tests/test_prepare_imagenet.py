@@ -207,6 +207,15 @@ def test_a_changed_image_is_extracted_again(main, tmp_path):
     assert (root / "train" / "ant" / "0.JPEG").read_bytes() == content
 
 
+def test_a_damaged_shard_is_told(main, tmp_path, capsys):
+    source, root = write_tree(tmp_path / "set"), tmp_path / "root"
+    assert main(source, root, "--packed") == 0
+    for damaged in (b"", b"junk" * 1000):
+        (root / "train-00000-of-00001.tar").write_bytes(damaged)
+        assert main(source, root, "--packed") == 1
+        assert "train-00000-of-00001.tar: is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["train", "train/.ant.partial", "train-00000-of-00001.partial"])
 def test_nothing_is_written_through_links(main, tmp_path, capsys, name):
     source, root, elsewhere = write_tree(tmp_path / "set"), tmp_path / "root", tmp_path / "elsewhere"

@@ -124,15 +124,22 @@ def _scan(archive: Path, place: int) -> Iterator[Member]:
 def _files(members: Iterable[tarfile.TarInfo], archive: Path) -> dict[str, tarfile.TarInfo]:
     """Path -> the member that holds its bytes: the last one of a name counts, links are followed within the archive.
 
+    A hard link is to the member of that name before it, as in unpacking: tar stores a file that it is given twice so.
+
     Raises DataError for what could reach beyond the folder it is unpacked to, and for files not stored as they are.
     """
-    last = {}
+    last: dict[str, tarfile.TarInfo] = {}
     for member in members:
         name = posixpath.normpath(member.name)
         if name.startswith(("/", "../")) or ".." in member.name.split("/"):
             raise DataError(f"{archive}: its member {member.name} points out of the folder; pack it again without it")
         if member.isdev():
             raise DataError(f"{archive}: its member {member.name} is a device, no file; pack it again without it")
+        if member.islnk():
+            target = last.get(posixpath.normpath(member.linkname))
+            if target is None or target.isdir():
+                raise _dangling(archive, member)
+            member = target
         last[name] = member
     return {name: _followed(name, last, archive) for name, member in last.items() if not member.isdir()}
 
@@ -145,14 +152,16 @@ def _followed(name: str, members: dict[str, tarfile.TarInfo], archive: Path) -> 
             break
         if member.issym():
             path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
-        elif member.islnk():
-            path = posixpath.normpath(member.linkname)
         elif member.issparse():
             raise DataError(f"{archive}: {path} is stored with holes; pack it again without --sparse")
         else:
             return member
-    raise DataError(
-        f"{archive}: its member {name} is a link to {members[name].linkname}, which is no file of this archive; pack "
+    raise _dangling(archive, members[name])
+
+
+def _dangling(archive: Path, link: tarfile.TarInfo) -> DataError:
+    return DataError(
+        f"{archive}: its member {link.name} is a link to {link.linkname}, which is no file of this archive; pack "
         "it again with the files themselves (tar --dereference --hard-dereference)"
     )
 
@@ -180,8 +189,11 @@ def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") ->
     name = f"{archive}: its member {member}" if member else str(archive)
     try:
         with stream or open(archive, "rb") as file:
-            start = file.read(8)
-            if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None):
+            start = file.read(512)
+            plain = start[257:262] == b"ustar"  # else a header's first bytes, a name, could be taken for those
+            if kind := not plain and next(
+                (kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None
+            ):
                 raise DataError(
                     f"{name} is compressed ({kind}); images are read in place from plain tar: unpack it once"
                 )
@@ -224,7 +236,9 @@ def _label_val(members: Iterator[Member], devkit: Devkit, archive: Path) -> Iter
 
 
 def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
-    """The arrays of ArchiveIndex; a path in several archives counts once, in the last. A common top folder is no class.
+    """The arrays of ArchiveIndex; a path in several archives counts once, in the last.
+
+    Folders above all class folders are no classes.
 
     Raises DataError where no class folders are left.
     """
@@ -234,9 +248,12 @@ def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
         return member[0].partition("/")[0], parent, file
 
     last = {m[0]: m for m in members if m[0].lower().endswith(EXTENSIONS) and not m[0].startswith(".")}
-    below = {tuple(path.split("/")[:-1][:2]) for path in last}
-    if len({parts[:1] for parts in below}) == 1 and len(below) > 1 and all(len(parts) == 2 for parts in below):
-        last = {path.partition("/")[2]: (path.partition("/")[2], *rest) for path, *rest in last.values()}
+    folders = {posixpath.dirname(path) for path in last}
+    common = posixpath.commonpath(folders) if folders else ""
+    if common and len(folders) > 1 and common not in folders:
+        last = {
+            path.removeprefix(f"{common}/"): (path.removeprefix(f"{common}/"), *rest) for path, *rest in last.values()
+        }
     found = sorted(last.values(), key=order)
     loose = [path for path, *_ in found if "/" not in path]
     if loose or not found:

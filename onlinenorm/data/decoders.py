@@ -20,6 +20,9 @@ from onlinenorm.data.transforms import Planner, cut_crops, follow_plan
 log = logging.getLogger(__name__)
 
 _JPEG_START = b"\xff\xd8\xff"
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
+
+warnings_lock = threading.RLock()  # catch_warnings mixes up the filters of threads that use it at a time
 
 
 def open_rgb(data: bytes) -> Image.Image:
@@ -34,7 +37,8 @@ def open_rgb(data: bytes) -> Image.Image:
     with opened:
         opened.load()
         if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM")):
-            gray_HW = (np.asarray(opened).astype(np.uint32) + 128) // 257  # 65535 becomes 255
+            white = 2 ** min(getattr(opened, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))) - 1  # TIFF also has 12
+            gray_HW = (np.asarray(opened).astype(np.uint32) * 255 + white // 2) // white
             return Image.fromarray(gray_HW.astype(np.uint8)).convert("RGB")
         if opened.mode in ("I", "F"):
             kind = "floating-point" if opened.mode == "F" else "32-bit"
@@ -50,7 +54,7 @@ def named_warnings(handle: Callable[[str], None] = log.warning) -> Iterator[thre
     def show(message, *_, **__):
         handle(f"{getattr(reading, 'file', 'an image')}: {message}")
 
-    with warnings.catch_warnings():
+    with warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = show
         yield reading
@@ -78,7 +82,7 @@ def decode_torchvision(data: bytes, planner: Planner) -> np.ndarray:
         return decode_pillow(data, planner)
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        with warnings.catch_warnings():
+        with warnings_lock, warnings.catch_warnings():
             # torchvision 0.29 announces a move to TorchCodec at every call
             warnings.simplefilter("ignore", DeprecationWarning)
             image_CHW = decode_image(encoded, ImageReadMode.RGB)

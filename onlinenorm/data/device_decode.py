@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from onlinenorm.data.datasets import Batch
+from onlinenorm.data.decoders import warnings_lock
 from onlinenorm.data.encoded import EncodedBatch, EncodedDataset, plan_of_row
 from onlinenorm.data.transforms import Plan
 
@@ -105,7 +106,7 @@ def decode_batch(encoded: EncodedBatch, dataset: EncodedDataset, device: torch.d
 
 def _decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor | None], set[int]]:
     """Decoded images, 3 x H x W uint8, and the positions of those that could not be."""
-    with warnings.catch_warnings():
+    with warnings_lock, warnings.catch_warnings():
         # torchvision 0.29 announces a move to TorchCodec, whose decode_jpeg takes the same arguments
         warnings.simplefilter("ignore", DeprecationWarning)
         try:

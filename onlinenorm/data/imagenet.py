@@ -53,7 +53,8 @@ class ImageNet(ImageDataModule):
     def build(self) -> tuple[FolderDataset, FolderDataset]:
         train, val = self._splits = open_splits(self.root)
         if scale_of(train.class_names, len(train), len(val)) == "folder":
-            self.name = Path(self.root).expanduser().resolve().name
+            name = Path(self.root).expanduser().resolve().name
+            self.name = name if name and not name.lower().startswith("imagenet") else f"folder {name}".rstrip()
         size, padding, seed = self.image_size, self.crop_padding, self.seed
         if self.decoder in DEVICE_DECODERS:
             ours = EncodedDataset(train, self.augmentation, size, padding, seed, True, self.device_fraction)

@@ -157,14 +157,20 @@ def _is_written(index: FolderIndex, images: range, folder: Path, name: str) -> b
 
 
 def _is_packed(index: FolderIndex, images: list[int], shard: Path) -> bool:
-    """Whether a shard holds these names and sizes and, where any of the images is newer, the same bytes."""
-    with tarfile.open(shard, "r:") as tar:
-        members = tar.getmembers()
-        if [(member.name, member.size) for member in members] != _listed(index, images):
-            return False
-        if index.newest(images) <= os.stat(shard).st_mtime_ns:
-            return True
-        return all(tar.extractfile(m).read() == index.read(i) for m, i in zip(members, images, strict=True))
+    """Whether a shard holds these names and sizes and, where any of the images is newer, the same bytes.
+
+    Raises DataError where it is damaged.
+    """
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            members = tar.getmembers()
+            if [(member.name, member.size) for member in members] != _listed(index, images):
+                return False
+            if index.newest(images) <= os.stat(shard).st_mtime_ns:
+                return True
+            return all(tar.extractfile(m).read() == index.read(i) for m, i in zip(members, images, strict=True))
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{shard}: is damaged ({error}); remove it, and the same command writes it again") from error
 
 
 def _refuse_link(path: Path) -> None:

@@ -47,7 +47,7 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, report: 
     train, val = splits
     counts = len(train.class_names), len(train), len(val)
     problems = []
-    if counts[0] == PUBLISHED[0]:
+    if counts[0] == PUBLISHED[0] and scale_of(train.class_names, *counts[1:]) != "folder":
         problems += [
             f"{found:,} {what}, not {published:,}"
             for found, published, what in zip(counts, PUBLISHED, _WHAT, strict=True)

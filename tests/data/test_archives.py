@@ -1,5 +1,6 @@
 import copy
 import pickle
+import subprocess
 import tarfile
 
 import numpy as np
@@ -190,6 +191,21 @@ def test_links_are_followed_and_the_last_of_a_name_counts(tmp_path):
     assert contents(index) == {"ant/0.jpg": (0, b"newer"), "bee/1.jpg": (1, b"newer"), "bee/2.jpg": (1, b"newer")}
 
 
+def test_a_hard_link_is_to_the_file_before_it(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "ant/0.jpg", b"old")
+        link(tar, "ant/1.jpg", "ant/0.jpg", tarfile.LNKTYPE)
+        link(tar, "ant/0.jpg", "ant/0.jpg", tarfile.LNKTYPE)  # as tar stores a file that it is given twice
+        add(tar, "ant/2.jpg", b"first")
+        link(tar, "ant/3.jpg", "ant/2.jpg", tarfile.LNKTYPE)
+        add(tar, "ant/2.jpg", b"last")
+    expected = {"0": b"old", "1": b"old", "2": b"last", "3": b"first"}
+    subprocess.run(["tar", "-xf", tmp_path / "train.tar", "-C", tmp_path], check=True)
+    assert {path.stem: path.read_bytes() for path in (tmp_path / "ant").iterdir()} == expected
+    index = load_shards([tmp_path / "train.tar"], "train")
+    assert contents(index) == {f"ant/{name}.jpg": (0, data) for name, data in expected.items()}
+
+
 def test_a_path_in_two_shards_counts_once(tmp_path):
     shards = [tmp_path / f"train-{n}.tar" for n in range(2)]
     for n, shard in enumerate(shards):
@@ -226,9 +242,17 @@ def test_compressed_tars_are_named(tmp_path, kind):
         load_shards([tmp_path / "train.tar"], "train")
 
 
-def test_a_common_top_folder_is_no_class(tmp_path):
+@pytest.mark.parametrize("name", ["PK zoo", "BZhang", "(\u00b5/\u00fd"])
+def test_a_plain_tar_is_not_taken_for_a_compressed_one_by_its_first_name(tmp_path, name):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, f"{name}/0.jpg", b"x")
+    assert len(load_shards([tmp_path / "train.tar"], "train")) == 1
+
+
+@pytest.mark.parametrize("top", ["set", "data/imagenet/train"])
+def test_folders_above_the_classes_are_no_classes(tmp_path, top):
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         for name in ("ant", "bee"):
-            add(tar, f"set/{name}/0.jpg", name.encode())
+            add(tar, f"{top}/{name}/0.jpg", name.encode())
     index = load_shards([tmp_path / "train.tar"], "train")
     assert contents(index) == {"ant/0.jpg": (0, b"ant"), "bee/0.jpg": (1, b"bee")}

@@ -1,12 +1,14 @@
 import io
+import struct
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from image_folders import write_image
 from PIL import Image
 
-from onlinenorm.data.decoders import DECODERS, decode_pillow, decode_torchvision, named_warnings
+from onlinenorm.data.decoders import DECODERS, decode_pillow, decode_torchvision, named_warnings, open_rgb
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.transforms import DRAWS, plan_center_crop, plan_random_resized_crop, plan_scale_jitter
 
@@ -83,6 +85,30 @@ def test_16_bit_gray_is_scaled(decoder, kind):
     near = np.asarray(Image.fromarray(expected).resize((64, 64)))[4:-4, 4:-4]
     assert np.abs(crops[0].astype(int) - near[..., None].astype(int)).max() <= 1
     assert 90 < crops.mean() < 165 and crops.std() > 40
+
+
+def test_12_bit_gray_is_scaled():
+    # rows of two pixels, 12 bits each: black and white
+    entries = [(256, 64), (257, 64), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 64), (279, 64 * 96)]
+    pixels = bytes([0x00, 0x0F, 0xFF]) * 32 * 64
+    head = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    data = head + struct.pack("<H", len(entries)) + table + bytes(4)
+    assert np.unique(np.asarray(open_rgb(data))).tolist() == [0, 255]
+
+
+def test_threads_do_not_mix_up_the_filters_of_warnings(tmp_path):
+    data = write_image(tmp_path / "a.jpg", 3, (64, 64)).read_bytes()
+
+    def decode(n):
+        with named_warnings() as reading:
+            reading.file = n
+            return decode_torchvision(data, lambda w, h: plan_center_crop(w, h, 32))
+
+    before = list(warnings.filters), warnings.showwarning
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, range(200)))
+    assert (list(warnings.filters), warnings.showwarning) == before
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

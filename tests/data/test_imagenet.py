@@ -7,6 +7,8 @@ from image_folders import write_image, write_tree
 from PIL import Image
 
 from onlinenorm.data import DataError, ImageNet, UnreadableImageError
+from onlinenorm.data.index import FolderIndex, pack_names
+from onlinenorm.data.verify import verify
 
 
 @pytest.fixture
@@ -44,6 +46,19 @@ def test_only_the_published_counts_are_called_imagenet(tree, monkeypatch):
         for name, value in zip(("class_names", "train_images", "val_images"), counts, strict=True):
             monkeypatch.setattr(ImageNet, name, property(lambda _, v=value: v))
         assert data.scale == scale
+
+
+def test_a_folder_of_imagenets_name_does_not_make_imagenet(tree):
+    data = module(tree.rename(tree.with_name("imagenet")))
+    data.setup()
+    assert (data.name, data.scale) == ("folder imagenet", "folder")
+
+
+def test_a_thousand_classes_of_ones_own_are_not_held_against_imagenet(tmp_path):
+    names = [f"word{c:04d}" for c in range(1000)]
+    arrays = {**pack_names([f"{name}/0.jpg" for name in names]), "labels": np.arange(1000), "sizes": np.ones(1000)}
+    index = FolderIndex(tmp_path, names, **arrays)
+    assert verify((index, index), decode=0)["problems"] == []
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "torchvision"])
