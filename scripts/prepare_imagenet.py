@@ -28,6 +28,7 @@ try:
     from onlinenorm.data.archives import TRAIN_ARCHIVE
     from onlinenorm.data.errors import DataError
     from onlinenorm.data.imagenet import open_splits
+    from onlinenorm.data.index import list_classes, name_few
     from onlinenorm.data.prepare import SHARD_BYTES, check_archives, chosen_classes, extract, pack
     from onlinenorm.data.verify import record, verify
     from onlinenorm.errors import cli_errors
@@ -73,12 +74,18 @@ def prepare(options: argparse.Namespace, report: Progress) -> None:
     splits = open_splits(str(archives), report)
     classes = chosen_classes(splits, options.classes)
     for split, index in zip(("train", "val"), splits, strict=True):
+        if options.packed and (root / split).is_dir():
+            raise DataError(
+                f"{root / split}: holds class folders, which are read in place of shards; choose another ROOT"
+            )
         if options.packed:
             shards = pack(index, root, split, classes, int(options.shard_gb * 2**30), report)
             print(f"{root}: {split} lies in {len(shards)} tar file(s)")
         else:
             written = extract(index, root / split, classes, report)
-            print(f"{root / split}: {len(classes)} classes, {written} of them written now")
+            others = sorted(set(list_classes(root / split)) - set(classes))
+            more = f"; other classes are there too: {name_few(others)}" if others else ""
+            print(f"{root / split}: {len(classes)} classes, {written} of them written now{more}")
 
 
 def check(root: Path, decode: int | None, report: Progress) -> bool:

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,32 @@ def test_a_changed_image_is_extracted_again(main, tmp_path):
     file.write_bytes(content)
     assert main(source, root) == 0
     assert (root / "train" / "ant" / "0.JPEG").read_bytes() == content
+
+
+def test_other_classes_and_other_forms_in_the_folder_are_told(main, tmp_path, capsys):
+    source, root = write_tree(tmp_path / "set"), tmp_path / "root"
+    assert main(source, root, "--classes", "ant") == 0 and "other classes" not in capsys.readouterr().out
+    assert main(source, root, "--classes", "bee") == 0
+    assert "1 of them written now; other classes are there too: ant" in capsys.readouterr().out
+    assert main(source, root, "--packed") == 1 and not list(root.glob("*.tar"))
+    assert "which are read in place of shards; choose another ROOT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packed", [[], ["--packed"]])
+def test_a_file_overwritten_by_one_of_its_size_is_not_verified(main, tmp_path, packed):
+    source, root = write_tree(tmp_path / "set"), tmp_path / "root"
+    assert main(source, root, "--verify", *packed) == 0
+
+    def verified():
+        return ImageNet(root=str(root)).verified
+
+    assert verified()["problems"] == []
+    file = next(root.glob("train-*.tar" if packed else "train/bee/*"))
+    file.write_bytes(file.read_bytes()[:-600] + bytes(600))
+    later = file.stat().st_mtime_ns + 10**9
+    os.utime(file, ns=(later, later))
+    assert verified() is None
+    assert main("--verify", root, "--decode", "0") == 0 and verified()["decoded"] == 0
 
 
 def test_a_damaged_shard_is_told(main, tmp_path, capsys):

@@ -66,9 +66,8 @@ class ArchiveIndex(FolderIndex):
             raise OSError(f"{self.archives[place]} ends within {self.relative_path(index)}")
         return data
 
-    def newest(self, images: Iterable[int]) -> int:
-        places = np.unique(self.places[list(images)]).tolist()
-        return max((changed_ns(os.stat(self.archives[place])) for place in places), default=0)
+    def _statuses(self, images: Iterable[int]) -> Iterator[os.stat_result]:
+        return (os.stat(self.archives[place]) for place in np.unique(self.places[list(images)]).tolist())
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}

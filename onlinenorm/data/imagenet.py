@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Report, load_official, load_shards
-from onlinenorm.data.datasets import FolderDataset, fingerprint
+from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DEVICE_DECODERS
 from onlinenorm.data.encoded import EncodedDataset
 from onlinenorm.data.errors import DataError
@@ -66,7 +66,7 @@ class ImageNet(ImageDataModule):
     def verified(self) -> dict[str, Any] | None:
         """When and how scripts/prepare_imagenet.py --verify found these files, or None."""
         assert self._sets  # opened
-        found = recorded(Path(self.root).expanduser(), fingerprint(list(self._splits)))
+        found = recorded(Path(self.root).expanduser(), self._splits)
         return None if found is None else {key: found[key] for key in ("date", "decoded", "problems")}
 
     def describe(self) -> dict[str, Any]:

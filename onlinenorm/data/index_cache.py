@@ -14,7 +14,10 @@ Arrays = dict[str, np.ndarray]
 
 def user_cache() -> Path:
     """Where this project may keep files that can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onlinenorm"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onlinenorm"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"onlinenorm-{os.getuid()}"
 
 
 def cached_arrays(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, report: 
         decode: images of each split to decode, chosen evenly at random; None for all.
     """
     train, val = splits
+    modified = max(train.modified_ns, val.modified_ns)  # first: what changes meanwhile is not verified
     counts = len(train.class_names), len(train), len(val)
     problems = []
     if counts[0] == PUBLISHED[0] and scale_of(train.class_names, *counts[1:]) != "folder":
@@ -76,6 +78,7 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, report: 
         "unreadable": unreadable,
         "problems": problems,
         "fingerprint": fingerprint(list(splits)),
+        "modified_ns": modified,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -94,14 +97,17 @@ def record(root: Path, found: dict[str, Any]) -> Path:
         return cached
 
 
-def recorded(root: Path, digest: str) -> dict[str, Any] | None:
-    """The verification of the dataset at `root`, if the fingerprint `digest` is the one that was verified."""
+def recorded(root: Path, splits: tuple[FolderIndex, FolderIndex]) -> dict[str, Any] | None:
+    """The verification of the dataset at `root`, if the fingerprint is the one verified and no file is newer."""
+    digest = fingerprint(list(splits))
     for file in _files(root, digest):
         try:
             found = json.loads(file.read_text())
         except (OSError, ValueError):
             continue
-        if found.get("fingerprint") == digest:
+        if found.get("fingerprint") == digest and max(s.modified_ns for s in splits) <= found.get(
+            "modified_ns", math.inf
+        ):
             return found
         log.warning(
             "%s has changed since it was verified (%s): run scripts/prepare_imagenet.py --verify again",
