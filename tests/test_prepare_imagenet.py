@@ -234,6 +234,15 @@ def test_a_file_overwritten_by_one_of_its_size_is_not_verified(main, tmp_path, p
     assert main("--verify", root, "--decode", "0") == 0 and verified()["decoded"] == 0
 
 
+def test_a_partial_shard_of_two_names_is_written_anew(main, tmp_path):
+    source, root = write_tree(tmp_path / "set"), tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "elsewhere").write_bytes(b"precious")
+    os.link(tmp_path / "elsewhere", root / "train-00000-of-00001.partial")
+    assert main(source, root, "--packed") == 0
+    assert (tmp_path / "elsewhere").read_bytes() == b"precious"
+
+
 def test_a_damaged_shard_is_told(main, tmp_path, capsys):
     source, root = write_tree(tmp_path / "set"), tmp_path / "root"
     assert main(source, root, "--packed") == 0

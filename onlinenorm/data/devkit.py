@@ -57,7 +57,7 @@ def _content(path: Path, name: str) -> bytes:
             return (path / name).read_bytes()
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
-                if member.name.endswith(name):
+                if member.isfile() and f"/{member.name}".endswith(f"/{name}"):
                     return tar.extractfile(member).read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged or cut short ({error}); fetch it again") from error

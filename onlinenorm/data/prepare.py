@@ -129,6 +129,7 @@ def pack(
     for shard, group in todo:
         partial = shard.with_suffix(".partial")
         _refuse_link(partial)
+        partial.unlink(missing_ok=True)  # of a killed run; its bytes may have another name too
         with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
             for i in group:
                 data = index.read(i)

@@ -12,6 +12,7 @@ from official_archives import WNIDS, add, write_official
 from onlinenorm.data import DataError, ImageNet
 from onlinenorm.data.archives import load_official, load_shards
 from onlinenorm.data.datasets import fingerprint
+from onlinenorm.data.devkit import read_devkit
 from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.index import load_index
 from onlinenorm.data.prepare import chosen_classes, extract, pack
@@ -204,6 +205,14 @@ def test_a_hard_link_is_to_the_file_before_it(tmp_path):
     assert {path.stem: path.read_bytes() for path in (tmp_path / "ant").iterdir()} == expected
     index = load_shards([tmp_path / "train.tar"], "train")
     assert contents(index) == {f"ant/{name}.jpg": (0, data) for name, data in expected.items()}
+
+
+def test_a_devkit_holds_files(official, tmp_path):
+    with tarfile.open(tmp_path / DEVKIT, "w:gz") as tar:
+        link(tar, "kit/data/meta.mat", "nowhere", tarfile.SYMTYPE)
+        link(tar, "kit/otherdata/meta.mat", "", tarfile.DIRTYPE)
+    with pytest.raises(DataError, match=f"{DEVKIT}: holds no data/meta.mat"):
+        read_devkit(tmp_path / DEVKIT)
 
 
 def test_a_path_in_two_shards_counts_once(tmp_path):
