@@ -2,7 +2,7 @@
 # Table 1 on the embedded images: three normalizers, the table and the curves, from a bare machine.
 #   quickstart.sh [--fresh] [OVERRIDE...]
 # --fresh starts over; without it finished runs are kept and unfinished ones continued. Overrides go to train.py
-# (seed=1, recipe.epochs=4, ...). Results lie in runs/quickstart, those of data.limit_train=N beside it.
+# (seed=1, recipe.epochs=4, ...). Results lie in runs/quickstart.
 # Exit code 0: all three have run and the table is written; 1 or 2: a run failed, or runs of other settings lie there,
 # which --fresh removes; 128 + signal: stopped, the same command continues.
 set -euo pipefail
@@ -11,17 +11,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 overrides=()
 for word in "$@"; do
   case $word in
-    --fresh) rm -rf runs/quickstart runs/quickstart-limit_* ;;
+    --fresh) rm -rf runs/quickstart ;;
     -h | --help) sed -n '2,7s/^# //p' "$0"; exit ;;
     *) overrides+=("$word") ;;
   esac
 done
+former=$(find runs/quickstart -name config.yaml 2>/dev/null || true)
 source scripts/environment.sh ""
-runs=runs/$("$VENV/bin/python" -c '
-import sys
-from onlinenorm.cli.compose import limited_experiment
-print(limited_experiment("quickstart", sys.argv[1:]))' "${overrides[@]}")
-former=$(find "$runs" -name config.yaml 2>/dev/null || true)
 
 # Side by side with their share of the cores: small networks gain little from threads of their own.
 threads=$(($(nproc) / 3))
@@ -38,6 +34,6 @@ if ((status >= 128)); then
   echo "A run was stopped; the same command continues it." >&2
   exit "$status"
 fi
-if ((status == 0)); then "$VENV/bin/python" scripts/table1.py "$runs" || status=$?; fi
+if ((status == 0)); then "$VENV/bin/python" scripts/table1.py runs/quickstart || status=$?; fi
 ((status == 0)) || [ -z "$former" ] || echo "If runs of other settings are in the way: --fresh starts over." >&2
 exit "$status"

@@ -107,7 +107,7 @@ def plan(overrides: list[str], runs: Path, config_dir: str | None = None) -> lis
         values = sorted(part for part in job if part.partition("=")[0].lstrip("+") in swept)
         names = config["choices"]
         between = [",".join(values).replace("/", "_")] if values else []
-        experiment = limited_experiment(names["experiment"], job)
+        experiment = limited_experiment(names, job)
         folder = Path(runs, experiment, *between, names["normalizer"], f"seed{config['seed']}")
         # of the trainer only train.py knows what it resolves to, on the machine where it runs
         RunFolder(folder, leader=False).check_config(config, ignored=("trainer",))

@@ -90,20 +90,23 @@ def plain(config: DictConfig, choices: DictConfig, overrides: list[str]) -> dict
     keys = [key for key in config if key != "hydra" and not (key in GROUPS and config[key] is None)]
     values = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True, throw_on_missing=True)
     names = {group: choices.get(group) for group in GROUPS} | {"experiment": choices.get("experiment") or "default"}
-    experiment = limited_experiment(names["experiment"], overrides)
+    experiment = limited_experiment(names, overrides)
     if not values["run_dir"] and experiment != names["experiment"]:
         values["run_dir"] = f"runs/{experiment}/{names['normalizer']}/seed{values['seed']}"
     return {**values, "choices": names}
 
 
-def limited_experiment(experiment: str, overrides: list[str]) -> str:
-    """The folder's name of an experiment: another one where the command line limits the images.
+def limited_experiment(names: dict[str, str], overrides: list[str]) -> str:
+    """The folder's name of an experiment, of `names` chosen: another one where the command line limits the images.
 
-    A smoke run would otherwise take the folder of the real one, which then is refused.
+    A smoke run would otherwise take the folder of the real one, which then is refused. Sets that come with the package
+    are for trials in the first place: their runs keep the name.
     """
+    if names["data"] in ("embedded", "synthetic"):
+        return names["experiment"]
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     limits = [(key, given.get(f"data.{key}", "null")) for key in ("limit_train", "limit_val")]
-    return "-".join([experiment, *(f"{key}{value}" for key, value in limits if value != "null")])
+    return "-".join([names["experiment"], *(f"{key}{value}" for key, value in limits if value != "null")])
 
 
 def group_options(group: str, config_dir: str | None = None) -> list[str]:

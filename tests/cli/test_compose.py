@@ -119,13 +119,14 @@ def test_more_configurations_from_a_folder(tmp_path):
     [
         ([], None),
         (["data.limit_train=null"], None),
-        (["data.limit_train=64"], "runs/quickstart-limit_train64/batch/seed1"),
-        (["data.limit_val=8", "+data.limit_train=64"], "runs/quickstart-limit_train64-limit_val8/batch/seed1"),
+        (["data.limit_train=64"], "runs/table1-limit_train64/batch/seed1"),
+        (["data.limit_val=8", "+data.limit_train=64"], "runs/table1-limit_train64-limit_val8/batch/seed1"),
         (["data.limit_train=64", "run_dir=mine"], "mine"),
+        (["data=embedded", "data.limit_train=64"], None),
     ],
 )
 def test_a_limited_run_has_a_folder_of_its_own(limits, folder):
-    assert load_config(["experiment=quickstart", "normalizer=batch", "seed=1", *limits])["run_dir"] == folder
+    assert load_config(["experiment=table1", "normalizer=batch", "seed=1", *limits])["run_dir"] == folder
 
 
 def test_limits_of_an_experiment_itself_keep_its_folder():
