@@ -50,7 +50,7 @@ def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
 def test_cuda_compiles_without_a_gpu(direction, guard, pool):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA carries no NVRTC")
-    source = (single_read.SOURCES / "common.cu").read_text() + (single_read.SOURCES / f"{direction}.cu").read_text()
+    source = single_read.source_of(direction)
     flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1 - pool, "EXTRA": 1, "CLAMP": 0, "SCALED": 0, "POOL": pool}
     flags |= {**TUNINGS[-1].defines, guard: 1}
     code = driver.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))

@@ -37,11 +37,15 @@ class Params(ctypes.Structure):
     )
 
 
+def source_of(direction: str) -> str:
+    """The CUDA source of the forward or the backward kernel."""
+    return "".join((SOURCES / f"{name}.cu").read_text() for name in ("common", "max_pool", direction))
+
+
 @functools.cache
 def _kernel(device: int, direction: str, defines: tuple[str, ...]) -> Kernel:
-    source = (SOURCES / "common.cu").read_text() + (SOURCES / f"{direction}.cu").read_text()
     target = architecture(*torch.cuda.get_device_capability(device))
-    return Kernel(compile_source(source, target, defines), "online_norm")
+    return Kernel(compile_source(source_of(direction), target, defines), "online_norm")
 
 
 @dataclass(frozen=True)

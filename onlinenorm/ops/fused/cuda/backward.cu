@@ -31,6 +31,10 @@ __device__ __forceinline__ u64* sums_of(const Params& p, const Place& at, int sa
 }
 
 #if POOL
+__device__ __forceinline__ const u32* indices_of(const Params& p, const uint4* start) {
+    return reinterpret_cast<const u32*>(start + mask_at(p));
+}
+
 // Reducers: the sum of both pooled gradients in place of the first, rounded as torch's would be.
 __device__ __forceinline__ void add_extra(const Params& p, const Place& at, uint4* start) {
     const uint4* extra = start + extra_at(p);
@@ -43,45 +47,6 @@ __device__ __forceinline__ void add_extra(const Params& p, const Place& at, uint
         start[i] = pack(a);
     }
     sync<1>();
-}
-
-// visit(row of the tile, gradient, x) for all pixels of a tile, 2x2 at a time: those have four windows between them.
-template <class Visit>
-__device__ __forceinline__ void visit_pixels(const Params& p, const Place& at, const Item& item, const uint4* start, Visit visit) {
-    const int width = p.width / 2, lines = p.pixels / p.width / 2, first_line = item.tile * (p.tile_rows / (2 * p.width));
-    const uint4 *grads = start + at.lane, *xs = start + grad_size(p) + at.lane;
-    const u32* indices = reinterpret_cast<const u32*>(start + mask_at(p)) + at.lane;
-    for (int q = at.row; q < item.rows / 4; q += at.step) {
-        const int line = q / width, column = q - line * width;
-        uint4 grad[4];
-        u32 index[4];
-#pragma unroll
-        for (int w = 0; w < 4; w++) {  // of the windows here, right, below, and below right
-            const bool inside = column + w % 2 < width && first_line + line + w / 2 < lines;
-            const int from = (q + w / 2 * width + w % 2) * LANES;
-            index[w] = inside ? indices[from] : ~0u;
-            grad[w] = inside ? grads[from] : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int pixel = 0; pixel < 4; pixel++) {
-            float g[8] = {}, x[8];
-#pragma unroll
-            for (int w = 0; w < 4; w++) {
-                if (w & ~pixel) continue;  // upper pixels are not in windows below, left ones not in those to the right
-                // The pixel's place in the window: of three rows the middle or last, of one below the first.
-                const int down = pixel / 2 + 1 - w / 2 * 2, right = pixel % 2 + 1 - w % 2 * 2;
-                const u32 unlike = index[w] ^ (3 * down + right) * 0x11111111u;
-                float value[8];
-                unpack(grad[w], value);
-#pragma unroll
-                for (int k = 0; k < 8; k++)
-                    if (!(unlike & 15u << 4 * k)) g[k] += value[k];
-            }
-            const int row = (2 * line + pixel / 2) * p.width + 2 * column + pixel % 2;
-            unpack(xs[row * LANES], x);
-            visit(row, g, x);
-        }
-    }
 }
 #endif
 
@@ -115,7 +80,7 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
         float sum[8] = {}, product[8] = {};
 #if POOL
         if (EXTRA) add_extra(p, at, start);
-        visit_pixels(p, at, item, start, [&](int, const float (&g)[8], const float (&x)[8]) {
+        visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start), [&](int, const float (&g)[8], const float (&x)[8]) {
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 sum[k] += g[k];
@@ -356,7 +321,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         };
         wait(s.stages.reduced + stage, i / STAGES & 1);
 #if POOL
-        visit_pixels(p, at, item, start, put);
+        visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start), put);
 #else
 #pragma unroll 4
         for (int row = at.row; row < rows; row += at.step) {

@@ -394,9 +394,3 @@ __device__ __forceinline__ long long mask_offset(const Params& p, int channel_bl
     return (((long long)channel_block * p.samples + sample) * even(p.pixels) + row) * 8;
 }
 
-// Max-pool: pixels of a pooled image, and the indices of its row, 4 bytes a lane.
-__device__ __forceinline__ int pooled_pixels(const Params& p) { return p.pixels / 4; }
-
-__device__ __forceinline__ long long index_offset(const Params& p, int channel_block, int sample, int row) {
-    return (((long long)channel_block * p.samples + sample) * pooled_pixels(p) + row) * LANES * 4;
-}

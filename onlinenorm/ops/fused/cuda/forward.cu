@@ -71,55 +71,6 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
     });
 }
 
-#if POOL
-constexpr u32 NOTHING = 15;  // index of a window whose gradient goes nowhere
-
-#if HALF
-#define PAIR "f16x2"
-constexpr u32 LOWEST = 0xfc00fc00u, ONE = 0x3c00u;  // -inf twice, and 1
-#else
-#define PAIR "bf16x2"
-constexpr u32 LOWEST = 0xff80ff80u, ONE = 0x3f80u;
-#endif
-
-// Bits of the halves where a > b, or where a is NaN.
-__device__ __forceinline__ u32 above(u32 a, u32 b) {
-    u32 greater, unlike;
-    asm("set.gt.u32." PAIR " %0, %1, %2;" : "=r"(greater) : "r"(a), "r"(b));
-    asm("set.nan.u32." PAIR " %0, %1, %1;" : "=r"(unlike) : "r"(a));
-    return greater | unlike;
-}
-
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
-    u32 r;
-    asm("mul." PAIR " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-
-__device__ __forceinline__ u32 sign_of(float scale) { return scale > 0.f ? ONE : scale < 0.f ? ONE | 0x8000u : 0; }
-
-// What a window takes of 8 channels: the first of the largest, as torch does; a NaN before all, the last of them. All that
-// follows is monotone, so the largest of x times the scale's sign is the largest of the results.
-struct Window {
-    u32 best[4], index[4];
-
-    __device__ Window(bool top, bool left) {
-        const u32 first = (top ? 3 : 0) + (left ? 1 : 0);
-#pragma unroll
-        for (int j = 0; j < 4; j++) best[j] = LOWEST, index[j] = first * 0x10001u;
-    }
-    __device__ void look(uint4 pixel, u32 position, const u32 (&signs)[4]) {
-        const u32 words[4] = {pixel.x, pixel.y, pixel.z, pixel.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const u32 key = times(words[j], signs[j]), take = above(key, best[j]);
-            best[j] = (best[j] & ~take) | (key & take);
-            index[j] = (index[j] & ~take) | (position * 0x10001u & take);
-        }
-    }
-};
-#endif
-
 __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch& s, const uint4* memory, float mean, float var) {
     const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size, pitch = p.channels / 8;
     float bias[8];
