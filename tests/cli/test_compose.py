@@ -1,10 +1,11 @@
 """What overrides mean, and the one sentence that those get which mean nothing."""
 
+import hydra
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from onlinenorm.cli.compose import jobs, load_config
+from onlinenorm.cli.compose import CONFIGS, jobs, load_config
 from onlinenorm.errors import ConfigError
 
 MISTAKES = [
@@ -131,3 +132,11 @@ def test_a_limited_run_has_a_folder_of_its_own(limits, folder):
 
 def test_limits_of_an_experiment_itself_keep_its_folder():
     assert load_config(["experiment=resnet50"])["run_dir"] is None
+
+
+def test_hydra_leaves_the_loggers_of_loaded_modules_alone():
+    """Each job of a sweep configures logging anew: what was imported by then would not warn any more."""
+    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        composed = hydra.compose("train", return_hydra_config=True).hydra
+    for name in ("job_logging", "hydra_logging"):
+        assert composed[name].root is None and not composed[name].disable_existing_loggers
