@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from onlinenorm.errors import cli_errors
-from onlinenorm.reporting.cost import as_trained, with_optimizer
-from onlinenorm.reporting.markdown import markdown_table
+from onlinenorm.report.cost import as_trained, with_optimizer
+from onlinenorm.report.markdown import markdown_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NEEDED = 1.2  # times what training takes: what a loader should give

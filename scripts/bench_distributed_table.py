@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from onlinenorm.errors import cli_errors
-from onlinenorm.reporting.cost import origin
-from onlinenorm.reporting.markdown import markdown_table
+from onlinenorm.report.cost import origin
+from onlinenorm.report.markdown import markdown_table
 
 SYNCHRONISED = {"sync_batch": "batch", "online_global": "online_local"}  # and what each does without communication
 RATES = ("normalizer", "mode", "processes", "images a process", "ms a step", "images/s", "scaling efficiency")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from onlinenorm.errors import cli_errors
 from onlinenorm.ops.fused.tiling import tuning_for
-from onlinenorm.reporting.cost import origin
-from onlinenorm.reporting.markdown import markdown_table
+from onlinenorm.report.cost import origin
+from onlinenorm.report.markdown import markdown_table
 
 KERNELS = (
     "batch",

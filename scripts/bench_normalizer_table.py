@@ -12,8 +12,8 @@ from pathlib import Path
 from bench_normalizer import plot
 
 from onlinenorm.errors import cli_errors
-from onlinenorm.reporting.cost import origin
-from onlinenorm.reporting.markdown import markdown_table
+from onlinenorm.report.cost import origin
+from onlinenorm.report.markdown import markdown_table
 
 HEAD = (
     "batch",

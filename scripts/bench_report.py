@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from onlinenorm.errors import cli_errors
-from onlinenorm.reporting.cost import origin, step_time
-from onlinenorm.reporting.markdown import markdown_table
+from onlinenorm.report.cost import origin, step_time
+from onlinenorm.report.markdown import markdown_table
 
 NAMES = ("normalizer", "stem", "compiler", "mode", "dtype")
 BEST = (

@@ -30,7 +30,7 @@ from bench_report import fastest, over, smallest, workload
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.errors import cli_errors
-from onlinenorm.reporting.spec import parse_spec
+from onlinenorm.report.spec import parse_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("eager", "graph", "compile", "compile+graph")

@@ -37,9 +37,9 @@ try:
     from onlinenorm.data.datasets import FolderDataset
     from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
     from onlinenorm.errors import cli_errors
-    from onlinenorm.reporting.runs import Run
-    from onlinenorm.reporting.settings import departures
-    from onlinenorm.reporting.spec import parse_spec
+    from onlinenorm.report.runs import Run
+    from onlinenorm.report.settings import departures
+    from onlinenorm.report.spec import parse_spec
     from onlinenorm.training.config_check import build, check_config, prefixed
     from onlinenorm.training.errors import ConfigError, RunError
     from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer

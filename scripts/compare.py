@@ -21,10 +21,10 @@ try:
     import yaml
 
     from onlinenorm.errors import cli_errors
-    from onlinenorm.reporting.errors import ReportError
-    from onlinenorm.reporting.paired import check_same_images, pair, read_predictions, render_pairing
-    from onlinenorm.reporting.runs import Run, load_run
-    from onlinenorm.reporting.tally import former_attempts
+    from onlinenorm.report.errors import ReportError
+    from onlinenorm.report.paired import check_same_images, pair, read_predictions, render_pairing
+    from onlinenorm.report.runs import Run, load_run
+    from onlinenorm.report.tally import former_attempts
 except ModuleNotFoundError:
     # called as scripts/compare.py from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:

@@ -18,8 +18,8 @@ import bench_common
 import torch
 
 from onlinenorm.errors import cli_errors
-from onlinenorm.reporting.cost import origin
-from onlinenorm.reporting.markdown import markdown_table
+from onlinenorm.report.cost import origin
+from onlinenorm.report.markdown import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (

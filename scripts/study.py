@@ -23,12 +23,12 @@ try:
     import yaml
 
     from onlinenorm.errors import cli_errors
-    from onlinenorm.reporting.ablation import ablation_table, build_ablation
-    from onlinenorm.reporting.errors import ReportError
-    from onlinenorm.reporting.files import write_all
-    from onlinenorm.reporting.runs import find_run_folders, load_runs
-    from onlinenorm.reporting.spec import parse_spec
-    from onlinenorm.reporting.study import ablation_files, load_studies, study_files
+    from onlinenorm.report.ablation import ablation_table, build_ablation
+    from onlinenorm.report.errors import ReportError
+    from onlinenorm.report.files import write_all
+    from onlinenorm.report.runs import find_run_folders, load_runs
+    from onlinenorm.report.spec import parse_spec
+    from onlinenorm.report.study import ablation_files, load_studies, study_files
 except ModuleNotFoundError:
     # called as scripts/study.py from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:

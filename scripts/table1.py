@@ -24,15 +24,15 @@ try:
     from rich.console import Console
 
     from onlinenorm.errors import cli_errors
-    from onlinenorm.reporting.curves import draw_curves
-    from onlinenorm.reporting.errors import ReportError
-    from onlinenorm.reporting.files import write_all
-    from onlinenorm.reporting.markdown import render_markdown
-    from onlinenorm.reporting.page import render_page
-    from onlinenorm.reporting.runs import load_runs
-    from onlinenorm.reporting.spec import parse_spec
-    from onlinenorm.reporting.table import build_report
-    from onlinenorm.reporting.terminal import print_report
+    from onlinenorm.report.curves import draw_curves
+    from onlinenorm.report.errors import ReportError
+    from onlinenorm.report.files import write_all
+    from onlinenorm.report.markdown import render_markdown
+    from onlinenorm.report.page import render_page
+    from onlinenorm.report.runs import load_runs
+    from onlinenorm.report.spec import parse_spec
+    from onlinenorm.report.table import build_report
+    from onlinenorm.report.terminal import print_report
 except ModuleNotFoundError:
     # called as scripts/table1.py from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:

@@ -1,4 +1,4 @@
-"""Imports go one way: training -> models, normalizers, data; normalizers -> ops -> torch; reporting stands alone."""
+"""Imports go one way: training -> models, normalizers, data; normalizers -> ops -> torch; report stands alone."""
 
 import ast
 
@@ -11,7 +11,7 @@ ALLOWED = {
     "models": {"models"},
     "data": {"data"},
     "training": {"training", "models", "normalizers", "data"},
-    "reporting": {"reporting"},
+    "report": {"report"},
     "deploy": {"deploy", "training", "models", "normalizers", "data"},
 }
 # Packages outside the project that a part may load when it is imported.
@@ -23,7 +23,7 @@ ALLOWED_HEAVY = {
     "models": {"torch", "torchvision"},
     "data": {"torch", "torchvision", "pytorch_lightning", "PIL"},
     "training": {"torch", "torchmetrics", "pytorch_lightning", "wandb"},
-    "reporting": set(),
+    "report": set(),
     "deploy": {"torch", "torchvision", "PIL"},
 }
 

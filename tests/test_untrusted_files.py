@@ -12,15 +12,15 @@ import torch
 import yaml
 
 sys.path.append(str(Path(__file__).parent / "data"))
-sys.path.append(str(Path(__file__).parent / "reporting"))
+sys.path.append(str(Path(__file__).parent / "report"))
 from image_folders import write_tree
 from run_folders import write_run
 
 from onlinenorm.data.index import load_index
 from onlinenorm.deploy.errors import DeployError
 from onlinenorm.deploy.forms import load_folded
-from onlinenorm.reporting.errors import ReportError
-from onlinenorm.reporting.predictions import load_predictions
+from onlinenorm.report.errors import ReportError
+from onlinenorm.report.predictions import load_predictions
 from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.errors import RunError
 

@@ -1,0 +1,131 @@
+"""What a report compares runs with: configs/report.yaml as checked, plain objects."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from onlinenorm.report.errors import ReportError
+from onlinenorm.scales import UNKNOWN
+
+# Okabe-Ito and neighbours, for normalizers that configs/report.yaml does not name; distinct for the colour-blind.
+_SPARE_COLOURS = ("#882255", "#44AA99", "#332288", "#999933", "#AA4499", "#117733")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published row: losses in nats, accuracies as fractions; `epochs` says in words where they were reached."""
+
+    best_loss: float
+    best_top1: float
+    source: str
+    epochs: str = ""
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One normalizer's row: label, colour, published values if any, and why no clamp is removed if none is."""
+
+    label: str
+    colour: str
+    published: Published | None = None
+    removal: str | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Name of an image set as printed: in full, and short for a column head."""
+
+    label: str
+    short: str
+
+
+@dataclass(frozen=True)
+class SettingSpec:
+    """One entry of the published setting, looked up at `key` (dotted paths, first hit wins) in a run's config."""
+
+    name: str
+    key: list[str]
+    value: Any
+    decisive: bool = False
+    only: list[str] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """A study in a folder of studies: its title, the command that makes its runs, and what their data do not tell."""
+
+    title: str
+    command: str
+    note: str = ""
+
+    @property
+    def side_by_side(self) -> int:
+        """How many of its runs shared a machine, by --parallel in the command."""
+        found = re.search(r"--parallel (\d+)", self.command)
+        return int(found[1]) if found else 1
+
+
+@dataclass(frozen=True)
+class ReportSpec:
+    """Everything that is fixed before runs are looked at; `margins` maps scale -> metric -> margin."""
+
+    title: str
+    rows: dict[str, RowSpec]
+    further_rows: dict[str, RowSpec]
+    comparisons: list[tuple[str, str]]
+    alpha: float
+    confidence: float
+    margins: dict[str, dict[str, float]]
+    scales: dict[str, Scale]
+    published_setting: list[SettingSpec]
+    studies: dict[str, StudySpec]
+
+    def row(self, normalizer: str) -> RowSpec:
+        """The row of a normalizer; one that the file does not name gets its own name as label and a spare colour."""
+        known = {**self.further_rows, **self.rows}
+        spare = _SPARE_COLOURS[sum(map(ord, normalizer)) % len(_SPARE_COLOURS)]
+        return known.get(normalizer) or RowSpec(label=normalizer, colour=spare)
+
+    def scale(self, name: str) -> Scale:
+        """A scale's printed names: those of the file, else of a data set of the user's own its label.
+
+        "unknown" stands for no run that is done, and a configuration that cannot tell.
+        """
+        if name == UNKNOWN:
+            return Scale(label="images not known before a run is done", short="unknown images")
+        return self.scales.get(name) or Scale(label=f"{name}, not ImageNet", short=name)
+
+
+def parse_spec(content: Mapping[str, Any]) -> ReportSpec:
+    """ReportSpec from the plain content of configs/report.yaml; ReportError on keys that it lacks or does not know."""
+    try:
+        equivalence = dict(content["equivalence"])
+        spec = ReportSpec(
+            title=content["title"],
+            rows={name: _row(row) for name, row in content["rows"].items()},
+            further_rows={name: _row(row) for name, row in content.get("further_rows", {}).items()},
+            comparisons=[(first, second) for first, second in content["comparisons"]],
+            alpha=equivalence["alpha"],
+            confidence=equivalence["confidence"],
+            margins=equivalence["margins"],
+            scales={name: Scale(**scale) for name, scale in content["scales"].items()},
+            published_setting=[SettingSpec(**entry) for entry in content["published_setting"]],
+            studies={name: StudySpec(**study) for name, study in content.get("studies", {}).items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(f"configs/report.yaml: {type(error).__name__}: {error}") from error
+    if not 0 < spec.alpha < 0.5 or not 0 < spec.confidence < 1:
+        raise ReportError("configs/report.yaml: alpha must lie in (0, 0.5) and confidence in (0, 1)")
+    for scale in spec.scales:
+        margins = spec.margins.get(scale, {})
+        if set(margins) != {"best_top1", "best_loss"} or min(margins.values()) <= 0:
+            raise ReportError(f"configs/report.yaml: margins of {scale} must be positive: best_top1 and best_loss")
+    return spec
+
+
+def _row(content: Mapping[str, Any]) -> RowSpec:
+    content = dict(content)
+    published = content.pop("published", None)
+    return RowSpec(**content, published=Published(**published) if published else None)

@@ -1,0 +1,146 @@
+"""A folder of studies (`<study>/runs/...`) in, all its tables, figures and findings out."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onlinenorm.report import cost, pictures
+from onlinenorm.report.ablation import Ablation, build_ablation, render_ablation, swept
+from onlinenorm.report.clamps import clamped_runs, render_clamping
+from onlinenorm.report.curves import draw_curves
+from onlinenorm.report.errors import ReportError
+from onlinenorm.report.findings import render_findings
+from onlinenorm.report.markdown import render_markdown
+from onlinenorm.report.pooled import Pooled, pool_runs, render_pooled
+from onlinenorm.report.runs import Run, find_run_folders, load_runs, lookup
+from onlinenorm.report.spec import ReportSpec
+from onlinenorm.report.table import Report, build_report
+
+MAIN = ("fashion_mnist", "embedded")  # the first with runs is drawn in the summary figure
+BATCHES, IMAGENET_NETWORK = "batch_size", "resnet50"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study: its runs, and the table or ablation made of them."""
+
+    runs: list[Run]
+    made: Report | Ablation
+    pooled: list[Pooled]
+
+
+def load_studies(root: Path, read_yaml: Callable[[Path], Any], spec: ReportSpec) -> dict[str, Study]:
+    """Studies below `root` by folder name, those that the spec names first; an empty `runs` folder is none.
+
+    Raises ReportError, naming the study, where runs are damaged or cannot share a table.
+    """
+    if not root.is_dir():
+        raise ReportError(f"{root}: no such folder. Name the folder that holds studies, e.g. results/study")
+    folders = {path.parent.name: path for path in sorted(root.glob("*/runs")) if any(find_run_folders(path))}
+    for failure in sorted(root.glob("*/runs/**/failed.txt")):
+        former = failure.parent.parent.name == "attempts"  # told by the run that it was an attempt at
+        if not former and not (failure.parent / "config.yaml").exists():
+            raise ReportError(f"{failure}: this run ended before it began. Start it again, or remove its folder")
+    names = [name for name in spec.studies if name in folders]
+    studies = {}
+    for name in [*names, *(name for name in folders if name not in names)]:
+        runs = load_runs(folders[name], read_yaml)
+        try:
+            note = spec.studies[name].note if name in spec.studies else ""
+            if any(swept(run) for run in runs):
+                studies[name] = Study(runs, replace(build_ablation(runs, spec), note=note), [])
+            else:
+                studies[name] = Study(runs, replace(build_report(runs, spec), note=note), pool_runs(runs, spec))
+        except ReportError as error:
+            raise ReportError(f"{folders[name]}: {error}") from error
+    return studies
+
+
+def table_files(report: Report, runs: Sequence[Run]) -> dict[str, bytes]:
+    """table1.md, table1.json and curves.png."""
+    return {
+        "table1.md": render_markdown(report).encode(),
+        "table1.json": plain_json(report.as_dict()),
+        "curves.png": draw_curves(runs, report),
+    }
+
+
+def ablation_files(ablation: Ablation) -> dict[str, bytes]:
+    """ablation.md, ablation.json and ablation.png."""
+    return {
+        "ablation.md": render_ablation(ablation).encode(),
+        "ablation.json": plain_json(ablation.as_dict()),
+        "ablation.png": pictures.draw_ablation(ablation),
+    }
+
+
+def plain_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False, default=str) + "\n").encode()
+
+
+def study_files(
+    studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, spec: ReportSpec
+) -> dict[str, dict[str, bytes]]:
+    """All files by folder relative to that of the studies; "." holds what is told of all of them together."""
+    files: dict[str, dict[str, bytes]] = {}
+    for name, study in studies.items():
+        if isinstance(study.made, Ablation):
+            files[name] = ablation_files(study.made)
+            continue
+        files[name] = table_files(study.made, study.runs)
+        if study.pooled:
+            files[name]["paired.md"] = render_pooled(study.pooled, spec, study.made.scale_label).encode()
+    runs = {name: study.runs for name, study in studies.items()}
+    titles = {name: study.title for name, study in spec.studies.items()}
+    together: dict[str, bytes] = {}
+    if clamping := pictures.draw_clamping(runs, titles):
+        together["clamping.png"] = clamping
+    if clamped_runs(runs) or clamping:
+        together["clamping.md"] = render_clamping(runs, "clamping.png" if clamping else None).encode()
+    if benchmark:
+        together["cost.md"] = cost.render_cost(benchmark, spec).encode()
+        together["imagenet.md"] = cost.render_imagenet(benchmark, _trained(studies, spec), spec).encode()
+    panels = _panels(studies, benchmark, spec)
+    if panels:
+        together["overview.png"] = pictures.draw_overview(panels)
+    found = {name: (study.made, study.runs, study.pooled) for name, study in studies.items()}
+    picture = "overview.png" if panels else None
+    for file, brief in (("findings.md", False), ("summary.md", True)):
+        together[file] = render_findings(found, benchmark, spec, picture, brief).encode()
+    return {".": together, **files}
+
+
+def _trained(studies: Mapping[str, Study], spec: ReportSpec) -> dict[str, tuple[float, int]]:
+    """Images/s and batch of finished training runs of the ImageNet network at its size that had a GPU to themselves."""
+    study, told = studies.get(IMAGENET_NETWORK), spec.studies.get(IMAGENET_NETWORK)
+    found: dict[str, tuple[float, int]] = {}
+    if told and told.side_by_side > 1:
+        return found
+    for run in study.runs if study else ():
+        if run.finished and lookup(run.config, "data.image_size") == 224:
+            found[run.normalizer] = (run.results["images_per_second"], lookup(run.config, "recipe.batch_size"))
+    return found
+
+
+def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, spec: ReportSpec) -> dict[str, Callable]:
+    """Panels of the summary figure by title, as far as there are data."""
+    panels: dict[str, Callable] = {}
+    main, batches = next((studies[name] for name in MAIN if name in studies), None), studies.get(BATCHES)
+    if main and isinstance(main.made, Report) and any(row.n for row in main.made.rows):
+        panels[f"{main.made.scale_short}: a point a seed"] = lambda axis: pictures.accuracy_panel(
+            axis, main.made, main.runs
+        )
+        if clamped := [run for run in main.runs if run.clamping and run.clamping["epoch"].size]:
+            panels["activations beyond the clamp, a line a seed"] = lambda axis: pictures.fraction_panel(axis, clamped)
+    if batches and isinstance(batches.made, Ablation):
+
+        def draw(axis):
+            pictures.ablation_panel(axis, batches.made, "last_top1")
+            axis.legend(frameon=False, fontsize=9)
+
+        panels[f"{batches.made.name}, rates by the horizon rule"] = draw
+    if studies and benchmark and (case := pictures.cost_case(benchmark)):
+        panels["cost of a training step"] = lambda axis: pictures.cost_panel(axis, benchmark, case, spec)
+    return panels

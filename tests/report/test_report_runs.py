@@ -1,0 +1,172 @@
+import json
+
+import numpy as np
+import pytest
+from run_folders import read_yaml, write_run
+
+from onlinenorm.report.errors import ReportError
+from onlinenorm.report.runs import load_runs
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_finished_run(tmp_path):
+    write_run(tmp_path, "online_clamp", 3, top1=0.8812, loss=0.321)
+    (run,) = load_runs(tmp_path, read_yaml)
+    assert (run.name, run.normalizer, run.seed, run.status) == ("online_clamp/seed3", "online_clamp", 3, "finished")
+    assert (run.value("best_top1"), run.value("best_loss")) == (0.8812, 0.321)
+    assert run.value("last_loss") == pytest.approx(run.metrics["val_loss"][-1])
+    assert run.metrics["epoch"].tolist() == [1, 2, 3, 4, 5]
+    assert run.config["recipe"]["epochs"] == 5 and run.environment["world_size"] == 1
+
+
+def test_runs_are_found_at_any_depth_and_only_runs(tmp_path):
+    for path in ("a/deep", "b"):
+        write_run(tmp_path / path, "batch")
+    inside = tmp_path / "b/batch/seed0/wandb/offline-run-1/files"
+    inside.mkdir(parents=True)
+    (inside / "config.yaml").write_text("x: 1\n")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/config.yaml").write_text("not: a run\n")
+    assert [run.name for run in load_runs(tmp_path, read_yaml)] == ["a/deep/batch/seed0", "b/batch/seed0"]
+    (run,) = load_runs(tmp_path / "b/batch/seed0", read_yaml)
+    assert run.name == "batch/seed0"
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_an_unfinished_run_says_how_far_it_is(tmp_path, done):
+    write_run(tmp_path, "batch", done=done)
+    (run,) = load_runs(tmp_path, read_yaml)
+    assert (run.finished, run.status, run.normalizer) == (False, f"running: epoch {done} of 5", "batch")
+
+
+def test_a_run_that_has_just_begun_has_no_metrics(tmp_path):
+    (write_run(tmp_path, "batch", done=0) / "metrics.csv").unlink()
+    (run,) = load_runs(tmp_path, read_yaml)
+    assert run.status == "running: epoch 0 of 5"
+
+
+def test_a_run_that_ended_in_nan_is_called_diverged(tmp_path):
+    path = write_run(tmp_path, "none", done=2) / "metrics.csv"
+    path.write_text(path.read_text() + "3,300,0.1,nan,0.1,nan,0.1,0.5,800,19\n")
+    assert load_runs(tmp_path, read_yaml)[0].status == "diverged: epoch 3 of 5"
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (
+            "the loss became NaN or infinite at step 41 (epoch 2, learning rate 0.1). The",
+            "diverged: step 41, epoch 2 of 5",
+        ),
+        (
+            "exit code 1\nRunError: a weight or statistic of the network became NaN or infinite at step 41",
+            "diverged: step 41, epoch 2 of 5",
+        ),
+        ("exit code 1\nOut of memory", "failed: epoch 1 of 5"),
+    ],
+)
+@pytest.mark.parametrize("metrics", ["kept", "header", "empty"])
+def test_what_ended_a_run_is_told_from_running(tmp_path, failure, status, metrics):
+    path = write_run(tmp_path, "batch", done=1, failure=failure) / "metrics.csv"
+    if metrics != "kept":
+        path.write_text(path.read_text().splitlines()[0] + "\n" if metrics == "header" else "")
+        status = status.replace("epoch 1 of", "epoch 0 of") if "failed" in status else status
+    (run,) = load_runs(tmp_path, read_yaml)
+    assert (run.status.split(", ")[0], run.diverged) == (status.split(", ")[0], "NaN" in failure)
+    if "(epoch" in failure or metrics == "kept":
+        assert run.status == status
+
+
+def test_a_finished_run_has_not_failed(tmp_path):
+    write_run(tmp_path, "batch", failure="exit code 1")
+    assert load_runs(tmp_path, read_yaml)[0].status == "finished"
+
+
+def test_clamping_over_training_is_read_and_checked(tmp_path):
+    folder = write_run(tmp_path, "online_clamp", clamped=[(1e-3, 9.5), (0.0, 4.0)])
+    (run,) = load_runs(tmp_path, read_yaml)
+    assert run.clamping["clamped_fraction"].tolist() == [1e-3, 0.0]
+    assert run.clamping["max_abs_activation"].tolist() == [9.5, 4.0]
+    (folder / "clamping.csv").write_text("epoch,step\n1,10\n")
+    with pytest.raises(ReportError, match=r"clamping\.csv: column clamped_fraction, max_abs_activation is missing"):
+        load_runs(tmp_path, read_yaml)
+
+
+def test_empty_fields_are_nan(tmp_path):
+    path = write_run(tmp_path, "batch", done=1) / "metrics.csv"
+    path.write_text(path.read_text() + "2,200,0.1,0.5,0.8,0.5,0.8,,,\n")
+    (run,) = load_runs(tmp_path, read_yaml)
+    assert np.isnan(run.metrics["val_top5"][1]) and run.metrics["val_top1"][1] == 0.8
+
+
+def test_folders_without_runs(tmp_path):
+    with pytest.raises(ReportError, match=r"nowhere: no such folder"):
+        load_runs(tmp_path / "nowhere", read_yaml)
+    with pytest.raises(ReportError, match=r"holds no run.*quickstart"):
+        load_runs(tmp_path, read_yaml)
+
+
+def test_a_missing_or_broken_config_is_named(tmp_path):
+    folder = write_run(tmp_path, "batch")
+    (folder / "config.yaml").write_text("recipe: [unclosed\n")
+    with pytest.raises(ReportError, match=r"seed0/config\.yaml: cannot be read"):
+        load_runs(tmp_path, read_yaml)
+    (folder / "config.yaml").unlink()
+    with pytest.raises(ReportError, match=r"seed0/config\.yaml: missing"):
+        load_runs(tmp_path, read_yaml)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1, "experiment": "x"', "\x00\x01"])
+def test_a_damaged_results_file_is_named(tmp_path, content):
+    (write_run(tmp_path, "batch") / "results.json").write_text(content)
+    with pytest.raises(ReportError, match=r"batch/seed0/results\.json"):
+        load_runs(tmp_path, read_yaml)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(schema=2), "schema is 2"),
+        (lambda r: r.pop("scale"), "scale is None"),
+        (lambda r: r.update(seed="0"), "seed is '0'"),
+        (lambda r: r["best_top1"].update(val_top1=88.1), r"best_top1.val_top1 is 88.1.*fractions"),
+        (lambda r: r["last"].update(val_loss=float("nan")), "last.val_loss is nan"),
+        (lambda r: r["last"].pop("val_top1"), "last.val_top1 is missing"),
+        (lambda r: r["clamping"]["without"].pop("val_loss"), "clamping.without.val_loss is missing"),
+        (lambda r: r["clamping"].update(changed_predictions=2001), "clamping.changed_predictions is 2001"),
+        (lambda r: r["best_loss"].update(val_loss=0.1), r"best_loss.val_loss is 0.1, but metrics.csv shows 0.3"),
+    ],
+)
+def test_results_that_cannot_be_true_are_refused(tmp_path, change, message):
+    edit(write_run(tmp_path, "online_clamp") / "results.json", change)
+    with pytest.raises(ReportError, match=message):
+        load_runs(tmp_path, read_yaml)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-30], r"line 6: \d+ fields"),
+        (lambda text: text.replace("epoch,", "epok,"), "column epoch is missing"),
+        (lambda text: text.replace("\n2,", "\ntwo,"), "line 3: could not convert"),
+        (lambda text: text.replace("\n3,", "\n2,"), "epochs must be whole numbers that rise"),
+        (lambda text: text.splitlines()[0] + "\n", "holds no epoch"),
+        (lambda text: "", "holds no epoch"),
+    ],
+)
+def test_damaged_metrics_are_refused_by_file_and_line(tmp_path, change, message):
+    path = write_run(tmp_path, "batch") / "metrics.csv"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ReportError, match=rf"batch/seed0/metrics\.csv.*{message}"):
+        load_runs(tmp_path, read_yaml)
+
+
+def test_results_without_metrics_are_refused(tmp_path):
+    (write_run(tmp_path, "batch") / "metrics.csv").unlink()
+    with pytest.raises(ReportError, match=r"metrics\.csv: missing"):
+        load_runs(tmp_path, read_yaml)

@@ -1,0 +1,110 @@
+import pytest
+from run_folders import read_yaml, write_run
+
+from onlinenorm.report.errors import ReportError
+from onlinenorm.report.runs import load_runs
+from onlinenorm.report.settings import check_one_table, departures, same
+
+
+def test_rows_of_one_study_share_a_table(tmp_path):
+    for normalizer in ("online_clamp", "online_layer_scaling", "batch"):
+        for seed in range(2):
+            write_run(tmp_path, normalizer, seed)
+    write_run(tmp_path, "group", done=2)
+    check_one_table(load_runs(tmp_path, read_yaml))
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"scale": "fashion_mnist"}, ["scale: 'embedded' (a/batch/seed0) | 'fashion_mnist' (b/online_clamp/seed1)"]),
+        ({"epochs": 7}, ["recipe.epochs: 5.0 (a/batch/seed0) | 7.0 (b/online_clamp/seed1)"]),
+        ({"recipe": {"batch_size": 128}}, ["recipe.batch_size: 32.0", "128.0 (b/online_clamp/seed1)"]),
+        ({"model": "cifar_resnet20"}, ["model._target_", "cifar_resnet8", "cifar_resnet20"]),
+        ({"epochs": 9, "done": 2}, ["recipe.epochs", "9.0 (b/online_clamp/seed1)"]),
+    ],
+)
+def test_a_mixture_is_refused_with_what_differs_and_where(tmp_path, other, named):
+    write_run(tmp_path / "a", "batch")
+    write_run(tmp_path / "b", "online_clamp", 1, **other)
+    with pytest.raises(ReportError, match="differ in what all rows of one table must share") as caught:
+        check_one_table(load_runs(tmp_path, read_yaml))
+    for part in named:
+        assert part in str(caught.value)
+
+
+def test_one_row_with_two_clamp_values_is_refused(tmp_path):
+    write_run(tmp_path, "online_clamp", 0)
+    write_run(tmp_path, "online_clamp", 1, normalizer_config={"_target_": "x", "clamp_value": 3.0})
+    with pytest.raises(ReportError, match=r"the row of online_clamp[\s\S]*normalizer.clamp_value"):
+        check_one_table(load_runs(tmp_path, read_yaml))
+
+
+def test_edited_code_of_ones_own_is_another_setting(tmp_path):
+    for group in ("normalizer", "data"):
+        for seed, digest in enumerate(("aa", "bb")):
+            write_run(tmp_path / group, "mine", seed, environment={"own_code": {group: {"my_norms": digest}}})
+        with pytest.raises(ReportError, match=rf"own_code.{group}.my_norms: 'aa' .* 'bb'"):
+            check_one_table(load_runs(tmp_path / group, read_yaml))
+
+
+def test_a_seed_counts_once(tmp_path):
+    for part in ("a", "b"):
+        write_run(tmp_path / part, "batch", 4)
+    with pytest.raises(ReportError, match="a/batch/seed4 and b/batch/seed4 are both seed 4 of batch"):
+        check_one_table(load_runs(tmp_path, read_yaml))
+
+
+def test_the_published_setting_has_no_departures(tmp_path, spec):
+    for normalizer in ("online_clamp", "online_layer_scaling", "batch"):
+        write_run(
+            tmp_path,
+            normalizer,
+            scale="imagenet",
+            model="resnet50",
+            epochs=100,
+            recipe={"milestones": [30, 60, 80, 90]},
+        )
+    assert departures(load_runs(tmp_path, read_yaml), spec.published_setting) == []
+
+
+def test_departures_name_setting_values_and_rows(tmp_path, spec):
+    write_run(tmp_path, "online_clamp", normalizer_config={"alpha_fwd": 0.99, "alpha_bkw": 0.99, "clamp_value": 3})
+    write_run(tmp_path, "batch")
+    found = {d.name: d for d in departures(load_runs(tmp_path, read_yaml), spec.published_setting)}
+    assert (found["network"].published, found["network"].actual) == (
+        "onlinenorm.models.resnet50",
+        "onlinenorm.models.cifar_resnet8",
+    )
+    assert found["epochs"].actual == 5 and found["epochs"].normalizers == []
+    assert (found["clamp value"].actual, found["clamp value"].normalizers) == (3, ["online_clamp"])
+    assert found["stride of a bottleneck"].actual == "not set"
+    assert {"alpha_bkw", "precision", "global batch size"}.isdisjoint(found)
+
+
+def test_reference_configs_are_the_published_setting(root, spec):
+    """What the committed configs say for the table's run is what configs/report.yaml says was published."""
+    parts = {"recipe": "recipe/reference", "model": "model/resnet50", "data": "data/imagenet"}
+    config = {group: read_yaml(root / "configs" / f"{name}.yaml") for group, name in parts.items()}
+    for normalizer in ("online_clamp", "online_layer_scaling", "batch"):
+        config["normalizer"] = read_yaml(root / "configs" / "normalizer" / f"{normalizer}.yaml")
+        for entry in spec.published_setting:
+            if entry.key == ["trainer.precision"] or (entry.only and normalizer not in entry.only):
+                continue
+            group, key = entry.key[0].split(".", 1)
+            assert same(config[group][key], entry.value), f"{normalizer}: {entry.name}"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        (5, 5.0, True),
+        (0.1, 0.1 + 1e-17, True),
+        ([1, 2.0], (1, 2), True),
+        ([1], [1, 2], False),
+        (True, 1, False),
+        ("a", "a", True),
+    ],
+)
+def test_same(a, b, equal):
+    assert same(a, b) == equal

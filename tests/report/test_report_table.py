@@ -1,0 +1,203 @@
+import json
+import re
+
+import pytest
+from run_folders import read_yaml, write_run
+
+from onlinenorm.report.curves import draw_curves, mean_curve
+from onlinenorm.report.errors import ReportError
+from onlinenorm.report.markdown import main_table, render_markdown
+from onlinenorm.report.page import render_page
+from onlinenorm.report.runs import load_runs
+from onlinenorm.report.spec import parse_spec
+from onlinenorm.report.table import build_report
+
+THREE = ("online_clamp", "online_layer_scaling", "batch")
+PUBLISHED = {"scale": "imagenet", "model": "resnet50", "epochs": 100, "recipe": {"milestones": [30, 60, 80, 90]}}
+
+
+def report_on(folder, spec):
+    return build_report(load_runs(folder, read_yaml), spec)
+
+
+def verdicts(report, metric="best_top1"):
+    return {(c.first, c.second): c.verdict for c in report.comparisons if c.metric == metric}
+
+
+def test_without_runs_every_row_says_not_run(spec):
+    report = build_report([], spec)
+    assert [row.label for row in report.rows] == [
+        "OnlineNorm (activation clamping)",
+        "OnlineNorm (layer scaling)",
+        "BatchNorm",
+    ]
+    lines = main_table(report).splitlines()[2:]
+    assert [line.count("not run") for line in lines] == [4, 4, 4]
+    assert "0.93" in lines[0] and "76.3 %" in lines[1] and "76.4 %" in lines[2]
+    assert {v.outcome for v in verdicts(report).values()} == {"not run"}
+
+
+def test_five_seeds_are_summarised(tmp_path, spec):
+    for seed, top1 in enumerate((0.880, 0.882, 0.884, 0.881, 0.883)):
+        write_run(tmp_path, "batch", seed, top1=top1)
+    batch = report_on(tmp_path, spec).rows[2]
+    summary = batch.summaries["best_top1"]
+    assert (batch.n, batch.seeds) == (5, [0, 1, 2, 3, 4])
+    assert (summary.mean, summary.minimum, summary.maximum) == pytest.approx((0.882, 0.880, 0.884))
+    assert summary.sd == pytest.approx(0.00158114, abs=1e-8)
+    assert "88.20 ± 0.16 %<br>95 % CI 88.00 to 88.40; min–max 88.00–88.40" in main_table(report_on(tmp_path, spec))
+
+
+def test_unfinished_runs_are_shown_and_never_averaged(tmp_path, spec):
+    write_run(tmp_path, "batch", 0, top1=0.88)
+    write_run(tmp_path, "batch", 1, top1=0.50, done=3)
+    write_run(tmp_path, "online_clamp", 0, done=2)
+    clamp, _, batch = report_on(tmp_path, spec).rows
+    assert (batch.n, batch.summaries["best_top1"].mean) == (1, 0.88)
+    assert batch.unfinished == ["seed 1 running: epoch 3 of 5"]
+    assert (clamp.n, clamp.summaries["best_top1"]) == (0, None)
+    lines = main_table(report_on(tmp_path, spec)).splitlines()[2:]
+    assert "seed 0 running: epoch 2 of 5" in lines[0] and "not run" in lines[1] and "88.00 %<br>epoch 4" in lines[2]
+
+
+def test_further_normalizers_follow_without_published_values(tmp_path, spec):
+    for normalizer in ("zeta", "layer", "online_clamp", "group"):
+        write_run(tmp_path, normalizer)
+    rows = report_on(tmp_path, spec).rows
+    assert [row.normalizer for row in rows] == [*THREE, "group", "layer", "zeta"]
+    assert all(row.published is None for row in rows[3:])
+
+
+def test_a_small_run_cannot_be_read_as_imagenet(tmp_path, spec):
+    for normalizer in THREE:
+        write_run(tmp_path, normalizer, top1=0.7635, loss=0.935)
+    report = report_on(tmp_path, spec)
+    details = "10,000 training, 2,000 validation images, cifar_resnet8, 28 px, 5 epochs"
+    label = f"Fashion-MNIST subset (embedded), not ImageNet ({details})"
+    page = render_page(report, b"png", b"png")
+    assert report.scale_label == label
+    assert render_markdown(report).startswith(f"# Table 1 on {label}\n")
+    assert f"<title>Table 1 on {label}</title>" in page and f'<div class="badge small">{label}</div>' in page
+    published = [v for (_, second), v in verdicts(report).items() if second is None]
+    assert {v.outcome for v in published} == {"not comparable"}
+    assert published[0].reason == "scale Fashion-MNIST subset (published: ImageNet)"
+
+
+def test_imagenet_runs_of_the_published_setting_are_compared(tmp_path, spec):
+    for seed, shift in enumerate((-0.0005, 0.0005, 0.0002, -0.0002)):
+        write_run(tmp_path, "online_clamp", seed, top1=0.763 + shift, loss=0.93, **PUBLISHED)
+        write_run(tmp_path, "batch", seed, top1=0.744 + shift / 2, loss=0.97, **PUBLISHED)
+    found = verdicts(report_on(tmp_path, spec))
+    assert found["online_clamp", None].outcome == "equivalent"
+    assert found["batch", None].outcome == "different"
+    assert found["online_layer_scaling", None].outcome == "not run"
+    assert found["online_clamp", "batch"].outcome == "different"
+    assert found["online_clamp", "batch"].difference.paired
+
+
+def test_a_decisive_departure_forbids_the_comparison(tmp_path, spec):
+    for seed in range(3):
+        write_run(tmp_path, "batch", seed, top1=0.764, loss=0.97, **{**PUBLISHED, "model": "resnet18"})
+    verdict = verdicts(report_on(tmp_path, spec))["batch", None]
+    assert (verdict.outcome, verdict.reason) == ("not comparable", "network resnet18 (published: resnet50)")
+
+
+def test_another_batch_size_is_listed_but_comparable(tmp_path, spec):
+    for seed in range(3):
+        recipe = {**PUBLISHED["recipe"], "batch_size": 256}
+        write_run(tmp_path, "batch", seed, top1=0.764 + 1e-4 * seed, loss=0.97, **{**PUBLISHED, "recipe": recipe})
+    report = report_on(tmp_path, spec)
+    assert [d.name for d in report.departures] == ["global batch size"]
+    assert verdicts(report)["batch", None].outcome == "equivalent"
+
+
+def test_clamp_removal_is_told_for_every_row(tmp_path, spec):
+    clamping = {
+        "layers": 9, "clamp_value": 5.0, "with": {"val_loss": 0.35, "val_top1": 0.87},
+        "without": {"val_loss": 0.351, "val_top1": 0.8695}, "changed_predictions": 3, "clamped_fraction": 1.5e-6,
+        "max_abs_activation": 5.6,
+    }  # fmt: skip
+    for normalizer in THREE:
+        write_run(tmp_path, normalizer, clamping=clamping if normalizer == "online_clamp" else None)
+    text = render_markdown(report_on(tmp_path, spec))
+    row = "| online_clamp/seed0 | 9 | 5 | 0.3500 | 0.3510 | 87.00 % | 86.95 % | 3 of 2,000 | 1.50e-06 | 5.6 |"
+    assert row in text
+    assert "not identical: 3 of 2,000 predictions changed (0.15 %), accuracy -0.05 points" in text
+    assert "no inference-time equivalent" in text and "BatchNorm has no error compensation" in text
+
+
+def test_missing_provenance_is_unknown(tmp_path, spec):
+    write_run(tmp_path, "batch", environment={})
+    (provenance,) = report_on(tmp_path, spec).provenance
+    assert (provenance.command, provenance.commit, provenance.hardware, provenance.world_size) == ("unknown",) * 4
+
+
+def test_uncommitted_changes_are_told(tmp_path, spec):
+    write_run(tmp_path, "batch", environment={"git": {"commit": "abc", "dirty": True}})
+    assert report_on(tmp_path, spec).provenance[0].commit == "abc with uncommitted changes"
+
+
+def test_the_page_needs_nothing_beside_it_and_escapes_what_it_shows(tmp_path, spec):
+    write_run(tmp_path, "batch", environment={"command": "train.py '<script>alert(1)</script>'"})
+    page = render_page(report_on(tmp_path, spec), b"png", b"png")
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert not re.search(r"(src|href|srcset)=[\"'](?!data:)", page) and "@import" not in page and "url(" not in page
+
+
+def test_the_report_is_plain_json_and_does_not_vary(tmp_path, spec):
+    for normalizer in THREE:
+        write_run(tmp_path, normalizer, done=3 if normalizer == "batch" else None)
+    texts = [json.dumps(report_on(tmp_path, spec).as_dict(), allow_nan=False) for _ in range(2)]
+    assert texts[0] == texts[1] and json.loads(texts[0])["scale"] == "embedded"
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    ("normalizers", "seeds", "epochs"), [(THREE, 1, 1), ((*THREE, "group", "layer", "none"), 2, 30)]
+)
+def test_curves_are_drawn(tmp_path, spec, normalizers, seeds, epochs, narrow):
+    for normalizer in normalizers:
+        for seed in range(seeds):
+            write_run(
+                tmp_path, normalizer, seed, epochs=epochs, done=4 if (normalizer, epochs) == ("none", 30) else None
+            )
+    runs = load_runs(tmp_path, read_yaml)
+    picture = draw_curves(runs, build_report(runs, spec), narrow)
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_curves_without_an_epoch(tmp_path, spec):
+    write_run(tmp_path, "batch", done=0)
+    runs = load_runs(tmp_path, read_yaml)
+    assert draw_curves(runs, build_report(runs, spec)).startswith(b"\x89PNG")
+
+
+def test_the_bold_curve_is_the_mean(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path, "batch", seed)
+    runs = load_runs(tmp_path, read_yaml)
+    epochs, values = mean_curve(runs, "val_loss")
+    assert epochs.tolist() == [1, 2, 3, 4, 5]
+    assert values[0] == pytest.approx(sum(run.metrics["val_loss"][0] for run in runs) / 3)
+
+
+def test_a_spec_with_an_unknown_key_or_a_margin_of_zero_is_refused(root):
+    content = read_yaml(root / "configs" / "report.yaml")
+    content["rows"]["batch"]["color"] = "red"
+    with pytest.raises(ReportError, match=r"report.yaml.*color"):
+        parse_spec(content)
+    content = read_yaml(root / "configs" / "report.yaml")
+    content["equivalence"]["margins"]["embedded"]["best_top1"] = 0
+    with pytest.raises(ReportError, match="margins of embedded"):
+        parse_spec(content)
+
+
+def test_images_of_ones_own_have_a_table_and_no_verdict(tmp_path, spec):
+    for seed in range(3):
+        for normalizer in ("online_clamp", "batch"):
+            write_run(tmp_path, normalizer, seed, scale="moths", top1=0.8 + 0.01 * seed)
+    report = report_on(tmp_path, spec)
+    assert report.scale == report.scale_short == "moths" and report.scale_label.startswith("moths")
+    told = [c.verdict for c in report.comparisons if c.verdict.outcome != "not run"]
+    assert told and {verdict.outcome for verdict in told} == {"not comparable"}
+    assert "configs/report.yaml has no margin for moths" in {verdict.reason for verdict in told}

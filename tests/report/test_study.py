@@ -1,0 +1,286 @@
+"""A folder of studies: every file, its numbers, and what is told where runs are missing."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import pytest
+from run_folders import read_yaml, write_run
+from study_folders import NAN, benchmark, write_studies
+
+from onlinenorm.report import clamps, cost, pictures
+from onlinenorm.report.errors import ReportError
+from onlinenorm.report.pictures import draw_clamping
+from onlinenorm.report.runs import load_runs
+from onlinenorm.report.spec import StudySpec
+from onlinenorm.report.study import load_studies, study_files
+
+ALL = ("online_none", "online_clamp", "online_layer_scaling", "batch")
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory, spec):
+    return load_studies(write_studies(tmp_path_factory.mktemp("study")), read_yaml, spec)
+
+
+@pytest.fixture(scope="module")
+def files(studies, spec):
+    return study_files(studies, benchmark(*ALL), spec)
+
+
+@pytest.fixture(scope="session")
+def main(root):
+    """main() of scripts/study.py."""
+    module_spec = importlib.util.spec_from_file_location("study_script", root / "scripts" / "study.py")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+def test_every_study_has_its_files(studies, files):
+    assert list(studies) == ["fashion_mnist", "resnet50", "clamp_value", "batch_size"]
+    table, ablation = (
+        {"table1.md", "table1.json", "curves.png", "paired.md"},
+        {"ablation.md", "ablation.json", "ablation.png"},
+    )
+    together = {"findings.md", "summary.md", "clamping.md", "clamping.png", "cost.md", "imagenet.md", "overview.png"}
+    assert {name: set(contents) for name, contents in files.items()} == {
+        ".": together, "fashion_mnist": table, "resnet50": table, "clamp_value": ablation, "batch_size": ablation,
+    }  # fmt: skip
+    for contents in files.values():
+        for name, content in contents.items():
+            assert content.startswith(b"\x89PNG") == name.endswith(".png")
+            assert not name.endswith(".json") or json.loads(content)["schema"] == 1
+
+
+def test_findings_have_the_numbers_of_the_tables(studies, files):
+    text = files["."]["findings.md"].decode()
+    for row in studies["fashion_mnist"].made.rows:
+        mean, sd = row.summaries["best_top1"].mean, row.summaries["best_top1"].sd
+        assert f"{row.label} {100 * mean:.2f} ± {100 * sd:.2f} % and " in text
+    verdicts = [c.verdict for c in studies["fashion_mnist"].made.comparisons if c.second]
+    assert len(verdicts) == 6 and all(f"**{verdict.outcome}**" in text for verdict in verdicts)
+    assert "(0.5 points and 0.01 nats)" in text
+    assert "One seed a row gives no verdict" in text
+    assert "diverged: 1 of 1 (1, BatchNorm)" in text and "diverged: 1 of 2 (off, OnlineNorm (no compensation))" in text
+    assert "is lower at the end than before the first drop in 4 of 4 runs and exactly 0 in 4 of 4" in text
+    assert "changed no prediction in 4 of 4 runs" in text
+
+
+def test_the_summary_is_a_line_a_study(studies, files):
+    lines = files["."]["summary.md"].decode().splitlines()
+    told = [line for line in lines if line.startswith("- **") and "not run here" not in line]
+    assert len(told) == len(studies) + 3  # removal of the clamp, its course, and cost
+    (main,) = (line for line in told if "(fashion_mnist/table1.md)" in line)
+    for comparison in studies["fashion_mnist"].made.comparisons:
+        if comparison.second and comparison.metric == "best_top1":
+            verdict = comparison.verdict
+            assert f"{verdict.outcome} ({100 * verdict.difference.mean:+.2f} points" in main
+    assert "OnlineNorm (" not in main and "n = " not in main
+    assert any("changed 0.0 % of the predictions, and none in 4 of 4 runs" in line for line in told)
+
+
+def test_runs_side_by_side_are_told_so_and_set_no_expectation(tmp_path, spec):
+    write_run(
+        tmp_path / "resnet50" / "runs", "batch", scale="fashion_mnist", model="resnet50", data={"image_size": 224}
+    )
+    studies = load_studies(tmp_path, read_yaml, spec)
+    for command, shared in (("sweep.py", False), ("sweep.py --parallel 3", True)):
+        told = replace(spec, studies={"resnet50": StudySpec("ResNet-50", command)})
+        files = study_files(studies, benchmark("batch"), told)["."]
+        assert ("images/s, 3 runs side by side." in files["findings.md"].decode()) == shared
+        assert ("by the training run at 224 px" in files["imagenet.md"].decode()) != shared
+
+
+def test_a_study_of_other_normalizers_alone_is_told(tmp_path, spec):
+    write_run(tmp_path / "own" / "runs", "online_none", 1, failure=NAN, finish=False, done=0)
+    files = study_files(load_studies(tmp_path, read_yaml, spec), None, spec)["."]
+    for name in ("findings.md", "summary.md"):
+        (line,) = (line for line in files[name].decode().splitlines() if line.startswith("- **own**"))
+        assert "no compensation" in line and "seed 1 diverged: step" in line
+        assert "images/s" not in files[name].decode()
+
+
+def test_many_studies_of_clamps_take_several_rows(tmp_path):
+    runs = [
+        run for run in load_runs(write_run(tmp_path, "online_clamp", clamped=[(1e-3, 9.0)] * 5).parents[1], read_yaml)
+    ]
+    few, many = (draw_clamping({str(k): runs for k in range(count)}, {}) for count in (4, 5))
+    sizes = [[int.from_bytes(png[at : at + 4], "big") for at in (16, 20)] for png in (few, many)]
+    assert sizes[0][0] == sizes[1][0] and 2 * sizes[0][1] == sizes[1][1]
+
+
+def test_findings_name_what_was_not_run_with_its_command(files, spec):
+    lines = [line for line in files["."]["findings.md"].decode().splitlines() if "not run here" in line]
+    assert lines == [
+        f"- **{spec.studies[name].title}**: not run here: `{spec.studies[name].command}`"
+        for name in spec.studies
+        if name not in ("fashion_mnist", "resnet50", "clamp_value", "batch_size")
+    ]
+    assert lines
+    nothing = study_files({}, None, spec)
+    assert list(nothing) == ["."] and list(nothing["."]) == ["findings.md", "summary.md"]
+    text = nothing["."]["findings.md"].decode()
+    assert text.count("not run here") == len(spec.studies) and "not measured here" in text
+
+
+def test_the_commands_of_the_studies_are_those_of_their_experiments(root, spec):
+    for name, study in spec.studies.items():
+        experiment = next(w for w in study.command.split() if w.startswith("experiment=")).partition("=")[2]
+        assert (root / "configs" / "experiment" / f"{experiment}.yaml").exists(), name
+
+
+def test_margins_are_told_as_they_were_fixed(tmp_path, spec):
+    for name in ("online_clamp", "batch"):
+        for seed in range(2):
+            write_run(tmp_path / "own" / "runs", name, seed)
+    text = study_files(load_studies(tmp_path, read_yaml, spec), None, spec)["."]["findings.md"].decode()
+    assert "Verdicts by the margins fixed before the runs (1 point and 0.03 nats): " in text
+
+
+def test_removal_that_changes_something_is_told(tmp_path, spec):
+    clamping = {
+        "layers": 19, "clamp_value": 5.0, "with": {"val_loss": 0.35, "val_top1": 0.87},
+        "without": {"val_loss": 0.3504, "val_top1": 0.8695}, "changed_predictions": 30, "clamped_fraction": 2e-5,
+        "max_abs_activation": 8.25,
+    }  # fmt: skip
+    runs = tmp_path / "fashion_mnist" / "runs"
+    write_run(
+        runs, "online_clamp", 0, scale="fashion_mnist", clamping=clamping, clamped=[(1e-3, 9.0)] * 4 + [(2e-3, 8.0)]
+    )
+    write_run(runs, "online_clamp", 1, scale="fashion_mnist", clamped=[(1e-3, 9.0)] * 4 + [(0.0, 4.0)])
+    files = study_files(load_studies(tmp_path, read_yaml, spec), None, spec)
+    row = "| fashion_mnist | online_clamp/seed0 | 19 | 5 | 30 of 10,000 | +4.0e-04 | -0.05 | 2.0e-05 | 8.25 |"
+    assert row in files["."]["clamping.md"].decode()
+    course = "| fashion_mnist | 5 | 2 | 1.0e-03 | 1.0e-03 | 0 to 2.0e-03 | 1 of 2 | 4 to 8 |"
+    assert course in files["."]["clamping.md"].decode()
+    text = files["."]["findings.md"].decode()
+    assert (
+        "changed no prediction in 1 of 2 runs (fashion_mnist: 0 to 30 of 10,000 predictions in 2 runs, accuracy -0.05"
+        in text
+    )
+    assert "in 1 of 2 runs and exactly 0 in 1 of 2" in text
+
+
+def test_courses_of_clamps(tmp_path):
+    write_run(tmp_path, "online_clamp", epochs=6, clamped=[(0.1 / (i + 1), 7.0 - i) for i in range(6)])
+    write_run(tmp_path, "batch")
+    (with_clamp,) = [run for run in load_runs(tmp_path, read_yaml) if run.clamping]
+    found = clamps.course(with_clamp)  # the first milestone is 2
+    assert (found.first, found.before_drop, found.last, found.largest) == (0.1, 0.05, pytest.approx(0.1 / 6), 2.0)
+    assert draw_clamping({"x": [run for run in load_runs(tmp_path, read_yaml) if not run.clamping]}, {}) is None
+
+
+@pytest.mark.parametrize("fractions", [[0.0] * 5, [0.3] * 5, [1e-3, 0.0, 1e-5, 0.0, 0.0]])
+def test_the_clamp_figure_draws_zeros(tmp_path, fractions):
+    write_run(tmp_path, "online_clamp", clamped=[(value, 3.0) for value in fractions])
+    assert draw_clamping({"x": load_runs(tmp_path, read_yaml)}, {}).startswith(b"\x89PNG")
+
+
+def test_cost_is_told_against_no_compensation(spec):
+    lines = cost.cost_table(benchmark(*ALL), spec).splitlines()[2:]
+    assert len(lines) == 16
+    where = "| batch 256, fused backend, compile+graph, bf16"
+    assert f"{where} | OnlineNorm (activation clamping) | 32.00 ± 0.1% | 8,000 | 10.60 | +2.6% | +0.10 |" in lines
+    assert f"{where} | BatchNorm | 35.20 ± 0.1% | 7,273 | 10.30 | +12.8% | -0.20 |" in lines
+    told = cost.cost_sentences(benchmark(*ALL))
+    assert len(told) == 4 and "clamping is cheaper than layer scaling (32.00 against 33.60 ms a step" in told[0]
+    assert [t.split(":")[0] for t in cost.cost_sentences(benchmark(*ALL), fastest=True)] == [
+        "batch 256, fused backend, compile+graph, bf16", "batch 32, fused backend, compile+graph, bf16",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "words"),
+    [
+        (31.0, "clamping is dearer than layer scaling"),
+        (32.01, "clamping and layer scaling are equal within the spread"),
+    ],
+)
+def test_the_cost_claim_can_fail(milliseconds, words):
+    results = benchmark(*ALL)
+    for row in results["rows"]:
+        if row["normalizer"] == "online_layer_scaling":
+            row["milliseconds"] = milliseconds * row["batch"] / 256
+    assert words in cost.cost_sentences(results, fastest=True)[0]
+
+
+def test_cost_without_a_rival_is_not_claimed(spec):
+    text = cost.render_cost(benchmark("batch", "online_clamp"), spec)
+    assert cost.cost_sentences(benchmark("batch", "online_clamp")) == [] and "not run here" in text
+
+
+def test_hours_of_imagenet_follow_from_rates(spec):
+    text = cost.imagenet_table(benchmark("batch", "online_clamp"), {"batch": (1000.0, 256)}, spec)
+    clamp, scaling, batch = text.splitlines()[2:]
+    assert "| 4.4 h (8,000 images/s) |" in clamp  # 128,116,700 / 8000 / 3600
+    settings = "data.root=IMAGENET model.compile=true trainer.cuda_graph=true"
+    assert f"normalizer=online_clamp {settings}`" in clamp and clamp.endswith("| not run here | not run here |")
+    assert scaling.count("not measured") == 2 and "35.6 h (1,000 images/s), batch 256" in batch
+    with_optimizer = benchmark("batch")
+    with_optimizer["rows"].append(
+        {**with_optimizer["rows"][0], "batch": 256, "images_per_second": 500.0, "optimizer": True}
+    )
+    assert "71.2 h (500 images/s)" in cost.imagenet_table(with_optimizer, {}, spec)
+    half = benchmark("batch")
+    half["rows"].append({**half["rows"][0], "dtype": "fp16", "images_per_second": 1e6})
+    assert cost.imagenet_table(half, {}, spec) == cost.imagenet_table(benchmark("batch"), {}, spec), "no fp16 training"
+
+
+def test_rates_of_what_train_py_does_not_run_stand_beside_no_command(spec):
+    """Faster rows in float16, of other compilers and stems, or without the optimizer where it was measured."""
+    results, plain = benchmark(*ALL), benchmark(*ALL)
+    for row in (*results["rows"], *plain["rows"]):
+        row["optimizer"] = True
+    for row in list(plain["rows"]):
+        fast = {"images_per_second": 9e6, "milliseconds": 0.001}
+        results["rows"] += [{**row, **fast, **other} for other in ({"dtype": "fp16"}, {"optimizer": False})]
+        if row["normalizer"] == "batch":
+            results["rows"] += [{**row, **fast, "compiler": "max_autotune"}, {**row, **fast, "stem": "conv7x7"}]
+        else:
+            results["rows"].append({**row, **fast, "backend": "torch"})
+    assert cost.imagenet_table(results, {}, spec) == cost.imagenet_table(plain, {}, spec)
+    assert cost.cost_sentences(results, fastest=True) == cost.cost_sentences(plain, fastest=True)
+    assert all("bf16, with optimizer" in sentence for sentence in cost.cost_sentences(results, fastest=True))
+    assert pictures.cost_case(results) == pictures.cost_case(plain) == (256, "fused", "compile+graph", "bf16", True)
+    assert "forward, backward and SGD; no input" in cost.render_imagenet(results, {}, spec)
+    assert "and SGD where that was recorded" in cost.render_imagenet(benchmark("batch"), {}, spec)
+
+
+def test_the_rate_beside_a_command_is_of_the_mode_that_the_command_names(spec):
+    results = benchmark("batch")
+    for row in results["rows"]:
+        if row["batch"] == 256 and row["mode"] == "eager":
+            row["images_per_second"] = 1e6
+    (*_, batch) = cost.imagenet_table(results, {}, spec).splitlines()
+    assert "model.compile=true trainer.cuda_graph=true" in batch and "1,000,000" not in batch
+
+
+def test_runs_that_ended_before_they_began_are_not_passed_over(tmp_path, spec):
+    write_run(tmp_path / "batch_size" / "runs" / "recipe.batch_size=8", "batch")
+    folder = tmp_path / "batch_size" / "runs" / "recipe.batch_size=1" / "batch" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "failed.txt").write_text(NAN)
+    with pytest.raises(
+        ReportError, match=r"recipe.batch_size=1/batch/seed0/failed.txt: this run ended before it began"
+    ):
+        load_studies(tmp_path, read_yaml, spec)
+
+
+def test_the_script_writes_studies_or_one_sweep(main, tmp_path, capsys):
+    write_run(tmp_path / "sweep" / "recipe.lr=0.1", "batch")
+    write_run(tmp_path / "sweep" / "recipe.lr=0.2", "batch", recipe={"lr": 0.2})
+    assert main(tmp_path / "sweep", "--output", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "ablation.json",
+        "ablation.md",
+        "ablation.png",
+    ]
+    assert "| 0.1 (published) | BatchNorm | 1 | 0 |" in capsys.readouterr().out
+    write_run(tmp_path / "studies" / "own" / "runs", "batch")
+    assert main(tmp_path / "studies", "--benchmark", tmp_path / "none.json") == 0
+    assert (tmp_path / "studies" / "own" / "table1.md").exists() and (tmp_path / "studies" / "findings.md").exists()
+    details = "10,000 training, 2,000 validation images, cifar_resnet8, 28 px, 5 epochs"
+    assert f"**own** ([table](own/table1.md); {details}): best" in (tmp_path / "studies" / "findings.md").read_text()
+    assert main(tmp_path / "nowhere") == 1
+    assert "no such folder" in capsys.readouterr().err
