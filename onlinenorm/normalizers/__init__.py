@@ -19,10 +19,10 @@ layer at each call, ``num_classes`` and ``in_channels``, and gives logits (N, nu
 (``data/NAME.yaml``) are a subclass of ``onlinenorm.data.ImageDataModule``.
 """
 
-from onlinenorm.normalizers.across_processes import average_statistics, gather_statistics, merged
 from onlinenorm.normalizers.baselines import group_norm, identity, layer_norm
 from onlinenorm.normalizers.clamping import remove_clamping
 from onlinenorm.normalizers.conversion import convert
+from onlinenorm.normalizers.distributed import average_statistics, gather_statistics, merged
 from onlinenorm.normalizers.loss_scale import rescale_controls
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
 from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d, check_synchronisable, synchronise_batch_norm

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from onlinenorm.ops.across_processes import process_group
+from onlinenorm.ops.distributed import process_group
 
 
 @dataclass(frozen=True)

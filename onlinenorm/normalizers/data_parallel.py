@@ -5,7 +5,7 @@ import weakref
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from onlinenorm.ops.across_processes import constant_when_compiled, process_group
+from onlinenorm.ops.distributed import constant_when_compiled, process_group
 
 GroupKey = tuple[str, tuple[int, ...]]  # name and ranks; ("", ()) stands for all processes
 

@@ -13,7 +13,7 @@ from onlinenorm.arguments import check_choice
 from onlinenorm.normalizers import data_parallel
 from onlinenorm.normalizers.batch_sizes import Sizes, exchanged_sizes
 from onlinenorm.normalizers.dependence import PROCESSES
-from onlinenorm.normalizers.replay import Start, starting_point
+from onlinenorm.normalizers.recompute import Start, starting_point
 from onlinenorm.normalizers.transforms import check_training_is_differentiated_once, traced_as_leaf
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
 from onlinenorm.ops.repetition import with_known_start

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from onlinenorm.ops.across_processes import constant_when_compiled
+from onlinenorm.ops.distributed import constant_when_compiled
 
 
 def traced_as_leaf(layer: nn.Module, *arguments, **keywords) -> torch.fx.Proxy:

@@ -31,7 +31,7 @@ class NormSpec:
 
     @property
     def peers(self) -> tuple[int, str, tuple[int, ...]]:
-        """Whose batches form the stream, as `across_processes` and the custom operators take it."""
+        """Whose batches form the stream, as `distributed` and the custom operators take it."""
         return self.processes, self.group, self.counts
 
     def as_arguments(self) -> tuple:

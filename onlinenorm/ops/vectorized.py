@@ -20,8 +20,8 @@ that squares multiplied out would lose all digits.
 import torch
 from torch import Tensor
 
-from onlinenorm.ops.across_processes import gather_samples, own_samples, total_samples
 from onlinenorm.ops.derivatives import differentiable_once
+from onlinenorm.ops.distributed import gather_samples, own_samples, total_samples
 from onlinenorm.ops.reference import channel_groups, compute_dtype, evaluate, finish, move_if_finite, per_channel
 from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec

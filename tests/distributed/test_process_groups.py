@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onlinenorm import OnlineNorm2d, convert
 from onlinenorm.normalizers import average_statistics, gather_statistics
-from onlinenorm.ops.across_processes import process_group
+from onlinenorm.ops.distributed import process_group
 
 COUNTS = ((4, 3), (2, 5), (3, 3))  # samples of the two processes in each step
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from onlinenorm import OnlineNorm2d
-from onlinenorm.normalizers import replay
+from onlinenorm.normalizers import recompute
 
 BACKENDS = ("reference", "torch")
 
@@ -30,7 +30,7 @@ def test_activation_checkpointing_counts_a_batch_once(backend, reentrant):
     torch.testing.assert_close(recomputed[0].weight.grad, plain[0].weight.grad)
     del a, b
     gc.collect()
-    assert not len(replay._regions), "statistics outlive the graphs they were kept for"
+    assert not len(recompute._regions), "statistics outlive the graphs they were kept for"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,7 +145,7 @@ def test_hooks_around_a_training_loop_leave_nothing_behind(hooks):
             layer(x).sum().backward()
             layer(checkpoint(layer, x.requires_grad_(), use_reentrant=False)).sum().backward()
     gc.collect()
-    assert not len(replay._regions)
+    assert not len(recompute._regions)
     assert not [value for value in vars(layer).values() if isinstance(value, (list, tuple)) and len(value) > 2]
 
 

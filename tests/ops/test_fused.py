@@ -335,15 +335,15 @@ def test_operators_keep_what_their_schemas_and_fakes_promise(guard):
 
 @pytest.mark.gpu
 def test_inductor_with_folded_additions_equals_eager(monkeypatch):
-    from onlinenorm.ops.fused import fold
+    from onlinenorm.ops.fused import inductor_pass
 
-    plain, folds = fold._is_plain_add, []
+    plain, folds = inductor_pass._is_plain_add, []
 
     def counted(node):
         folds.append(plain(node))
         return folds[-1]
 
-    monkeypatch.setattr(fold, "_is_plain_add", counted)
+    monkeypatch.setattr(inductor_pass, "_is_plain_add", counted)
     assert_compiled_equals_eager("inductor", 64, torch.bfloat16, 3e-2)
     assert sum(folds) == 2
 

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from onlinenorm.ops.fused import driver, messages, single_read, tiling
+from onlinenorm.ops.fused import nvrtc, single_read, tiling, workspace
 from onlinenorm.ops.spec import NormSpec
 
 TUNINGS = [row[-1] for row in tiling.TUNINGS]
@@ -53,10 +53,10 @@ def test_cuda_compiles_without_a_gpu(direction, guard, pool):
     source = single_read.source_of(direction)
     flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1 - pool, "EXTRA": 1, "CLAMP": 0, "SCALED": 0, "POOL": pool}
     flags |= {**TUNINGS[-1].defines, guard: 1}
-    code = driver.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
+    code = nvrtc.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
     assert code[:4] == b"\x7fELF" and b"online_norm" in code
     with pytest.raises(RuntimeError, match="NVRTC failed"):
-        driver.compile_source("not CUDA", "sm_90", ())
+        nvrtc.compile_source("not CUDA", "sm_90", ())
 
 
 def test_parameters_are_laid_out_as_the_kernels_read_them():
@@ -99,7 +99,7 @@ def without_gpu(monkeypatch):
     single_read._plan.cache_clear()
     yield
     single_read._plan.cache_clear()
-    messages._chunks.clear()
+    workspace._chunks.clear()
 
 
 @pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
@@ -199,35 +199,36 @@ def test_the_target_is_the_newest_that_device_and_compiler_know(capability, know
         def nvrtcGetSupportedArchs(self, archs):
             archs[:] = known
 
-    monkeypatch.setattr(driver, "_nvrtc", Compiler)
-    assert driver.architecture(*capability) == target
+    monkeypatch.setattr(nvrtc, "_nvrtc", Compiler)
+    assert nvrtc.architecture(*capability) == target
 
 
 def test_the_compiler_that_comes_with_torch_knows_hopper(monkeypatch):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA carries no NVRTC")
-    assert driver.architecture(9, 0) == "sm_90" and driver.architecture(19, 9) is None
+    assert nvrtc.architecture(9, 0) == "sm_90" and nvrtc.architecture(19, 9) is None
 
     def missing():
         raise RuntimeError("libnvrtc not found")
 
-    monkeypatch.setattr(driver, "_nvrtc", missing)
-    assert driver.architecture(9, 0) is None
+    monkeypatch.setattr(nvrtc, "_nvrtc", missing)
+    assert nvrtc.architecture(9, 0) is None
 
 
-def test_no_chunk_of_messages_outlives_a_run_of_inductors_graphs(monkeypatch):
+def test_no_chunk_of_the_workspace_outlives_a_run_of_inductors_graphs(monkeypatch):
     """Their pool refuses it. Other streams, and large launches, are served as ever."""
     here = torch.device("cpu", 0)
     manager = SimpleNamespace(stream=SimpleNamespace(cuda_stream=7))
     trees = SimpleNamespace(get_manager=lambda index, create_if_none_exists: manager)
     monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(messages, "_chunks", {})
-    address, memory = messages.empty(1000, here, 7)
-    assert memory.nbytes == 1024 and address == memory.data_ptr() and (memory == -1).all() and not messages._chunks
-    addresses = [messages.empty(1000, here, 8)[0] for _ in range(2)]
-    assert addresses[1] - addresses[0] == 1024 and list(messages._chunks) == [(0, 8)]
-    assert messages.empty(messages.LARGE + 1, here, 8)[1].nbytes > messages.LARGE and list(messages._chunks) == [(0, 8)]
+    monkeypatch.setattr(workspace, "_chunks", {})
+    address, memory = workspace.empty(1000, here, 7)
+    assert memory.nbytes == 1024 and address == memory.data_ptr() and (memory == -1).all() and not workspace._chunks
+    addresses = [workspace.empty(1000, here, 8)[0] for _ in range(2)]
+    assert addresses[1] - addresses[0] == 1024 and list(workspace._chunks) == [(0, 8)]
+    _, large = workspace.empty(workspace.LARGE + 1, here, 8)
+    assert large.nbytes > workspace.LARGE and list(workspace._chunks) == [(0, 8)]
 
 
 class ThreadWithoutContext:
@@ -262,8 +263,8 @@ class ThreadWithoutContext:
 @pytest.mark.parametrize("device", [0, 3])
 def test_a_thread_without_a_context_gets_that_of_torchs_device(device, monkeypatch):
     fake = ThreadWithoutContext(device)
-    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    monkeypatch.setattr(nvrtc, "_driver", lambda: fake)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
-    driver.Kernel(b"", "online_norm")
+    nvrtc.Kernel(b"", "online_norm")
     with pytest.raises(RuntimeError, match="error 500 of cuModuleGetFunction: named symbol not found"):
-        driver.Kernel(b"", "missing")
+        nvrtc.Kernel(b"", "missing")

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onlinenorm.ops import vectorized
-from onlinenorm.ops.fused import fold, max_pool
+from onlinenorm.ops.fused import inductor_pass, max_pool
 from onlinenorm.ops.fused.kernels.forward import apply_kernel
 from onlinenorm.ops.fused.operators import OnlineNormFunction, dense, fused_evaluate
 from onlinenorm.ops.spec import NormSpec
 
-fold.install()
+inductor_pass.install()
 
 __all__ = ["evaluate", "train_step", "train_step_max_pool"]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from onlinenorm.ops.across_processes import total_samples
 from onlinenorm.ops.derivatives import differentiable_once
+from onlinenorm.ops.distributed import total_samples
 from onlinenorm.ops.fused import single_read, two_pass
 from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onlinenorm.ops.fused import messages
-from onlinenorm.ops.fused.driver import Kernel, architecture, compile_source, tensor_map
+from onlinenorm.ops.fused import workspace
+from onlinenorm.ops.fused.nvrtc import Kernel, architecture, compile_source, tensor_map
 from onlinenorm.ops.fused.tiling import POOLED_TUNINGS, WIDTH, Tiling, Tuning, even, shared_memory, tuning_for
 from onlinenorm.ops.spec import NormSpec
 
@@ -193,7 +193,7 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     params = Params.from_buffer_copy(plan.params)
     # Messages between blocks and tickets, empty at first: all bits set.
-    address, held = messages.empty(plan.bytes, device, stream)
+    address, held = workspace.empty(plan.bytes, device, stream)
     params.published, params.slots = address, address + plan.slots
     params.shares, params.tickets = address + plan.shares, address + plan.tickets
     for name, tensor in tensors.items():

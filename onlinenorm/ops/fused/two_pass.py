@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from onlinenorm.ops.across_processes import first_own_sample, gather_samples, own_samples, total_samples
+from onlinenorm.ops.distributed import first_own_sample, gather_samples, own_samples, total_samples
 from onlinenorm.ops.fused.kernels import backward as backward_kernels
 from onlinenorm.ops.fused.kernels import forward as forward_kernels
 from onlinenorm.ops.spec import NormSpec

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from onlinenorm.normalizers.data_parallel import group_key, initialised
 from onlinenorm.normalizers.online_norm import OnlineNorm
 from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d
-from onlinenorm.ops.across_processes import gather_samples
+from onlinenorm.ops.distributed import gather_samples
 
 # Of OnlineNorm and the synchronised BatchNorms.
 _SYNCHRONISED = {"running_mean", "running_var", "num_batches_tracked", "control_u", "control_v"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onlinenorm.ops.fused.driver import capture_of
+from onlinenorm.ops.fused.nvrtc import capture_of
 
 CHUNK = 2 * 2**20  # bytes
 LARGE = CHUNK // 2

@@ -18,7 +18,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from onlinenorm import OnlineNorm2d
-from onlinenorm.ops.fused.fold import FoldGradients
+from onlinenorm.ops.fused.inductor_pass import FoldGradients
 
 
 class TwoBlocks(nn.Module):
