@@ -33,6 +33,34 @@ class Interrupted(RunError):
         self.exit_code = 128 + signum
 
 
+class DataError(ValueError):
+    """A dataset that is missing, partial or inconsistent; the message says what, where and what to do."""
+
+    exit_code = 1
+
+
+class UnreadableImageError(DataError):
+    """An image that no decoder can read, or more of them than `unreadable_limit` allows."""
+
+
+class DeployError(ValueError):
+    """An input that is missing, damaged or refused, or a form that cannot hold the network; says which and why."""
+
+    exit_code = 2
+
+
+class VerificationError(DeployError):
+    """An export that does not compute what its source computes; it is not written."""
+
+    exit_code = 1
+
+
+class ReportError(ValueError):
+    """A run folder is missing, damaged or belongs into another table; the message names the file and the fix."""
+
+    exit_code = 1
+
+
 @contextlib.contextmanager
 def cli_errors(prefix: str = ""):
     """Context of a command: a deliberate error, one with an `exit_code`, ends it with its message alone and that code.

@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a plain checkout too
 
-from onlinenorm.data.errors import DataError
 from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, FILES, FULL, find_full_set, read_split
-from onlinenorm.errors import cli_errors
+from onlinenorm.errors import DataError, cli_errors
 
 
 def build(root: str | None) -> dict[str, bytes]:

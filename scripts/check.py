@@ -36,12 +36,11 @@ try:
     from onlinenorm.data import ImageDataModule
     from onlinenorm.data.datasets import FolderDataset
     from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
-    from onlinenorm.errors import cli_errors
+    from onlinenorm.errors import ConfigError, RunError, cli_errors
     from onlinenorm.report.runs import Run
     from onlinenorm.report.settings import departures
     from onlinenorm.report.spec import parse_spec
     from onlinenorm.training.config_check import build, check_config, prefixed
-    from onlinenorm.training.errors import ConfigError, RunError
     from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
     from onlinenorm.training.recipe import build_optimizer
     from onlinenorm.training.run_folder import RunFolder, run_path

@@ -20,8 +20,7 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 try:
     import yaml
 
-    from onlinenorm.errors import cli_errors
-    from onlinenorm.report.errors import ReportError
+    from onlinenorm.errors import ReportError, cli_errors
     from onlinenorm.report.paired import check_same_images, pair, read_predictions, render_pairing
     from onlinenorm.report.runs import Run, load_run
     from onlinenorm.report.tally import former_attempts

@@ -26,12 +26,11 @@ sys.path.insert(0, str(ROOT))  # runs from a plain checkout too
 
 try:
     from onlinenorm.data.archives import TRAIN_ARCHIVE
-    from onlinenorm.data.errors import DataError
     from onlinenorm.data.imagenet import open_splits
     from onlinenorm.data.index import list_classes, name_few
     from onlinenorm.data.prepare import SHARD_BYTES, check_archives, chosen_classes, extract, pack
     from onlinenorm.data.verify import record, verify
-    from onlinenorm.errors import cli_errors
+    from onlinenorm.errors import DataError, cli_errors
 except ModuleNotFoundError:
     # called from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:

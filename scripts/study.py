@@ -22,9 +22,8 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 try:
     import yaml
 
-    from onlinenorm.errors import cli_errors
+    from onlinenorm.errors import ReportError, cli_errors
     from onlinenorm.report.ablation import ablation_table, build_ablation
-    from onlinenorm.report.errors import ReportError
     from onlinenorm.report.files import write_all
     from onlinenorm.report.runs import find_run_folders, load_runs
     from onlinenorm.report.spec import parse_spec

@@ -42,10 +42,10 @@ try:
     from onlinenorm.cli.arguments import literal, parse_script
     from onlinenorm.cli.compose import jobs, limited_experiment, load_config, parse_override
     from onlinenorm.data.workers import STOP_SIGNALS
+    from onlinenorm.errors import ConfigError, cli_errors
     from onlinenorm.training.attempts import DIVERGED, former_attempts, keep_attempt
     from onlinenorm.training.config_check import check_config
     from onlinenorm.training.epoch_log import read_rows
-    from onlinenorm.training.errors import ConfigError, cli_errors
     from onlinenorm.training.progress import clock
     from onlinenorm.training.run_folder import FAILED, RunFolder
 except ModuleNotFoundError:

@@ -23,9 +23,8 @@ try:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from onlinenorm.errors import cli_errors
+    from onlinenorm.errors import ReportError, cli_errors
     from onlinenorm.report.curves import draw_curves
-    from onlinenorm.report.errors import ReportError
     from onlinenorm.report.files import write_all
     from onlinenorm.report.markdown import render_markdown
     from onlinenorm.report.page import render_page

@@ -17,10 +17,10 @@ from tests_training import ROOT, TINY, load_train_module, outcome
 
 from onlinenorm.cli.help import GROUPS
 from onlinenorm.data import DataError
+from onlinenorm.errors import ConfigError, Interrupted, RunError, cli_errors
 from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.config_check import check_config
 from onlinenorm.training.epoch_log import COLUMNS
-from onlinenorm.training.errors import ConfigError, Interrupted, RunError, cli_errors
 from onlinenorm.training.finish import parameters_sha256
 
 train = load_train_module()

@@ -19,7 +19,7 @@ from onlinenorm.data import ImageNet
 from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, read_split
 from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.prepare import chosen_classes, extract, pack
-from onlinenorm.training.errors import ConfigError
+from onlinenorm.errors import ConfigError
 
 train = load_train_module()
 TINY = [

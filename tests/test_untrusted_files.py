@@ -17,12 +17,10 @@ from image_folders import write_tree
 from run_folders import write_run
 
 from onlinenorm.data.index import load_index
-from onlinenorm.deploy.errors import DeployError
 from onlinenorm.deploy.forms import load_folded
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import DeployError, ReportError, RunError
 from onlinenorm.report.predictions import load_predictions
 from onlinenorm.training.checkpoint import resumable
-from onlinenorm.training.errors import RunError
 
 
 class Bomb:

@@ -1,11 +1,11 @@
 """Images in: ImageNet, Fashion-MNIST, its embedded subset and synthetic images behind one interface."""
 
-from onlinenorm.data.errors import DataError, UnreadableImageError
 from onlinenorm.data.fashion_mnist import FashionMNIST
 from onlinenorm.data.imagenet import ImageNet
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.synthetic import Synthetic
+from onlinenorm.errors import DataError, UnreadableImageError
 
 __all__ = [
     "DataError",

@@ -17,9 +17,9 @@ from typing import IO
 import numpy as np
 
 from onlinenorm.data.devkit import Devkit, find_devkit, read_devkit
-from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import EXTENSIONS, FolderIndex, changed_ns, name_few, pack_names
 from onlinenorm.data.index_cache import Arrays, cached_arrays
+from onlinenorm.errors import DataError
 
 TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 

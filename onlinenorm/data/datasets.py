@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import Dataset
 
 from onlinenorm.data.decoders import DECODERS, named_warnings
-from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.limits import LimitedSource
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.sampler import Request, split_requests
 from onlinenorm.data.transforms import DRAWS, DRAWS_OF, PLANS, Planner, colour_shifts, follow_plan, shift_and_mirror
+from onlinenorm.errors import DataError
 
 Batch = tuple[torch.Tensor, ...]
 

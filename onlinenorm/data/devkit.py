@@ -5,7 +5,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from onlinenorm.data.errors import DataError
+from onlinenorm.errors import DataError
 
 NAME = "ILSVRC2012_devkit_t12"
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"

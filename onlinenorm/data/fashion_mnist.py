@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
-from onlinenorm.data.errors import DataError
 from onlinenorm.data.index_cache import user_cache
 from onlinenorm.data.module import ImageDataModule
+from onlinenorm.errors import DataError
 
 log = logging.getLogger(__name__)
 

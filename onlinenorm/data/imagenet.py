@@ -12,10 +12,10 @@ from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Report, load_of
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DEVICE_DECODERS
 from onlinenorm.data.encoded import EncodedDataset
-from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import EXTENSIONS, FolderIndex, list_classes, load_index, name_few
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.verify import recorded, scale_of
+from onlinenorm.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from onlinenorm.data.errors import DataError
 from onlinenorm.data.index_cache import Arrays, cached_arrays
+from onlinenorm.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 

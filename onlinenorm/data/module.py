@@ -18,13 +18,13 @@ from onlinenorm.data.datasets import Batch, FolderDataset, InMemoryDataset, fing
 from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
 from onlinenorm.data.device_decode import DeviceLoader
 from onlinenorm.data.encoded import EncodedDataset
-from onlinenorm.data.errors import UnreadableImageError
 from onlinenorm.data.index import name_few
 from onlinenorm.data.limits import RULE, proportional
 from onlinenorm.data.resident import ResidentLoader
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 from onlinenorm.data.workers import PREFETCHED, WorkerLoader, check_shared_memory, start_worker
+from onlinenorm.errors import UnreadableImageError
 
 log = logging.getLogger(__name__)
 

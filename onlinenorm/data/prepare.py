@@ -11,8 +11,8 @@ from pathlib import Path
 
 from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Report, silent
 from onlinenorm.data.devkit import NAME as DEVKIT
-from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex, name_few, scan_class
+from onlinenorm.errors import DataError
 
 # As torchvision.datasets.imagenet knows them, of the files that image-net.org hands out
 PUBLISHED_MD5 = {

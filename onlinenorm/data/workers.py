@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader
 
-from onlinenorm.data.errors import DataError
+from onlinenorm.errors import DataError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # what asks a run to save itself
 PREFETCHED = 4  # batches that a worker holds ready

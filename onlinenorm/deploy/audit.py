@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onlinenorm.deploy.errors import DeployError
 from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.source import Trained
+from onlinenorm.errors import DeployError
 from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.training import ImageClassifier
 from onlinenorm.training.accuracy import predicted

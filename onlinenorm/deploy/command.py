@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from onlinenorm.data import DataError
-from onlinenorm.deploy.errors import DeployError
-from onlinenorm.training.errors import ConfigError, RunError
+from onlinenorm.errors import ConfigError, DeployError, RunError
 
 ALLOW = "build this class of a package of your own that the run names, which runs its code; may be repeated"
 

@@ -10,11 +10,11 @@ import torch
 
 from onlinenorm.deploy.card import removal_line, render_card
 from onlinenorm.deploy.command import staged
-from onlinenorm.deploy.errors import DeployError, VerificationError
 from onlinenorm.deploy.forms import FORMS, Form, Logits, prepare, without_clamp
 from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.verification import Agreement, agreements, latency_ms
+from onlinenorm.errors import DeployError, VerificationError
 from onlinenorm.training.run_folder import git_state, hardware
 
 

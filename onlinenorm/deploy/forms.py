@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from onlinenorm import models
-from onlinenorm.deploy.errors import DeployError
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.weights import WEIGHTS, read_weights, write_weights
+from onlinenorm.errors import DeployError
 from onlinenorm.models import CifarResNet
 from onlinenorm.normalizers import convert, identity, remove_clamping
 

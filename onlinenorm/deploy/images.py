@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from onlinenorm.data import DataError
-from onlinenorm.deploy.errors import DeployError
 from onlinenorm.deploy.source import Trained
+from onlinenorm.errors import DeployError
 
 
 def pick_device(name: str) -> torch.device:

@@ -14,8 +14,8 @@ from onlinenorm.data.decoders import DECODERS, named_warnings, open_rgb
 from onlinenorm.data.fashion_mnist import SIZE
 from onlinenorm.data.index import EXTENSIONS
 from onlinenorm.data.transforms import Plan, cut_crops, plan_center_crop, shorter_side
-from onlinenorm.deploy.errors import DeployError
 from onlinenorm.deploy.source import Trained
+from onlinenorm.errors import DeployError
 from onlinenorm.training.accuracy import full_precision, ranked
 
 

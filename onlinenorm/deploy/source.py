@@ -11,11 +11,10 @@ import yaml
 from torch import Tensor, nn
 
 from onlinenorm import data
-from onlinenorm.deploy.errors import DeployError
+from onlinenorm.errors import ConfigError, DeployError, RunError
 from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
 from onlinenorm.training.config_check import build, check_config
-from onlinenorm.training.errors import ConfigError, RunError
 from onlinenorm.training.finish import parameters_sha256
 from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.targets import NAMED, OWN, targets

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onlinenorm.deploy.errors import DeployError
+from onlinenorm.errors import DeployError
 
 WEIGHTS = ".safetensors" if find_spec("safetensors") else ".pt"
 

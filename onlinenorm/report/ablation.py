@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from onlinenorm.errors import ReportError
 from onlinenorm.report import text
-from onlinenorm.report.errors import ReportError
 from onlinenorm.report.markdown import markdown_table, provenance_markdown
 from onlinenorm.report.runs import Run, lookup
 from onlinenorm.report.settings import NOT_SET, check_one_point, differences

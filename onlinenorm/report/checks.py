@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 from onlinenorm.report.predictions import Predictions, load_predictions
 from onlinenorm.scales import LABEL, is_label
 

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 
 
 def write_all(folder: Path, contents: Mapping[str, bytes]) -> None:

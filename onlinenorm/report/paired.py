@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy.special import bdtr
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 from onlinenorm.report.predictions import Predictions, load_predictions
 from onlinenorm.report.runs import Run
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 
 COLUMNS = {"with": ("prediction", "with_clamp"), "without": ("prediction", "without_clamp")}
 

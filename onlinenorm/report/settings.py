@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 from onlinenorm.report.runs import Run, lookup
 from onlinenorm.report.spec import SettingSpec
 from onlinenorm.scales import UNKNOWN

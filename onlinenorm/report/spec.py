@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 from onlinenorm.scales import UNKNOWN
 
 # Okabe-Ito and neighbours, for normalizers that configs/report.yaml does not name; distinct for the colour-blind.

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onlinenorm.errors import ReportError
 from onlinenorm.report import cost, pictures
 from onlinenorm.report.ablation import Ablation, build_ablation, render_ablation, swept
 from onlinenorm.report.clamps import clamped_runs, render_clamping
 from onlinenorm.report.curves import draw_curves
-from onlinenorm.report.errors import ReportError
 from onlinenorm.report.findings import render_findings
 from onlinenorm.report.markdown import render_markdown
 from onlinenorm.report.pooled import Pooled, pool_runs, render_pooled

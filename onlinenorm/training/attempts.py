@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from onlinenorm.training.errors import RunError
+from onlinenorm.errors import RunError
 
 CONFIG, ENVIRONMENT, FAILED = "config.yaml", "environment.json", "failed.txt"
 METRICS, CLAMPING = "metrics.csv", "clamping.csv"

@@ -14,7 +14,7 @@ import yaml
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from onlinenorm.training.errors import ConfigError, RunError
+from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.training.run_folder import CONFIG, changed_keys
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"

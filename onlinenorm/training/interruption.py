@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from onlinenorm.data.workers import STOP_SIGNALS
-from onlinenorm.training.errors import Interrupted
+from onlinenorm.errors import Interrupted
 
 
 class StopSignals:

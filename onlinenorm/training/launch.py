@@ -10,7 +10,7 @@ from pytorch_lightning.plugins.environments import (
     TorchElasticEnvironment,
 )
 
-from onlinenorm.training.errors import ConfigError
+from onlinenorm.errors import ConfigError
 
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 # What sets of variables must hold to describe one process of several.

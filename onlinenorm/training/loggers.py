@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from onlinenorm.training.errors import Interrupted, RunError
+from onlinenorm.errors import Interrupted, RunError
 from onlinenorm.training.launch import is_leader
 from onlinenorm.training.run_folder import write_atomically
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from onlinenorm.errors import RunError
 from onlinenorm.normalizers import average_statistics, gather_statistics, merged
 from onlinenorm.training.accuracy import full_precision, predicted, rank
 from onlinenorm.training.attempts import DIVERGED
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.cuda_graph import GraphedStep
-from onlinenorm.training.errors import RunError
 from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule
 
 IGNORED = -1  # label of an image that could not be read

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 
-from onlinenorm.training.errors import RunError
+from onlinenorm.errors import RunError
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import launched
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import yaml
 
+from onlinenorm.errors import ConfigError, Interrupted, RunError
 from onlinenorm.training.attempts import CONFIG, ENVIRONMENT, FAILED, keep_attempt, keep_epochs
 from onlinenorm.training.config_check import flatten
 from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
-from onlinenorm.training.errors import ConfigError, Interrupted, RunError
 from onlinenorm.training.own_code import changed_code, own_code, own_files
 
 PROJECT = Path(__file__).resolve().parents[2]  # of a checkout; installed, the folder of all packages

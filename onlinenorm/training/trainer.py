@@ -12,10 +12,10 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
+from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import check_synchronisable, synchronise_batch_norm
 from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
-from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import check_alone, cluster_environment, launched
 from onlinenorm.training.precision import ScaledHalf

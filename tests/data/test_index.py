@@ -8,8 +8,8 @@ from torchvision.datasets import ImageFolder
 from onlinenorm.data import index as index_module
 from onlinenorm.data import index_cache
 from onlinenorm.data.datasets import fingerprint
-from onlinenorm.data.errors import DataError
 from onlinenorm.data.index import FolderIndex, build_index, load_index
+from onlinenorm.errors import DataError
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from distributed_runs import TINY
 from tests_training import ROOT, load_train_module
 
 from onlinenorm.data.workers import STOP_SIGNALS
-from onlinenorm.training.errors import ConfigError
+from onlinenorm.errors import ConfigError
 
 FAKE_TRAIN = """
 import os, signal, sys, time

@@ -4,8 +4,8 @@ import pytest
 from run_folders import read_yaml, write_run
 from study_folders import NAN, course
 
+from onlinenorm.errors import ReportError
 from onlinenorm.report.ablation import ablation_table, build_ablation, in_order, render_ablation
-from onlinenorm.report.errors import ReportError
 from onlinenorm.report.pictures import draw_ablation, positions
 from onlinenorm.report.runs import load_runs
 

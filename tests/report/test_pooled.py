@@ -5,7 +5,7 @@ import pytest
 from run_folders import read_yaml, write_run
 from scipy import stats
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 from onlinenorm.report.paired import Predictions
 from onlinenorm.report.pooled import pool, pool_runs, render_pooled
 from onlinenorm.report.runs import load_runs

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from run_folders import read_yaml, write_run
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 from onlinenorm.report.runs import load_runs
 
 

@@ -1,7 +1,7 @@
 import pytest
 from run_folders import read_yaml, write_run
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.settings import check_one_table, departures, same
 

@@ -4,8 +4,8 @@ import re
 import pytest
 from run_folders import read_yaml, write_run
 
+from onlinenorm.errors import ReportError
 from onlinenorm.report.curves import draw_curves, mean_curve
-from onlinenorm.report.errors import ReportError
 from onlinenorm.report.markdown import main_table, render_markdown
 from onlinenorm.report.page import render_page
 from onlinenorm.report.runs import load_runs

@@ -8,8 +8,8 @@ import pytest
 from run_folders import read_yaml, write_run
 from study_folders import NAN, benchmark, write_studies
 
+from onlinenorm.errors import ReportError
 from onlinenorm.report import clamps, cost, pictures
-from onlinenorm.report.errors import ReportError
 from onlinenorm.report.pictures import draw_clamping
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.spec import StudySpec

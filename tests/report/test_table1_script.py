@@ -7,7 +7,7 @@ import pytest
 import yaml
 from run_folders import write_run
 
-from onlinenorm.report.errors import ReportError
+from onlinenorm.errors import ReportError
 from onlinenorm.report.files import write_all
 
 FILES = {"table1.md", "table1.json", "curves.png", "index.html"}

@@ -169,7 +169,7 @@ def test_swept_values_count_their_attempts(tmp_path, spec):
 
 
 def test_runs_of_one_swept_value_must_agree_in_all_else(tmp_path, spec):
-    from onlinenorm.report.errors import ReportError
+    from onlinenorm.errors import ReportError
 
     for seed, rate in enumerate((0.1, 0.2)):
         write_run(tmp_path / "recipe.batch_size=8", "batch", seed, recipe={"batch_size": 8, "lr": rate})

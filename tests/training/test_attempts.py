@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from onlinenorm.errors import Interrupted, RunError
 from onlinenorm.training import ImageClassifier
 from onlinenorm.training.attempts import former_attempts, keep_attempt
-from onlinenorm.training.errors import Interrupted, RunError
 from onlinenorm.training.run_folder import RunFolder
 
 CONFIG = {"recipe": {"lr": 0.1}}

@@ -7,8 +7,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.training import checkpoint
-from onlinenorm.training.errors import ConfigError, RunError
 from onlinenorm.training.trainer import quiet_lightning
 
 

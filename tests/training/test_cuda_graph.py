@@ -7,9 +7,9 @@ import torch
 from tests_training import outcome
 
 from onlinenorm import models
+from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import OnlineNorm2d
 from onlinenorm.training.cuda_graph import GraphedStep
-from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.module import _step
 
 

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from tests_training import TINY, load_train_module
 
+from onlinenorm.errors import ConfigError
 from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.divisions import statistics_seen
-from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.run_folder import RunFolder, changed_keys
 
 PARTS, TWO = "trainer.accumulate_grad_batches=2", "trainer.devices=2"

@@ -5,7 +5,7 @@ import os
 import pytest
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-from onlinenorm.training.errors import ConfigError
+from onlinenorm.errors import ConfigError
 from onlinenorm.training.launch import RANKS, cluster_environment, is_child, is_leader, launched
 from onlinenorm.training.trainer import resolve
 

@@ -11,9 +11,9 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from onlinenorm.errors import Interrupted, RunError
 from onlinenorm.training import loggers
 from onlinenorm.training.epoch_log import COLUMNS
-from onlinenorm.training.errors import Interrupted, RunError
 from onlinenorm.training.loggers import has_wandb_key, upload_hint
 
 TWO_EPOCHS = ("normalizer=batch", "recipe.epochs=2", "recipe.milestones=[]")

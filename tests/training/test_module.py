@@ -57,8 +57,8 @@ def test_the_first_bad_step_is_remembered():
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_before_it_is_saved(run, tmp_path, monkeypatch):
     """Weights still finite, and training losses too: what is kept is the epoch before."""
+    from onlinenorm.errors import RunError
     from onlinenorm.training import ImageClassifier
-    from onlinenorm.training.errors import RunError
 
     original = ImageClassifier.validation_step
 

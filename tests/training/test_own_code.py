@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from onlinenorm.training.errors import ConfigError
+from onlinenorm.errors import ConfigError
 from onlinenorm.training.own_code import own_code, own_files
 from onlinenorm.training.run_folder import RunFolder
 

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
+from onlinenorm.errors import Interrupted, RunError
 from onlinenorm.training import rendezvous
-from onlinenorm.training.errors import Interrupted, RunError
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import RANKS
 

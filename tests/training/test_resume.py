@@ -11,9 +11,9 @@ from tests_training import ROOT, TINY, outcome, rows, scaled_by
 
 from onlinenorm.data import ImageDataModule
 from onlinenorm.data.workers import STOP_SIGNALS
+from onlinenorm.errors import ConfigError, Interrupted, RunError
 from onlinenorm.training import ImageClassifier, checkpoint, precision
 from onlinenorm.training.checkpoint import read
-from onlinenorm.training.errors import ConfigError, Interrupted, RunError
 
 STEPS, VALIDATIONS = 4, 1  # of an epoch: batches of 16 of 70 images; 21 images in one batch
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onlinenorm.training.errors import ConfigError, Interrupted, RunError
+from onlinenorm.errors import ConfigError, Interrupted, RunError
 from onlinenorm.training.run_folder import RunFolder, changed_keys, environment, git_state, run_path, write_atomically
 
 CONFIG = {"recipe": {"lr": 0.1}, "trainer": {"devices": 1, "precision": "32-true"}, "logger": {"_target_": "x"}}

@@ -7,10 +7,10 @@ import torch
 from tests_training import scaled_by
 from torch import nn
 
+from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.training import checkpoint, precision
 from onlinenorm.training.epoch_log import COLUMNS, EpochLog, to_csv
-from onlinenorm.training.errors import ConfigError
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.progress import clock, epoch_line
 from onlinenorm.training.trainer import SyncedBatchNorm, build_trainer, quiet_lightning, resolve
