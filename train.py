@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from onlinenorm.cli import help
 from onlinenorm.cli.arguments import Arguments, literal, parse
-from onlinenorm.cli.compose import jobs, load_config, plain
+from onlinenorm.cli.compose import jobs, load_config, to_plain
 from onlinenorm.errors import ConfigError, cli_errors
 
 
@@ -70,7 +70,7 @@ def hydra_main(config) -> None:
     """What Hydra calls for each job of --multirun."""
     with cli_errors():
         job = HydraConfig.get()
-        train(plain(config, job.runtime.choices, list(job.overrides.task)))
+        train(to_plain(config, job.runtime.choices, list(job.overrides.task)))
 
 
 if __name__ == "__main__":

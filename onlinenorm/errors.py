@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-LEADER_SECONDS = 3.0  # for which the other processes leave the word to the first
+RANK_ZERO_SECONDS = 3.0  # for which the other processes leave the word to the first
 
 
 class ConfigError(ValueError):
@@ -93,12 +93,12 @@ def cli_errors(prefix: str = ""):
 
 
 def _end(message: str, exit_code: int, interrupted: bool = False) -> NoReturn:
-    leader, child = _place()
-    if not leader:
+    rank_zero, child = _place()
+    if not rank_zero:
         if interrupted:  # and the first process says it; Lightning's launcher kills it when a child reports a failure
             sys.exit(0 if child else exit_code)
         # The first process says it, and its launcher ends this one; if not, the trouble is here alone.
-        parent, deadline = os.getppid(), time.monotonic() + LEADER_SECONDS
+        parent, deadline = os.getppid(), time.monotonic() + RANK_ZERO_SECONDS
         while time.monotonic() < deadline:
             if os.getppid() != parent:
                 sys.exit(exit_code)
@@ -115,10 +115,10 @@ def _place() -> tuple[bool, bool]:
     """Whether this process is the first of its run, and whether Lightning's launcher started it beside the first."""
     if not any(name.endswith(("RANK", "PROCID")) for name in os.environ):
         return True, False  # without what takes seconds to load
-    from onlinenorm.training.launch import is_child, is_leader  # which raises the errors of this module
+    from onlinenorm.training.launch import is_child, is_rank_zero  # which raises the errors of this module
 
     with contextlib.suppress(ConfigError):  # a set-up that is only half described
-        return is_leader(), is_child()
+        return is_rank_zero(), is_child()
     return True, False
 
 

@@ -180,7 +180,7 @@ def decode_rows(root: Path, options: argparse.Namespace) -> list[dict]:
 
 
 def _nvjpeg_rate(dataset, count: int, options: argparse.Namespace) -> float:
-    from onlinenorm.data.device_decode import _decode_all
+    from onlinenorm.data.nvjpeg_loader import _decode_all
 
     files = [torch.frombuffer(bytearray(dataset.index.read(i)), dtype=torch.uint8).pin_memory() for i in range(count)]
     _decode_all(files, options.device)

@@ -86,7 +86,7 @@ def check(
     with prefixed("normalizer", config["normalizer"]):
         network = build(config, "model", normalizer=normalizer, **sizes)
     folder = run_path(config)
-    RunFolder(folder, leader=False).check_config(config)
+    RunFolder(folder, rank_zero=False).check_config(config)
     yield check_disk(folder, network, recipe)
     classifier = build(config, "classifier", network=network, recipe=recipe)
     step = check_step(classifier, data, recipe, config["trainer"], seconds)

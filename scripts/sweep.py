@@ -82,7 +82,7 @@ class Row:
         """done | running | queued | diverged | failed | stopped (unfinished, to be continued) | missing"""
         if (self.folder / "results.json").exists():
             return "done"
-        if RunFolder(self.folder).is_held():
+        if RunFolder(self.folder).is_locked():
             return "running"
         number = self.job.read_text().strip() if self.job.exists() else None
         if number in queue:
@@ -110,7 +110,7 @@ def plan(overrides: list[str], runs: Path, config_dir: str | None = None) -> lis
         experiment = limited_experiment(names, job)
         folder = Path(runs, experiment, *between, names["normalizer"], f"seed{config['seed']}")
         # of the trainer only train.py knows what it resolves to, on the machine where it runs
-        RunFolder(folder, leader=False).check_config(config, ignored=("trainer",))
+        RunFolder(folder, rank_zero=False).check_config(config, ignored=("trainer",))
         epochs, devices = config["recipe"]["epochs"], config["trainer"]["devices"]
         rows.append(Row((*more, *job), folder, names["normalizer"], epochs, devices))
     doubled = [str(folder) for folder, count in Counter(row.folder for row in rows).items() if count > 1]

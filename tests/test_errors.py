@@ -30,7 +30,7 @@ def process(monkeypatch):
         for name, value in (shared | own).items():
             monkeypatch.setenv(name, value)
 
-    monkeypatch.setattr(errors, "LEADER_SECONDS", 0.1)
+    monkeypatch.setattr(errors, "RANK_ZERO_SECONDS", 0.1)
     return be
 
 

@@ -21,7 +21,7 @@ from onlinenorm.errors import ConfigError, Interrupted, RunError, cli_errors
 from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.config_check import check_config
 from onlinenorm.training.epoch_log import COLUMNS
-from onlinenorm.training.finish import parameters_sha256
+from onlinenorm.training.final_validation import parameters_sha256
 
 train = load_train_module()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -53,9 +53,9 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             search = [f"hydra.searchpath=[{quoted(str(Path(config_dir).absolute()))}]"] if config_dir else []
             written = _compose([*groups, *search])
-            check_keys(keys, _plain(written), _elsewhere(config_dir))
+            check_keys(keys, _to_plain(written), _elsewhere(config_dir))
             config = _compose([*overrides, *search])
-            values = _plain(config)
+            values = _to_plain(config)
             _check_code(written, config, values)
             return values
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -85,7 +85,7 @@ def parse_override(text: str) -> Override:
         ) from None
 
 
-def plain(config: DictConfig, choices: DictConfig, overrides: list[str]) -> dict[str, Any]:
+def to_plain(config: DictConfig, choices: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """A composed configuration as plain values, with `choices`; `overrides` are those that it was composed with."""
     keys = [key for key in config if key != "hydra" and not (key in GROUPS and config[key] is None)]
     values = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True, throw_on_missing=True)
@@ -124,8 +124,8 @@ def _compose(overrides: list[str]) -> DictConfig:
     return hydra.compose("train", overrides, return_hydra_config=True)
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
-    return plain(config, config.hydra.runtime.choices, list(config.hydra.overrides.task))
+def _to_plain(config: DictConfig) -> dict[str, Any]:
+    return to_plain(config, config.hydra.runtime.choices, list(config.hydra.overrides.task))
 
 
 def _check_code(written: DictConfig, config: DictConfig, values: dict[str, Any]) -> None:

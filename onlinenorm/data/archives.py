@@ -28,11 +28,11 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _LINKS = 40  # followed one after another, as the kernel does
 
 Member = tuple[str, int, int, int]  # path, archive's position in the list, offset of the bytes, their number
-Report = Callable[[str, int, int | None], None]  # what is being done, how much is done, of how much (None: unknown)
+Progress = Callable[[str, int, int | None], None]  # what is being done, how much is done, of how much (None: unknown)
 
 
 def silent(what: str, done: int, total: int | None) -> None:
-    """A `Report` that tells nobody."""
+    """A `Progress` that tells nobody."""
 
 
 class ArchiveIndex(FolderIndex):
@@ -91,7 +91,7 @@ def load_shards(archives: list[Path], name: str) -> ArchiveIndex:
     return ArchiveIndex(archives, **arrays)
 
 
-def load_official(folder: Path, report: Report = silent) -> tuple[ArchiveIndex, ArchiveIndex]:
+def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveIndex, ArchiveIndex]:
     """Indexes of the official training and validation archives, read in place.
 
     Reading 1.28 million headers takes minutes, once. Raises DataError where an archive is missing, damaged or does not
@@ -102,7 +102,7 @@ def load_official(folder: Path, report: Report = silent) -> tuple[ArchiveIndex, 
     devkit = read_devkit(devkit_path)
     found = []
     for name, archive, members in (
-        ("official-train", train, lambda: _check_train(_scan_nested(train, devkit, report), devkit, train)),
+        ("official-train", train, lambda: _check_train(_scan_nested(train, devkit, progress), devkit, train)),
         ("official-val", val, lambda: _label_val(_scan(val, 0), devkit, val)),
     ):
         if not archive.is_file():
@@ -165,7 +165,7 @@ def _dangling(archive: Path, link: tarfile.TarInfo) -> DataError:
     )
 
 
-def _scan_nested(archive: Path, devkit: Devkit, report: Report) -> Iterator[Member]:
+def _scan_nested(archive: Path, devkit: Devkit, progress: Progress) -> Iterator[Member]:
     """The images of the official training archive, a tar of one tar a class."""
     with _opened(archive) as tar:
         outer = {path: member for path, member in _files(tar, archive).items() if path.endswith(".tar")}
@@ -175,11 +175,11 @@ def _scan_nested(archive: Path, devkit: Devkit, report: Report) -> Iterator[Memb
             name = Path(path).stem
             if name not in devkit.train_images:
                 raise DataError(f"{archive}: holds {path}, which the devkit does not know as a class")
-            report(f"reading headers of {archive.name}", done, len(outer))
+            progress(f"reading headers of {archive.name}", done, len(outer))
             with _opened(archive, tar.extractfile(member), member.name) as inner:
                 for image, place in _files(inner, archive / path).items():
                     yield f"{name}/{image}", 0, member.offset_data + place.offset_data, place.size
-        report(f"reading headers of {archive.name}", len(outer), len(outer))
+        progress(f"reading headers of {archive.name}", len(outer), len(outer))
 
 
 @contextlib.contextmanager

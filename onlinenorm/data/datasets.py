@@ -100,12 +100,12 @@ class InMemoryDataset(Dataset):
         epochs, indices = split_requests(requests)
         draws_NK = self.draws(epochs, indices)
         images_NCHW, labels_N = self.originals(indices)
-        batch = self.views(images_NCHW, draws_NK), labels_N, torch.from_numpy(indices)
+        batch = self.augment(images_NCHW, draws_NK), labels_N, torch.from_numpy(indices)
         return (*batch, torch.from_numpy(colour_shifts(draws_NK))) if self.plan == "scale_jitter" else batch
 
     @property
-    def native(self) -> bool:
-        """Whether the plan keeps the images' size, so that `views` works on whole batches on any device."""
+    def keeps_size(self) -> bool:
+        """Whether the plan keeps the images' size, so that `augment` works on whole batches on any device."""
         return self.plan in ("pad_crop", "none", "center_crop")
 
     def originals(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,11 +116,11 @@ class InMemoryDataset(Dataset):
         """The random numbers that the plan reads for images in epochs, N x DRAWS."""
         return uniforms(self.seed, epochs, indices, DRAWS, DRAWS_OF.get(self.plan))
 
-    def views(self, images_NCHW: torch.Tensor, draws_NK: np.ndarray) -> torch.Tensor:
+    def augment(self, images_NCHW: torch.Tensor, draws_NK: np.ndarray) -> torch.Tensor:
         """What the network sees of original images, given their random numbers."""
         if self.plan == "pad_crop":
             return shift_and_mirror(images_NCHW, self.padding, draws_NK)
-        return images_NCHW if self.native else self._planned(images_NCHW, draws_NK)
+        return images_NCHW if self.keeps_size else self._planned(images_NCHW, draws_NK)
 
     def _planned(self, images_NCHW: torch.Tensor, draws_NK: np.ndarray) -> torch.Tensor:
         _, _, height, width = images_NCHW.shape

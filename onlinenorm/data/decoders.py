@@ -92,4 +92,4 @@ def decode_torchvision(data: bytes, planner: Planner) -> np.ndarray:
 
 
 DECODERS = {"pillow": decode_pillow, "torchvision": decode_torchvision}  # run in the workers
-DEVICE_DECODERS = ("nvjpeg",)  # run on the GPU, see device_decode
+DEVICE_DECODERS = ("nvjpeg",)  # run on the GPU, see nvjpeg_loader

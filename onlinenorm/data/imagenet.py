@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Report, load_official, load_shards
+from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, load_official, load_shards
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DEVICE_DECODERS
-from onlinenorm.data.encoded import EncodedDataset
 from onlinenorm.data.index import EXTENSIONS, FolderIndex, list_classes, load_index, name_few
 from onlinenorm.data.module import ImageDataModule
+from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.verify import recorded, scale_of
 from onlinenorm.errors import DataError
 
@@ -57,7 +57,7 @@ class ImageNet(ImageDataModule):
             self.name = name if name and not name.lower().startswith("imagenet") else f"folder {name}".rstrip()
         size, padding, seed = self.image_size, self.crop_padding, self.seed
         if self.decoder in DEVICE_DECODERS:
-            ours = EncodedDataset(train, self.augmentation, size, padding, seed, True, self.device_fraction)
+            ours = NvjpegDataset(train, self.augmentation, size, padding, seed, True, self.device_fraction)
         else:
             ours = FolderDataset(train, self.augmentation, size, padding, self.decoder, seed, training=True)
         return ours, FolderDataset(val, self.evaluation, size, padding, self.val_decoder, seed, training=False)
@@ -91,10 +91,10 @@ class ImageNet(ImageDataModule):
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def open_splits(root: str | None, report: Report | None = None) -> tuple[FolderIndex, FolderIndex]:
+def open_splits(root: str | None, progress: Progress | None = None) -> tuple[FolderIndex, FolderIndex]:
     """Indexes of the training and validation images below `root`, from whichever layout is there.
 
-    Raises DataError for anything that is not a layout expected. `report` hears of long work; None logs it.
+    Raises DataError for anything that is not a layout expected. `progress` is called during long work; None logs it.
     """
     if root is None:
         raise DataError(f"root: no ImageNet folder is given.\n{_LAYOUT}")
@@ -112,7 +112,7 @@ def open_splits(root: str | None, report: Report | None = None) -> tuple[FolderI
         _check_classes(folder, train.class_names, val.class_names)
         return train, val
     if (folder / TRAIN_ARCHIVE).exists() or (folder / VAL_ARCHIVE).exists():
-        train, val = load_official(folder, report or _log_progress)
+        train, val = load_official(folder, progress or _log_progress)
         _check_classes(folder, train.class_names, val.class_names)
         return train, val
     found = name_few(sorted(os.listdir(folder))) or "nothing"

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from onlinenorm.arguments import check_choice, check_fraction, check_int
 from onlinenorm.data.datasets import Batch, FolderDataset, InMemoryDataset, fingerprint
 from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
-from onlinenorm.data.device_decode import DeviceLoader
-from onlinenorm.data.encoded import EncodedDataset
+from onlinenorm.data.gpu_cache import GpuCacheLoader
 from onlinenorm.data.index import name_few
 from onlinenorm.data.limits import RULE, proportional
-from onlinenorm.data.resident import ResidentLoader
+from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
+from onlinenorm.data.nvjpeg_loader import NvjpegLoader
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 from onlinenorm.data.workers import PREFETCHED, WorkerLoader, check_shared_memory, start_worker
@@ -248,16 +248,16 @@ class ImageDataModule(pl.LightningDataModule):
         if self._train_sampler is not None:
             self._train_sampler.start_at(epoch, step)
 
-    def train_dataloader(self) -> DataLoader | DeviceLoader | ResidentLoader:
+    def train_dataloader(self) -> DataLoader | NvjpegLoader | GpuCacheLoader:
         rank, world_size = self._process()
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
         self._train_sampler = GlobalBatchSampler(
             self.train_images, self.batch_size, self.seed, rank, world_size, accumulate, *self._resumed
         )
         loader = self._loader(self._sets[0], self._train_sampler)
-        return DeviceLoader(loader, self._gpu()) if isinstance(self._sets[0], EncodedDataset) else loader
+        return NvjpegLoader(loader, self._gpu()) if isinstance(self._sets[0], NvjpegDataset) else loader
 
-    def val_dataloader(self) -> DataLoader | ResidentLoader:
+    def val_dataloader(self) -> DataLoader | GpuCacheLoader:
         rank, world_size = self._process()
         size = self.val_batch_size
         if size is None:
@@ -322,15 +322,15 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _loader(
         self, dataset: AnyDataset, sampler: GlobalBatchSampler | ValidationSampler
-    ) -> DataLoader | ResidentLoader:
+    ) -> DataLoader | GpuCacheLoader:
         if self.on_device:
-            if not isinstance(dataset, InMemoryDataset) or not dataset.native:
+            if not isinstance(dataset, InMemoryDataset) or not dataset.keeps_size:
                 raise ValueError(
                     f"on_device: only sets held in memory whose images keep their size can lie on the device, and "
                     f"this is {self.name} with {dataset.plan}; use on_device=false"
                 )
             device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-            return ResidentLoader(dataset, sampler, device)
+            return GpuCacheLoader(dataset, sampler, device)
         workers = self.num_workers
         if workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

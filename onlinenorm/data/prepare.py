@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
-from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Report, silent
+from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, silent
 from onlinenorm.data.devkit import NAME as DEVKIT
 from onlinenorm.data.index import FolderIndex, name_few, scan_class
 from onlinenorm.errors import DataError
@@ -25,7 +25,7 @@ SHARD_BYTES = 8 << 30
 _BLOCK = 4096  # of a filesystem: what a small file takes at least
 
 
-def check_archives(folder: Path, record: Path, report: Report = silent) -> None:
+def check_archives(folder: Path, record: Path, progress: Progress = silent) -> None:
     """Compares MD5 sums with the published ones; a sum taken before, of an unchanged file, is read from `record`.
 
     Raises DataError naming the first archive that differs.
@@ -37,7 +37,7 @@ def check_archives(folder: Path, record: Path, report: Report = silent) -> None:
             continue
         state = [path.stat().st_size, path.stat().st_mtime_ns]
         entry = known.get(name, {})
-        found = entry.get("md5") if entry.get("state") == state else _md5(path, report)
+        found = entry.get("md5") if entry.get("state") == state else _md5(path, progress)
         if found != published:
             raise DataError(
                 f"{path}: its MD5 is {found}, the published one {published}; fetch it again, or use --no-checksum "
@@ -59,7 +59,7 @@ def chosen_classes(indexes: Iterable[FolderIndex], wanted: list[str] | None) -> 
     return classes
 
 
-def extract(index: FolderIndex, folder: Path, classes: list[str], report: Report = silent) -> int:
+def extract(index: FolderIndex, folder: Path, classes: list[str], progress: Progress = silent) -> int:
     """Writes `folder`/CLASS/FILE for the chosen classes; returns how many classes had to be written.
 
     A class appears under its name when it is complete; one that is there with the right names and sizes, and not older
@@ -84,17 +84,17 @@ def extract(index: FolderIndex, folder: Path, classes: list[str], report: Report
             path.write_bytes(index.read(i))
             done += 1
             if done % 256 == 0:
-                report(f"writing {folder.name}/", done, total)
+                progress(f"writing {folder.name}/", done, total)
         if (folder / name).exists():
             shutil.rmtree(folder / name)
         partial.rename(folder / name)
-    report(f"writing {folder.name}/", total, total)
+    progress(f"writing {folder.name}/", total, total)
     return len(open_classes)
 
 
 def pack(
     index: FolderIndex, folder: Path, split: str, classes: list[str], shard_bytes: int = SHARD_BYTES,
-    report: Report = silent,
+    progress: Progress = silent,
 ) -> list[Path]:  # fmt: skip
     """Writes tar shards SPLIT-00000-of-00020.tar with members CLASS/FILE; a shard appears when it is complete.
 
@@ -138,12 +138,12 @@ def pack(
                 tar.addfile(member, BytesIO(data))
                 done += 1
                 if done % 256 == 0:
-                    report(f"writing {split} shards", done, total)
+                    progress(f"writing {split} shards", done, total)
             tar.close()
             file.flush()
             os.fsync(file.fileno())
         partial.rename(shard)
-    report(f"writing {split} shards", total, total)
+    progress(f"writing {split} shards", total, total)
     return shards
 
 
@@ -191,11 +191,11 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _md5(path: Path, report: Report) -> str:
+def _md5(path: Path, progress: Progress) -> str:
     digest, done, total = hashlib.md5(usedforsecurity=False), 0, path.stat().st_size
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
             done += len(chunk)
-            report(f"MD5 of {path.name} (MB)", done >> 20, total >> 20)
+            progress(f"MD5 of {path.name} (MB)", done >> 20, total >> 20)
     return digest.hexdigest()

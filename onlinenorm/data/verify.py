@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onlinenorm.data.archives import Report, silent
+from onlinenorm.data.archives import Progress, silent
 from onlinenorm.data.datasets import fingerprint
 from onlinenorm.data.decoders import named_warnings, open_rgb
 from onlinenorm.data.index import FolderIndex
@@ -38,7 +38,7 @@ def scale_of(class_names: list[str], train_images: int, val_images: int) -> str:
     return "imagenet" if (len(class_names), train_images, val_images) == PUBLISHED else "imagenet-subset"
 
 
-def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, report: Report = silent) -> dict[str, Any]:
+def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress: Progress = silent) -> dict[str, Any]:
     """Counts, decodability and fingerprint of a dataset, as plain values; `problems` is empty where all is well.
 
     Args:
@@ -65,7 +65,7 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, report: 
     for split, index in (("train", train), ("val", val)):
         chosen = _sample(len(index), decode)
         decoded += len(chosen)
-        unreadable += _undecodable(index, chosen, split, report)
+        unreadable += _undecodable(index, chosen, split, progress)
     if unreadable:
         problems.append(f"{len(unreadable)} of {decoded:,} images decoded are unreadable, the first {unreadable[0]}")
     scale = scale_of(train.class_names, *counts[1:])
@@ -126,7 +126,7 @@ def _sample(length: int, count: int | None) -> np.ndarray:
     return np.sort(np.argsort(hash64(0, CONTENT, np.arange(length)))[:count])
 
 
-def _undecodable(index: FolderIndex, chosen: np.ndarray, split: str, report: Report) -> list[str]:
+def _undecodable(index: FolderIndex, chosen: np.ndarray, split: str, progress: Progress) -> list[str]:
     def problem(i: int) -> str | None:
         reading.file = f"{split}/{index.relative_path(i)}"
         try:
@@ -141,5 +141,5 @@ def _undecodable(index: FolderIndex, chosen: np.ndarray, split: str, report: Rep
     with named_warnings() as reading, ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
         for begin in range(0, len(chosen), _TOGETHER):
             found += filter(None, pool.map(problem, chosen[begin : begin + _TOGETHER].tolist()))
-            report(f"decoding {split}", min(begin + _TOGETHER, len(chosen)), len(chosen))
+            progress(f"decoding {split}", min(begin + _TOGETHER, len(chosen)), len(chosen))
     return found

@@ -84,7 +84,7 @@ def check_shared_memory(dataset, batch_size: int, workers: int, processes: int) 
 
 
 @contextlib.contextmanager
-def worker_deaths_told() -> Iterator[None]:
+def explain_worker_deaths() -> Iterator[None]:
     """Context in which the end of a loader worker becomes a DataError that says what to do."""
     try:
         yield

@@ -15,7 +15,7 @@ from onlinenorm.errors import ConfigError, DeployError, RunError
 from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
 from onlinenorm.training.config_check import build, check_config
-from onlinenorm.training.finish import parameters_sha256
+from onlinenorm.training.final_validation import parameters_sha256
 from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.targets import NAMED, OWN, targets
 

@@ -195,21 +195,21 @@ class Checkpoints(Checkpoint):
             return
         step = (batch_idx + 1) // trainer.accumulate_grad_batches
         epoch_done = batch_idx + 1 == trainer.num_training_batches
-        stopping = self.stop.agreed(trainer)
+        stopping = self.stop.stop_requested(trainer)
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0 and not epoch_done
         if stopping or due:
             self.save(trainer, trainer.current_epoch, step)
         if stopping:
-            self.stop.leave(trainer.current_epoch, step)
+            self.stop.raise_interrupted(trainer.current_epoch, step)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         # A validation need not be finished before leaving: it is done again. All processes have as many batches.
-        if self.stop.agreed(trainer):
+        if self.stop.stop_requested(trainer):
             epoch, step = trainer.current_epoch, 0
             if trainer.state.fn == "fit":
                 step = trainer.num_training_batches // trainer.accumulate_grad_batches
                 self.save(trainer, epoch, step)
-            self.stop.leave(epoch, step)
+            self.stop.raise_interrupted(epoch, step)
 
     def on_train_epoch_end(self, trainer, module) -> None:
         loss, top1, _, images = module.reduced(module.val_sums)
@@ -222,8 +222,8 @@ class Checkpoints(Checkpoint):
                 best = {"epoch": trainer.current_epoch + 1, "val_top1": top1, "network": module.network.state_dict()}
                 write(best, self.folder / BEST)
         self.save(trainer, trainer.current_epoch + 1, 0)
-        if self.stop.agreed(trainer):
-            self.stop.leave(trainer.current_epoch + 1, 0)
+        if self.stop.stop_requested(trainer):
+            self.stop.raise_interrupted(trainer.current_epoch + 1, 0)
 
     def save(self, trainer, epoch: int, step: int) -> None:
         """Writes last.ckpt, unless the weights or the loss have stopped being finite."""

@@ -48,13 +48,13 @@ class StopSignals:
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self._deferred:
-            self.leave_early()
+            self.raise_interrupted_early()
         if signum == signal.SIGINT:
             # not print, which may be what has been interrupted; the cursor is shown, for the bar cannot when killed
             cursor = b"\x1b[?25h" if os.isatty(1) else b""
             os.write(2, cursor + b"\nCtrl-C: saving at the end of this step; again: leave at once, without saving\n")
 
-    def agreed(self, trainer) -> bool:
+    def stop_requested(self, trainer) -> bool:
         """Whether to stop at this step; the same answer on every process. To be called by all, once a step.
 
         Across processes the flags of one step are exchanged in the background, on the CPU, and looked at in the next:
@@ -74,14 +74,14 @@ class StopSignals:
         self.signum = self.signum or seen
         return seen != 0
 
-    def leave(self, epoch: int, step: int) -> None:
+    def raise_interrupted(self, epoch: int, step: int) -> None:
         """Raises Interrupted after a save."""
         where = f"step {step} of epoch {epoch + 1}" if step else f"the end of epoch {epoch}"
         raise Interrupted(
             f"{self.name}: saved at {where}; the same command continues from there ({self.folder})", self.signum
         )
 
-    def leave_early(self) -> None:
+    def raise_interrupted_early(self) -> None:
         """Raises Interrupted before training."""
         raise Interrupted(
             f"{self.name}: stopped before training had begun; nothing is lost, the same command starts again "

@@ -113,7 +113,7 @@ def cluster_environment() -> ClusterEnvironment:
     return TorchElasticEnvironment()
 
 
-def is_leader() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process keeps the run's records: rank 0 under torchrun, srun or Lightning's own launcher."""
     launch = launched()
     if launch is None:

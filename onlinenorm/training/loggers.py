@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from onlinenorm.errors import Interrupted, RunError
-from onlinenorm.training.launch import is_leader
+from onlinenorm.training.launch import is_rank_zero
 from onlinenorm.training.run_folder import write_atomically
 
 ANSWER_SECONDS = 20.0  # for which wandb's server is waited for
@@ -48,7 +48,7 @@ def wandb_logger(
     import wandb  # which takes a second
 
     asked = mode if mode != "auto" else wandb_mode()
-    if asked == "disabled" or not is_leader():
+    if asked == "disabled" or not is_rank_zero():
         return []
     identity = folder / "wandb_id"
     if not identity.exists():
@@ -122,7 +122,7 @@ def upload_hint(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def finishing(loggers: list[Logger]) -> Iterator[None]:
+def closing(loggers: list[Logger]) -> Iterator[None]:
     """Context at whose end the mirrors of a run end, told how, so that the next run in this process opens its own."""
     code = 1
     interrupted = False

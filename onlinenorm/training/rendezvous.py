@@ -63,13 +63,13 @@ def meet(host: str, port: int, rank: int, world_size: int, devices: int, stop: S
         decided = int(store.get(decision))
     except RuntimeError as error:  # of the store: its server has gone
         if stop.signum:
-            stop.leave_early()
+            stop.raise_interrupted_early()
         raise RunError(f"{host}:{port}: the first process left before all had come ({_first_line(error)})") from None
     if decided:
         stop.signum = stop.signum or decided
         if rank == 0:
             time.sleep(5 * POLL_SECONDS)  # for the others to read it
-        stop.leave_early()
+        stop.raise_interrupted_early()
     return store
 
 

@@ -4,14 +4,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from onlinenorm.data.workers import worker_deaths_told
-from onlinenorm.training import finish, loggers
+from onlinenorm.data.workers import explain_worker_deaths
+from onlinenorm.training import loggers
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.config_check import build, check_config, flatten, prefixed
 from onlinenorm.training.epoch_log import EpochLog
+from onlinenorm.training.final_validation import build_results, final_validation, summary, write_results
 from onlinenorm.training.interruption import StopSignals
-from onlinenorm.training.launch import is_leader
+from onlinenorm.training.launch import is_rank_zero
 from onlinenorm.training.probe import probe_batch, probe_data, probe_network, probe_normalizer
 from onlinenorm.training.run_folder import RunFolder, run_path
 from onlinenorm.training.trainer import quiet_lightning, resolve
@@ -22,7 +23,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     check_config(config)
     config = {**config, "trainer": resolve(config["trainer"])}
     path = run_path(config)
-    folder = RunFolder(path, is_leader())
+    folder = RunFolder(path, is_rank_zero())
     with StopSignals(path) as stop:
         return _train(config, folder, stop)
 
@@ -35,10 +36,10 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
     probe_normalizer(normalizer, config["normalizer"], where)
     names, seed, path = config["choices"], config["seed"], folder.path
     if results := folder.results(config):
-        if folder.leader:
-            print(finish.summary(results, path))
+        if folder.rank_zero:
+            print(summary(results, path))
         return results
-    if folder.leader:  # at once, for what follows may take long
+    if folder.rank_zero:  # at once, for what follows may take long
         chosen = " ".join(f"{group}={name}" for group, name in names.items() if name and group != "logger")
         print(
             f"{path}: {chosen} seed={seed}; on {f'{processes} x ' * (processes > 1)}{where['accelerator']}, "
@@ -46,13 +47,13 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
             flush=True,
         )
     with prefixed("recipe", config["recipe"]), prefixed("data", config["data"]):
-        views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
-        data = build(config, "data", batch_size=recipe.batch_size, seed=seed, **views)
+        transforms = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
+        data = build(config, "data", batch_size=recipe.batch_size, seed=seed, **transforms)
         data.prepare_data()
         data.setup("fit")
         probe_data(data, config)
     probe_batch(config, normalizer, data.in_channels, data.image_size)
-    with folder.held(), quiet_lightning():
+    with folder.lock(), quiet_lightning():
         checkpoint, position = resumable(folder.checkpoints, config, data)
         pl.seed_everything(seed, workers=False, verbose=False)  # before the network: all normalizers share its weights
         sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
@@ -67,18 +68,18 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
         parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
         trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
         resumed = folder.record_start(config, trainer.world_size, position)
-        with loggers.finishing(mirrors), worker_deaths_told():
+        with loggers.closing(mirrors), explain_worker_deaths():
             with (
                 prefixed("normalizer", config["normalizer"]),
                 prefixed("recipe", config["recipe"]),
                 prefixed("data", config["data"]),
             ):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            clamping, arrays = finish.final_validation(trainer, module, data, log)
-        results = finish.build_results(names, seed, module, data, log, resumed, clamping, former_attempts(path))
+            clamping, arrays = final_validation(trainer, module, data, log)
+        results = build_results(names, seed, module, data, log, resumed, clamping, former_attempts(path))
         if trainer.is_global_zero:
-            finish.write_results(path, results, arrays)
-            print(finish.summary(results, path))
+            write_results(path, results, arrays)
+            print(summary(results, path))
             if hint := loggers.upload_hint(path):
                 print(hint)
         return results

@@ -86,25 +86,25 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], ignored: tuple[str, .
 
 
 class RunFolder:
-    """A run's folder, held by one run at a time (`with folder.held():`).
+    """A run's folder, locked by one run at a time (`with folder.lock():`).
 
     Args:
-        path: of the folder; made when it is held.
-        leader: whether this process keeps the records; the others of a run only read.
+        path: of the folder; made when it is locked.
+        rank_zero: whether this process keeps the records; the others of a run only read.
     """
 
-    def __init__(self, path: Path, leader: bool = True):
-        self.path, self.leader = path, leader
+    def __init__(self, path: Path, rank_zero: bool = True):
+        self.path, self.rank_zero = path, rank_zero
         self.checkpoints = path / "checkpoints"
 
     @contextlib.contextmanager
-    def held(self):
+    def lock(self):
         """Context in which no other run may write here; raises RunError where one does already.
 
         An error that ends it is left in failed.txt; when the run is started again that attempt is kept (`attempts`).
         A run that was interrupted, or killed, has not failed.
         """
-        if not self.leader:
+        if not self.rank_zero:
             yield
             return
         try:
@@ -141,7 +141,7 @@ class RunFolder:
                         write_atomically(self.path / FAILED, "".join(traceback.format_exception_only(error)))
                 raise
 
-    def is_held(self) -> bool:
+    def is_locked(self) -> bool:
         """Whether a run is known to be writing here now.
 
         The lock is not taken: a run that starts just then would fail. Where the file system has no locks, or the folder
@@ -196,7 +196,7 @@ class RunFolder:
 
     def record_start(self, config: dict[str, Any], world_size: int, resumed_from: dict[str, int] | None) -> int:
         """Writes config.yaml and environment.json for this start; returns how often the run has been resumed."""
-        if self.leader and resumed_from is None:
+        if self.rank_zero and resumed_from is None:
             keep_epochs(self.path)  # their checkpoints are gone, or they would be continued
         starts = self._environment().get("starts", []) if resumed_from else []
         code = {"own_code": own_code(config)}
@@ -204,7 +204,7 @@ class RunFolder:
         now = environment(world_size, files) | code | {"statistics": statistics_seen(config)}
         time = datetime.now(UTC).isoformat(timespec="seconds")
         starts.append({"time": time, "host": platform.node(), "world_size": world_size, "resumed_from": resumed_from})
-        if self.leader:
+        if self.rank_zero:
             write_atomically(self.path / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             write_atomically(self.path / ENVIRONMENT, json.dumps({**now, "starts": starts}, indent=2) + "\n")
         return sum(start["resumed_from"] is not None for start in starts)

@@ -9,7 +9,7 @@ import yaml
 
 from onlinenorm import data as onlinenorm_data
 from onlinenorm.data import FashionMNIST, ImageDataModule, Synthetic
-from onlinenorm.data.resident import ResidentLoader
+from onlinenorm.data.gpu_cache import GpuCacheLoader
 
 
 def embedded(**arguments):
@@ -38,7 +38,7 @@ def test_resident_batches_are_those_of_the_loader():
     arguments = {"augmentation": "pad_crop", "batch_size": 7}
     for split in ("train_dataloader", "val_dataloader"):
         plain, resident = (getattr(embedded(**arguments, on_device=flag), split)() for flag in (False, True))
-        assert isinstance(resident, ResidentLoader) and len(resident) == len(plain)
+        assert isinstance(resident, GpuCacheLoader) and len(resident) == len(plain)
         resident_batches = list(resident)
         assert len(resident_batches) == len(plain) > 1
         for a, b in zip(plain, resident_batches, strict=True):
@@ -46,7 +46,7 @@ def test_resident_batches_are_those_of_the_loader():
 
 
 def test_resident_chunks_hold_all_batches_in_order(monkeypatch):
-    monkeypatch.setattr(onlinenorm_data.resident, "_IMAGES", 64)
+    monkeypatch.setattr(onlinenorm_data.gpu_cache, "_IMAGES", 64)
     chunked = embedded(batch_size=25, on_device=True).train_dataloader()
     whole = embedded(batch_size=25).train_dataloader()
     found, expected = ([batch[2].tolist() for batch in loader] for loader in (chunked, whole))

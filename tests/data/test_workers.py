@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onlinenorm.data import DataError, Synthetic, workers
-from onlinenorm.data.workers import STOP_SIGNALS, worker_deaths_told
+from onlinenorm.data.workers import STOP_SIGNALS, explain_worker_deaths
 
 
 def module(**options):
@@ -87,14 +87,14 @@ def test_a_worker_that_dies_is_told_at_once(what, says, monkeypatch):
     monkeypatch.setattr(data, "_sets", (Fails(what), data._sets[1]))
     with (
         pytest.raises(DataError, match=rf"^data.num_workers: loader worker \d+ {says}.*continues"),
-        worker_deaths_told(),
+        explain_worker_deaths(),
     ):
         for _ in data.train_dataloader():
             time.sleep(0.01)
 
 
 def test_other_errors_pass_unchanged():
-    with pytest.raises(RuntimeError, match=r"^shapes differ$"), worker_deaths_told():
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), explain_worker_deaths():
         raise RuntimeError("shapes differ")
 
 

@@ -17,11 +17,11 @@ METRICS = "epoch,val_loss\n1,0.5\n2,0.4\n"
 def test_each_failed_attempt_is_kept_with_its_records(tmp_path):
     folder = RunFolder(tmp_path)
     for attempt in range(3):
-        with pytest.raises(RunError), folder.held():
+        with pytest.raises(RunError), folder.lock():
             folder.record_start({"recipe": {"lr": attempt}}, 1, None)
             (tmp_path / "metrics.csv").write_text(METRICS[: 15 + 6 * attempt])
             raise RunError(f"the loss became NaN or infinite at step {attempt}")
-    with folder.held():
+    with folder.lock():
         folder.record_start({"recipe": {"lr": 3}}, 1, None)
     assert [a["failure"] for a in former_attempts(tmp_path)] == [
         f"onlinenorm.errors.RunError: the loss became NaN or infinite at step {k}" for k in range(3)
@@ -39,10 +39,10 @@ def test_each_failed_attempt_is_kept_with_its_records(tmp_path):
 )
 def test_a_failed_run_that_is_continued_is_another_attempt_only_where_it_diverged(tmp_path, error, count):
     folder = RunFolder(tmp_path)
-    with pytest.raises(RunError), folder.held():
+    with pytest.raises(RunError), folder.lock():
         folder.record_start(CONFIG, 1, None)
         raise RunError(error)
-    with folder.held():
+    with folder.lock():
         folder.record_start(CONFIG, 1, {"epoch": 1, "step": 0, "global_step": 9})
     assert len(former_attempts(tmp_path)) == count
     assert error in (tmp_path / "attempts" / "1" / "failed.txt").read_text(), "its record is kept in any case"
@@ -51,7 +51,7 @@ def test_a_failed_run_that_is_continued_is_another_attempt_only_where_it_diverge
 def test_an_interrupted_run_is_one_attempt(tmp_path):
     folder = RunFolder(tmp_path)
     for resumed in (None, {"epoch": 1, "step": 0, "global_step": 9}):
-        with pytest.raises(Interrupted), folder.held():
+        with pytest.raises(Interrupted), folder.lock():
             folder.record_start(CONFIG, 1, resumed)
             (tmp_path / "metrics.csv").write_text(METRICS)
             raise Interrupted("saved", 15)

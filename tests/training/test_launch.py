@@ -6,7 +6,7 @@ import pytest
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from onlinenorm.errors import ConfigError
-from onlinenorm.training.launch import RANKS, cluster_environment, is_child, is_leader, launched
+from onlinenorm.training.launch import RANKS, cluster_environment, is_child, is_rank_zero, launched
 from onlinenorm.training.trainer import resolve
 
 VARIABLES = (*RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -75,23 +75,23 @@ def test_variables_set_by_hand_make_several_processes(started):
     assert (found["devices"], found["num_nodes"], found["strategy"]) == (1, 2, "ddp")
     environment = cluster_environment()
     assert (environment.global_rank(), environment.local_rank(), environment.node_rank()) == (1, 0, 1)
-    assert not is_leader()
+    assert not is_rank_zero()
 
 
 def test_leader(started):
     started()
-    assert is_leader()
+    assert is_rank_zero()
     started(RANK="0")
-    assert is_leader()
+    assert is_rank_zero()
     started(RANK="4", LOCAL_RANK="0")
-    assert not is_leader()
+    assert not is_rank_zero()
     started(**TORCHRUN)
-    assert not is_leader()
+    assert not is_rank_zero()
     # torchrun gives out ranks as machines come; that of SLURM says nothing then
     started(**(TORCHRUN | SRUN | {"RANK": "0", "LOCAL_RANK": "0"}))
-    assert is_leader()
+    assert is_rank_zero()
     started(**(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "RANK": "3"}))
-    assert is_leader()
+    assert is_rank_zero()
 
 
 LIGHTNING = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2", **MEETING}
@@ -132,18 +132,18 @@ def test_leftovers_run_alone_with_the_lock(started, environment):
     started(**environment)
     found = resolve({"accelerator": "cpu"})
     assert (found["devices"], found["num_nodes"], found["strategy"]) == (1, 1, "auto")
-    assert is_leader() and not is_child()
+    assert is_rank_zero() and not is_child()
 
 
 def test_processes_of_lightnings_launcher(started):
     started(**LIGHTNING)
     assert resolve({"accelerator": "cpu", "devices": 2})["devices"] == 2
-    assert not is_leader() and is_child()
+    assert not is_rank_zero() and is_child()
     started(**(LIGHTNING | {"RANK": "1"}))
     assert resolve({"accelerator": "cpu", "devices": 2})["devices"] == 2
     started(NODE_RANK="1", **MEETING)
     assert resolve({"accelerator": "cpu", "num_nodes": 2})["strategy"] == "ddp"
-    assert not is_leader() and not is_child()
+    assert not is_rank_zero() and not is_child()
 
 
 def test_zeros_are_not_handed_on_to_started_processes(started):

@@ -119,7 +119,7 @@ def test_a_server_that_does_not_answer(offline, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(wandb, "init", unreachable)
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    with loggers.finishing(loggers.wandb_logger(tmp_path, "name", {})):
+    with loggers.closing(loggers.wandb_logger(tmp_path, "name", {})):
         pass
     assert asked == [("online", loggers.ANSWER_SECONDS), ("offline", loggers.ANSWER_SECONDS)]
     said = f"Weights & Biases cannot be used (no such host); the run is kept offline in {tmp_path}/wandb\n"
@@ -134,7 +134,7 @@ def test_a_server_that_does_not_answer(offline, monkeypatch, tmp_path, capsys):
 def test_wandb_is_told_how_the_run_ended(offline, tmp_path, error, code):
     with (
         contextlib.suppress(*([type(error)] if error else [])),
-        loggers.finishing(loggers.wandb_logger(tmp_path, "name", {}, mode="offline")),
+        loggers.closing(loggers.wandb_logger(tmp_path, "name", {}, mode="offline")),
     ):
         if error:
             raise error
@@ -146,7 +146,7 @@ def test_wandb_is_told_how_the_run_ended(offline, tmp_path, error, code):
 def test_steps_after_the_checkpoint_are_not_shown_twice_in_tensorboard(tmp_path):
     for steps, resumed in (([1, 2, 3, 4], None), ([3, 4, 5], 2)):  # killed after 4, where 2 was saved
         mirrors = loggers.tensorboard_logger(tmp_path, "name", {}, resumed)
-        with loggers.finishing(mirrors):
+        with loggers.closing(mirrors):
             for step in steps:
                 mirrors[0].log_metrics({"loss": float(step)}, step=step)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")

@@ -49,11 +49,11 @@ def test_two_runs_at_once_are_refused_and_a_dead_one_leaves_no_lock(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(RunError, match="another run is writing to this folder"), RunFolder(tmp_path).held():
+        with pytest.raises(RunError, match="another run is writing to this folder"), RunFolder(tmp_path).lock():
             pass
         other.kill()
         other.wait()
-    with RunFolder(tmp_path).held():
+    with RunFolder(tmp_path).lock():
         pass
 
 
@@ -64,8 +64,8 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     monkeypatch.setattr(fcntl, "fcntl", refuse)
-    with RunFolder(tmp_path).held():
-        assert not RunFolder(tmp_path).is_held(), "which nobody can know there"
+    with RunFolder(tmp_path).lock():
+        assert not RunFolder(tmp_path).is_locked(), "which nobody can know there"
     assert f"the file system of {tmp_path} has no locks" in capsys.readouterr().err
 
 
@@ -75,20 +75,20 @@ def test_a_folder_that_cannot_be_written_to_or_read_is_told(tmp_path, monkeypatc
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(RunError, match=r"^run_dir: .* cannot be written to \(Permission denied\)"):
-        RunFolder(tmp_path).held().__enter__()
-    assert not RunFolder(tmp_path).is_held()
+        RunFolder(tmp_path).lock().__enter__()
+    assert not RunFolder(tmp_path).is_locked()
 
 
 def test_what_ended_a_run_is_left_in_a_file_until_it_is_started_again(tmp_path):
     folder, failed = RunFolder(tmp_path / "run"), tmp_path / "run" / "failed.txt"
-    with pytest.raises(ZeroDivisionError), folder.held():
+    with pytest.raises(ZeroDivisionError), folder.lock():
         1 / 0  # noqa: B018
     assert failed.read_text() == "ZeroDivisionError: division by zero\n"
-    with pytest.raises(Interrupted), folder.held():
+    with pytest.raises(Interrupted), folder.lock():
         assert not failed.exists()
         raise Interrupted("SIGTERM: saved", 15)
     assert not failed.exists()
-    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "run", leader=False).held():
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "run", rank_zero=False).lock():
         1 / 0  # noqa: B018
     assert not failed.exists()
 
@@ -98,7 +98,7 @@ def test_a_full_disk_does_not_hide_what_ended_a_run(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("onlinenorm.training.run_folder.os.fsync", full)
-    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path).held():
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path).lock():
         1 / 0  # noqa: B018
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -180,7 +180,7 @@ def test_a_file_in_place_of_the_folder_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^run_dir: .*file is a file, not a folder"):
         RunFolder(tmp_path / "file").check_config({})
-    with pytest.raises(RunError, match=r"^run_dir: .*cannot be made"), RunFolder(tmp_path / "file" / "below").held():
+    with pytest.raises(RunError, match=r"^run_dir: .*cannot be made"), RunFolder(tmp_path / "file" / "below").lock():
         pass
 
 

@@ -11,7 +11,7 @@ from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler, split
 _IMAGES = 8192  # made at once: a few large kernels in place of some small ones a batch
 
 
-class ResidentLoader:
+class GpuCacheLoader:
     """A loader of the batches that the dataset itself would give, with images and labels on `device`.
 
     Pixels are those of workers, bit for bit. Indices stay in host memory, where they are looked at.
@@ -43,9 +43,9 @@ class ResidentLoader:
             epochs, indices = split_requests([request for batch in chunk for request in batch])
             host = torch.from_numpy(indices)
             on_device = host.to(self.device)
-            views = self.dataset.views(images[on_device], self.dataset.draws(epochs, indices))
+            augmented = self.dataset.augment(images[on_device], self.dataset.draws(epochs, indices))
             sizes = [len(batch) for batch in chunk]
-            yield from zip(views.split(sizes), labels[on_device].split(sizes), host.split(sizes), strict=True)
+            yield from zip(augmented.split(sizes), labels[on_device].split(sizes), host.split(sizes), strict=True)
 
 
 def _take(batches: Iterator[list], images: int) -> list[list]:

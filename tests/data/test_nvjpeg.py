@@ -7,9 +7,9 @@ import pytest
 import torch
 from image_folders import write_image, write_tree
 
-from onlinenorm.data import ImageNet, UnreadableImageError, device_decode
-from onlinenorm.data.encoded import EncodedDataset, plan_of_row, row_of_plan, suits_device
+from onlinenorm.data import ImageNet, UnreadableImageError, nvjpeg_loader
 from onlinenorm.data.jpeg_header import read_frame
+from onlinenorm.data.nvjpeg_dataset import NvjpegDataset, plan_of_row, row_of_plan, suits_device
 from onlinenorm.data.transforms import Plan
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_leaving_early_and_errors_end_the_thread(tree, monkeypatch):
     iterator = iter(loader)
     next(iterator)
     iterator.close()
-    monkeypatch.setattr(device_decode, "decode_batch", lambda *_: 1 / 0)
+    monkeypatch.setattr(nvjpeg_loader, "decode_batch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(iter(loader))
     assert not [t for t in threading.enumerate() if t.name == "device-decode"]
@@ -134,7 +134,7 @@ def test_epoch_and_resume_reach_the_sampler(tree):
 def test_validation_keeps_its_own_decoder(tree):
     data = module(tree, val_decoder="torchvision")
     ours, val = data._sets
-    assert isinstance(ours, EncodedDataset) and val.decoder == "torchvision"
+    assert isinstance(ours, NvjpegDataset) and val.decoder == "torchvision"
     described = data.describe()
     assert (described["decoder"], described["val_decoder"]) == ("nvjpeg", "torchvision")
     same = [next(iter(module(tree, d).val_dataloader()))[0] for d in ("nvjpeg", "torchvision", "pillow")]

@@ -53,7 +53,7 @@ def plan_of_row(row: list[int], crop_size: int) -> Plan:
     return Plan(box, (row[4], row[5]), ((row[6], row[7], bool(row[8])),), crop_size)
 
 
-class EncodedDataset(FolderDataset):
+class NvjpegDataset(FolderDataset):
     """A FolderDataset whose batches are decoded on the GPU: reads files, plans crops, decodes only what the GPU cannot.
 
     Args:

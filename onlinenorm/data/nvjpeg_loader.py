@@ -17,13 +17,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from onlinenorm.data.datasets import Batch
 from onlinenorm.data.decoders import warnings_lock
-from onlinenorm.data.encoded import EncodedBatch, EncodedDataset, plan_of_row
+from onlinenorm.data.nvjpeg_dataset import EncodedBatch, NvjpegDataset, plan_of_row
 from onlinenorm.data.transforms import Plan
 
 _QUEUE = 2  # decoded batches that wait for the training step
 
 
-class DeviceLoader:
+class NvjpegLoader:
     """A DataLoader of `EncodedBatch`es as a loader of decoded batches on `device`.
 
     A thread decodes ahead on a stream of its own, so that decoding and training steps overlap. Length, sampler and
@@ -41,7 +41,7 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Batch]:
         results: queue.Queue = queue.Queue(_QUEUE)
         stopped = threading.Event()
-        worker = threading.Thread(target=self._produce, args=(results, stopped), name="device-decode", daemon=True)
+        worker = threading.Thread(target=self._produce, args=(results, stopped), name="nvjpeg", daemon=True)
         worker.start()
         try:
             while (item := results.get()) is not None:
@@ -76,7 +76,7 @@ class DeviceLoader:
             results.put(error)
 
 
-def decode_batch(encoded: EncodedBatch, dataset: EncodedDataset, device: torch.device) -> Batch:
+def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.device) -> Batch:
     """The batch that a CPU decoder would have given, with images on `device` (uint8, N x 3 x S x S, channels_last)."""
     size = dataset.crop_size
     images_NCHW = torch.empty(
