@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: FOLDER)")
     parser.add_argument(
         "--benchmark", metavar="JSON", type=Path, default=ROOT / "results" / "bench_training.json",
-        help="recorded rows of scripts/bench_training.py, for costs and hours (default: those of results/)",
+        help="recorded rows of scripts/bench/training.py, for costs and hours (default: those of results/)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     output = options.output or options.folder

@@ -1,27 +1,14 @@
-import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
 
-
-def load(root, name):
-    sys.path.insert(0, str(root / "scripts"))
-    spec = importlib.util.spec_from_file_location(name, root / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts.bench import jpeg_set, loaders
+from scripts.bench import loaders_table as report
 
 
-@pytest.fixture(scope="module")
-def bench(root):
-    return load(root, "bench_data")
-
-
-def test_generated_files_have_the_sizes_of_imagenet(root, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(root / "scripts"))
-    jpeg_set = importlib.import_module("jpeg_set")  # by its name: its functions go to other processes
+def test_generated_files_have_the_sizes_of_imagenet(tmp_path):
     sizes = [jpeg_set.size_of(n) for n in range(40)]
     widths, heights = zip(*sizes, strict=True)
     assert abs(sum(widths) / 40 - 500) < 10 and abs(sum(heights) / 40 - 375) < 20
@@ -34,26 +21,24 @@ def test_generated_files_have_the_sizes_of_imagenet(root, tmp_path, monkeypatch)
     assert [path.stat().st_mtime_ns for path in files] == before
 
 
-def test_loaders_are_measured_beside_the_reference(bench, tmp_path, capsys):
+def test_loaders_are_measured_beside_the_reference(tmp_path, capsys):
     output = tmp_path / "bench.json"
     arguments = ["--images", tmp_path / "images", "--unique", 4, "--train", 64, "--rounds", 1, "--seconds", "0.3"]
     arguments += ["--batch", 2, "--workers", 1, "--stages", "decode,loader", "--output", output]
     for _ in range(2):  # the same machine: in place of the first
-        assert bench.main([str(argument) for argument in arguments]) == 0
+        assert loaders.main([str(argument) for argument in arguments]) == 0
     (run,) = json.loads(output.read_text())["runs"]
     assert {"device", "cores", "versions", "git", "command", "images"} <= set(run)
     for stage in ("decode", "loader"):
         rows = {row["provider"]: row for row in run["rows"] if row["stage"] == stage}
-        assert {bench.REFERENCE, "pillow", "torchvision"} <= set(rows)
-        assert rows[bench.REFERENCE]["ratio"] == 1 and all(row["images_per_second"] > 0 for row in rows.values())
+        assert {report.REFERENCE, "pillow", "torchvision"} <= set(rows)
+        assert rows[report.REFERENCE]["ratio"] == 1 and all(row["images_per_second"] > 0 for row in rows.values())
     assert output.with_suffix(".png").stat().st_size > 10_000
     page = output.with_suffix(".md").read_text()
     assert page.split("\n\n")[1] in capsys.readouterr().out and f"{run['cores']} cores" in page
 
 
-def test_the_page_names_what_is_short(root):
-    report = load(root, "bench_data_table")
-
+def test_the_page_names_what_is_short():
     def row(stage, provider, rate, **more):
         return {"stage": stage, "provider": provider, "workers": 2, "images_per_second": rate, "ratio": 2.0,
                 "spread": 0.1, **more}  # fmt: skip
@@ -89,15 +74,14 @@ def test_the_page_names_what_is_short(root):
 
 
 def test_recorded_page_is_what_the_recorded_figures_give(root):
-    report = load(root, "bench_data_table")
     read = [json.loads((root / "results" / f"{name}.json").read_text()) for name in ("bench_data", "bench_training")]
-    assert (root / "results" / "bench_data.md").read_text() == report.render(*read), "run scripts/bench_data_table.py"
+    assert (root / "results" / "bench_data.md").read_text() == report.render(*read)
 
 
 @pytest.mark.slow
 def test_memory_of_workers_stays_flat(root, tmp_path):
-    command = [sys.executable, "scripts/loader_memory.py", "--images", "200000", "--output", tmp_path / "found.json"]
-    subprocess.run(command, cwd=root, check=True)
+    command = "scripts/bench/loader_memory.py", "--images", "200000", "--output", tmp_path / "found.json"
+    subprocess.run([sys.executable, *command], cwd=root, check=True)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["growth"]["pss"] < 0.05 and found["start_up_seconds"] < 2
     assert found["growth_since_first_batches"]["pss_in_use"] < 0.05

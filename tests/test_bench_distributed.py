@@ -1,18 +1,11 @@
 """The table of the benchmark of several processes says what the figures do."""
 
 import copy
-import importlib.util
 import json
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def table(root):
-    spec = importlib.util.spec_from_file_location("table", root / "scripts" / "bench_distributed_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts.bench import distributed_table as table
 
 
 def row(normalizer, processes, milliseconds, efficiency=1.0):
@@ -35,7 +28,7 @@ RESULTS = {
 }  # fmt: skip
 
 
-def test_rates_costs_and_exactness(table):
+def test_rates_costs_and_exactness():
     text = table.render(RESULTS)
     for part in (
         "# resnet50, 224 px, nccl: one process against 2",
@@ -51,7 +44,7 @@ def test_rates_costs_and_exactness(table):
         assert part in text, part
 
 
-def test_what_is_worse_or_was_not_measured_is_said(table):
+def test_what_is_worse_or_was_not_measured_is_said():
     worse = copy.deepcopy(RESULTS)
     worse["rows"][4]["milliseconds"] = 61.0
     worse["exactness_float32"][0]["ranks_identical"] = False
@@ -61,7 +54,7 @@ def test_what_is_worse_or_was_not_measured_is_said(table):
     assert "takes" not in partial and "SyncBatchNorm" not in partial
 
 
-def test_recorded_table_is_what_the_recorded_figures_give(table, root):
+def test_recorded_table_is_what_the_recorded_figures_give(root):
     recorded = root / "results" / "bench_distributed.json"
     if not recorded.exists():
         pytest.skip("not recorded yet: needs two GPUs")

@@ -1,19 +1,17 @@
 """Pages of recorded benchmarks: their figures come from the recorded data, or the page says that they do not."""
 
-import importlib.util
 import json
 import re
 
 import pytest
 
+from scripts.bench import kernels_table
+
 
 @pytest.fixture(scope="module")
 def kernels(root):
-    """scripts/bench_kernels_table.py as a module, and what is recorded."""
-    spec = importlib.util.spec_from_file_location("bench_kernels_table", root / "scripts" / "bench_kernels_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module, json.loads((root / "results" / "bench_kernels.json").read_text())
+    """scripts/bench/kernels_table.py, and what is recorded."""
+    return kernels_table, json.loads((root / "results" / "bench_kernels.json").read_text())
 
 
 def test_prose_beside_the_tables_of_kernels_has_no_figures_of_its_own(kernels):

@@ -1,7 +1,6 @@
 """The README's commands run, its files exist, its tables are the recorded ones."""
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from scripts.dev.readme import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,20 +54,17 @@ def test_named_files_exist():
 
 
 def test_texts_come_without_their_heading_and_with_links_from_the_readme(tmp_path):
-    spec = importlib.util.spec_from_file_location("readme_script", ROOT / "scripts" / "readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     (tmp_path / "a").mkdir()
     text = "# Heading\n\n- [x](b/c.md), [y](https://z), ![p](p.png)\n\n| 1 |\n| 2 |\n"
     (tmp_path / "a" / "f.md").write_text(text)
     readme = "<!-- text: a/f.md -->\nold\n<!-- end -->\n<!-- table: a/f.md -->\n<!-- end -->\n"
     whole = "- [x](a/b/c.md), [y](https://z), ![p](a/p.png)\n\n| 1 |\n| 2 |\n"
     expected = f"<!-- text: a/f.md -->\n{whole}<!-- end -->\n<!-- table: a/f.md -->\n| 1 |\n| 2 |\n<!-- end -->\n"
-    assert module.filled(readme, tmp_path) == expected == module.filled(expected, tmp_path)
+    assert filled(readme, tmp_path) == expected == filled(expected, tmp_path)
 
 
 def test_recorded_tables_are_what_their_data_give():
-    script = ROOT / "scripts" / "reproduce_results.sh"
+    script = ROOT / "scripts" / "dev" / "reproduce.sh"
     result = subprocess.run(
         [str(script), "--check"], env=environment() | {"PYTHON": sys.executable}, capture_output=True, text=True
     )
@@ -85,7 +83,7 @@ def test_tables_and_figures_that_are_not_what_the_data_give_are_found(tmp_path):
     shutil.copytree(ROOT / "results/study/quickstart/runs/batch/seed0", run)
 
     def reproduce(*arguments):
-        script = str(tmp_path / "scripts" / "reproduce_results.sh")
+        script = str(tmp_path / "scripts" / "dev" / "reproduce.sh")
         options = {"env": environment() | {"PYTHON": sys.executable}, "capture_output": True, "text": True}
         return subprocess.run([script, *arguments], **options)
 

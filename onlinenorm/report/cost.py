@@ -1,4 +1,4 @@
-"""What error compensation costs, and what ImageNet would: from recorded rows of scripts/bench_training.py."""
+"""What error compensation costs, and what ImageNet would: from recorded rows of scripts/bench/training.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -262,7 +262,7 @@ def cost_line(results: Mapping[str, Any] | None, brief: bool = False) -> str:
     """Is clamping less expensive than layer scaling? The first setting only, if brief."""
     sentences = cost.cost_sentences(results, fastest=True)[: 1 if brief else None] if results else []
     if not sentences:
-        return "clamping against layer scaling: not measured here: `scripts/bench_training.py` on a GPU."
+        return "clamping against layer scaling: not measured here: `scripts/bench/training.py` on a GPU."
     return f"a training step of ResNet-50 at 224 px, {results['device']}: {'; '.join(sentences)} ([table](cost.md))."
 
 

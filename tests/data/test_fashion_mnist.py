@@ -135,7 +135,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.fixture
 def build_embedded(root):
-    spec = importlib.util.spec_from_file_location("build_embedded", root / "scripts" / "build_embedded.py")
+    spec = importlib.util.spec_from_file_location("build_embedded", root / "scripts" / "dev" / "build_embedded.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,12 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPTS = str(Path(__file__).parents[2] / "scripts")
+ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.setattr(sys, "path", [SCRIPTS, *sys.path])
+def script():
     return importlib.import_module
 
 
@@ -27,7 +26,7 @@ def test_training_benchmark_writes_rows_and_a_picture(script, tmp_path):
         "--normalizer batch online_clamp --backend torch --model resnet18 --size 32 --batch 2 --mode eager "
         "--dtype bf16 --rounds 2 --repeats 1 --optimizer without --stem space_to_depth"
     )
-    script("bench_training").main([*options.split(), "--device", "cpu", "--output", str(path)])
+    script("scripts.bench.training").main([*options.split(), "--device", "cpu", "--output", str(path)])
     results = json.loads(path.read_text())
     assert {"device", "torch", "triton", "commit", "command", "rows"} <= results.keys()
     assert [row["normalizer"] for row in results["rows"]] == ["batch", "online_clamp"]
@@ -37,13 +36,13 @@ def test_training_benchmark_writes_rows_and_a_picture(script, tmp_path):
     )
     assert all(list(row) == columns.split() for row in results["rows"])
     assert path.with_suffix(".png").stat().st_size > 1000
-    page = script("bench_report").render(results)
+    page = script("scripts.bench.training_table").render(results)
     assert page.startswith("# A training step of resnet18 at 32 px on one ")
     assert "Rounds that a row was measured in: 2." in page
 
 
 def test_the_rival_has_every_compiler_and_stem_and_the_deciding_rows_come_first(script):
-    bench = script("bench_training")
+    bench = script("scripts.bench.training")
     args = SimpleNamespace(
         compiler=list(bench.COMPILERS), stem=list(bench.STEMS), dtype=["bf16", "fp16"], batch=[32, 256],
         normalizer=["batch", "online_clamp"], mode=list(bench.MODES), backend=["fused"],
@@ -60,7 +59,7 @@ def test_the_rival_has_every_compiler_and_stem_and_the_deciding_rows_come_first(
 
 
 def test_sites_are_those_of_the_network(script):
-    found = script("bench_normalizer").sites("resnet50", 64)
+    found = script("scripts.bench.norm_sites").sites("resnet50", 64)
     assert found.total() == 53
     assert sum(count for (*_, residual, _), count in found.items() if residual) == 16
     assert found[64, 32, False, True] == 1
@@ -74,19 +73,19 @@ def test_summary_compares_the_best_rows(script):
         }  # fmt: skip
 
     rows = [row("batch", 90.0, 1.2), row("batch", 100.0, 1.0, "fp16"), row("online_clamp", 110.0, 1.5)]
-    lines = script("bench_training").summary(rows)
+    lines = script("scripts.bench.training").summary(rows)
     assert lines == ["N = 32, forward and backward: online_clamp / batch = 1.100 in speed, 1.250 in peak memory"]
 
 
 def test_every_file_with_gpu_tests_is_recorded(script):
-    root = Path(SCRIPTS).parent
+    root = Path(ROOT)
     files = [path for path in root.glob("tests/**/test_*.py") if path != Path(__file__)]
     marked = {str(path.relative_to(root)) for path in files if "pytest.mark.gpu" in path.read_text(encoding="utf-8")}
-    assert marked and marked == {name.partition("::")[0] for name in script("gpu_tests").FILES}
+    assert marked and marked == {name.partition("::")[0] for name in script("scripts.dev.gpu_tests").FILES}
 
 
 def test_a_red_gate_stops_the_benchmark(script, monkeypatch):
-    common = script("bench_common")
+    common = script("scripts.bench.common")
     monkeypatch.setattr(common, "_distance", lambda found, truth: float("nan"))
     with pytest.raises(SystemExit, match="gate: torch"):
         common.gate(common.torch.device("cpu"), "torch", shapes=[(2, 3, 2, 2)])
@@ -104,11 +103,11 @@ def test_a_red_gate_stops_the_benchmark(script, monkeypatch):
     ],
 )
 def test_each_kernel_of_a_step_belongs_to_a_part(script, kernel, part):
-    assert script("bench_kernels").part_of(kernel) == part
+    assert script("scripts.bench.kernels").part_of(kernel) == part
 
 
 def test_kernels_are_not_measured_without_a_gpu(script, monkeypatch, capsys):
-    kernels = script("bench_kernels")
+    kernels = script("scripts.bench.kernels")
     monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         kernels.main([])
@@ -146,22 +145,22 @@ def test_second_gpu(absent):
 def test_tests_on_a_gpu_are_recorded_one_by_one(script, tmp_path):
     """In a process of its own, which is told that there is a GPU."""
     (tmp_path / "test_all.py").write_text(TESTS)
-    told = "import torch, bench_common, gpu_tests; torch.cuda.is_available = lambda: True; "
+    told = "import torch; from scripts.dev import gpu_tests; torch.cuda.is_available = lambda: True; "
     told += "torch.cuda.get_device_name = lambda device: 'a GPU'; raise SystemExit(gpu_tests.main())"
     call = [sys.executable, "-c", told, str(tmp_path / "test_all.py"), "--output", str(tmp_path / "gpu_tests.json")]
-    done = subprocess.run(call, env={**os.environ, "PYTHONPATH": SCRIPTS}, capture_output=True, text=True)
+    done = subprocess.run(call, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     results = json.loads((tmp_path / "gpu_tests.json").read_text())
     assert results["device"] == "a GPU" and [row["outcome"] for row in results["tests"]] == [
         "passed", "passed", "failed", "skipped",
     ]  # fmt: skip
     page = (tmp_path / "gpu_tests.md").read_text()
-    assert page == script("gpu_tests").render(results)
+    assert page == script("scripts.dev.gpu_tests").render(results)
     assert "| What holds, in one sentence. | 2 passed |" in page and "apart by 1<br>apart by 2" in page
     assert "second gpu | 1 skipped |" in page and "Skipped: one GPU" in page
     assert "assert (1 + 1) == 3" in page
     again = [*call[:3], *call[3:4], "-k", "second", "--after", call[-1], "--output", str(tmp_path / "both.json")]
-    assert subprocess.run(again, env={**os.environ, "PYTHONPATH": SCRIPTS}, capture_output=True).returncode == 0
+    assert subprocess.run(again, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True).returncode == 0
     both = json.loads((tmp_path / "both.json").read_text())
     assert [row["outcome"] for row in both["tests"]] == [row["outcome"] for row in results["tests"]]
     assert both["command"].startswith(results["command"] + "; ")
@@ -169,7 +168,7 @@ def test_tests_on_a_gpu_are_recorded_one_by_one(script, tmp_path):
 
 def test_tests_that_were_not_reached_are_recorded_as_such(script, tmp_path):
     item = SimpleNamespace(nodeid="test_all.py::test_later", obj=lambda: None)
-    recorder = script("gpu_tests").Recorder(tmp_path / "tests.json", {"tests": []})
+    recorder = script("scripts.dev.gpu_tests").Recorder(tmp_path / "tests.json", {"tests": []})
     recorder.pytest_collection_finish(SimpleNamespace(items=[item]))
     (row,) = json.loads((tmp_path / "tests.json").read_text())["tests"]
     assert (row["outcome"], row["summary"]) == ("not run", "")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The tests that need an NVIDIA GPU, recorded one by one as they end.
 
-scripts/gpu_tests.py                                        # results/gpu_tests.json, and gpu_tests.md beside it
-scripts/gpu_tests.py tests/ops -k single_read --output some.json
-scripts/gpu_tests.py tests/training --after some.json other.json    # and keeps what those calls recorded
+scripts/dev/gpu_tests.py                                        # results/gpu_tests.json, and gpu_tests.md beside it
+scripts/dev/gpu_tests.py tests/ops -k single_read --output some.json
+scripts/dev/gpu_tests.py tests/training --after some.json other.json    # and keeps what those calls recorded
 
 Arguments that are not its own are pytest's: files to take tests from (all that hold GPU tests otherwise), -k, -x. What
 was collected and has not ended by the time the command is stopped is recorded as not run. Exit code: pytest's.
@@ -14,14 +14,16 @@ import json
 import sys
 from pathlib import Path
 
-import bench_common
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+
 import torch
 
 from onlinenorm.errors import cli_errors
 from onlinenorm.report.cost import origin
 from onlinenorm.report.markdown import markdown_table
+from scripts.bench import common
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = (
     "tests/ops/test_fused.py", "tests/ops/test_fused_single_read.py", "tests/ops/test_fused_max_pool.py",
     "tests/ops/test_fused_training.py", "tests/ops/test_range.py", "tests/training/test_cuda_graph.py",
@@ -65,7 +67,7 @@ class Recorder:
 
     def _write(self) -> None:
         self.results["tests"] = list(self._rows.values())
-        bench_common.write(str(self.path), self.results)
+        common.write(str(self.path), self.results)
 
 
 def render(results: dict) -> str:
@@ -100,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         parser.error("no GPU here: these tests need an NVIDIA GPU that torch.cuda sees")
-    results = {**bench_common.head(torch.device("cuda")), "tests": []}
+    results = {**common.head(torch.device("cuda")), "tests": []}
     commands = []
     for path in options.after:
         former = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How fast images get in: decoding, loaders and training with them, beside torchvision's and timm's loaders.
 
-    scripts/bench_data.py                          generates JPEG files of ImageNet's sizes, measures what is available
-    scripts/bench_data.py --draw                   page and picture alone, from results/bench_data.json
+    scripts/bench/loaders.py                       generates JPEG files of ImageNet's sizes, measures what is available
+    scripts/bench/loaders.py --draw                page and picture alone, from results/bench_data.json
 
 Every provider gives normalised float batches on the training device, ready for the network. Providers take turns, some
 seconds each, in several rounds; figures are medians over the rounds, and ratios are taken within a round, to
@@ -23,19 +23,19 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # runs from a plain checkout too
+sys.path.insert(0, str(ROOT))  # runs from a plain checkout too
 
 try:
-    import bench_data_table
     import torch
-    from bench_data_table import REFERENCE
-    from jpeg_set import make_set
 
     from onlinenorm.data import ImageNet
     from onlinenorm.data.decoders import DECODERS
     from onlinenorm.errors import cli_errors
+    from scripts.bench import loaders_table
+    from scripts.bench.jpeg_set import make_set
+    from scripts.bench.loaders_table import REFERENCE
 except ModuleNotFoundError:
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
         raise
@@ -343,9 +343,9 @@ def main(arguments: list[str] | None = None) -> int:
                 run["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 keep(options.output, run)  # after every row: an interrupted run leaves what it measured
-    bench_data_table.main([str(options.output)])
+    loaders_table.main([str(options.output)])
     try:
-        from bench_data_picture import draw
+        from scripts.bench.loaders_picture import draw
     except ImportError as error:
         print(f"no picture: {error}", file=sys.stderr)
     else:

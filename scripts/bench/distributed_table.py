@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """The recorded benchmark of several processes as Markdown: rates, what synchronisation costs, and the exactness check.
 
-scripts/bench_distributed_table.py results/bench_distributed.json          # writes results/bench_distributed.md
+scripts/bench/distributed_table.py results/bench_distributed.json          # writes results/bench_distributed.md
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
 
 from onlinenorm.errors import cli_errors
 from onlinenorm.report.cost import origin
@@ -19,7 +21,7 @@ EXACTNESS = ("normalizer", "steps", "largest of a loss", "parameters", "statisti
 
 
 def render(results: dict) -> str:
-    """Markdown of a results file of bench_distributed.py with at least one row."""
+    """Markdown of a results file of distributed.py with at least one row."""
     world, rows = results["processes"], results["rows"]
     parts = [
         f"# {results['model']}, {results['size']} px, {results['backend']}: one process against {world}",

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Rebuild every table and figure in results/ from the run data recorded beside them (CPU, seconds), then the README's tables.
-#   reproduce_results.sh [--check]
+#   reproduce.sh [--check]
 # --check rebuilds into a temporary folder and compares: exit code 1 where a committed table is not what the data give, a
 # figure is missing, or results/ holds a table or figure that nothing here makes.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-${VENV:-.venv}/bin/python}
 case ${1:-} in
   "" | --check) ;;
@@ -18,32 +18,35 @@ for file in results/bench_*.json results/gpu_tests.json; do
   [[ ! -f $file ]] || cp "$file" "$rebuilt" # reports on them are written beside them
 done
 # One process for all: most of the time goes into imports.
-MPLBACKEND=Agg PYTHONPATH=scripts "$python" - "$rebuilt" <<'END'
-import contextlib, importlib, json, os, sys
+MPLBACKEND=Agg PYTHONPATH=. "$python" - "$rebuilt" <<'END'
+import contextlib, json, os, sys
 from pathlib import Path
-import bench_data_picture, bench_report, bench_training, gpu_tests, study, table1
+from scripts import study, table1
+from scripts.bench import distributed_table, kernels_table, loaders_picture, loaders_table, norm_sites_table, training
+from scripts.bench import training_table
+from scripts.dev import gpu_tests
 from onlinenorm.deploy.export import page
 
 rebuilt = Path(sys.argv[1])
 jobs = [(table1, [str(runs), "--output", str(rebuilt / runs.parent.name)]) for runs in sorted(Path("results").glob("*/runs"))]
 if Path("results/study").is_dir():
     jobs.append((study, ["results/study", "--output", str(rebuilt / "study")]))
-jobs.append((bench_report, [str(rebuilt / "bench_training.json")]))
-for script in sorted(Path("scripts").glob("bench_*_table.py")):
-    data = rebuilt / f"{script.stem.removesuffix('_table')}.json"
-    if data.exists():
-        jobs.append((importlib.import_module(script.stem), [str(data)]))
+jobs.append((training_table, [str(rebuilt / "bench_training.json")]))
+recorded = {"data": loaders_table, "distributed": distributed_table, "kernels": kernels_table, "normalizer": norm_sites_table}
+for name, table in recorded.items():
+    if (data := rebuilt / f"bench_{name}.json").exists():
+        jobs.append((table, [str(data)]))
 for module, arguments in jobs:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         if code := module.main(arguments):
             sys.exit(code)
-bench_data_picture.draw(rebuilt / "bench_data.json")
+loaders_picture.draw(rebuilt / "bench_data.json")
 for file in Path("results/exports").glob("*/exports.json"):
     copy = rebuilt / file.relative_to("results").with_suffix(".md")
     copy.parent.mkdir(parents=True)
     copy.write_text(page(json.loads(file.read_text())))
 steps = json.loads((rebuilt / "bench_training.json").read_text())
-bench_training.plot(steps, str(rebuilt / "bench_training.png"))
+training.plot(steps, str(rebuilt / "bench_training.png"))
 if (tests := rebuilt / "gpu_tests.json").exists():
     tests.with_suffix(".md").write_text(gpu_tests.render(json.loads(tests.read_text())))
 END
@@ -78,5 +81,5 @@ while read -r file; do
   esac
 done < <(cd results && find . -type f -not -path '*/runs/*' -not -name '*.html' -printf '%P\n' | sort)
 
-"$python" scripts/readme.py ${1:+"$1"} || status=1
+"$python" scripts/dev/readme.py ${1:+"$1"} || status=1
 exit $status

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Memory of the loader's workers over epochs of an index as long as ImageNet's, and how fast a run starts with it.
 
-    scripts/loader_memory.py                 1,281,167 images, 3 epochs: some minutes on two cores
+    scripts/bench/loader_memory.py                 1,281,167 images, 3 epochs: some minutes on two cores
 
 The index is as long as ImageNet's, all of it leads to one tiny image, and of 64 images one is decoded, so that an epoch
 takes a minute and not an hour; sampling, index, reading and the workers are those of training. PSS counts shared pages
@@ -24,9 +24,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # runs from a plain checkout too
+sys.path.insert(0, str(ROOT))  # runs from a plain checkout too
 
 try:
     import numpy as np

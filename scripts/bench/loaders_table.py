@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The recorded benchmark of the loaders as Markdown: whether they feed training, and all rows.
 
-scripts/bench_data_table.py          # writes results/bench_data.md from bench_data.json and bench_training.json there
+scripts/bench/loaders_table.py       # writes results/bench_data.md from bench_data.json and bench_training.json there
 """
 
 import argparse
@@ -9,11 +9,13 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+
 from onlinenorm.errors import cli_errors
 from onlinenorm.report.cost import as_trained, with_optimizer
 from onlinenorm.report.markdown import markdown_table
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 NEEDED = 1.2  # times what training takes: what a loader should give
 REFERENCE = "torchvision ImageFolder"
 SUMMARY = ("machine", "fastest loader", "images/s", f"over {REFERENCE}", "training takes", "loader over training",

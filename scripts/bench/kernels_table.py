@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Recorded times of the single-read kernels and of a whole step as tables: bytes, time, share of the copy bandwidth.
 
-scripts/bench_kernels_table.py results/bench_kernels.json          # writes the .md beside it
+scripts/bench/kernels_table.py results/bench_kernels.json          # writes the .md beside it
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
 
 from onlinenorm.errors import cli_errors
 from onlinenorm.ops.fused.tiling import tuning_for

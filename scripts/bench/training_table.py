@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """A recorded training benchmark as Markdown: the fastest row of each normalizer, then all rows, beside BatchNorm's.
 
-scripts/bench_report.py results/bench_training.json          # writes results/bench_training.md
-scripts/bench_report.py results/bench_training.json --output /tmp/bench.md
+scripts/bench/training_table.py results/bench_training.json          # writes results/bench_training.md
+scripts/bench/training_table.py results/bench_training.json --output /tmp/bench.md
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
 
 from onlinenorm.errors import cli_errors
 from onlinenorm.report.cost import origin, step_time

@@ -1,6 +1,6 @@
 """Builds onlinenorm/data/embedded/ from the full Fashion-MNIST: its first 10,000 training and 2,000 test images.
 
-    python scripts/build_embedded.py [--root FOLDER] [--output FOLDER] [--check]
+    python scripts/dev/build_embedded.py [--root FOLDER] [--output FOLDER] [--check]
 
 Gzip time stamps are 0 and the level is fixed, so that the files come out byte for byte. --check writes nothing and
 compares; where another zlib compresses to other bytes, it says so and compares the images instead.
@@ -13,7 +13,7 @@ import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
 
 from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, FILES, FULL, find_full_set, read_split
 from onlinenorm.errors import DataError, cli_errors

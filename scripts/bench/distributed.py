@@ -1,9 +1,9 @@
 """Images per second on one and on several processes, normalizer against normalizer, after a check that all is exact.
 
-    torchrun --standalone --nproc-per-node 2 scripts/bench_distributed.py                     two GPUs, about 3 minutes
-    torchrun --standalone --nproc-per-node 2 scripts/bench_distributed.py --model cifar_resnet8 --size 16 --batch 4 \
+    torchrun --standalone --nproc-per-node 2 scripts/bench/distributed.py                     two GPUs, about 3 minutes
+    torchrun --standalone --nproc-per-node 2 scripts/bench/distributed.py --model cifar_resnet8 --size 16 --batch 4 \
         --repeats 2 --dtype fp32 --output /tmp/bench.json                                     the same on CPUs
-    python scripts/bench_distributed_table.py results/bench_distributed.json                  the table alone
+    python scripts/bench/distributed_table.py results/bench_distributed.json                  the table alone
 
 A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images, eager or
 (as trainer.cuda_graph does) with forward and backward replayed as CUDA graphs, collectives included; `--batch` images a
@@ -24,11 +24,11 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import bench_common
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bench_distributed_table import render
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +36,8 @@ from onlinenorm import OnlineNorm2d, models
 from onlinenorm.errors import cli_errors
 from onlinenorm.normalizers import synchronise_batch_norm
 from onlinenorm.training.cuda_graph import GraphedStep
+from scripts.bench import common
+from scripts.bench.distributed_table import render
 
 NORMALIZERS = {
     "batch": nn.BatchNorm2d,
@@ -172,7 +174,7 @@ class Row:
 
     def measure(self) -> None:
         warm_up = 3 if self.rounds else 8
-        times = bench_common.timed(self.step, self.device, self.args.repeats + warm_up)[warm_up:]
+        times = common.timed(self.step, self.device, self.args.repeats + warm_up)[warm_up:]
         self.rounds.append(statistics.median(times))
 
     def record(self) -> dict:
@@ -254,14 +256,14 @@ def main(argv=None) -> int:
         dist.init_process_group("gloo")
     world, leader = dist.get_world_size(), dist.get_rank() == 0
     start = time.perf_counter()
-    results = {**bench_common.head(device), "backend": dist.get_backend(), "processes": world}
+    results = {**common.head(device), "backend": dist.get_backend(), "processes": world}
     results["command"] = results["command"].replace("python", f"torchrun --standalone --nproc-per-node {world}", 1)
     results |= {"model": args.model, "size": args.size, "exactness_float32": [], "rows": []}
 
     def tell(line: dict) -> None:
         if leader:
             print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
-            bench_common.write(args.output, results)
+            common.write(args.output, results)
             if results["rows"]:
                 args.output.with_suffix(".md").write_text(render(results))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Recorded times of norm sites as a table per kernel and a picture: bytes, time, share of the copy bandwidth.
 
-scripts/bench_normalizer_table.py results/bench_normalizer.json          # writes the .md and .png beside it
+scripts/bench/norm_sites_table.py results/bench_normalizer.json          # writes the .md and .png beside it
 """
 
 import argparse
@@ -9,11 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-from bench_normalizer import plot
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+
 
 from onlinenorm.errors import cli_errors
 from onlinenorm.report.cost import origin
 from onlinenorm.report.markdown import markdown_table
+from scripts.bench.norm_sites import plot
 
 HEAD = (
     "batch",

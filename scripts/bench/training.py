@@ -1,7 +1,7 @@
 """Images per second and peak memory of a whole training step, normalizer against normalizer.
 
-    python scripts/bench_training.py                     # all rows, one GPU
-    python scripts/bench_training.py --batch 256 --mode compile+graph --dtype bf16 --seconds 300
+    python scripts/bench/training.py                     # all rows, one GPU
+    python scripts/bench/training.py --batch 256 --mode compile+graph --dtype bf16 --seconds 300
 
 A row is (normalizer, backend, stem, compiler, mode, dtype, batch, with or without optimizer); the compiler's settings
 are torch.compile's own, with coordinate descent, or max-autotune, which take minutes and are kept in Inductor's cache
@@ -18,19 +18,22 @@ runs first. Rows that ``--seconds`` leaves no time for are listed as not run.
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import bench_common
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+
 import torch
 import torch.nn.functional as F
 import yaml
-from bench_report import fastest, over, smallest, workload
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.errors import cli_errors
 from onlinenorm.report.spec import parse_spec
+from scripts.bench import common
+from scripts.bench.training_table import fastest, over, smallest, workload
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("eager", "graph", "compile", "compile+graph")
@@ -105,8 +108,8 @@ class Row:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0
-        run = bench_common.captured(step) if self.key["mode"].endswith("graph") else step
-        self.rounds.append(bench_common.timed(run, network.device, repeats + 2)[2:])
+        run = common.captured(step) if self.key["mode"].endswith("graph") else step
+        self.rounds.append(common.timed(run, network.device, repeats + 2)[2:])
         if cuda:
             self.peak = max(self.peak, (torch.cuda.max_memory_allocated() - before + network.held()) / 2**30)
         del run
@@ -123,7 +126,7 @@ class Row:
             "milliseconds": round(self.milliseconds, 3),
             "images_per_second": round(1e3 * self.key["batch"] / self.milliseconds, 1),
             "peak_memory_gib": round(self.peak, 3),
-            "repeat_spread": round(bench_common.spread([*itertools.chain(*self.rounds)]), 4),
+            "repeat_spread": round(common.spread([*itertools.chain(*self.rounds)]), 4),
             "rounds": len(self.rounds),
         }
 
@@ -181,7 +184,7 @@ def plot(results: dict, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    spec = parse_spec(yaml.safe_load((Path(__file__).parents[1] / "configs" / "report.yaml").read_text("utf-8")))
+    spec = parse_spec(yaml.safe_load((Path(__file__).parents[2] / "configs" / "report.yaml").read_text("utf-8")))
     rows = [row for row in results["rows"] if not row.get("optimizer")] or results["rows"]
     batches = sorted({row["batch"] for row in rows})
     shown = {}
@@ -236,7 +239,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", default="results/bench_training.json", help="the picture lands beside it")
     args = parser.parse_args(argv)
-    bench_common.check_device(parser, args)
+    common.check_device(parser, args)
     began, device = time.perf_counter(), torch.device(args.device)
     # All networks share the code of one forward: past dynamo's limit of 8 versions they would run eagerly, unnoticed.
     torch._dynamo.config.recompile_limit = 100
@@ -244,8 +247,8 @@ def main(argv=None) -> dict:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         for backend in args.backend:
-            bench_common.gate(device, backend)
-    results = {**bench_common.head(device), "model": args.model, "size": args.size, "not_run": [], "rows": []}
+            common.gate(device, backend)
+    results = {**common.head(device), "model": args.model, "size": args.size, "not_run": [], "rows": []}
     optimizers = {"without": [False], "with": [True], "both": [False, True]}[args.optimizer]
     rows: list[Row] = []
 
@@ -263,7 +266,7 @@ def main(argv=None) -> dict:
             return
         print(row.record(), f"{time.perf_counter() - start:.0f} s", flush=True)
         results["rows"] = [measured.record() for measured in rows if measured.rounds]
-        bench_common.write(args.output, results)
+        common.write(args.output, results)
 
     for _, group in itertools.groupby(networks_of(args), key=_slow):
         before = len(rows)
@@ -284,7 +287,7 @@ def main(argv=None) -> dict:
             for row in sorted(rows[before:], key=lambda row: row.milliseconds / row.key["batch"]):
                 if not out_of_time():
                     measure(row)
-    bench_common.write(args.output, results)
+    common.write(args.output, results)
     plot(results, str(args.output).removesuffix(".json") + ".png")
     print(*summary(results["rows"]), sep="\n")
     return results

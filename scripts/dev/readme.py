@@ -10,8 +10,8 @@
 
 A text comes without its first heading, its links made relative to the README.
 
-scripts/readme.py            # rewrites README.md
-scripts/readme.py --check    # exit code 1 where README.md differs from what is recorded
+scripts/dev/readme.py            # rewrites README.md
+scripts/dev/readme.py --check    # exit code 1 where README.md differs from what is recorded
 """
 
 import argparse
@@ -19,7 +19,7 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"(<!-- (table|text): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     new = filled(text, ROOT)
     if options.check:
         if new != text:
-            print("README.md differs from what is recorded; run scripts/readme.py", file=sys.stderr)
+            print("README.md differs from what is recorded; run scripts/dev/readme.py", file=sys.stderr)
         return int(new != text)
     path.write_text(new, encoding="utf-8")
     return 0

@@ -1,29 +1,30 @@
 """Time of each single-read kernel at each norm site of ResNet-50, for several tunings, and of the parts of a step.
 
-    python scripts/bench_kernels.py                                # every tuning in use, one Hopper GPU, minutes
-    python scripts/bench_kernels.py --tuning 128,3,16,400 ...      # and others: threads a role, stages, chunk, rows
+    python scripts/bench/kernels.py                                # every tuning in use, one Hopper GPU, minutes
+    python scripts/bench/kernels.py --tuning 128,3,16,400 ...      # and others: threads a role, stages, chunk, rows
 
 What TUNINGS of onlinenorm/ops/fused/tiling.py is chosen from. Times are microseconds a call in CUDA graphs over
 rotating inputs; bytes count every tensor once. Each tuning's results are compared with the two-pass kernels' first, and
 with themselves a second time: one that differs is told and left out. The parts of a compiled step come from torch's
-profiler. scripts/bench_kernels_table.py makes the page.
+profiler. scripts/bench/kernels_table.py makes the page.
 """
 
 import argparse
 import itertools
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
-import bench_common
-import bench_normalizer
-import bench_training
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+
 import torch
 
 from onlinenorm.errors import cli_errors
 from onlinenorm.ops.fused import single_read, two_pass
 from onlinenorm.ops.fused.tiling import TUNINGS, WIDTH, Tuning
 from onlinenorm.ops.spec import NormSpec
+from scripts.bench import common, norm_sites, training
 
 SPECS = {name: NormSpec(error_compensation=name) for name in ("clamp", "layer_scaling")}
 CHECKED = ((5, 64, 9, False), (37, 128, 28, True), (70, 64, 56, False), (130, 512, 7, True), (33, 128, 3, True))
@@ -90,7 +91,7 @@ def agrees(tuning: Tuning, spec: NormSpec) -> bool:
         truth = step(two_pass, spec, tensors, weight, bias, state)
         with Use(tuning):
             found, again = (step(single_read, spec, tensors, weight, bias, state) for _ in range(2))
-        far = max(bench_common._distance(a, b) for a, b in zip(found, truth, strict=True))
+        far = max(common._distance(a, b) for a, b in zip(found, truth, strict=True))
         if not far < 2e-2 or not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
             where = f"{spec.error_compensation}, {samples} x {channels} x {side}"
             print(f"{name_of(tuning)} is wrong at {where}: {far:.1e}", flush=True)
@@ -100,8 +101,8 @@ def agrees(tuning: Tuning, spec: NormSpec) -> bool:
 
 def microseconds(call, sets: list, repeats: int) -> float:
     """Median time of ``call(*set)`` over rotating sets."""
-    replay = bench_common.captured(lambda: [call(*tensors) for tensors in sets])
-    times = bench_common.timed(replay, torch.device("cuda"), repeats + 2)[2:]
+    replay = common.captured(lambda: [call(*tensors) for tensors in sets])
+    times = common.timed(replay, torch.device("cuda"), repeats + 2)[2:]
     return round(1e3 * statistics.median(times) / len(sets), 1)
 
 
@@ -109,7 +110,7 @@ def measure(site, batch: int, tunings: list[Tuning], spec: NormSpec, repeats: in
     """A row for each direction of one site."""
     channels, side, residual, relu = site
     size = 2 * batch * channels * side * side
-    copies = max(1, min(6, int(bench_normalizer.ROTATE // size)))
+    copies = max(1, min(6, int(norm_sites.ROTATE // size)))
     sets = [drawn(4 if residual else 2, batch, channels, side, side) for _ in range(copies)]
     sets = [(*tensors, *(() if residual else (None, None))) for tensors in sets]
     weight, bias = torch.ones(channels, device="cuda"), torch.zeros(channels, device="cuda")
@@ -149,7 +150,7 @@ def parts(normalizer: str, batch: int, size: int) -> dict[str, dict]:
     """Kernels and milliseconds of each part of a compiled step."""
     args = argparse.Namespace(device="cuda", model="resnet50", size=size)
     backend = "torch" if normalizer == "batch" else "fused"
-    network = bench_training.Network(normalizer, backend, "space_to_depth", "default", "bf16", batch, args)
+    network = training.Network(normalizer, backend, "space_to_depth", "default", "bf16", batch, args)
     for _ in range(5):
         network.step()
     torch.cuda.synchronize()
@@ -181,19 +182,19 @@ def main(argv=None) -> dict:
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda")
     fit = {name: [tuning for tuning in tunings if agrees(tuning, spec)] for name, spec in SPECS.items()}
-    results = {**bench_common.head(device), "copy_bytes_per_second": bench_normalizer.copy_bandwidth(device, 20)}
+    results = {**common.head(device), "copy_bytes_per_second": norm_sites.copy_bandwidth(device, 20)}
     results |= {"step": {}, "kernels": []}
-    sites = [site for site in bench_normalizer.sites("resnet50", args.size) if site[0] % WIDTH == 0]
+    sites = [site for site in norm_sites.sites("resnet50", args.size) if site[0] % WIDTH == 0]
     for (name, spec), batch in itertools.product(SPECS.items(), args.batch):
         for site in sites:
             for row in measure(site, batch, fit[name], spec, args.repeats):
                 results["kernels"].append(row)
                 print({key: value for key, value in row.items() if key != "bytes"}, flush=True)
-            bench_common.write(args.output, results)
+            common.write(args.output, results)
     for normalizer in ("online_clamp", "online_layer_scaling", "batch"):
         results["step"][normalizer] = parts(normalizer, args.batch[0], args.size)
         print(normalizer, results["step"][normalizer], flush=True)
-        bench_common.write(args.output, results)
+        common.write(args.output, results)
     return results
 
 

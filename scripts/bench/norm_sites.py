@@ -1,6 +1,6 @@
 """Time of every norm site of the real ResNet-50, forward and backward, normalizer against normalizer.
 
-    python scripts/bench_normalizer.py                   # all sites, batches 32 and 256, one GPU
+    python scripts/bench/norm_sites.py                   # all sites, batches 32 and 256, one GPU
 
 The sites (channels, size, residual, ReLU) are read from the network by hooks, equal ones measured once and counted. A
 row gives microseconds a call inside a CUDA graph over rotating inputs (20th to 80th percentile), the bytes that a
@@ -9,17 +9,21 @@ single read of every tensor moves, and those bytes' share of the measured copy b
 
 import argparse
 import statistics
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
-import bench_common
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+
 import torch
 from torch import nn
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.errors import cli_errors
+from scripts.bench import common
 
 ROTATE = 150e6  # bytes of inputs to rotate over, so that the L2 cache of one call does not serve the next
 
@@ -84,13 +88,13 @@ def measure(name: str, site, batch: int, dtype: torch.dtype, device: torch.devic
 
     found = {}
     # One stream for all: backward runs where its forward ran, and the default stream cannot be captured.
-    with bench_common.side_stream() if device.type == "cuda" else nullcontext():
+    with common.side_stream() if device.type == "cuda" else nullcontext():
         outputs = forward()
         measured = {}
         for direction, step in (("forward", forward), ("backward", partial(backward, outputs))):
             step()
-            replay = bench_common.captured(step) if device.type == "cuda" else step
-            measured[direction] = bench_common.timed(replay, device, repeats)
+            replay = common.captured(step) if device.type == "cuda" else step
+            measured[direction] = common.timed(replay, device, repeats)
     for direction, milliseconds in measured.items():
         times = [1e3 * t / len(sets) for t in milliseconds]
         low, _, _, high = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
@@ -108,7 +112,7 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
     """Bytes a second, read and written, of a large elementwise copy."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**20, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    times = bench_common.timed(lambda: torch.mul(source, 1, out=target), device, repeats + 2)[2:]
+    times = common.timed(lambda: torch.mul(source, 1, out=target), device, repeats + 2)[2:]
     return 2 * source.numel() * source.itemsize / (1e-3 * statistics.median(times))
 
 
@@ -167,13 +171,13 @@ def main(argv=None) -> dict:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", default="results/bench_normalizer.json", help="the picture lands beside it")
     args = parser.parse_args(argv)
-    bench_common.check_device(parser, args)
+    common.check_device(parser, args)
     device = torch.device(args.device)
     if device.type == "cuda":
-        bench_common.gate(device, "fused")
+        common.gate(device, "fused")
     torch._functorch.config.donated_buffer = False  # compiled backward passes are repeated
     bandwidth = copy_bandwidth(device, args.repeats)
-    results = {**bench_common.head(device), "copy_bytes_per_second": bandwidth, "dtype": "bf16", "rows": []}
+    results = {**common.head(device), "copy_bytes_per_second": bandwidth, "dtype": "bf16", "rows": []}
     for batch in args.batch:
         for site, count in sites(args.model, args.size).items():
             for name in args.provider:
@@ -187,7 +191,7 @@ def main(argv=None) -> dict:
                 results["rows"].append({"provider": name, "batch": batch, "count": count, **row, **found})
                 times = " ".join(f"{k} {v['microseconds']:.0f} us ({v['share']:.0%})" for k, v in found.items())
                 print(f"N = {batch} {site} x{count} {name}: {times}", flush=True)
-            bench_common.write(args.output, results)
+            common.write(args.output, results)
     plot(results, str(args.output).removesuffix(".json") + ".png")
     return results
 

@@ -1,0 +1,1 @@
+"""Commands; those in bench/ and dev/ share modules as scripts.bench.*."""
