@@ -25,7 +25,7 @@ try:
     from onlinenorm.deploy.export import made_with
     from onlinenorm.deploy.images import pick_device
     from onlinenorm.errors import cli_errors
-    from onlinenorm.training.run_folder import hardware
+    from onlinenorm.provenance import hardware
 except ModuleNotFoundError:
     # called as scripts/audit_clamping.py from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:

@@ -15,7 +15,7 @@ from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.verification import Agreement, agreements, latency_ms
 from onlinenorm.errors import DeployError, VerificationError
-from onlinenorm.training.run_folder import git_state, hardware
+from onlinenorm.provenance import git_state, hardware
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from onlinenorm.training.run_folder import write_atomically
+from onlinenorm.files import write_atomically
 
 COLUMNS = (
     "epoch",

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from onlinenorm.files import write_atomically
 from onlinenorm.normalizers import remove_clamping
 from onlinenorm.training.accuracy import TOP1_RULE
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.module import ImageClassifier
-from onlinenorm.training.run_folder import write_atomically
 
 FILES_LISTED = 1000  # unreadable images named in results.json
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from onlinenorm.errors import Interrupted, RunError
+from onlinenorm.files import write_atomically
 from onlinenorm.training.launch import is_rank_zero
-from onlinenorm.training.run_folder import write_atomically
 
 ANSWER_SECONDS = 20.0  # for which wandb's server is waited for
 

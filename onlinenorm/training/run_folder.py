@@ -7,27 +7,23 @@ import json
 import os
 import platform
 import struct
-import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from onlinenorm.errors import ConfigError, Interrupted, RunError
+from onlinenorm.files import write_atomically
+from onlinenorm.provenance import environment
 from onlinenorm.training.attempts import CONFIG, ENVIRONMENT, FAILED, keep_attempt, keep_epochs
 from onlinenorm.training.config_check import flatten
 from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
 from onlinenorm.training.own_code import changed_code, own_code, own_files
-
-PROJECT = Path(__file__).resolve().parents[2]  # of a checkout; installed, the folder of all packages
-PACKAGE = Path(__file__).parents[1].name
 
 # What lockf answers on file systems that have no locks; where one is held it is EACCES or EAGAIN.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -51,22 +47,6 @@ MAY_CHANGE = (
     "trainer.strategy",
     "trainer.sync_batchnorm",
 )
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces `path` by a file with `content`: readers see the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(
-            f"{path}: could not be written ({error}); free some space and run the same command again"
-        ) from error
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], ignored: tuple[str, ...] = ()) -> list[str]:
@@ -227,56 +207,3 @@ def _read(path: Path, parse: Callable[[str], Any], advice: str) -> dict[str, Any
     if not isinstance(content, dict):
         raise RunError(f"{path}: is damaged (it holds {'nothing' if content is None else 'no mapping'}); {advice}")
     return content
-
-
-def environment(world_size: int, own: Sequence[Path] = ()) -> dict[str, Any]:
-    """What a run was computed with: command, git state (see there of `own`), versions, hardware, processes."""
-    packages = ("torch", "torchvision", "pytorch-lightning", "triton", "numpy", "onlinenorm")
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "none"
-    return {
-        "command": " ".join([Path(sys.executable).name, os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "git": git_state(own=own),
-        "versions": versions,
-        "hardware": hardware(),
-        "world_size": world_size,
-    }
-
-
-def git_state(project: Path = PROJECT, own: Sequence[Path] = ()) -> dict[str, Any]:
-    """{"commit", "dirty"} of the repository that keeps `project`; without one $GIT_COMMIT, else "unknown", and None.
-
-    Dirty are changed files, and files that are not tracked where code and configurations of a run are: package,
-    configs/, train.py and `own`. A package that the repository ignores, as an environment within it, is not kept there.
-    """
-
-    def git(*arguments: str, check: bool = True) -> str:
-        done = subprocess.run(["git", *arguments], cwd=project, capture_output=True, text=True, check=check)
-        return done.stdout.strip()
-
-    try:
-        top = Path(git("rev-parse", "--show-toplevel")).resolve()
-        if git("check-ignore", PACKAGE, check=False):
-            raise FileNotFoundError
-        code = [PACKAGE, "configs", "train.py", *(str(file) for file in own if file.is_relative_to(top))]
-        untracked = git("ls-files", "--others", "--exclude-standard", "--", *code)
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(untracked or git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": os.environ.get("GIT_COMMIT", "unknown"), "dirty": None}
-
-
-def hardware() -> str:
-    """GPUs, or the processor and the number of cores this process may use."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"

@@ -37,7 +37,7 @@ try:
     from onlinenorm.data.index import pack_names
     from onlinenorm.data.index_cache import cached_arrays
     from onlinenorm.errors import cli_errors
-    from onlinenorm.training.run_folder import environment, hardware
+    from onlinenorm.provenance import environment, hardware
 except ModuleNotFoundError:
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
         raise

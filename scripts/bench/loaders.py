@@ -281,7 +281,7 @@ def _row(stage, provider, walls, cores, base, workers, base_cores=None) -> dict:
 
 def head(options: argparse.Namespace) -> dict:
     """Where, with what and by which command a run was made."""
-    from onlinenorm.training.run_folder import environment
+    from onlinenorm.provenance import environment
 
     found = environment(world_size=1)
     versions = found["versions"] | {name: _version(name) for name in ("pillow", "timm")}

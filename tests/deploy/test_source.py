@@ -131,7 +131,7 @@ DAMAGE = {
     "no weights": (lambda folder, trace: (folder / "checkpoints" / "last.ckpt").unlink(), "saved no weights"),
     "foreign network": (target("model", "os.system"), "model._target_: 'os.system' is foreign"),
     "foreign trainer": (target("trainer", "subprocess.run"), "trainer._target_: 'subprocess.run' is foreign"),
-    "function of ours": (target("model", "onlinenorm.training.run_folder.write_atomically"), "is refused; there are"),
+    "function of ours": (target("model", "onlinenorm.files.write_atomically"), "is refused; there are"),
     "class of ours": (target("data", "onlinenorm.data.GlobalBatchSampler"), "is refused; there are"),
     "wrong kind of config": (lambda folder, trace: (folder / "config.yaml").write_text("- 1\n"), "configuration"),
     "unknown key": (

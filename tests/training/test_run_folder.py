@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from onlinenorm.errors import ConfigError, Interrupted, RunError
-from onlinenorm.training.run_folder import RunFolder, changed_keys, environment, git_state, run_path, write_atomically
+from onlinenorm.files import write_atomically
+from onlinenorm.provenance import environment, git_state
+from onlinenorm.training.run_folder import RunFolder, changed_keys, run_path
 
 CONFIG = {"recipe": {"lr": 0.1}, "trainer": {"devices": 1, "precision": "32-true"}, "logger": {"_target_": "x"}}
 
@@ -97,7 +99,7 @@ def test_a_full_disk_does_not_hide_what_ended_a_run(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onlinenorm.training.run_folder.os.fsync", full)
+    monkeypatch.setattr("onlinenorm.files.os.fsync", full)
     with pytest.raises(ZeroDivisionError), RunFolder(tmp_path).lock():
         1 / 0  # noqa: B018
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -126,7 +128,7 @@ def test_write_atomically_replaces_or_leaves(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onlinenorm.training.run_folder.os.fsync", full)
+    monkeypatch.setattr("onlinenorm.files.os.fsync", full)
     with pytest.raises(RunError, match="could not be written"):
         write_atomically(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
