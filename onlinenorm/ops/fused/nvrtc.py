@@ -74,13 +74,20 @@ def architecture(major: int, minor: int) -> str | None:
     return f"sm_{max(fitting)}" if fitting else None
 
 
+def compiler_version() -> tuple[int, int, str]:
+    """NVRTC's major and minor version, and that of torch, which names the very release it wants."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value, torch.__version__
+
+
 def compile_source(source: str, architecture: str, options: tuple[str, ...]) -> bytes:
     """Machine code of ``source`` for an architecture such as "sm_90".
 
     Raises RuntimeError with the compiler's log.
     """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    flags = [f"--gpu-architecture={architecture}", "--std=c++17", *options]
+    flags = [f"--gpu-architecture={architecture}", *options]
     encoded = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     status = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"single_read.cu", 0, None, None)
     assert status == 0, f"nvrtcCreateProgram: {status}"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from onlinenorm.ops.fused import workspace
-from onlinenorm.ops.fused.nvrtc import Kernel, architecture, compile_source, tensor_map
+from onlinenorm.ops.fused.cubin_cache import cubin
+from onlinenorm.ops.fused.nvrtc import Kernel, architecture, tensor_map
 from onlinenorm.ops.fused.tiling import POOLED_TUNINGS, WIDTH, Tiling, Tuning, even, shared_memory, tuning_for
 from onlinenorm.ops.spec import NormSpec
 
@@ -37,6 +38,7 @@ class Params(ctypes.Structure):
     )
 
 
+@functools.cache
 def source_of(direction: str) -> str:
     """The CUDA source of the forward or the backward kernel."""
     return "".join((SOURCES / f"{name}.cu").read_text() for name in ("common", "max_pool", direction))
@@ -45,7 +47,7 @@ def source_of(direction: str) -> str:
 @functools.cache
 def _kernel(device: int, direction: str, defines: tuple[str, ...]) -> Kernel:
     target = architecture(*torch.cuda.get_device_capability(device))
-    return Kernel(compile_source(source_of(direction), target, defines), "online_norm")
+    return Kernel(cubin(source_of(direction), target, ("--std=c++17", *defines)), "online_norm")
 
 
 @dataclass(frozen=True)
