@@ -29,7 +29,6 @@ sys.path.insert(0, str(ROOT))  # runs from a plain checkout too
 
 try:
     import torch
-    from omegaconf import OmegaConf
 
     from onlinenorm.cli.arguments import parse_script
     from onlinenorm.cli.compose import load_config
@@ -39,7 +38,7 @@ try:
     from onlinenorm.errors import ConfigError, RunError, cli_errors
     from onlinenorm.report.runs import Run
     from onlinenorm.report.settings import departures
-    from onlinenorm.report.spec import parse_spec
+    from onlinenorm.report.spec import load_spec
     from onlinenorm.training.config_check import build, check_config, prefixed
     from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
     from onlinenorm.training.recipe import build_optimizer
@@ -266,7 +265,7 @@ def check_time(data: ImageDataModule, recipe, speed: Finding, limit: float | Non
 
 def check_recipe(config: dict[str, Any]) -> Iterator[Finding]:
     """Where the settings depart from those behind the published table."""
-    spec = parse_spec(OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "report.yaml")))
+    spec = load_spec()
     normalizer = config["choices"]["normalizer"]
     run = Run(Path(), "this", normalizer, config["seed"], config, {}, {}, None)
     found = departures([run], spec.published_setting)

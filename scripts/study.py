@@ -26,7 +26,7 @@ try:
     from onlinenorm.report.ablation import ablation_table, build_ablation
     from onlinenorm.report.files import write_all
     from onlinenorm.report.runs import find_run_folders, load_runs
-    from onlinenorm.report.spec import parse_spec
+    from onlinenorm.report.spec import load_spec
     from onlinenorm.report.study import ablation_files, load_studies, study_files
 except ModuleNotFoundError:
     # called as scripts/study.py from a shell in which the project's environment is not active
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     output = options.output or options.folder
     try:
-        spec = parse_spec(read_yaml(ROOT / "configs" / "report.yaml"))
+        spec = load_spec()
         if any(find_run_folders(options.folder)) and not any(options.folder.glob("*/runs")):
             ablation = build_ablation(load_runs(options.folder, read_yaml), spec)
             files = {".": ablation_files(ablation)}

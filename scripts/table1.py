@@ -29,7 +29,7 @@ try:
     from onlinenorm.report.markdown import render_markdown
     from onlinenorm.report.page import render_page
     from onlinenorm.report.runs import load_runs
-    from onlinenorm.report.spec import parse_spec
+    from onlinenorm.report.spec import load_spec
     from onlinenorm.report.table import build_report
     from onlinenorm.report.terminal import print_report
 except ModuleNotFoundError:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     output = options.output or options.runs
     try:
-        spec = parse_spec(read_yaml(ROOT / "configs" / "report.yaml"))
+        spec = load_spec()
         runs = load_runs(options.runs, read_yaml, options.without)
         report = build_report(runs, spec)
         picture = draw_curves(runs, report)

@@ -1,14 +1,18 @@
-"""What a report compares runs with: configs/report.yaml as checked, plain objects."""
+"""What a report compares runs with: onlinenorm/report/published.yaml as checked, plain objects."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from onlinenorm.errors import ReportError
 from onlinenorm.scales import UNKNOWN
 
-# Okabe-Ito and neighbours, for normalizers that configs/report.yaml does not name; distinct for the colour-blind.
+PUBLISHED = Path(__file__).with_name("published.yaml")
+# Okabe-Ito and neighbours, for normalizers that published.yaml does not name; distinct for the colour-blind.
 _SPARE_COLOURS = ("#882255", "#44AA99", "#332288", "#999933", "#AA4499", "#117733")
 
 
@@ -98,8 +102,13 @@ class ReportSpec:
         return self.scales.get(name) or Scale(label=f"{name}, not ImageNet", short=name)
 
 
+def load_spec() -> ReportSpec:
+    """What the package's published.yaml says."""
+    return parse_spec(yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")))
+
+
 def parse_spec(content: Mapping[str, Any]) -> ReportSpec:
-    """ReportSpec from the plain content of configs/report.yaml; ReportError on keys that it lacks or does not know."""
+    """ReportSpec from the plain content of published.yaml; ReportError on keys that it lacks or does not know."""
     try:
         equivalence = dict(content["equivalence"])
         spec = ReportSpec(
@@ -115,13 +124,13 @@ def parse_spec(content: Mapping[str, Any]) -> ReportSpec:
             studies={name: StudySpec(**study) for name, study in content.get("studies", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReportError(f"configs/report.yaml: {type(error).__name__}: {error}") from error
+        raise ReportError(f"{PUBLISHED}: {type(error).__name__}: {error}") from error
     if not 0 < spec.alpha < 0.5 or not 0 < spec.confidence < 1:
-        raise ReportError("configs/report.yaml: alpha must lie in (0, 0.5) and confidence in (0, 1)")
+        raise ReportError(f"{PUBLISHED}: alpha must lie in (0, 0.5) and confidence in (0, 1)")
     for scale in spec.scales:
         margins = spec.margins.get(scale, {})
         if set(margins) != {"best_top1", "best_loss"} or min(margins.values()) <= 0:
-            raise ReportError(f"configs/report.yaml: margins of {scale} must be positive: best_top1 and best_loss")
+            raise ReportError(f"{PUBLISHED}: margins of {scale} must be positive: best_top1 and best_loss")
     return spec
 
 

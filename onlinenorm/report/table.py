@@ -245,7 +245,7 @@ def _between_rows(rows: list[Row], runs: Sequence[Run], spec: ReportSpec, scale:
             a, b = _figures(first, metric, runs), _figures(second, metric, runs)
             verdict = compare_rows(a, b, margin, spec.alpha, diverged)
             if a and b and scale not in spec.margins:
-                reason = f"configs/report.yaml has no margin for {spec.scale(scale).short}"
+                reason = f"onlinenorm/report/published.yaml has no margin for {spec.scale(scale).short}"
                 verdict = Verdict(NOT_COMPARABLE, reason, verdict.difference)
             comparisons.append(Comparison(first, second, metric, margin, verdict))
     return comparisons
@@ -316,5 +316,6 @@ def _rule(spec: ReportSpec) -> str:
         "of which a run or a former attempt diverged: added after the runs recorded so far, this only takes verdicts "
         "away. "
         "Differences are paired by seed when both rows have the same seeds. The published values are single runs and "
-        "are taken as fixed. Margins and the rest of the rule were fixed in configs/report.yaml before the runs."
+        "are taken as fixed. Margins and the rest of the rule were fixed in onlinenorm/report/published.yaml before "
+        "the runs."
     )

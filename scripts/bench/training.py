@@ -27,11 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plai
 
 import torch
 import torch.nn.functional as F
-import yaml
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.errors import cli_errors
-from onlinenorm.report.spec import parse_spec
+from onlinenorm.report.spec import load_spec
 from scripts.bench import common
 from scripts.bench.training_table import fastest, over, smallest, workload
 
@@ -184,7 +183,7 @@ def plot(results: dict, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    spec = parse_spec(yaml.safe_load((Path(__file__).parents[2] / "configs" / "report.yaml").read_text("utf-8")))
+    spec = load_spec()
     rows = [row for row in results["rows"] if not row.get("optimizer")] or results["rows"]
     batches = sorted({row["batch"] for row in rows})
     shown = {}

@@ -83,7 +83,7 @@ def test_departures_name_setting_values_and_rows(tmp_path, spec):
 
 
 def test_reference_configs_are_the_published_setting(root, spec):
-    """What the committed configs say for the table's run is what configs/report.yaml says was published."""
+    """What the committed configs say for the table's run is what published.yaml says was published."""
     parts = {"recipe": "recipe/reference", "model": "model/resnet50", "data": "data/imagenet"}
     config = {group: read_yaml(root / "configs" / f"{name}.yaml") for group, name in parts.items()}
     for normalizer in ("online_clamp", "online_layer_scaling", "batch"):

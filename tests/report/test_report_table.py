@@ -9,6 +9,7 @@ from onlinenorm.report.curves import draw_curves, mean_curve
 from onlinenorm.report.markdown import main_table, render_markdown
 from onlinenorm.report.page import render_page
 from onlinenorm.report.runs import load_runs
+from onlinenorm.report.spec import PUBLISHED as FILE
 from onlinenorm.report.spec import parse_spec
 from onlinenorm.report.table import build_report
 
@@ -181,12 +182,12 @@ def test_the_bold_curve_is_the_mean(tmp_path):
     assert values[0] == pytest.approx(sum(run.metrics["val_loss"][0] for run in runs) / 3)
 
 
-def test_a_spec_with_an_unknown_key_or_a_margin_of_zero_is_refused(root):
-    content = read_yaml(root / "configs" / "report.yaml")
+def test_a_spec_with_an_unknown_key_or_a_margin_of_zero_is_refused():
+    content = read_yaml(FILE)
     content["rows"]["batch"]["color"] = "red"
-    with pytest.raises(ReportError, match=r"report.yaml.*color"):
+    with pytest.raises(ReportError, match=r"published\.yaml.*color"):
         parse_spec(content)
-    content = read_yaml(root / "configs" / "report.yaml")
+    content = read_yaml(FILE)
     content["equivalence"]["margins"]["embedded"]["best_top1"] = 0
     with pytest.raises(ReportError, match="margins of embedded"):
         parse_spec(content)
@@ -200,4 +201,4 @@ def test_images_of_ones_own_have_a_table_and_no_verdict(tmp_path, spec):
     assert report.scale == report.scale_short == "moths" and report.scale_label.startswith("moths")
     told = [c.verdict for c in report.comparisons if c.verdict.outcome != "not run"]
     assert told and {verdict.outcome for verdict in told} == {"not comparable"}
-    assert "configs/report.yaml has no margin for moths" in {verdict.reason for verdict in told}
+    assert "onlinenorm/report/published.yaml has no margin for moths" in {verdict.reason for verdict in told}
