@@ -1,22 +1,89 @@
 """Files that appear whole or not at all: who reads one sees the former content or the new, never a part of it."""
 
+import contextlib
 import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import platformdirs
 
 from onlinenorm.errors import RunError
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces `path` by a file with `content`: readers see the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
+def user_cache() -> Path:
+    """Where this project may keep files that can be made again: $XDG_CACHE_HOME or ~/.cache, below onlinenorm/."""
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        return platformdirs.user_cache_path("onlinenorm")
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"onlinenorm-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; that file takes the place of `path` when the block ends without an error.
+
+    By then it is on disk, so that a power cut leaves one or the other. Raises OSError where it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # others may write the same file
+    try:
+        yield partial
+        _sync(partial)
         os.replace(partial, path)
-    except OSError as error:
+    finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces `path` by a file with `content`. Raises RunError where it cannot be written, as on a full disk."""
+    try:
+        with replacing(path) as partial:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
         raise RunError(
             f"{path}: could not be written ({error}); free some space and run the same command again"
         ) from error
+
+
+@contextlib.contextmanager
+def staging(folder: Path, error: type[Exception] = RunError) -> Iterator[Path]:
+    """An empty folder; its files move to `folder` together when the block ends without an error, else are dropped.
+
+    Files of the same names are replaced, others left. Raises `error` where `folder` cannot be written; a folder made
+    here for nothing does not stay.
+    """
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    except OSError as cause:
+        raise error(f"{folder}: cannot be written to ({cause.strerror}); name another folder with --output") from cause
+    try:
+        yield work
+        files = sorted(work.iterdir())
+        for file in files:
+            _sync(file)
+        for file in files:
+            os.chmod(file, 0o644)  # some exporters write for their owner alone
+            os.replace(file, folder / file.name)
+    except OSError as cause:
+        raise error(f"{folder}: could not be written ({cause}); free some space or name another --output") from cause
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes], error: type[Exception] = RunError) -> None:
+    """Writes the files of `folder` that `contents` names, all or none; see `staging`."""
+    with staging(folder, error) as work:
+        for name, content in contents.items():
+            (work / name).write_bytes(content)
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())

@@ -21,10 +21,11 @@ VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 try:
     from onlinenorm.deploy import load_trained
     from onlinenorm.deploy.audit import audit, draw_audit, render_audit
-    from onlinenorm.deploy.command import ALLOW, staged, told
+    from onlinenorm.deploy.command import ALLOW, told
     from onlinenorm.deploy.export import made_with
     from onlinenorm.deploy.images import pick_device
-    from onlinenorm.errors import cli_errors
+    from onlinenorm.errors import DeployError, cli_errors
+    from onlinenorm.files import staging
     from onlinenorm.provenance import hardware
 except ModuleNotFoundError:
     # called as scripts/audit_clamping.py from a shell in which the project's environment is not active
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             "hardware": hardware(),
             "made_with": made_with(),
         }
-        with staged(output) as work:
+        with staging(output, DeployError) as work:
             content = json.dumps({**about, **result.as_dict()}, indent=2, allow_nan=False) + "\n"
             (work / "clamping.json").write_text(content, encoding="utf-8")
             (work / "clamping.md").write_text(tables, encoding="utf-8")

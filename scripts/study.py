@@ -23,8 +23,8 @@ try:
     import yaml
 
     from onlinenorm.errors import ReportError, cli_errors
+    from onlinenorm.files import write_together
     from onlinenorm.report.ablation import ablation_table, build_ablation
-    from onlinenorm.report.files import write_all
     from onlinenorm.report.runs import find_run_folders, load_runs
     from onlinenorm.report.spec import load_spec
     from onlinenorm.report.study import ablation_files, load_studies, study_files
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             benchmark = json.loads(options.benchmark.read_text()) if options.benchmark.exists() else None
             files = study_files(load_studies(options.folder, read_yaml, spec), benchmark, spec)
         for folder, contents in files.items():
-            write_all(output / folder, contents)
+            write_together(output / folder, contents, ReportError)
             print(f"{output / folder}: {', '.join(contents)}")
     except ReportError as error:
         print(f"study.py: {error}", file=sys.stderr)

@@ -24,8 +24,8 @@ try:
     from rich.console import Console
 
     from onlinenorm.errors import ReportError, cli_errors
+    from onlinenorm.files import write_together
     from onlinenorm.report.curves import draw_curves
-    from onlinenorm.report.files import write_all
     from onlinenorm.report.markdown import render_markdown
     from onlinenorm.report.page import render_page
     from onlinenorm.report.runs import load_runs
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             "curves.png": picture,
             "index.html": render_page(report, picture, draw_curves(runs, report, narrow=True)).encode(),
         }
-        write_all(output, files)
+        write_together(output, files, ReportError)
     except ReportError as error:
         print(f"table1.py: {error}", file=sys.stderr)
         return 1

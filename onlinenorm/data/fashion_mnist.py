@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
-from onlinenorm.data.index_cache import user_cache
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.errors import DataError
+from onlinenorm.files import user_cache
 
 log = logging.getLogger(__name__)
 

@@ -3,21 +3,14 @@
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from onlinenorm.files import replacing, user_cache
+
 Arrays = dict[str, np.ndarray]
-
-
-def user_cache() -> Path:
-    """Where this project may keep files that can be made again."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onlinenorm"
-    except RuntimeError:  # a container's user without a home
-        return Path(tempfile.gettempdir()) / f"onlinenorm-{os.getuid()}"
 
 
 def cached_arrays(
@@ -29,8 +22,8 @@ def cached_arrays(
 ) -> Arrays:
     """The arrays that `build` makes, from the cache file if it was written under the same `key` and `holds` agrees.
 
-    The file lies in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, below onlinenorm/) under a name made of
-    `folder` and `name`; nothing is written to the dataset. Arrays that cannot be stored are built every time.
+    The file lies in the user's cache folder under a name made of `folder` and `name`; nothing is written to the
+    dataset. Arrays that cannot be stored are built every time.
     """
     place = hashlib.sha256(os.fsencode(folder / name)).hexdigest()[:16]
     file = user_cache() / f"index-{place}-{name}.npz"
@@ -56,12 +49,5 @@ def _load(file: Path, key: str) -> Arrays | None:
 
 def _store(file: Path, key: str, arrays: Arrays) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            np.savez(stream, key=np.array(key), **arrays)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except OSError:
-        os.unlink(temporary)
-        raise
+    with replacing(file) as partial, open(partial, "wb") as stream:
+        np.savez(stream, key=np.array(key), **arrays)

@@ -1,5 +1,6 @@
 """Checks a prepared dataset, and keeps what was found where ImageNet's data module looks for it."""
 
+import contextlib
 import json
 import logging
 import math
@@ -16,8 +17,9 @@ from onlinenorm.data.archives import Progress, silent
 from onlinenorm.data.datasets import fingerprint
 from onlinenorm.data.decoders import named_warnings, open_rgb
 from onlinenorm.data.index import FolderIndex
-from onlinenorm.data.index_cache import user_cache
 from onlinenorm.data.randomness import CONTENT, hash64
+from onlinenorm.errors import DataError
+from onlinenorm.files import replacing, user_cache
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +87,14 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress
 
 def record(root: Path, found: dict[str, Any]) -> Path:
     """Keeps a verification beside the data, or where they are read-only in the user's cache; returns the file."""
-    beside, cached = _files(root, found["fingerprint"])
     text = json.dumps(found, indent=1) + "\n"
-    try:
-        beside.unlink(missing_ok=True)  # which may be a link that leads out of the folder
-        beside.write_text(text)
-        return beside
-    except OSError:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.write_text(text)
-        return cached
+    for file in _files(root, found["fingerprint"]):
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as partial:  # a link there, which may lead out of the folder, is replaced
+                partial.write_text(text, encoding="utf-8")
+            return file
+    raise DataError(f"{root}: what was found can be kept neither there nor in {user_cache()}; make one writable")
 
 
 def recorded(root: Path, splits: tuple[FolderIndex, FolderIndex]) -> dict[str, Any] | None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from onlinenorm.deploy.card import removal_line, render_card
-from onlinenorm.deploy.command import staged
 from onlinenorm.deploy.forms import FORMS, Form, Logits, prepare, without_clamp
 from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.verification import Agreement, agreements, latency_ms
 from onlinenorm.errors import DeployError, VerificationError
+from onlinenorm.files import staging
 from onlinenorm.provenance import git_state, hardware
 
 
@@ -78,7 +78,7 @@ def export(
     candidates: dict[str, tuple[Logits, Logits]] = {}
     if trained.guard == "clamp" and not kept:
         candidates["removal"] = (bare, trained.network)
-    with staged(output) as work:
+    with staging(output, DeployError) as work:
         rows = [_stage(trained, FORMS[name], work, keep_clamp, alone=len(names) == 1) for name in names]
         for row in rows:
             if row.file:

@@ -165,16 +165,6 @@ def test_empty_classes_are_named(tree):
         load_index(tree / "train")
 
 
-def test_a_user_without_a_home_has_a_cache(tmp_path, monkeypatch):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(index_cache.Path, "home", homeless)
-    monkeypatch.setattr(index_cache.tempfile, "tempdir", str(tmp_path))
-    assert index_cache.user_cache().parent == tmp_path
-
-
 def test_names_that_are_no_unicode_survive(tree):
     raw = os.fsencode(tree / "train" / "ant") + b"/\xff\xfe.jpg"
     os.rename(tree / "train" / "ant" / "0.JPEG", raw)

@@ -7,9 +7,6 @@ import pytest
 import yaml
 from run_folders import write_run
 
-from onlinenorm.errors import ReportError
-from onlinenorm.report.files import write_all
-
 FILES = {"table1.md", "table1.json", "curves.png", "index.html"}
 
 
@@ -60,15 +57,6 @@ def test_exit_codes_without_runs_and_without_arguments(main, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-
-
-def test_nothing_is_replaced_when_one_file_cannot_be_written(tmp_path):
-    (tmp_path / "a").write_text("old")
-    (tmp_path / "missing").mkdir()
-    with pytest.raises(ReportError, match="cannot write the report"):
-        write_all(tmp_path, {"a": b"new", "missing/b/c": b"new"})
-    assert (tmp_path / "a").read_text() == "old"
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "missing"}
 
 
 def test_a_run_of_other_settings_is_named_and_can_be_left_out(main, tmp_path, capsys):
