@@ -2,6 +2,7 @@
 
 import copy
 import os
+import subprocess
 import sys
 
 import pytest
@@ -16,8 +17,10 @@ if not torch.cuda.is_available():
 
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import config
 
 from onlinenorm import OnlineNorm2d
+from onlinenorm.ops.fused import inductor_pass
 from onlinenorm.ops.fused.inductor_pass import FoldGradients
 
 
@@ -70,3 +73,63 @@ def test_operators_of_deep_networks_are_known_to_inductor_before_it_meets_them()
     FoldGradients()(torch.fx.Graph())
     pooled = torch.ops.onlinenorm.fused_max_pool_forward, torch.ops.onlinenorm.fused_max_pool_backward
     assert all(operator.default in lowerings for operator in pooled)
+
+
+@pytest.fixture
+def free_place():
+    """Inductor without a custom pass, as in a program that has compiled nothing."""
+    torch._dynamo.reset()
+    inductor_pass._tell_of_another.cache_clear()
+    with config.patch(post_grad_custom_pre_pass=None):
+        yield
+
+
+def trained(module):
+    module(torch.randn(2, 4, 5, 5)).square().sum().backward()
+
+
+def compiled(module):
+    return torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+
+
+def test_what_compiles_a_layer_on_the_kernels_installs_the_pass_and_says_so_once(free_place, caplog):
+    caplog.set_level("INFO", logger="onlinenorm")
+    model = TwoBlocks(torch.mean)
+    trained(model)
+    compiled(model.eval())(torch.randn(2, 4, 5, 5))
+    trained(compiled(OnlineNorm2d(4, backend="torch")))
+    assert config.post_grad_custom_pre_pass is None and "FoldGradients" not in caplog.text
+    for _ in range(2):
+        torch._dynamo.reset()
+        trained(compiled(model.train()))
+    assert isinstance(config.post_grad_custom_pre_pass, FoldGradients)
+    assert caplog.text.count("FoldGradients") == 1
+
+
+def test_a_pass_of_the_programs_own_stays(free_place, caplog):
+    class Own(FoldGradients.__base__):
+        def __call__(self, graph):
+            pass
+
+        def uuid(self):
+            return None
+
+    class Both(FoldGradients):
+        pass
+
+    for own, warnings in ((Own(), 1), (Both(), 0)):
+        caplog.clear()
+        torch._dynamo.reset()
+        config.post_grad_custom_pre_pass = own
+        trained(compiled(TwoBlocks(torch.mean)))
+        assert config.post_grad_custom_pre_pass is own
+        assert caplog.text.count("is Own already") == warnings
+    assert inductor_pass.install()
+
+
+def test_an_import_leaves_inductor_alone(root):
+    program = (
+        "import onlinenorm, onlinenorm.ops.fused; onlinenorm.OnlineNorm2d(4, backend='fused');"
+        "from torch._inductor import config; assert config.post_grad_custom_pre_pass is None"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(root)})

@@ -1,7 +1,8 @@
 """OnlineNorm as GPU kernels: same function and signatures as ``reference`` and ``vectorized``.
 
 Importing this package imports Triton. On a machine without a GPU the kernels run in Triton's interpreter when
-``TRITON_INTERPRET=1`` is set before the first import.
+``TRITON_INTERPRET=1`` is set before the first import. Under torch.compile the first training pass puts
+``inductor_pass`` into Inductor.
 """
 
 import torch
@@ -13,8 +14,6 @@ from onlinenorm.ops.fused import inductor_pass, max_pool
 from onlinenorm.ops.fused.kernels.forward import apply_kernel
 from onlinenorm.ops.fused.operators import OnlineNormFunction, dense, fused_evaluate
 from onlinenorm.ops.spec import NormSpec
-
-inductor_pass.install()
 
 __all__ = ["evaluate", "train_step", "train_step_max_pool"]
 
@@ -43,6 +42,8 @@ def train_step(
     _check_device(x)
     if not _kernels_serve(x, running_mean):
         return vectorized.train_step(x, residual, weight, bias, *state, spec, relu)
+    if torch.compiler.is_compiling():
+        inductor_pass.install()
     residual = None if residual is None else residual.to(x.dtype)
     return OnlineNormFunction.apply(dense(x), residual, weight, bias, *state, spec, relu)
 

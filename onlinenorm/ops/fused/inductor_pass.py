@@ -2,15 +2,24 @@
 
 The output of a residual block has two readers, so autograd adds two gradients just before the norm that made it. The
 backward operator reads both for less than the addition costs. Global pooling sends the same gradient to all pixels of a
-channel; the operator spreads the one value itself, into memory that it uses again. Inductor runs the pass on every
-graph; it changes nothing but what a norm's backward reads.
+channel; the operator spreads the one value itself, into memory that it uses again.
+
+Inductor has one place for such a pass in a process (``config.post_grad_custom_pre_pass``), and runs it on every graph;
+this one changes nothing but what a norm's backward reads. torch.compile puts it there when it traces the first training
+pass of a layer on these kernels, whoever called it, and the log says so; neither an import nor a layer that is not
+compiled does. A program that has a pass of its own keeps it; as a subclass of ``FoldGradients`` that calls
+``super().__call__(graph)`` it does both.
 """
 
+import functools
+import logging
 from pathlib import Path
 
 import torch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -86,13 +95,26 @@ def _is_plain_add(node) -> bool:
     return all(term.shape == total.shape and term.dtype == total.dtype for term in terms)
 
 
-def install() -> None:
-    """Make it Inductor's custom pass, unless the process already has one of its own."""
-    if config.post_grad_custom_pre_pass is None:
-        config.post_grad_custom_pre_pass = FoldGradients()
-
-
 @torch.compiler.assume_constant_result
-def installed() -> bool:
-    """Whether it is Inductor's custom pass."""
-    return isinstance(config.post_grad_custom_pre_pass, FoldGradients)
+def install() -> bool:
+    """Make it Inductor's custom pass, unless the process has one of its own; returns whether it is.
+
+    While torch.compile traces, this runs at once and leaves nothing in the graph.
+    """
+    present = config.post_grad_custom_pre_pass
+    if present is None:
+        config.post_grad_custom_pre_pass = FoldGradients()
+        logger.info("torch.compile: OnlineNorm's FoldGradients is now Inductor's post_grad_custom_pre_pass")
+    elif not isinstance(present, FoldGradients):
+        _tell_of_another(type(present).__name__)
+        return False
+    return True
+
+
+@functools.cache
+def _tell_of_another(name: str) -> None:
+    logger.warning(
+        "torch.compile: Inductor's post_grad_custom_pre_pass is %s already, so OnlineNorm's backward reads gradients "
+        "that are added first, which is slower; make that pass a subclass of %s.FoldGradients",
+        *(name, __name__),
+    )

@@ -23,7 +23,7 @@ def suits(x: Tensor, spec: NormSpec) -> bool:
     height, width = x.shape[2:]
     if spec.processes > 1 or height % 2 or width % 2 or width > MOST_COLUMNS or height * width < FEWEST_PIXELS:
         return False
-    if not (inductor_pass.installed() and single_read.suits(x, spec)):
+    if not single_read.suits(x, spec) or (torch.compiler.is_compiling() and not inductor_pass.install()):
         return False
     # Tiles of layer scaling wait for one another: a pair of image rows each at worst, two in a block.
     return spec.error_compensation != "layer_scaling" or height // 2 <= 2 * single_read.columns_at_once(x)
