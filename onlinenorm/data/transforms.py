@@ -129,6 +129,77 @@ PLANS = {
 }
 
 
+def rows_of_plan(plan: Plan) -> list[list[int]]:
+    """A plan as numbers, nine a crop: box (all -1 for None), size, the crop's left, top and mirrored."""
+    return [[*(plan.box or (-1, -1, -1, -1)), *plan.size, *map(int, crop)] for crop in plan.crops]
+
+
+def plan_rows(plan: str, sizes_N2: np.ndarray, crop_size: int, padding: int, draws_NK: np.ndarray) -> np.ndarray:
+    """`rows_of_plan` of `PLANS[plan]` for many images of `sizes_N2` (width, height) at once: int32, N x crops x 9."""
+    sizes_N2 = sizes_N2.astype(np.int64)
+    place_N2, mirrored_N1 = draws_NK[:, [_LEFT, _TOP]], draws_NK[:, [_FLIP]] < 0.5
+    if plan == "random_resized_crop":
+        boxes_N4 = _draw_boxes(sizes_N2, draws_NK)
+        resized_N2 = np.full_like(sizes_N2, crop_size)
+        crops = [(np.zeros_like(sizes_N2), mirrored_N1)]
+    else:
+        boxes_N4 = np.full((len(sizes_N2), 4), -1)
+        short: int | np.ndarray = crop_size if plan == "pad_crop" else round(crop_size * 256 / 224)
+        if plan == "scale_jitter":
+            low, high = (round(s * crop_size / 224) for s in _SHORT_RANGE)
+            short = low + (draws_NK[:, [_SHORT]] * (high - low + 1)).astype(np.int64)
+        shorter_N1 = sizes_N2.min(axis=1, keepdims=True)
+        resized_N2 = (short * sizes_N2 / shorter_N1).astype(np.int64)
+        spare_N2 = resized_N2 - crop_size
+        centred_N2 = np.rint(spare_N2 / 2.0).astype(np.int64)
+        if plan == "scale_jitter":
+            crops = [((place_N2 * (spare_N2 + 1)).astype(np.int64), mirrored_N1)]
+        elif plan == "pad_crop":
+            crops = [(centred_N2 + (place_N2 * (2 * padding + 1)).astype(np.int64) - padding, mirrored_N1)]
+        elif plan == "ten_crop":
+            five = [spare_N2 * corner for corner in ((0, 0), (1, 0), (0, 1), (1, 1))] + [centred_N2]
+            crops = [(at_N2, False) for at_N2 in five]
+            crops += [(np.stack([spare_N2[:, 0] - at_N2[:, 0], at_N2[:, 1]], axis=1), True) for at_N2 in five]
+        else:
+            crops = [(centred_N2, False)]
+    rows = [
+        np.concatenate([boxes_N4, resized_N2, at_N2, np.broadcast_to(mirrored, at_N2[:, :1].shape)], axis=1)
+        for at_N2, mirrored in crops
+    ]
+    return np.stack(rows, axis=1).astype(np.int32)
+
+
+def _draw_boxes(sizes_N2: np.ndarray, draws_NK: np.ndarray) -> np.ndarray:
+    """The boxes of `plan_random_resized_crop`: left, top, width, height."""
+    log_low, log_high = math.log(_RATIO_RANGE[0]), math.log(_RATIO_RANGE[1])
+    inside_N2 = _fit_ratio(sizes_N2)
+    left_top_N2 = (sizes_N2 - inside_N2) // 2
+    left = np.arange(len(sizes_N2))  # images without a box so far
+    for t in range(10):
+        draws, bounds_M2 = draws_NK[left], sizes_N2[left]
+        area_M = bounds_M2.prod(axis=1) * (_AREA_RANGE[0] + (_AREA_RANGE[1] - _AREA_RANGE[0]) * draws[:, _AREA + t])
+        # math.exp, as numpy's differs from it in the last bit
+        exponents = (log_low + (log_high - log_low) * draws[:, _RATIO + t]).tolist()
+        ratio_M = np.array([math.exp(exponent) for exponent in exponents])
+        box_M2 = np.rint(np.sqrt(np.stack([area_M * ratio_M, area_M / ratio_M], axis=1))).astype(np.int64)
+        fits_M = ((box_M2 > 0) & (box_M2 <= bounds_M2)).all(axis=1)
+        place_M2 = (draws[:, [_LEFT, _TOP]] * (bounds_M2 - box_M2 + 1)).astype(np.int64)
+        inside_N2[left[fits_M]], left_top_N2[left[fits_M]] = box_M2[fits_M], place_M2[fits_M]
+        left = left[~fits_M]
+        if not len(left):
+            break
+    return np.concatenate([left_top_N2, inside_N2], axis=1)
+
+
+def _fit_ratio(sizes_N2: np.ndarray) -> np.ndarray:
+    """The largest boxes whose ratio is in range."""
+    width_N, height_N = sizes_N2.T
+    ratio_N = width_N / height_N
+    height = np.where(ratio_N < _RATIO_RANGE[0], np.rint(width_N / _RATIO_RANGE[0]), height_N)
+    width = np.where(ratio_N > _RATIO_RANGE[1], np.rint(height_N * _RATIO_RANGE[1]), width_N)
+    return np.stack([width, height], axis=1).astype(np.int64)
+
+
 def cut_crops(image_HWC: np.ndarray, plan: Plan) -> np.ndarray:
     """The plan's crops of an image that has been resized already: uint8, crops x crop_size x crop_size x C."""
     height, width, channels = image_HWC.shape

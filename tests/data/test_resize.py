@@ -1,0 +1,214 @@
+"""Crops of many images at once have the bits of Pillow and of torch, from plain PyTorch and from the GPU kernels."""
+
+import math
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from onlinenorm.data.randomness import uniforms
+from onlinenorm.data.resize import ARITHMETICS, axis_weights, crop_table, most_taps, resize_crops
+from onlinenorm.data.transforms import DRAWS, PLANS, Plan, cut_crops, follow_plan, plan_rows, rows_of_plan
+
+ON_GPU = torch.cuda.is_available()
+WHOLE = ((0, 0, False),)
+# (channels, height, width), plan
+EDGES = [
+    ((3, 1, 1), Plan(None, (1, 1), WHOLE, 8)),  # one pixel, black around it
+    ((3, 1, 1), Plan(None, (9, 7), WHOLE, 8)),
+    ((3, 5, 90), Plan(None, (8, 8), WHOLE, 8)),  # panoramas
+    ((3, 90, 5), Plan(None, (8, 8), ((0, 0, True),), 8)),
+    ((3, 80, 83), Plan(None, (8, 8), WHOLE, 8)),  # a tenth
+    ((3, 5, 6), Plan(None, (31, 29), ((20, 21, True),), 8)),  # upscaling
+    ((3, 20, 20), Plan((0, 0, 1, 1), (8, 8), WHOLE, 8)),  # boxes at the border
+    ((3, 20, 20), Plan((13, 11, 7, 9), (8, 8), ((0, 0, True),), 8)),
+    ((3, 20, 20), Plan((4, 5, 8, 8), (8, 8), WHOLE, 8)),  # nothing to resize
+    ((3, 21, 17), Plan((4, 5, 8, 12), (8, 9), WHOLE, 8)),  # one axis alone
+    ((3, 30, 12), Plan(None, (10, 11), ((-3, 5, True), (6, -7, False)), 8)),  # beyond the border, two crops
+    ((3, 40, 12), Plan(None, (11, 12), WHOLE, 8)),  # height shrinks more: Pillow 13 begins with it
+]
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from onlinenorm.data.resize_triton import crops_kernel, weights_kernel
+
+TYPES = {"table": "*i64", "spans": "*i32", "weights": "*i32", "pixels": "*u8", "out": "*u8"}
+for kernel, constants in (
+    (weights_kernel, {"ADAPTIVE": True, "BLOCK": 128}),
+    (weights_kernel, {"ADAPTIVE": False, "BLOCK": 128}),
+    (crops_kernel, {"BLOCK_Y": 16, "BLOCK_X": 32}),
+):
+    kinds = {k: "constexpr" if k in constants else TYPES.get(k, "i32") for k in kernel.arg_names}
+    fixed = {(kernel.arg_names.index(k),): value for k, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=fixed)
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    print(len(made.asm["cubin"]), made.asm["ptx"].count("fma.rn.f64"))
+"""
+
+
+def drawn_cases(count, channels, crop_size, longest, seed):
+    """Images of very unequal sizes with boxes, sizes and crops of all kinds."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        width, height = (max(1, round(math.exp(draw.uniform(0, math.log(longest))))) for _ in range(2))
+        box = None
+        if draw.random() < 0.6:
+            w, h = draw.randint(1, width), draw.randint(1, height)
+            box = draw.randint(0, width - w), draw.randint(0, height - h), w, h
+        size = tuple(max(1, round(math.exp(draw.uniform(0, math.log(2 * crop_size))))) for _ in range(2))
+        left, top = (draw.randint(1 - crop_size, side - 1) for side in size)
+        yield (channels, height, width), Plan(box, size, ((left, top, draw.random() < 0.5),), crop_size)
+
+
+def pillow_crops(image_CHW, plan):
+    image = Image.fromarray(image_CHW.transpose(1, 2, 0) if len(image_CHW) == 3 else image_CHW[0])
+    if plan.box is not None:
+        left, top, width, height = plan.box
+        image = image.crop((left, top, left + width, top + height))
+    if image.size != plan.size:
+        image = image.resize(plan.size, Image.Resampling.BILINEAR)
+    return cut_crops(np.asarray(image).reshape(*plan.size[::-1], len(image_CHW)), plan)
+
+
+def check(cases, arithmetic, device, resize=resize_crops):
+    """Crops of all cases at once equal those of the CPU's resize, bit for bit."""
+    numbers = np.random.default_rng(0)
+    images = [np.ascontiguousarray(numbers.integers(0, 256, shape, dtype=np.uint8)) for shape, _ in cases]
+    starts, rows, widths, heights, expected = [], [], [], [], []
+    for (image, (shape, plan)), start in zip(
+        zip(images, cases, strict=True), np.cumsum([0] + [image.size for image in images]).tolist(), strict=False
+    ):
+        crops = pillow_crops(image, plan) if arithmetic == "pillow" else follow_plan(torch.from_numpy(image), plan)
+        expected.append(torch.from_numpy(crops).permute(0, 3, 1, 2))
+        for row in rows_of_plan(plan):
+            starts.append(start)
+            rows.append(row)
+            widths.append(shape[2])
+            heights.append(shape[1])
+    table = crop_table(np.array(rows, dtype=np.int32), *map(np.array, (starts, widths, heights)), arithmetic)
+    pixels = torch.from_numpy(np.concatenate([image.ravel() for image in images])).to(device)
+    size = cases[0][1].crop_size
+    found = resize(pixels, torch.from_numpy(table).to(device), most_taps(table), size, cases[0][0][0], arithmetic)
+    assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == torch.uint8
+    for n, (crop, exact) in enumerate(zip(found.cpu(), torch.cat(expected), strict=True)):
+        assert torch.equal(crop, exact), f"crop {n}: {rows[n]} of {widths[n]} x {heights[n]}"
+
+
+def interpreted(pixels_B, table_MC, taps, crop_size, channels, arithmetic):
+    """The kernels in Triton's interpreter, over memory that holds noise."""
+    from onlinenorm.data.resize_triton import launch
+
+    out = torch.full((len(table_MC), crop_size, crop_size, channels), 77, dtype=torch.uint8).permute(0, 3, 1, 2)
+    launch(pixels_B, table_MC, taps, out, arithmetic == "torch")
+    return out
+
+
+@pytest.fixture
+def interpreter():
+    pytest.importorskip("triton.language")
+    if "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    from onlinenorm.data.resize_triton import crops_kernel
+
+    if "Interpreted" not in type(crops_kernel).__name__:
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_edges_are_those_of_the_cpu(arithmetic):
+    check(EDGES, arithmetic, "cpu")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_ragged_images_are_those_of_the_cpu(arithmetic, channels):
+    check(list(drawn_cases(150, channels, 33, 400, 1)), arithmetic, "cpu")
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_kernels_give_the_same_bits(interpreter, arithmetic):
+    check(EDGES, arithmetic, "cpu", interpreted)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_kernels_give_the_same_bits_for_ragged_images(interpreter, channels):
+    check(list(drawn_cases(8, channels, 19, 40, 2)), "pillow", "cpu", interpreted)
+
+
+def test_kernels_compile_without_a_gpu(tmp_path):
+    """And multiply and add apart, as C code does whose bits they have."""
+    pytest.importorskip("triton.language")
+    environment = {k: value for k, value in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    script = tmp_path / "compile_kernels.py"  # Triton reads the source of what it compiles
+    script.write_text(COMPILE)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes, fused = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    assert len(sizes) == 3 and min(sizes) > 0 and not any(fused)
+
+
+@pytest.mark.parametrize("plan", sorted(PLANS))
+def test_plans_of_many_images_are_those_of_each(plan):
+    sizes = np.exp(np.random.default_rng(0).uniform(0, 8, (2000, 2))).astype(np.int64)
+    draws = uniforms(5, 3, np.arange(2000), DRAWS)
+    for crop_size, padding in ((224, 0), (33, 3)):
+        each = [PLANS[plan](w, h, crop_size, padding, d) for (w, h), d in zip(sizes.tolist(), draws, strict=True)]
+        found = plan_rows(plan, sizes, crop_size, padding, draws)
+        assert found.dtype == np.int32 and np.array_equal(found, [rows_of_plan(one) for one in each])
+
+
+def test_weights_are_whole_and_complete():
+    for arithmetic in ARITHMETICS:
+        for source, resized in ((1, 7), (500, 224), (224, 224), (9999, 31)):
+            first, weights = axis_weights(source, resized, arithmetic)
+            assert (weights >= 0).all() and (first >= 0).all() and (first < source).all()
+            off = (weights.sum(1) - 2**22).abs() / 2**22
+            assert off.max() < weights.shape[1] * 2.0**-14
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("crop_size", [8, 33, 224])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_gpu_gives_the_same_bits(arithmetic, crop_size, channels):
+    if channels == 3 and crop_size == 8:
+        check(EDGES, arithmetic, "cuda")
+    check(list(drawn_cases(200, channels, crop_size, 1500, 3)), arithmetic, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+def test_it_neither_waits_nor_hinders_a_capture():
+    sizes = np.array([[50, 40], [31, 90]])
+    pixels = torch.randint(0, 256, (3 * (50 * 40 + 31 * 90),), dtype=torch.uint8, device="cuda")
+
+    def table(epoch):
+        rows = plan_rows("random_resized_crop", sizes, 32, 0, uniforms(0, epoch, np.arange(2), DRAWS))[:, 0]
+        return torch.from_numpy(crop_table(rows, np.array([0, 6000]), *sizes.T, "pillow")).cuda()
+
+    first, second = table(0), table(1)
+    expected = [resize_crops(pixels, rows, 9, 32, 3, "pillow").clone() for rows in (first, second)]
+    torch.cuda.synchronize()
+    graph, static = torch.cuda.CUDAGraph(), first.clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        resize_crops(pixels, first, 9, 32, 3, "pillow")
+        with torch.cuda.graph(graph):
+            captured = resize_crops(pixels, static, 9, 32, 3, "pillow")
+        graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(captured, expected[0])
+    static.copy_(second)
+    graph.replay()
+    assert torch.equal(captured, expected[1]) and not torch.equal(*expected)
