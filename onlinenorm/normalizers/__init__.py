@@ -20,6 +20,7 @@ layer at each call, ``num_classes`` and ``in_channels``, and gives logits (N, nu
 """
 
 from onlinenorm.normalizers.baselines import group_norm, identity, layer_norm
+from onlinenorm.normalizers.batch_renorm import BatchRenorm1d, BatchRenorm2d
 from onlinenorm.normalizers.clamping import remove_clamping
 from onlinenorm.normalizers.conversion import convert
 from onlinenorm.normalizers.distributed import average_statistics, gather_statistics, merged
@@ -29,6 +30,8 @@ from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d, check_synchr
 from onlinenorm.normalizers.update import update_statistics
 
 __all__ = [
+    "BatchRenorm1d",
+    "BatchRenorm2d",
     "OnlineNorm",
     "OnlineNorm1d",
     "OnlineNorm2d",

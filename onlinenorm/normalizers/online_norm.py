@@ -13,6 +13,7 @@ from onlinenorm.arguments import check_choice
 from onlinenorm.normalizers import data_parallel
 from onlinenorm.normalizers.batch_sizes import Sizes, exchanged_sizes
 from onlinenorm.normalizers.dependence import PROCESSES
+from onlinenorm.normalizers.precision import FullPrecision
 from onlinenorm.normalizers.recompute import Start, starting_point
 from onlinenorm.normalizers.transforms import check_training_is_differentiated_once, traced_as_leaf
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
@@ -21,7 +22,6 @@ from onlinenorm.ops.repetition import with_known_start
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("global", "local")
-HALF = (torch.float16, torch.bfloat16)
 
 
 def _inside(key: str, value: float, low: float, high: float) -> float:
@@ -31,7 +31,7 @@ def _inside(key: str, value: float, low: float, high: float) -> float:
     return float(value)
 
 
-class OnlineNorm(nn.Module):
+class OnlineNorm(FullPrecision):
     """What OnlineNorm1d and OnlineNorm2d share; use those."""
 
     fuses_residual = True
@@ -238,24 +238,12 @@ class OnlineNorm(nn.Module):
             OnlineNorm._announced.add(backend)
             logger.info("OnlineNorm runs on the %s backend (asked for: %s)", backend, self.backend)
 
-    def _apply(self, fn, recurse=True):
-        def keep_precision(tensor):
-            moved = fn(tensor)
-            # Decay factors like 0.999 need more than half precision: only the device of such a conversion is followed.
-            return tensor.to(moved.device) if moved.dtype in HALF else moved
-
-        return super()._apply(keep_precision, recurse)
-
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        """Also what BatchNorm saved, with controls as before the first sample; never in half precision."""
+        """Also what BatchNorm saved, with controls as before the first sample."""
         controls = [prefix + name for name in ("control_u", "control_v")]
         if prefix + "running_mean" in state_dict and not any(key in state_dict for key in controls):
             state_dict.pop(prefix + "num_batches_tracked", None)
             state_dict |= {key: torch.zeros_like(state_dict[prefix + "running_mean"]) for key in controls}
-        for name in (*self._parameters, *self._buffers):
-            tensor = state_dict.get(prefix + name)
-            if tensor is not None and tensor.dtype in HALF:
-                state_dict[prefix + name] = tensor.float()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __prepare_scriptable__(self):

@@ -1,8 +1,9 @@
-"""What the `_target_` of a configuration's node may name: what stands here, or a class of the user's own package."""
+"""What the `_target_` of a configuration's node may name: what configs/ names of ours, or a class of the user's own."""
 
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,20 +11,27 @@ from typing import Any
 
 from onlinenorm.errors import ConfigError, RunError
 
-DEPTHS = {"resnet": ("", 18, 34, 50, 101, 152), "cifar_resnet": ("", 8, 14, 20, 32, 56, 110)}
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Where this project's code of a group lies: what a file of configs/ names of it may be built.
+PLACES = {
+    "normalizer": ("onlinenorm.normalizers.", "torch.nn."),
+    "model": ("onlinenorm.models.",),
+    "data": ("onlinenorm.data.",),
+}
+
+
+def _written(group: str) -> tuple[str, ...]:
+    """What the files of a group in configs/ name of this project's code, each in full."""
+    texts = [file.read_text(encoding="utf-8") for file in sorted((CONFIGS / group).glob("*.yaml"))]
+    named = [name for text in texts for name in re.findall(r"^_target_: ([\w.]+)", text, re.MULTILINE)]
+    return tuple(dict.fromkeys(name for name in named if name.startswith(PLACES[group])))
+
+
 # By group of configs/: every name in full, since a module that may be named leads to all that it imports.
 NAMED = {
-    "normalizer": (
-        "onlinenorm.normalizers.OnlineNorm2d",
-        "onlinenorm.normalizers.group_norm",
-        "onlinenorm.normalizers.layer_norm",
-        "onlinenorm.normalizers.identity",
-        "torch.nn.BatchNorm2d",
-        "torch.nn.SyncBatchNorm",
-        "torch.nn.InstanceNorm2d",
-    ),
-    "model": tuple(f"onlinenorm.models.{name}{depth}" for name, depths in DEPTHS.items() for depth in depths),
-    "data": ("onlinenorm.data.FashionMNIST", "onlinenorm.data.ImageNet", "onlinenorm.data.Synthetic"),
+    "normalizer": (*_written("normalizer"), "torch.nn.SyncBatchNorm"),
+    "model": (*_written("model"), "onlinenorm.models.resnet", "onlinenorm.models.cifar_resnet"),
+    "data": _written("data"),
     "recipe": ("onlinenorm.training.recipe.Recipe",),
     "trainer": ("onlinenorm.training.build_trainer",),
     "logger": (

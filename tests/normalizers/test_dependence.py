@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from onlinenorm import OnlineNorm1d, OnlineNorm2d
-from onlinenorm.normalizers import SyncBatchNorm2d, group_norm, identity, layer_norm
+from onlinenorm.cli.compose import group_options, load_config
+from onlinenorm.normalizers import BatchRenorm2d, SyncBatchNorm2d, group_norm, identity, layer_norm
 from onlinenorm.normalizers.dependence import ACCUMULATION, PROCESSES, statistics_depend_on
+from onlinenorm.training.config_check import build
 
 BOTH = {PROCESSES, ACCUMULATION}
 
@@ -19,6 +20,7 @@ BOTH = {PROCESSES, ACCUMULATION}
     [
         (nn.BatchNorm2d(4), BOTH),
         (nn.BatchNorm2d(4, track_running_stats=False), BOTH),
+        (BatchRenorm2d(4), BOTH),
         (nn.SyncBatchNorm(4), {ACCUMULATION}),
         (OnlineNorm2d(4), set()),
         (OnlineNorm1d(4, statistics="local"), {PROCESSES}),
@@ -52,13 +54,10 @@ def test_a_layer_that_says_nothing_is_taken_to_depend_on_both():
     assert statistics_depend_on(nn.Sequential(Says(), Silent())) == BOTH
 
 
-@pytest.mark.parametrize("name", ["batch", "group", "layer", "instance", "none", "online_clamp", "online_none"])
-def test_what_is_said_is_what_happens_when_a_batch_is_taken_in_parts(root, name):
+@pytest.mark.parametrize("name", group_options("normalizer"))
+def test_what_is_said_is_what_happens_when_a_batch_is_taken_in_parts(name):
     """The layers of configs/normalizer: outputs and buffers after a whole batch, and after its halves one by one."""
-    from onlinenorm.training.config_check import build
-
-    node = yaml.safe_load((root / "configs" / "normalizer" / f"{name}.yaml").read_text())
-    whole = build({"normalizer": node}, "normalizer")(num_features=8).double()
+    whole = build(load_config([f"normalizer={name}"]), "normalizer")(num_features=8).double()
     halves = copy.deepcopy(whole)
     x = 1 + torch.randn(8, 8, 3, 3, dtype=torch.float64)
     y, parts = whole(x), torch.cat([halves(part) for part in x.chunk(2)])
