@@ -1,6 +1,7 @@
-"""Checks of constructor arguments: ValueErrors that name the key, the range and the nearest right value."""
+"""Arguments by their keys: checks that name the key, the range and the nearest right value."""
 
 import difflib
+from typing import Any
 
 
 def check_choice(key: str, value: object, options: tuple[str, ...]) -> None:
@@ -25,3 +26,14 @@ def check_fraction(key: str, value: object) -> None:
     """Raises ValueError unless `value` is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{key}: {value!r} is not a fraction from 0 to 1")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; empty mappings stay as leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

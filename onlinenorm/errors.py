@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from onlinenorm.text import first_line
+
 RANK_ZERO_SECONDS = 3.0  # for which the other processes leave the word to the first
 
 
@@ -89,7 +91,7 @@ def cli_errors(prefix: str = ""):
             "try trainer.accumulate_grad_batches=2: the same run, its batches in smaller parts (but for BatchNorm, "
             "whose statistics are then of the parts: another run, in another run_dir)"
         )
-        _end(f"{prefix}{str(error).splitlines()[0]}\nThe GPU's memory is too small for this batch; {advice}", 1)
+        _end(f"{prefix}{first_line(error)}\nThe GPU's memory is too small for this batch; {advice}", 1)
 
 
 def _end(message: str, exit_code: int, interrupted: bool = False) -> NoReturn:

@@ -39,6 +39,7 @@ try:
     from onlinenorm.report.runs import Run
     from onlinenorm.report.settings import departures
     from onlinenorm.report.spec import load_spec
+    from onlinenorm.text import duration
     from onlinenorm.training.config_check import build, check_config, prefixed
     from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
     from onlinenorm.training.recipe import build_optimizer
@@ -253,11 +254,11 @@ def check_time(data: ImageDataModule, recipe, speed: Finding, limit: float | Non
     rate = min(speed["loader_images_per_second"], speed["network_images_per_second"])
     epoch = data.train_images / rate + data.val_images / speed["val_images_per_second"]
     total = recipe.epochs * epoch
-    text = f"{recipe.epochs} epochs of {_hours(epoch)} take {_hours(total)}, without checkpoints"
+    text = f"{recipe.epochs} epochs of {duration(epoch)} take {duration(total)}, without checkpoints"
     status = OK
     if limit is not None:
         status = WARN if total > limit else OK
-        text += f"; the time limit leaves {_hours(limit)}"
+        text += f"; the time limit leaves {duration(limit)}"
         if total > limit:
             text += f": the job has to be started {int(-(-total // max(limit, 1)))} times (the same command continues)"
     return _finding("time", status, text, expected_seconds=total, limit_seconds=limit)
@@ -278,11 +279,6 @@ def check_recipe(config: dict[str, Any]) -> Iterator[Finding]:
 
 def _finding(name: str, status: str, text: str, **figures: Any) -> Finding:
     return {"check": name, "status": status, "text": text, **figures}
-
-
-def _hours(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
 
 
 def parse_limit(text: str) -> float:

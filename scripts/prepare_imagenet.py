@@ -31,6 +31,7 @@ try:
     from onlinenorm.data.prepare import SHARD_BYTES, check_archives, chosen_classes, extract, pack
     from onlinenorm.data.verify import record, verify
     from onlinenorm.errors import DataError, cli_errors
+    from onlinenorm.text import duration
 except ModuleNotFoundError:
     # called from a shell in which the project's environment is not active
     if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
@@ -57,12 +58,6 @@ class Progress:
                 text += f", {rate:,.0f}/s" + (f", {duration((total - done) / rate)} to go" if total else "")
             end = "\n" if not sys.stderr.isatty() or done == total else "\r"
             print(text.ljust(79), end=end, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
 
 
 def prepare(options: argparse.Namespace, report: Progress) -> None:

@@ -43,10 +43,10 @@ try:
     from onlinenorm.cli.compose import jobs, limited_experiment, load_config, parse_override
     from onlinenorm.data.workers import STOP_SIGNALS
     from onlinenorm.errors import ConfigError, cli_errors
+    from onlinenorm.text import duration
     from onlinenorm.training.attempts import DIVERGED, former_attempts, keep_attempt
     from onlinenorm.training.config_check import check_config
     from onlinenorm.training.epoch_log import read_rows
-    from onlinenorm.training.progress import clock
     from onlinenorm.training.run_folder import FAILED, RunFolder
 except ModuleNotFoundError:
     # called from a shell in which the project's environment is not active
@@ -155,18 +155,18 @@ def table(rows: list[Row]) -> tuple[list[str], list[str]]:
     queue = queued_jobs()
     states = [row.state(queue) for row in rows]
     left = seconds_left(rows, states)
-    lines = [f"{'state':8} {'epoch':>9} {'left':>9}  folder"]
+    lines = [f"{'state':8} {'epoch':>9} {'left':>12}  folder"]
     for row, state, seconds in zip(rows, states, left, strict=True):
         epochs = f"{len(read_rows(row.folder / 'metrics.csv'))}/{row.epochs}"
-        time = "-" if state in ("diverged", "failed") else "?" if seconds is None else clock(seconds)
+        time = "-" if state in ("diverged", "failed") else "?" if seconds is None else duration(seconds)
         former = len(former_attempts(row.folder))
         again = f"  (after {former} failed attempt{'s' * (former > 1)})" if former else ""
-        lines.append(f"{state:8} {epochs:>9} {time:>9}  {row.folder}{again}")
+        lines.append(f"{state:8} {epochs:>9} {time:>12}  {row.folder}{again}")
     counts = Counter(states)
     text = ", ".join(f"{counts[state]} {state}" for state in sorted(counts))
     known = [seconds for seconds in left if seconds is not None]
     more = "" if len(known) == len(left) else " and what is not known yet"
-    lines.append(f"{text}; {clock(sum(known))} of computing left{more}")
+    lines.append(f"{text}; {duration(sum(known))} of computing left{more}")
     if counts["diverged"]:
         lines.append("Diverged runs would end alike again and are left alone; --retry starts them once more")
     return states, lines

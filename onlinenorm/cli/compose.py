@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from onlinenorm.cli.arguments import literal, quoted
 from onlinenorm.cli.help import CONFIGS, GROUPS, settings
 from onlinenorm.errors import ConfigError
+from onlinenorm.text import first_line
 from onlinenorm.training.config_check import check_keys
 from onlinenorm.training.hints import unknown_option
 from onlinenorm.training.targets import targets
@@ -59,7 +60,7 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
             _check_code(written, config, values)
             return values
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{shlex.join(overrides)}: {_first_line(error)}") from None
+        raise ConfigError(f"{shlex.join(overrides)}: {first_line(error)}") from None
 
 
 def jobs(overrides: list[str], config_dir: str | None = None) -> list[list[str]]:
@@ -81,7 +82,7 @@ def parse_override(text: str) -> Override:
         inner = value.replace("\\", "\\\\").replace('"', '\\"')
         form = shlex.quote(f'{key}="{inner}"')
         raise ConfigError(
-            f"{key}: {value!r} cannot be read ({_first_line(error)}); if it is meant as a text, quote it: {form}"
+            f"{key}: {value!r} cannot be read ({first_line(error)}); if it is meant as a text, quote it: {form}"
         ) from None
 
 
@@ -202,7 +203,3 @@ def _elsewhere(config_dir: str | None) -> dict[str, list[str]]:
                 for key in settings(file):
                     found.setdefault(f"{group}.{key}", []).append(file.stem)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,7 @@ from onlinenorm.deploy.verification import Agreement, agreements, latency_ms
 from onlinenorm.errors import DeployError, VerificationError
 from onlinenorm.files import staging
 from onlinenorm.provenance import git_state, hardware
+from onlinenorm.text import first_line
 
 
 @dataclass
@@ -120,8 +121,9 @@ def _stage(trained: Trained, form: Form, work: Path, keep_clamp: bool, alone: bo
         except DeployError:
             raise
         except Exception as error:  # exporters and full disks raise almost anything
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise DeployError(f"--to {form.name}: could not be made ({type(error).__name__}: {reason})") from error
+            raise DeployError(
+                f"--to {form.name}: could not be made ({type(error).__name__}: {first_line(error)})"
+            ) from error
     except DeployError as error:
         (work / file).unlink(missing_ok=True)
         if alone:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from onlinenorm.data import DataError
 from onlinenorm.deploy.source import Trained
 from onlinenorm.errors import DeployError
+from onlinenorm.text import first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -37,7 +38,7 @@ def validation_batches(
         total = data.val_images
         own = data.val_dataloader()
     except DataError as error:
-        raise DeployError(f"{str(error).splitlines()[0]} (--data-root names another place)") from error
+        raise DeployError(f"{first_line(error)} (--data-root names another place)") from error
     count = min(limit or total, total)
     chosen = [(0, index * total // count) for index in range(count)]
     loader = DataLoader(

@@ -16,6 +16,7 @@ from onlinenorm.data.index import EXTENSIONS
 from onlinenorm.data.transforms import Plan, cut_crops, plan_center_crop, shorter_side
 from onlinenorm.deploy.source import Trained
 from onlinenorm.errors import DeployError
+from onlinenorm.text import first_line
 from onlinenorm.training.accuracy import full_precision, ranked
 
 
@@ -53,7 +54,7 @@ def class_names(trained: Trained) -> tuple[list[str], str]:
     try:
         names = trained.data.class_names
     except DataError as error:
-        reason = f"{str(error).splitlines()[0]} (--data-root names another place)"
+        reason = f"{first_line(error)} (--data-root names another place)"
         return [f"class {label}" for label in range(trained.num_classes)], reason
     if len(names) != trained.num_classes:
         raise DeployError(f"the dataset has {len(names)} classes and the network {trained.num_classes}")

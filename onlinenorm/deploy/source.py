@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from onlinenorm import data
 from onlinenorm.errors import ConfigError, DeployError, RunError
 from onlinenorm.normalizers import OnlineNorm
+from onlinenorm.text import first_line
 from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
 from onlinenorm.training.config_check import build, check_config
 from onlinenorm.training.final_validation import parameters_sha256
@@ -178,7 +179,7 @@ def _read_config(folder: Path, allowed: Collection[str]) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DeployError(f"{path}: cannot be read as plain YAML ({_first_line(error)})") from error
+        raise DeployError(f"{path}: cannot be read as plain YAML ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise DeployError(f"{path}: does not hold a configuration")
     for key, target in targets(config):
@@ -229,11 +230,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DeployError(f"{path}: cannot be read ({_first_line(error)})") from error
+        raise DeployError(f"{path}: cannot be read ({first_line(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(k, {}), dict) for k in ("git", "versions")):
         raise DeployError(f"{path}: does not hold what a run writes there")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from onlinenorm.arguments import flatten
 from onlinenorm.errors import ReportError
 from onlinenorm.report.runs import Run, lookup
 from onlinenorm.report.spec import SettingSpec
@@ -30,15 +31,6 @@ class Departure:
     decisive: bool
     normalizers: list[str]
     note: str = ""
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as {"a.b": value}."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v for key, sub in tree.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
 
 
 def check_one_table(runs: Sequence[Run]) -> None:

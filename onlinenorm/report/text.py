@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from onlinenorm.report.settings import Departure
 from onlinenorm.report.statistics import Difference, Summary, excludes_zero
 from onlinenorm.report.table import Comparison, Provenance, Recount, Removal, Report, Row, plain
+from onlinenorm.text import duration
 
 METRIC_NAMES = {
     "best_loss": "best val loss",
@@ -191,14 +192,6 @@ def run_cells(run: Provenance) -> list[str]:
     """One run in the order of RUN_HEAD."""
     speed = "unknown" if run.images_per_second is None else f"{run.images_per_second:,.0f}"
     resumed = "unknown" if run.resumed is None else str(run.resumed)
+    wall = "unknown" if run.wall_seconds is None else duration(run.wall_seconds)
     sha = run.parameters_sha256[:12]
-    return [run.run, run.status, speed, duration(run.wall_seconds), resumed, sha, run.command]
-
-
-def duration(seconds: float | None) -> str:
-    """90 as "1 min 30 s"; "unknown" for None."""
-    if seconds is None:
-        return "unknown"
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, secs = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {secs} s" if minutes else f"{secs} s"
+    return [run.run, run.status, speed, wall, resumed, sha, run.command]

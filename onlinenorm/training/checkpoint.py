@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from onlinenorm.errors import ConfigError, RunError
+from onlinenorm.text import first_line
 from onlinenorm.training.run_folder import CONFIG, changed_keys
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -89,7 +90,7 @@ def read(path: Path) -> dict[str, Any]:
             "loading it could run code"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise RunError(f"{path} is no checkpoint ({(str(error).splitlines() or [''])[0]})") from error
+        raise RunError(f"{path} is no checkpoint ({first_line(error)})") from error
 
 
 def resumable(

@@ -10,23 +10,13 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from onlinenorm.arguments import flatten
 from onlinenorm.errors import ConfigError
 from onlinenorm.training.hints import PROVIDED, nearest, unknown_key
 from onlinenorm.training.targets import locate, targets
 
 KNOWN = (*PROVIDED, "experiment", "seed", "run_dir")  # keys at the top, beside the names of the chosen files
 _MARKS = ("_target_", "_partial_")
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}; empty mappings stay as leaves."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def check_keys(keys: Iterable[str], config: dict[str, Any], elsewhere: dict[str, list[str]] | None = None) -> None:

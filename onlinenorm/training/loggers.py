@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from onlinenorm.errors import Interrupted, RunError
 from onlinenorm.files import write_atomically
+from onlinenorm.text import first_line
 from onlinenorm.training.launch import is_rank_zero
 
 ANSWER_SECONDS = 20.0  # for which wandb's server is waited for
@@ -76,7 +77,7 @@ def wandb_logger(
     try:
         return [open_run("online" if online else "offline")]
     except (wandb.errors.Error, TimeoutError) as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        cause = first_line(error)
         if asked == "online":
             raise RunError(
                 f"logger.mode: online, and Weights & Biases cannot be used ({cause}); see to network and key, or use "

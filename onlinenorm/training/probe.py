@@ -13,6 +13,7 @@ from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.normalizers.dependence import statistics_depend_on
 from onlinenorm.scales import COMPARABLE, LABEL, is_label
+from onlinenorm.text import first_line
 from onlinenorm.training.config_check import build, prefixed
 from onlinenorm.training.roles import parameter_roles
 from onlinenorm.training.targets import NAMED
@@ -37,7 +38,7 @@ def probe_normalizer(
         try:
             layer = factory(num_features=CHANNELS)
         except (TypeError, RuntimeError) as error:
-            raise ConfigError(f"normalizer: {name} could not be built ({str(error).splitlines()[0]})") from error
+            raise ConfigError(f"normalizer: {name} could not be built ({first_line(error)})") from error
     if not isinstance(layer, nn.Module):
         raise ConfigError(f"normalizer._target_: {name} makes a {type(layer).__name__} and not a torch.nn.Module")
     try:

@@ -6,16 +6,10 @@ import time
 import pytorch_lightning as pl
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from onlinenorm.text import duration
 from onlinenorm.training.epoch_log import EpochLog
 
 LINE_EVERY_SECONDS = 30.0
-
-
-def clock(seconds: float) -> str:
-    """75 as "1:15", 3675 as "1:01:15"."""
-    minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def epoch_line(row: dict[str, float], epochs: int, left: float) -> str:
@@ -23,7 +17,7 @@ def epoch_line(row: dict[str, float], epochs: int, left: float) -> str:
     return (
         f"epoch {row['epoch']:.0f}/{epochs}  train loss {row['train_loss']:.3f}  top-1 {row['train_top1']:.1%}  "
         f"val loss {row['val_loss']:.3f}  top-1 {row['val_top1']:.1%}  "
-        f"{row['images_per_second']:,.0f} images/s  {clock(left)} left"
+        f"{row['images_per_second']:,.0f} images/s  {duration(left)} left"
     )
 
 
@@ -98,4 +92,4 @@ class RunProgress(pl.Callback):
     def _rate(self, trainer, batch_idx: int) -> str:
         batch_images = trainer.lightning_module.recipe.batch_size / trainer.accumulate_grad_batches
         rate = self._done * batch_images / (time.perf_counter() - self._began)
-        return f"{rate:,.0f} images/s  {clock(self._left(trainer, batch_idx))} left"
+        return f"{rate:,.0f} images/s  {duration(self._left(trainer, batch_idx))} left"

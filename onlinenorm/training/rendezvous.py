@@ -11,6 +11,7 @@ import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 
 from onlinenorm.errors import RunError
+from onlinenorm.text import first_line
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import launched
 
@@ -64,7 +65,7 @@ def meet(host: str, port: int, rank: int, world_size: int, devices: int, stop: S
     except RuntimeError as error:  # of the store: its server has gone
         if stop.signum:
             stop.raise_interrupted_early()
-        raise RunError(f"{host}:{port}: the first process left before all had come ({_first_line(error)})") from None
+        raise RunError(f"{host}:{port}: the first process left before all had come ({first_line(error)})") from None
     if decided:
         stop.signum = stop.signum or decided
         if rank == 0:
@@ -106,7 +107,7 @@ def _open_store(host: str, port: int, rank: int, world_size: int, wait: _Wait) -
         )
     except RuntimeError as error:
         raise RunError(
-            f"MASTER_PORT: {host}:{port} cannot be used for the processes to meet ({_first_line(error)}); "
+            f"MASTER_PORT: {host}:{port} cannot be used for the processes to meet ({first_line(error)}); "
             "set another MASTER_PORT for all of them"
         ) from None
 
@@ -127,7 +128,3 @@ def _missing(missing: list[int], host: str, port: int, world_size: int, devices:
         f"{text}; to be started there with: NODE_RANK={machines[0] or machines[1]} MASTER_ADDR={address} "
         f"MASTER_PORT={port} {command}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

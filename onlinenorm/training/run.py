@@ -4,11 +4,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from onlinenorm.arguments import flatten
 from onlinenorm.data.workers import explain_worker_deaths
 from onlinenorm.training import loggers
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
-from onlinenorm.training.config_check import build, check_config, flatten, prefixed
+from onlinenorm.training.config_check import build, check_config, prefixed
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.final_validation import build_results, final_validation, summary, write_results
 from onlinenorm.training.interruption import StopSignals

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
+from onlinenorm.arguments import flatten
 from onlinenorm.errors import ConfigError, Interrupted, RunError
 from onlinenorm.files import write_atomically
 from onlinenorm.provenance import environment
 from onlinenorm.training.attempts import CONFIG, ENVIRONMENT, FAILED, keep_attempt, keep_epochs
-from onlinenorm.training.config_check import flatten
 from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
 from onlinenorm.training.own_code import changed_code, own_code, own_files

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from onlinenorm.arguments import flatten
 from onlinenorm.cli import help
 from onlinenorm.cli.compose import load_config
-from onlinenorm.training.config_check import flatten
 
 
 @pytest.mark.parametrize("overrides", [[], ["experiment=quickstart"], ["normalizer=batch", "data=synthetic"]])

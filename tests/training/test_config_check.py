@@ -5,9 +5,10 @@ import math
 
 import pytest
 
+from onlinenorm.arguments import flatten
 from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import ConfigError
-from onlinenorm.training.config_check import build, check_config, check_keys, flatten, prefixed
+from onlinenorm.training.config_check import build, check_config, check_keys, prefixed
 from onlinenorm.training.hints import nearest, unknown_option
 from onlinenorm.training.probe import probe_normalizer
 from onlinenorm.training.trainer import resolve
