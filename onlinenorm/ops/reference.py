@@ -34,7 +34,7 @@ def compute_dtype(x: Tensor, state: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, state.dtype) else torch.float32
 
 
-def finish(z: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def add_residual_relu(z: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """relu(z + residual), each part only where asked for; the result keeps the dtype of z."""
     if residual is not None:
         z = z + residual.to(z.dtype)
@@ -59,7 +59,7 @@ def layer_scale(w_NCHW: Tensor, spec: NormSpec) -> Tensor:
     return torch.sqrt(channel_groups(w_NCHW.square().mean((-2, -1)), spec) + spec.layer_scaling_eps)
 
 
-def guard(w_NCHW: Tensor, spec: NormSpec) -> Tensor:
+def apply_error_compensation(w_NCHW: Tensor, spec: NormSpec) -> Tensor:
     """Apply the error compensation to affine outputs, differentiably (the eval-mode path of every PyTorch backend)."""
     if spec.error_compensation == "clamp":
         return F.hardtanh(w_NCHW, -spec.clamp_value, spec.clamp_value)  # no gradient at a tie, as in training
@@ -87,7 +87,7 @@ def evaluate(
     w = (x.to(dtype) - per_channel(mean_C)) * per_channel(scale_C)
     if bias is not None:
         w = w + per_channel(bias.to(dtype))
-    return finish(guard(w, spec).to(x.dtype), residual, relu)
+    return add_residual_relu(apply_error_compensation(w, spec).to(x.dtype), residual, relu)
 
 
 def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -138,7 +138,7 @@ def forward(
         m = m + (1 - a) * d
     running_mean.copy_(m)
     running_var.copy_(var)
-    z = torch.empty_like(x).copy_(guard(affine(y, weight, bias), spec))
+    z = torch.empty_like(x).copy_(apply_error_compensation(affine(y, weight, bias), spec))
     return z, y, s_NC
 
 
@@ -244,4 +244,4 @@ def train_step(
             f"{spec.processes}; use backend='torch', or statistics='local'"
         )
     z = _OnlineNorm.apply(x, weight, bias, running_mean, running_var, control_u, control_v, spec)
-    return finish(z, residual, relu)
+    return add_residual_relu(z, residual, relu)

@@ -22,7 +22,14 @@ from torch import Tensor
 
 from onlinenorm.ops.derivatives import differentiable_once
 from onlinenorm.ops.distributed import gather_samples, own_samples, total_samples
-from onlinenorm.ops.reference import channel_groups, compute_dtype, evaluate, finish, move_if_finite, per_channel
+from onlinenorm.ops.reference import (
+    add_residual_relu,
+    channel_groups,
+    compute_dtype,
+    evaluate,
+    move_if_finite,
+    per_channel,
+)
 from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec
 
@@ -245,4 +252,4 @@ def train_step(
     backward pass ``control_u`` and ``control_v``.
     """
     z = _OnlineNorm.apply(x, weight, bias, running_mean, running_var, control_u, control_v, spec)
-    return finish(z, residual, relu)
+    return add_residual_relu(z, residual, relu)

@@ -175,7 +175,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("results/bench_kernels.json"))
     args = parser.parse_args(argv)
-    if not (torch.cuda.is_available() and single_read.serves(0)):
+    if not (torch.cuda.is_available() and single_read.supports_device(0)):
         parser.error("the single-read kernels need a GPU of the Hopper generation or later")
     others = [Tuning(*map(int, text.split(","))) for text in args.tuning]
     tunings = list(dict.fromkeys([*(row[-1] for row in TUNINGS), *others]))

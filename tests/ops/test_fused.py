@@ -320,7 +320,7 @@ def test_operators_keep_what_their_schemas_and_fakes_promise(guard):
     """On a GPU the single-read path too, where it takes the tensor."""
     x, residual, grad = next(batches((3, 64, 5, 5), torch.bfloat16 if DEVICE.type == "cuda" else torch.float32))
     spec = NormSpec(error_compensation=guard)
-    once, parameters = single_read.suits(x, spec), (torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE))
+    once, parameters = single_read.supports(x, spec), (torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE))
     mean, var, u, v = (torch.full((64,), float(k == 1), device=DEVICE) for k in range(4))
     state, constants = (mean, var), spec.as_arguments()
     inputs = (x, residual, *parameters, *state, once, True, *constants, 1)

@@ -40,8 +40,8 @@ def test_tunings_are_such_as_the_kernels_can_be_cut(tuning):
 
 def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
     """Backward reads the moments of samples; nothing is told from how far a sample moved the state."""
-    monkeypatch.setattr(single_read, "serves", lambda device: True)
-    assert single_read.suits(images_on_a_gpu((2, 64, 8, 8)), NormSpec(alpha_fwd=1 - 1e-7))
+    monkeypatch.setattr(single_read, "supports_device", lambda device: True)
+    assert single_read.supports(images_on_a_gpu((2, 64, 8, 8)), NormSpec(alpha_fwd=1 - 1e-7))
 
 
 @pytest.mark.parametrize("pool", [0, 1])
@@ -51,7 +51,7 @@ def test_cuda_compiles_without_a_gpu(direction, guard, pool):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA carries no NVRTC")
     source = single_read.source_of(direction)
-    flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1 - pool, "EXTRA": 1, "CLAMP": 0, "SCALED": 0, "POOL": pool}
+    flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1 - pool, "SKIP_GRAD": 1, "CLAMP": 0, "SCALED": 0, "POOL": pool}
     flags |= {**TUNINGS[-1].defines, guard: 1}
     code = nvrtc.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
     assert code[:4] == b"\x7fELF" and b"online_norm" in code
@@ -119,7 +119,7 @@ def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
     assert bytes(params)[:8] == x.data_ptr().to_bytes(8, "little")
     assert bytes(params)[128:136] == (other.data_ptr() if residual else 0).to_bytes(8, "little")
     assert (params.samples, params.channels, params.pixels, stream) == (5, 64, 900, 7)
-    assert (params.alpha_fwd, params.rest_fwd) == (0.75, 0.25)
+    assert (params.alpha_fwd, params.one_minus_alpha_fwd) == (0.75, 0.25)
     assert params.tiles > 1 and blocks == params.samples * params.tiles
     scaled = guard == "layer_scaling"
     assert together == scaled and tables.shape == (1, 10 + scaled, 128)
@@ -130,7 +130,7 @@ def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
 
 
 def images_on_a_gpu(shape):
-    """As far as `suits` looks at them."""
+    """As far as `supports` looks at them."""
     return SimpleNamespace(
         is_cuda=True, dtype=torch.bfloat16, shape=shape, device=SimpleNamespace(index=0),
         element_size=lambda: 2, is_contiguous=lambda memory_format: True,
@@ -139,17 +139,17 @@ def images_on_a_gpu(shape):
 
 def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, monkeypatch):
     """Its tiles wait for one another: fewer stages than tiles would wait for ever."""
-    monkeypatch.setattr(single_read, "serves", lambda device: True)
+    monkeypatch.setattr(single_read, "supports_device", lambda device: True)
     spec, rng, taken = NormSpec(error_compensation="layer_scaling"), random.Random(0), 0
     for _ in range(2000):
         channels, height, width = 64 * rng.randint(1, 40), rng.randint(1, 120), rng.randint(1, 120)
         shape = (rng.randint(1, 3), channels, height, width)
         monkeypatch.setattr(H100, "multi_processor_count", rng.choice([16, 114, 132]))
         x = images_on_a_gpu(shape)
-        if not single_read.suits(x, spec):
+        if not single_read.supports(x, spec):
             continue
         taken += 1
-        for direction, flags in (("forward", ("RELU", "RESIDUAL")), ("backward", ("RELU", "RESIDUAL", "EXTRA"))):
+        for direction, flags in (("forward", ("RELU", "RESIDUAL")), ("backward", ("RELU", "RESIDUAL", "SKIP_GRAD"))):
             for tuning in TUNINGS:
                 # raises where the stages of the blocks that run at once do not hold a sample
                 assert single_read._plan(0, direction, shape, False, flags, spec, tuning).together
@@ -157,15 +157,15 @@ def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, 
     monkeypatch.setattr(H100, "multi_processor_count", 132)
     for other in (NormSpec(error_compensation="layer_scaling", layer_scaling_group_size=32), spec):
         x.shape = (2, 64, 8, 8) if other is not spec else (2, 64 * 33, 8, 8)
-        assert not single_read.suits(x, other)
+        assert not single_read.supports(x, other)
 
 
 def test_a_device_that_is_not_served_is_not_asked_for_its_size(without_gpu, monkeypatch):
     """ROCm's device properties do not have it."""
-    monkeypatch.setattr(single_read, "serves", lambda device: False)
+    monkeypatch.setattr(single_read, "supports_device", lambda device: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=304))
     x = images_on_a_gpu((2, 64, 8, 8))
-    assert not single_read.suits(x, NormSpec(error_compensation="layer_scaling"))
+    assert not single_read.supports(x, NormSpec(error_compensation="layer_scaling"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -175,7 +175,7 @@ def test_what_the_chip_holds_is_known_while_tracing(dynamic, without_gpu):
     torch._dynamo.reset()
 
     def holds(x):
-        return x + single_read._scales_at_once(x, spec)
+        return x + single_read._fits_on_chip(x, spec)
 
     traced = torch.compile(holds, backend="eager", fullgraph=True, dynamic=dynamic)
     for shape, held in (((2, 64, 56, 56), 1), ((4, 2048, 7, 7), 1), ((2, 64, 300, 300), 0), ((2, 64 * 33, 4, 4), 0)):

@@ -207,20 +207,20 @@ def test_hooks_on_the_pooling_of_eager_networks_are_called():
 @pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
 def test_everything_that_suits_fits_on_the_chip(guard, monkeypatch):
     chip = 132, 232_448
-    monkeypatch.setattr(single_read, "serves", lambda device: True)
+    monkeypatch.setattr(single_read, "supports_device", lambda device: True)
     monkeypatch.setattr(single_read, "_chip", lambda device: chip)
     spec, rng, taken = NormSpec(error_compensation=guard), random.Random(0), 0
     for _ in range(2000):
         shape = (rng.randint(1, 3), 64 * rng.randint(1, 4), rng.randint(1, 200), rng.randint(1, 200))
         x = torch.empty(shape, dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
         x = _OnAGpu(x)
-        if not max_pool.suits(x, spec):
+        if not max_pool.supports(x, spec):
             continue
         taken += 1
         scaled = guard == "layer_scaling"
         for direction in ("forward", "backward"):
             tuning = tiling.POOLED_TUNINGS[direction, scaled]
-            values = {"RESIDUAL": 0, "RELU": 1, "EXTRA": 1}
+            values = {"RESIDUAL": 0, "RELU": 1, "SKIP_GRAD": 1}
             cut = tiling.Tiling.of_pooled(*shape[2:], direction == "forward", 1)
             assert tiling.shared_memory(direction, values, tuning, cut) <= chip[1], (shape, direction)
             blocks = chip[0] // (shape[1] // 64)
@@ -229,7 +229,7 @@ def test_everything_that_suits_fits_on_the_chip(guard, monkeypatch):
 
 
 class _OnAGpu:
-    """A tensor as far as `suits` looks at it."""
+    """A tensor as far as `supports` looks at it."""
 
     def __init__(self, x):
         self.shape, self.dtype, self.is_cuda, self.device = x.shape, x.dtype, True, torch.device("cuda", 0)

@@ -126,7 +126,7 @@ def test_thousands_of_random_shapes_against_float64():
         x, residual, grad = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in draw)
         guard, alpha = rng.choice(["clamp", "none", "layer_scaling"]), rng.choice([0.9, 0.999, 0.9999])
         layers = three_backends(channels, error_compensation=guard, clamp_value=1.5, alpha_fwd=alpha)
-        assert single_read.suits(x, layers[0].spec) or (guard == "layer_scaling" and x[0].nbytes > 2**21)
+        assert single_read.supports(x, layers[0].spec) or (guard == "layer_scaling" and x[0].nbytes > 2**21)
         assert_as_near_as_eager(*layers, x, residual if rng.random() < 0.5 else None, grad, rng.random() < 0.5)
 
 
@@ -182,7 +182,7 @@ def test_controls_keep_their_digits_however_slowly_the_statistics_move(alpha, gu
     fused, _, exact = three_backends(64, error_compensation=guard, clamp_value=1.5, alpha_fwd=alpha)
     for layer in (fused, exact):
         layer.running_mean.fill_(49.5)
-    assert single_read.suits(inputs[0], fused.spec)
+    assert single_read.supports(inputs[0], fused.spec)
     ours, truth = (run(layer, inputs[0], None, inputs[1], False) for layer in (fused, exact))
     for name in ("running_mean", "running_var", "control_u", "control_v", "weight", "bias"):
         assert relative(ours[name], truth[name]) < 5e-3, name  # few values change sides of the clamp

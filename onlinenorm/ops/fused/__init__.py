@@ -53,7 +53,7 @@ def train_step_max_pool(
 ) -> Tensor:
     """max_pool2d(train_step(...), kernel_size=3, stride=2, padding=1), in one operator each way where there is one."""
     state = running_mean, running_var, control_u, control_v
-    if relu and residual is None and _kernels_serve(x, running_mean) and max_pool.suits(x, spec):
+    if relu and residual is None and _kernels_serve(x, running_mean) and max_pool.supports(x, spec):
         return max_pool.OnlineNormMaxPool.apply(x, weight, bias, *state, spec)
     return F.max_pool2d(train_step(x, residual, weight, bias, *state, spec, relu), 3, 2, 1)
 

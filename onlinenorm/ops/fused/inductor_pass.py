@@ -35,8 +35,8 @@ class FoldGradients(CustomGraphPass):
             if node.op != "call_function" or node.args[:1] not in ((backward,), (pooled,)):
                 continue
             grad = node.kwargs["grad"]
-            if _is_plain_add(grad) and node.kwargs["extra"] is None and len(grad.users) == 1:
-                _replace(node, dict(zip(("grad", "extra"), grad.args, strict=True)))
+            if _is_plain_add(grad) and node.kwargs["skip_grad"] is None and len(grad.users) == 1:
+                _replace(node, dict(zip(("grad", "skip_grad"), grad.args, strict=True)))
                 graph.erase_node(grad)
             elif node.args[0] is backward and (spread := _spread(grad)) is not None and len(grad.users) == 1:
                 if grad.target is not aten.expand.default:

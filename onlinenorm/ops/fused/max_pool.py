@@ -18,12 +18,12 @@ MOST_COLUMNS = 176  # of an image, for two stages of a ring in shared memory
 FEWEST_PIXELS = 28 * 28  # of an image, from which on it pays
 
 
-def suits(x: Tensor, spec: NormSpec) -> bool:
+def supports(x: Tensor, spec: NormSpec) -> bool:
     """Whether to use these kernels: where single-read kernels serve, for even sizes neither small nor wide."""
     height, width = x.shape[2:]
     if spec.processes > 1 or height % 2 or width % 2 or width > MOST_COLUMNS or height * width < FEWEST_PIXELS:
         return False
-    if not single_read.suits(x, spec) or (torch.compiler.is_compiling() and not inductor_pass.install()):
+    if not single_read.supports(x, spec) or (torch.compiler.is_compiling() and not inductor_pass.install()):
         return False
     # Tiles of layer scaling wait for one another: a pair of image rows each at worst, two in a block.
     return spec.error_compensation != "layer_scaling" or height // 2 <= 2 * single_read.columns_at_once(x)
@@ -72,16 +72,17 @@ def fused_max_pool_forward(
 
 
 @fake(fused_max_pool_forward)
-def _(x, weight, bias, running_mean, running_var, alpha_fwd, alpha_bkw, eps, guard, *rest):
+def _(x, weight, bias, running_mean, running_var, alpha_fwd, alpha_bkw, eps, error_compensation, *rest):
     samples, channels = x.shape[:2]
-    table = x.new_empty((1, single_read.table_rows(samples, channels, guard), 2 * channels), dtype=torch.float32)
+    rows = single_read.table_rows(samples, channels, error_compensation)
+    table = x.new_empty((1, rows, 2 * channels), dtype=torch.float32)
     return _like_pooled(x), table, _indices(x)
 
 
 @operator("control_u", "control_v")
 def fused_max_pool_backward(
     grad: Tensor,
-    extra: Tensor | None,
+    skip_grad: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -98,22 +99,22 @@ def fused_max_pool_backward(
     layer_scaling_group_size: int | None,
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias from that of the pooled output, grad + extra."""
+    """Gradients of x, weight and bias from that of the pooled output, grad + skip_grad."""
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
         gradient_scale,
     )  # fmt: skip
     last = {"memory_format": torch.channels_last}
     grads = grad.contiguous(**last), x.contiguous(**last)
-    if extra is not None:
-        grads += (extra.contiguous(**last),)
-    flags = ("RELU", "POOL") + ("EXTRA",) * (extra is not None)
+    if skip_grad is not None:
+        grads += (skip_grad.contiguous(**last),)
+    flags = ("RELU", "POOL") + ("SKIP_GRAD",) * (skip_grad is not None)
     with torch.cuda.device_of(x):
         return single_read.launch_backward(grads, flags, spec, weight, bias, tables, control_u, control_v, indices)
 
 
 @fake(fused_max_pool_backward)
-def _(grad, extra, x, *rest):
+def _(grad, skip_grad, x, *rest):
     of_channels = {"dtype": torch.float32}
     return torch.empty_like(x), x.new_empty(x.shape[1], **of_channels), x.new_empty(x.shape[1], **of_channels)
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from onlinenorm.ops.derivatives import differentiable_once
 from onlinenorm.ops.distributed import total_samples
-from onlinenorm.ops.fused import single_read, two_pass
+from onlinenorm.ops.fused import single_read as single_read_path
+from onlinenorm.ops.fused import two_pass as two_pass_path
 from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec
 
@@ -69,7 +70,7 @@ def fused_forward(
     bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
-    once: bool,
+    single_read: bool,
     relu: bool,
     alpha_fwd: float,
     alpha_bkw: float,
@@ -83,7 +84,7 @@ def fused_forward(
     group: str = "",
     counts: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training forward over a dense x, with the single-read kernels if ``once``.
+    """Training forward over a dense x, with the single-read kernels if ``single_read``.
 
     Returns the output, the tables of the path, and what else backward needs: the bits of a ReLU behind a residual
     (single-read), 1 / zeta (M, groups) of layer scaling (two passes), or nothing. Tables are (1, rows, 2 C) of
@@ -95,42 +96,44 @@ def fused_forward(
         gradient_scale, processes, group, tuple(counts or ()),
     )  # fmt: skip
     check_first_pass()
-    path = single_read if once else two_pass
+    path = single_read_path if single_read else two_pass_path
     with torch.cuda.device_of(x):
-        y, tables, kept = path.forward(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
-    return y, tables if once else tables.flatten(2), _or_empty(kept, x)
+        y, tables, mask_or_rzeta = path.forward(
+            x, like(residual, x), weight, bias, running_mean, running_var, spec, relu
+        )
+    return y, tables if single_read else tables.flatten(2), _or_empty(mask_or_rzeta, x)
 
 
 @fake(fused_forward)
 def _(
-    x, residual, weight, bias, running_mean, running_var, once, relu, af, ab, eps, guard, clamp, seps, size, scale,
-    *peers,
+    x, residual, weight, bias, running_mean, running_var, single_read, relu, alpha_fwd, alpha_bkw, eps,
+    error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size, gradient_scale, *peers,
 ):  # fmt: skip
     samples, channels = total_samples(x.shape[0], *peers), x.shape[1]
-    kept, tables = x.new_empty(0), (2, samples, 2 * channels)
-    if once:
-        tables = 1, single_read.table_rows(samples, channels, guard), 2 * channels
+    mask_or_rzeta, tables = x.new_empty(0), (2, samples, 2 * channels)
+    if single_read:
+        tables = 1, single_read_path.table_rows(samples, channels, error_compensation), 2 * channels
         if relu and residual is not None:
-            kept = x.new_empty(single_read.mask_size(x), dtype=torch.uint8)
-    elif guard == "layer_scaling":
-        kept = x.new_empty((samples, channels // (size or channels)), dtype=torch.float32)
-    return torch.empty_like(x), x.new_empty(tables, dtype=torch.float32), kept
+            mask_or_rzeta = x.new_empty(single_read_path.mask_size(x), dtype=torch.uint8)
+    elif error_compensation == "layer_scaling":
+        mask_or_rzeta = x.new_empty((samples, channels // (layer_scaling_group_size or channels)), dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(tables, dtype=torch.float32), mask_or_rzeta
 
 
 @operator("control_u", "control_v")
 def fused_backward(
     grad: Tensor,
-    extra: Tensor | None,
+    skip_grad: Tensor | None,
     x: Tensor,
     out: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     tables: Tensor,
-    kept: Tensor,
+    mask_or_rzeta: Tensor,
     control_u: Tensor,
     control_v: Tensor,
     residual_gradient: bool,
-    once: bool,
+    single_read: bool,
     relu: bool,
     alpha_fwd: float,
     alpha_bkw: float,
@@ -144,7 +147,7 @@ def fused_backward(
     group: str = "",
     counts: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training backward of the gradient grad + extra: gradients of x, residual (or nothing), weight and bias.
+    """Training backward of the gradient grad + skip_grad: gradients of x, residual (or nothing), weight and bias.
 
     A gradient that is the same for all pixels may come as (N, C, 1, 1).
     """
@@ -152,27 +155,29 @@ def fused_backward(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
         gradient_scale, processes, group, tuple(counts or ()),
     )  # fmt: skip
-    if once:  # hooks on saved tensors, such as save_on_cpu, may have given x back in another order
+    if single_read:  # hooks on saved tensors, such as save_on_cpu, may have given x back in another order
         x = x.contiguous(memory_format=torch.channels_last)
     given = grad.data_ptr()
     grad = like(grad if grad.shape == x.shape else grad.expand_as(x), x)
-    extra, state = like(extra, x), (control_u, control_v)
+    skip_grad, state = like(skip_grad, x), (control_u, control_v)
     with torch.cuda.device_of(x):
-        if once:
-            found = single_read.backward(
-                grad, extra, x, _or_none(kept), weight, bias, tables, *state, spec, relu, grad.data_ptr() != given
-            )
+        if single_read:
+            found = single_read_path.backward(
+                grad, skip_grad, x, _or_none(mask_or_rzeta), weight, bias, tables, *state, spec, relu,
+                grad.data_ptr() != given,
+            )  # fmt: skip
         else:
             tables = tables.unflatten(2, (-1, 2))
-            found = two_pass.backward(
-                grad, extra, x, out, weight, bias, tables, _or_none(kept), *state, spec, relu, residual_gradient
-            )
+            found = two_pass_path.backward(
+                grad, skip_grad, x, out, weight, bias, tables, _or_none(mask_or_rzeta), *state, spec, relu,
+                residual_gradient,
+            )  # fmt: skip
     grad_x, grad_residual, grad_weight, grad_bias = found
     return grad_x, _or_empty(grad_residual, x), grad_weight, grad_bias
 
 
 @fake(fused_backward)
-def _(grad, extra, x, out, weight, bias, tables, kept, control_u, control_v, residual_gradient, *rest):
+def _(grad, skip_grad, x, out, weight, bias, tables, mask_or_rzeta, control_u, control_v, residual_gradient, *rest):
     channels = x.shape[1]
     table = {"dtype": torch.float32}
     return (
@@ -206,7 +211,7 @@ def fused_evaluate(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size
     )
     with torch.cuda.device_of(x):
-        return two_pass.evaluate(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
+        return two_pass_path.evaluate(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
 
 
 @fake(fused_evaluate)
@@ -220,13 +225,13 @@ class OnlineNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, running_mean, running_var, control_u, control_v, spec, relu):
         # across processes a sample's tile cannot be written before the other processes' moments are known
-        once = spec.processes == 1 and single_read.suits(x, spec)
-        y, tables, kept = fused_forward(
-            x, residual, weight, bias, running_mean, running_var, once, relu, *spec.as_arguments(), *spec.peers
+        single_read = spec.processes == 1 and single_read_path.supports(x, spec)
+        y, tables, mask_or_rzeta = fused_forward(
+            x, residual, weight, bias, running_mean, running_var, single_read, relu, *spec.as_arguments(), *spec.peers
         )
-        ctx.has_residual, ctx.once, ctx.relu, ctx.spec = residual is not None, once, relu, spec
-        reads_output = relu and residual is not None and not once
-        ctx.save_for_backward(x, y if reads_output else None, weight, bias, tables, kept)
+        ctx.has_residual, ctx.single_read, ctx.relu, ctx.spec = residual is not None, single_read, relu, spec
+        reads_output = relu and residual is not None and not single_read
+        ctx.save_for_backward(x, y if reads_output else None, weight, bias, tables, mask_or_rzeta)
         # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
         ctx.control_u, ctx.control_v = control_u, control_v
         return y
@@ -234,11 +239,11 @@ class OnlineNormFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
-        x, out, weight, bias, tables, kept = ctx.saved_tensors
+        x, out, weight, bias, tables, mask_or_rzeta = ctx.saved_tensors
         masked = ctx.has_residual and ctx.relu
         grad_x, grad_residual, grad_weight, grad_bias = fused_backward(
-            grad, None, x, out, weight, bias, tables, kept, ctx.control_u, ctx.control_v, masked, ctx.once, ctx.relu,
-            *ctx.spec.as_arguments(), *ctx.spec.peers,
+            grad, None, x, out, weight, bias, tables, mask_or_rzeta, ctx.control_u, ctx.control_v, masked,
+            ctx.single_read, ctx.relu, *ctx.spec.as_arguments(), *ctx.spec.peers,
         )  # fmt: skip
         if not masked:
             grad_residual = grad if ctx.has_residual else None

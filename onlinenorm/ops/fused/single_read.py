@@ -23,7 +23,7 @@ POINTERS = (
     "rzeta", "published", "slots", "shares", "tickets",
 )  # fmt: skip
 INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes", "width")
-REALS = ("alpha_fwd", "rest_fwd", "alpha_bkw", "rest_bkw", "eps", "clamp", "zeta_eps", "scale")
+REALS = ("alpha_fwd", "one_minus_alpha_fwd", "alpha_bkw", "one_minus_alpha_bkw", "eps", "clamp", "zeta_eps", "scale")
 
 
 class Params(ctypes.Structure):
@@ -78,7 +78,7 @@ def _plan(
     """
     samples, channels, height, width = shape
     pixels, columns = height * width, channels // WIDTH
-    names = "RELU", "RESIDUAL", "EXTRA", "POOL"
+    names = "RELU", "RESIDUAL", "SKIP_GRAD", "POOL"
     scaled = spec.error_compensation == "layer_scaling"
     values = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", "SCALED": scaled}
     values |= {name: name in flags for name in names}
@@ -98,7 +98,7 @@ def _plan(
     threads = tuning.threads + (WIDTH if scaled and direction == "forward" else 0)  # the followers
     resident = kernel.blocks_per_multiprocessor(threads, shared)
     per_column = max(1, min(resident * properties.multi_processor_count // columns, tiling.items(samples)))
-    assert not scaled or (resident and per_column * tuning.stages >= tiling.tiles), "`suits` let pass what does not fit"
+    assert not scaled or (resident and per_column * tuning.stages >= tiling.tiles), "more than `supports` allows"
     slots = 8 * samples * channels
     shares = slots * (1 + tiling.tiles) if tiling.tiles > 1 else slots
     tickets = shares + 8 * samples * columns * scaled
@@ -113,9 +113,9 @@ def _plan(
         boxes=tiling.boxes,
         width=width,
         alpha_fwd=spec.alpha_fwd,
-        rest_fwd=1 - spec.alpha_fwd,
+        one_minus_alpha_fwd=1 - spec.alpha_fwd,
         alpha_bkw=spec.alpha_bkw,
-        rest_bkw=1 - spec.alpha_bkw,
+        one_minus_alpha_bkw=1 - spec.alpha_bkw,
         eps=spec.eps,
         clamp=spec.clamp_value,
         zeta_eps=spec.layer_scaling_eps,
@@ -127,7 +127,7 @@ def _plan(
     )  # fmt: skip
 
 
-def suits(x: Tensor, spec: NormSpec) -> bool:
+def supports(x: Tensor, spec: NormSpec) -> bool:
     """Whether to use these kernels: Hopper or later, 16 bits, channels_last, whole blocks of 64 channels."""
     return (
         x.is_cuda
@@ -135,12 +135,12 @@ def suits(x: Tensor, spec: NormSpec) -> bool:
         and x.shape[1] % WIDTH == 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
-        and serves(x.device.index)
-        and (spec.error_compensation != "layer_scaling" or _scales_at_once(x, spec))
+        and supports_device(x.device.index)
+        and (spec.error_compensation != "layer_scaling" or _fits_on_chip(x, spec))
     )
 
 
-def _scales_at_once(x: Tensor, spec: NormSpec) -> bool:
+def _fits_on_chip(x: Tensor, spec: NormSpec) -> bool:
     """Whether whole samples wait on the chip, ``DEPTH`` times over, for the sums that layer scaling takes of them."""
     _, channels, height, width = x.shape
     if spec.layer_scaling_group_size not in (None, channels) or channels > MOST_SCALED:
@@ -162,13 +162,13 @@ def _chip(device: int) -> tuple[int, int]:
 
 
 @torch.compiler.assume_constant_result
-def serves(device: int) -> bool:
+def supports_device(device: int) -> bool:
     """Whether the kernels run on a device: Hopper or later, which have a copy engine, and known to the compiler."""
-    return _serves(device)
+    return _supports_device(device)
 
 
 @functools.cache
-def _serves(device: int) -> bool:
+def _supports_device(device: int) -> bool:
     if torch.version.cuda is None:
         return False
     capability = torch.cuda.get_device_capability(device)
@@ -186,7 +186,7 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     x = inputs[direction == "backward"]
     shape, device = tuple(x.shape), x.device
     samples, channels, height, width = shape
-    scaled, residual = spec.error_compensation == "layer_scaling", "RESIDUAL" in flags or "EXTRA" in flags
+    scaled, residual = spec.error_compensation == "layer_scaling", "RESIDUAL" in flags or "SKIP_GRAD" in flags
     if "POOL" in flags:
         tuning = POOLED_TUNINGS[direction, scaled]
     else:
@@ -277,7 +277,7 @@ def forward(
 
 def backward(
     grad: Tensor,
-    extra: Tensor | None,
+    skip_grad: Tensor | None,
     x: Tensor,
     mask: Tensor | None,
     weight: Tensor | None,
@@ -297,8 +297,8 @@ def backward(
     grad_residual, grad = None, _aligned(grad)
     if mask is not None:
         grad_residual, mask = grad if overwrite else torch.empty_like(x), _aligned(mask)
-    flags = ("RELU",) * relu + ("RESIDUAL",) * (mask is not None) + ("EXTRA",) * (extra is not None)
-    inputs = (grad, x) if extra is None else (grad, x, extra)
+    flags = ("RELU",) * relu + ("RESIDUAL",) * (mask is not None) + ("SKIP_GRAD",) * (skip_grad is not None)
+    inputs = (grad, x) if skip_grad is None else (grad, x, skip_grad)
     grad_x, *of_parameters = launch_backward(
         inputs, flags, spec, weight, bias, tables, control_u, control_v, mask, grad_residual
     )

@@ -122,7 +122,7 @@ def shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling
         scratch += WIDTH * (8 * tuning.chunk + 2 * 4 * segments) + 4 * segments
     else:
         grads = (tiling.tile_rows // 2 + tiling.line) // 2 if tiling.line else rows
-        stage = (rows + grads * (1 + values["EXTRA"])) * 2 * WIDTH + tiling.segments * 8 * WIDTH
+        stage = (rows + grads * (1 + values["SKIP_GRAD"])) * 2 * WIDTH + tiling.segments * 8 * WIDTH
         if tiling.line:
             stage += -(-grads * 32 // 128) * 128
         if values["RELU"] and values["RESIDUAL"]:

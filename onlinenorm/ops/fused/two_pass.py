@@ -187,7 +187,7 @@ def evaluate(
 
 def backward(
     grad: Tensor,
-    extra: Tensor | None,
+    skip_grad: Tensor | None,
     x: Tensor,
     out: Tensor | None,
     weight: Tensor | None,
@@ -208,8 +208,8 @@ def backward(
     sizes = geo.pixels, geo.channels
     partial = _table(x, geo.samples, geo.splits, geo.channels, 2)
     backward_kernels.gradient_moments_kernel[geo.reduce_grid](
-        grad, extra, x, out, partial, own_moments, own_state, weight, bias, *sizes, geo.splits, geo.rows, *geo.strides,
-        spec.eps, spec.clamp_value, **flags, STAGES=3,
+        grad, skip_grad, x, out, partial, own_moments, own_state, weight, bias, *sizes, geo.splits, geo.rows,
+        *geo.strides, spec.eps, spec.clamp_value, **flags, STAGES=3,
     )  # fmt: skip
     partial = _from_all(partial, spec)
     groups = geo.groups(spec)
@@ -233,7 +233,7 @@ def backward(
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if residual_gradient else None
     backward_kernels.gradient_apply_kernel[geo.apply_grid](
-        grad, extra, x, out, grad_x, grad_residual, own_state, control, weight, bias, rzeta, kappa, *sizes, *groups,
+        grad, skip_grad, x, out, grad_x, grad_residual, own_state, control, weight, bias, rzeta, kappa, *sizes, *groups,
         *geo.strides, spec.eps, spec.clamp_value, **flags,
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias

@@ -10,15 +10,15 @@ struct Scratch {
     float2 scaling[SEGMENTS];  // 1 / zeta and kappa, of layer scaling
 };
 
-constexpr bool MASK = RELU && RESIDUAL, REWRITES = EXTRA || !POOL && (RELU || CLAMP);
+constexpr bool MASK = RELU && RESIDUAL, REWRITES = SKIP_GRAD || !POOL && (RELU || CLAMP);
 
-// A stage, in 16 bytes: tiles of grad, x and extra, (m, var) of its samples, and the ReLU's bits or the indices of a
+// A stage, in 16 bytes: tiles of grad, x and skip_grad, (m, var) of its samples, and the ReLU's bits or the indices of a
 // max-pool. A pooled gradient's tile has the rows of all windows that the tile's pixels are in, one more than it makes.
 __device__ __forceinline__ int grad_boxes(const Params& p) { return POOL ? p.tile_rows / (2 * p.width) + 1 : p.boxes; }
 __device__ __forceinline__ int grad_box_rows(const Params& p) { return POOL ? p.width / 2 : p.box_rows; }
 __device__ __forceinline__ int grad_size(const Params& p) { return grad_boxes(p) * grad_box_rows(p) * LANES; }
-__device__ __forceinline__ int extra_at(const Params& p) { return grad_size(p) + stage_rows(p) * LANES; }
-__device__ __forceinline__ int states_at(const Params& p) { return extra_at(p) + EXTRA * grad_size(p); }
+__device__ __forceinline__ int skip_grad_at(const Params& p) { return grad_size(p) + stage_rows(p) * LANES; }
+__device__ __forceinline__ int states_at(const Params& p) { return skip_grad_at(p) + SKIP_GRAD * grad_size(p); }
 __device__ __forceinline__ int mask_at(const Params& p) { return states_at(p) + p.segments * WIDTH / 2; }
 __device__ __forceinline__ int mask_bytes(const Params& p) {
     return POOL ? grad_size(p) / LANES * 32 : MASK ? p.segments * even(p.tile_rows) * 8 : 0;
@@ -36,12 +36,12 @@ __device__ __forceinline__ const u32* indices_of(const Params& p, const uint4* s
 }
 
 // Reducers: the sum of both pooled gradients in place of the first, rounded as torch's would be.
-__device__ __forceinline__ void add_extra(const Params& p, const Place& at, uint4* start) {
-    const uint4* extra = start + extra_at(p);
+__device__ __forceinline__ void add_skip_grad(const Params& p, const Place& at, uint4* start) {
+    const uint4* skip_grad = start + skip_grad_at(p);
     for (int i = at.thread; i < grad_size(p); i += GROUP) {
         float a[8], b[8];
         unpack(start[i], a);
-        unpack(extra[i], b);
+        unpack(skip_grad[i], b);
 #pragma unroll
         for (int k = 0; k < 8; k++) a[k] += b[k];
         start[i] = pack(a);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
         const float rstd = SCALED && segment < item.count ? rsqrtf(states[segment * WIDTH + at.c].y + p.eps) : 0.f;
         float sum[8] = {}, product[8] = {};
 #if POOL
-        if (EXTRA) add_extra(p, at, start);
+        if (SKIP_GRAD) add_skip_grad(p, at, start);
         visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start), [&](int, const float (&g)[8], const float (&x)[8]) {
 #pragma unroll
             for (int k = 0; k < 8; k++) {
@@ -93,7 +93,7 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
             float g[8], x[8];
             unpack(tile[row * LANES], g);
             unpack(tile[tile_size + row * LANES], x);
-#if EXTRA
+#if SKIP_GRAD
             float other[8];
             unpack(tile[2 * tile_size + row * LANES], other);
 #pragma unroll
@@ -156,10 +156,10 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
             row[4] = (row[4] - kappa * (weight * y + own_bias)) * rzeta;
             row[5] = (row[5] - kappa * (weight * yy + own_bias * y)) * rzeta;
         }
-        row[0] = 1.f - p.rest_bkw * yy;
+        row[0] = 1.f - p.one_minus_alpha_bkw * yy;
         row[1] = p.scale * weight * row[5];
         row[2] = p.scale * weight * row[4] * rstd;
-        row[3] = p.rest_bkw * y * rstd;
+        row[3] = p.one_minus_alpha_bkw * y * rstd;
     };
     auto step = [&](const float (&row)[6]) {
         u = p.alpha_bkw * u + (row[2] - row[3] * v);
@@ -243,7 +243,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
                 auto record = [&](int j) {
                     const int n = position + j;
                     if (n >= first && (j < batch || n == last)) {
-                        const float rstd = rsqrtf(own[(n - first) * WIDTH + at.c].y + p.eps), k = p.rest_bkw / p.scale;
+                        const float rstd = rsqrtf(own[(n - first) * WIDTH + at.c].y + p.eps), k = p.one_minus_alpha_bkw / p.scale;
                         s.gain[n - first][at.c] = weight * rstd;
                         s.slope[n - first][at.c] = -k * v * rstd * rstd;
                         s.constant[n - first][at.c] = -k * u;
@@ -372,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm(cons
             arrive_expecting(barrier, states_at(p) * 16 + item.count * WIDTH * 8 + (MASK || POOL ? bits : 0));
             copy_boxes(p, to, p.maps[0], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
             copy_boxes(p, to + grad_size(p), p.maps[1], row, p.box_rows, p.boxes, barrier);
-            if (EXTRA) copy_boxes(p, to + extra_at(p), p.maps[2], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
+            if (SKIP_GRAD) copy_boxes(p, to + skip_grad_at(p), p.maps[2], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
             for (int k = 0; k < item.count; k++)
                 copy_bytes(to + states_at(p) + k * WIDTH / 2, p.state + (long long)(item.sample + k) * p.channels + at.channel_block * WIDTH,
                            WIDTH * 8, barrier);

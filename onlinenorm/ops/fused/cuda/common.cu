@@ -1,5 +1,5 @@
 // Single-read kernels: x (and the gradient) pass through shared memory once, because sample n needs statistics of earlier
-// samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, EXTRA, CLAMP, SCALED, POOL (0 or 1), GROUP,
+// samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, SKIP_GRAD, CLAMP, SCALED, POOL (0 or 1), GROUP,
 // STAGES, CHUNK.
 //
 // Work. Tensors are channels_last 16-bit matrices (N * pixels rows, channels). A block serves one block of 64 channels;
@@ -35,7 +35,7 @@ struct alignas(64) TensorMap {
 };
 
 struct Params {
-    TensorMap maps[3];                           // x and residual, or grad, x and extra: boxes of box_rows by 64
+    TensorMap maps[3];                           // x and residual, or grad, x and skip_grad: boxes of box_rows by 64
     uint4 *out, *out_residual;                   // y forward, grad_x and the residual's gradient backward
     unsigned char* mask;                         // ReLU bits, (channel block, sample, pixels made even, 8 bytes), or indices of
                                                  // a max-pool, (channel block, sample, pooled pixels, 32 bytes)
@@ -49,7 +49,7 @@ struct Params {
     int* tickets;                                // -1 at launch, one a channel block
     int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
     int width;  // of an image that is pooled
-    float alpha_fwd, rest_fwd, alpha_bkw, rest_bkw;  // decay and 1 - decay
+    float alpha_fwd, one_minus_alpha_fwd, alpha_bkw, one_minus_alpha_bkw;  // decay and 1 - decay
     float eps, clamp, zeta_eps, scale;               // the last is the unit of u and v
 };
 

@@ -15,8 +15,8 @@ constexpr int FOLLOWERS = SCALED ? WIDTH : 0;  // threads of a fourth role
 
 __device__ __forceinline__ void step_over(const Params& p, float2 moment, float& mean, float& var) {
     const float d = moment.x - mean;
-    var = p.alpha_fwd * var + p.rest_fwd * (moment.y + p.alpha_fwd * d * d);
-    mean += p.rest_fwd * d;
+    var = p.alpha_fwd * var + p.one_minus_alpha_fwd * (moment.y + p.alpha_fwd * d * d);
+    mean += p.one_minus_alpha_fwd * d;
 }
 
 __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch& s, const uint4* memory) {

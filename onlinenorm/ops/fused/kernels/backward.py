@@ -19,7 +19,7 @@ def _mask_gradient(g, w, out, clamp, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
 
 @triton.jit
 def gradient_moments_kernel(
-    g_ptr, extra_ptr, x_ptr, out_ptr, partial_ptr, moments_ptr, state_ptr, weight_ptr, bias_ptr,
+    g_ptr, skip_grad_ptr, x_ptr, out_ptr, partial_ptr, moments_ptr, state_ptr, weight_ptr, bias_ptr,
     pixels, channels, splits, rows, stride_n, stride_p, stride_c, eps, clamp,
     RELU: tl.constexpr, CLAMP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -50,8 +50,8 @@ def gradient_moments_kernel(
         offset = base + p.to(tl.int64)[:, None] * stride_p
         y = (tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) - m[None, :]) * rstd[None, :]
         g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        if extra_ptr is not None:
-            g += tl.load(extra_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if skip_grad_ptr is not None:
+            g += tl.load(skip_grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         out = y
         if out_ptr is not None:
             out = tl.load(out_ptr + offset, mask=mask, other=0.0).to(tl.float32)
@@ -111,7 +111,7 @@ def _gradient_row(
     partial_ptr, moments_ptr, state_ptr, rzeta_ptr, kappa_ptr, weight, bias, n, c, live,
     channels, groups, group_size, splits, pixels, eps,
 ):  # fmt: skip
-    """(1 / s, Y, Q, G, GY) of samples n, with G and GY behind the guard."""
+    """(1 / s, Y, Q, G, GY) of samples n, with G and GY behind the error compensation."""
     g, gy = _merge_gradients(partial_ptr, n, c, live, channels, splits, pixels)
     rstd, y, var = _normalised_moments(moments_ptr, state_ptr, n * channels + c, live, eps)
     if rzeta_ptr is not None:
@@ -210,7 +210,7 @@ def backward_scan_kernel(
 
 @triton.jit
 def gradient_apply_kernel(
-    g_ptr, extra_ptr, x_ptr, out_ptr, grad_x_ptr, grad_residual_ptr, state_ptr, control_ptr, weight_ptr, bias_ptr,
+    g_ptr, skip_grad_ptr, x_ptr, out_ptr, grad_x_ptr, grad_residual_ptr, state_ptr, control_ptr, weight_ptr, bias_ptr,
     rzeta_ptr, kappa_ptr, pixels, channels, groups, group_size, stride_n, stride_p, stride_c, eps, clamp,
     RELU: tl.constexpr, CLAMP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -235,8 +235,8 @@ def gradient_apply_kernel(
         constant -= gain * kappa * bias
     centred = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) - m[None, :]
     g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    if extra_ptr is not None:
-        g += tl.load(extra_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if skip_grad_ptr is not None:
+        g += tl.load(skip_grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     out = centred
     if out_ptr is not None:
         out = tl.load(out_ptr + offset, mask=mask, other=0.0).to(tl.float32)

@@ -63,12 +63,12 @@ def _merge_moments(partial_ptr, n, c, live, channels, splits, rows, pixels):
 
 @triton.jit
 def forward_scan_kernel(
-    partial_ptr, moments_ptr, state_ptr, mean_ptr, var_ptr, samples, channels, splits, rows, pixels, alpha, rest,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, moments_ptr, state_ptr, mean_ptr, var_ptr, samples, channels, splits, rows, pixels, alpha,
+    one_minus_alpha, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Run the statistics over the samples; writes both tables and moves the state past the batch.
 
-    ``rest`` is 1 - alpha and ``k`` below 1 - alpha_bkw, both rounded once, from float64.
+    ``one_minus_alpha``, and ``k`` below, which is 1 - alpha_bkw, are rounded once, from float64.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < channels
@@ -87,18 +87,20 @@ def forward_scan_kernel(
         # m before each sample: scan over the sample before it, nothing for the first row.
         follows = live & (lane > 0)
         before, _ = _merge_moments(partial_ptr, n - 1, c_row, follows, channels, splits, rows, pixels)
-        a, b = tl.associative_scan((tl.where(follows, alpha, 1.0), tl.where(follows, rest * before, 0.0)), 0, compose)
+        a, b = tl.associative_scan(
+            (tl.where(follows, alpha, 1.0), tl.where(follows, one_minus_alpha * before, 0.0)), 0, compose
+        )
         m = a * mean[None, :] + b
         tl.store(state_ptr + 2 * index, m, mask=live)
         # Variance after each sample, stored where the next sample finds it.
         d = mu - m
         a, b = tl.associative_scan(
-            (tl.where(live, alpha, 1.0), tl.where(live, rest * (q + alpha * d * d), 0.0)), 0, compose
+            (tl.where(live, alpha, 1.0), tl.where(live, one_minus_alpha * (q + alpha * d * d), 0.0)), 0, compose
         )
         after = a * var[None, :] + b
         tl.store(state_ptr + 2 * (index + channels) + 1, after, mask=live & (n + 1 < samples))
         end = n == min(start + BLOCK_N, samples) - 1
-        mean = tl.sum(tl.where(end, m + rest * d, 0.0), 0)
+        mean = tl.sum(tl.where(end, m + one_minus_alpha * d, 0.0), 0)
         var = tl.sum(tl.where(end, after, 0.0), 0)
     tl.store(mean_ptr + c, mean, mask=in_c)
     tl.store(var_ptr + c, var, mask=in_c)
@@ -134,7 +136,7 @@ def apply_kernel(
     pixels, channels, groups, group_size, state_stride, stride_n, stride_p, stride_c, eps, clamp,
     RELU: tl.constexpr, CLAMP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """relu(guard(affine((x - m) / s)) + residual) of one tile."""
+    """relu(compensate(affine((x - m) / s)) + residual) of one tile."""
     blocks = tl.cdiv(pixels, BLOCK_P)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     p = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
