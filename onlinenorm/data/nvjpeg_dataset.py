@@ -10,7 +10,7 @@ from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.jpeg_header import Frame, read_frame
 from onlinenorm.data.randomness import CONTENT, hash64, uniforms
 from onlinenorm.data.sampler import Request, split_requests
-from onlinenorm.data.transforms import DRAWS, Plan, colour_shifts
+from onlinenorm.data.transforms import DRAWS, colour_shifts, rows_of_plan
 
 CPU_DECODER = "torchvision"  # of what the GPU does not decode
 
@@ -21,8 +21,8 @@ class EncodedBatch(NamedTuple):
     """N images, of which M were decoded by the worker.
 
     data: uint8, files one after another. bounds: int64, N + 1, where each begins and ends; empty for the M.
-    plans_N9: int32, see `row_of_plan`. crops_NHWC: uint8, M x S x S x 3. rows: int64, M, their positions in the batch.
-    epochs, labels, indices: int64, N; indices and labels as in every batch. colour: float32, N x 3 or empty.
+    plans_N9: int32, see `transforms.rows_of_plan`. crops_NHWC: uint8, M x S x S x 3. rows: int64, M, their positions in
+    the batch. epochs, labels, indices: int64, N; indices and labels as in every batch. colour: float32, N x 3 or empty.
     """
 
     data: torch.Tensor
@@ -39,18 +39,6 @@ class EncodedBatch(NamedTuple):
 def suits_device(frame: Frame | None) -> bool:
     """Whether GPU decoders take this file: whole, baseline, 8 bits, gray or three components."""
     return frame is not None and frame.process in _BASELINE and frame.bits == 8 and frame.components in (1, 3)
-
-
-def row_of_plan(plan: Plan) -> list[int]:
-    """A plan of one crop as nine numbers: box (all -1 for None), size, crop's left, top and mirrored."""
-    assert len(plan.crops) == 1
-    return [*(plan.box or (-1, -1, -1, -1)), *plan.size, *map(int, plan.crops[0])]
-
-
-def plan_of_row(row: list[int], crop_size: int) -> Plan:
-    """The inverse of `row_of_plan`."""
-    box = None if row[0] < 0 else (row[0], row[1], row[2], row[3])
-    return Plan(box, (row[4], row[5]), ((row[6], row[7], bool(row[8])),), crop_size)
 
 
 class NvjpegDataset(FolderDataset):
@@ -83,7 +71,7 @@ class NvjpegDataset(FolderDataset):
             if data:
                 frame = read_frame(data)
                 assert frame is not None
-                plans_N9[n] = row_of_plan(self.planner(draws_NK[n])(frame.width, frame.height))
+                plans_N9[n] = rows_of_plan(self.planner(draws_NK[n])(frame.width, frame.height))[0]
             else:
                 labels[n], reported[n], crops_KHWC = self.readable(index, draws_NK[n])
                 rows.append(n)

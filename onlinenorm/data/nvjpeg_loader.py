@@ -2,11 +2,10 @@
 
 The plan (box, size, crop, mirror) is made in the worker from the file's header by the same functions as for the other
 decoders, so boxes and mirrors are theirs. What the GPU does not decode (`suits_device`: PNG, CMYK, progressive, cut
-short) is decoded by the worker with the CPU decoder.
+short) is decoded by the worker with the CPU decoder. Crops of a batch are made by two kernels, with the bits that the
+CPU decoder would give the decoded pixels.
 """
 
-import queue
-import threading
 import warnings
 from collections.abc import Iterator
 
@@ -17,10 +16,9 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from onlinenorm.data.datasets import Batch
 from onlinenorm.data.decoders import warnings_lock
-from onlinenorm.data.nvjpeg_dataset import EncodedBatch, NvjpegDataset, plan_of_row
-from onlinenorm.data.transforms import Plan
-
-_QUEUE = 2  # decoded batches that wait for the training step
+from onlinenorm.data.nvjpeg_dataset import EncodedBatch, NvjpegDataset
+from onlinenorm.data.prefetch import prefetch, to_device
+from onlinenorm.data.resize import crop_table, most_taps, resize_crops
 
 
 class NvjpegLoader:
@@ -39,41 +37,8 @@ class NvjpegLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        results: queue.Queue = queue.Queue(_QUEUE)
-        stopped = threading.Event()
-        worker = threading.Thread(target=self._produce, args=(results, stopped), name="nvjpeg", daemon=True)
-        worker.start()
-        try:
-            while (item := results.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                batch, ready = item
-                if ready is not None:
-                    stream = torch.cuda.current_stream(self.device)
-                    stream.wait_event(ready)
-                    for tensor in batch:
-                        if tensor.is_cuda:
-                            tensor.record_stream(stream)
-                yield batch
-        finally:
-            stopped.set()
-            while worker.is_alive():  # it may wait for room
-                _drain(results)
-                worker.join(0.05)
-
-    def _produce(self, results: queue.Queue, stopped: threading.Event) -> None:
-        on_gpu = self.device.type == "cuda"
-        stream = torch.cuda.Stream(self.device) if on_gpu else None
-        try:
-            with torch.cuda.stream(stream):
-                for encoded in self.loader:
-                    if stopped.is_set():
-                        return
-                    batch = decode_batch(encoded, self.dataset, self.device)
-                    results.put((batch, stream.record_event() if on_gpu else None))
-            results.put(None)
-        except BaseException as error:  # told to the thread that waits
-            results.put(error)
+        # decoded in the thread: one by one as they are asked for
+        return prefetch((decode_batch(encoded, self.dataset, self.device) for encoded in self.loader), self.device)
 
 
 def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.device) -> Batch:
@@ -84,17 +49,19 @@ def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.de
     )
     labels, indices = encoded.labels.clone(), encoded.indices.clone()
     if len(encoded.rows):
-        images_NCHW[encoded.rows.to(device)] = encoded.crops_NHWC.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        images_NCHW[to_device(encoded.rows, device)] = encoded.crops_NHWC.to(device, non_blocking=True).permute(
+            0, 3, 1, 2
+        )
     bounds = encoded.bounds.tolist()
     on_device = [n for n in range(len(labels)) if bounds[n + 1] > bounds[n]]
     if on_device:
         files = [encoded.data[bounds[n] : bounds[n + 1]] for n in on_device]
-        plans = [plan_of_row(encoded.plans_N9[n].tolist(), size) for n in on_device]
         decoded, failed = _decode_all(files, device)
         kept = [k for k in range(len(on_device)) if k not in failed]
         if kept:
-            crops_NCHW = _crop_all([decoded[k] for k in kept], [plans[k] for k in kept], size)
-            images_NCHW[torch.tensor([on_device[k] for k in kept]).to(device)] = crops_NCHW
+            places = torch.tensor([on_device[k] for k in kept])
+            crops_NCHW = _crop_all([decoded[k] for k in kept], encoded.plans_N9[places], size)
+            images_NCHW[to_device(places, device)] = crops_NCHW
         for k in failed:  # damaged, or a kind of JPEG that this GPU does not know: the CPU decoder has the last word
             n = on_device[k]
             label, reported, crops_KHWC = dataset.on_cpu(int(indices[n]), int(encoded.epochs[n]))
@@ -121,30 +88,11 @@ def _decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[t
     return decoded, {k for k, image in enumerate(decoded) if image is None}
 
 
-def _crop_all(images: list[torch.Tensor], plans: list[Plan], size: int) -> torch.Tensor:
-    """Each image's plan followed on its device: uint8, N x 3 x size x size."""
-    crops = []
-    for image_CHW, plan in zip(images, plans, strict=True):
-        if plan.box is not None:
-            left, top, width, height = plan.box
-            image_CHW = image_CHW[:, top : top + height, left : left + width]
-        x_NCHW = image_CHW[None].float()
-        if (x_NCHW.shape[3], x_NCHW.shape[2]) != plan.size:
-            x_NCHW = torch.nn.functional.interpolate(x_NCHW, size=plan.size[::-1], mode="bilinear", antialias=True)
-        left, top, _ = plan.crops[0]
-        if (left, top, *plan.size) != (0, 0, size, size):
-            right, bottom = left + size - plan.size[0], top + size - plan.size[1]
-            x_NCHW = torch.nn.functional.pad(x_NCHW, (-left, right, -top, bottom))  # negative: cut off
-        crops.append(x_NCHW)
-    # rounded once for all: three small kernels less an image
-    out_NCHW = torch.cat(crops).round_().clamp_(0, 255).to(torch.uint8)
-    mirrored = torch.from_numpy(np.array([plan.crops[0][2] for plan in plans])).to(out_NCHW.device)
-    return torch.where(mirrored[:, None, None, None], out_NCHW.flip(3), out_NCHW)
-
-
-def _drain(results: queue.Queue) -> None:
-    try:
-        while True:
-            results.get_nowait()
-    except queue.Empty:
-        return
+def _crop_all(images: list[torch.Tensor], plans_N9: torch.Tensor, size: int) -> torch.Tensor:
+    """Each image's plan followed on its device, with the arithmetic of the CPU decoder: uint8, N x 3 x size x size."""
+    heights, widths = np.array([image.shape[1:] for image in images]).T
+    starts = np.cumsum([0, *(image.numel() for image in images[:-1])])
+    table = crop_table(plans_N9.numpy(), starts, widths, heights, "torch")
+    pixels = torch.cat([image.flatten() for image in images])
+    on_device = to_device(torch.from_numpy(table), pixels.device)
+    return resize_crops(pixels, on_device, most_taps(table), size, channels=3, arithmetic="torch")

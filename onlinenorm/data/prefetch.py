@@ -1,0 +1,67 @@
+"""Batches made ahead on a stream of their own, in a thread beside the one that trains."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from onlinenorm.data.datasets import Batch
+
+THREAD = "prefetch"
+_QUEUE = 2  # batches that wait for the training step
+
+
+def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches in their order; their work on a GPU overlaps with that of whoever takes them.
+
+    An error within `batches` is raised here. Leaving early ends the thread.
+    """
+    results: queue.Queue = queue.Queue(_QUEUE)
+    stopped = threading.Event()
+    worker = threading.Thread(target=_produce, args=(batches, device, results, stopped), name=THREAD, daemon=True)
+    worker.start()
+    try:
+        while (item := results.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            batch, ready = item
+            if ready is not None:
+                stream = torch.cuda.current_stream(device)
+                stream.wait_event(ready)
+                for tensor in batch:
+                    if tensor.is_cuda:
+                        tensor.record_stream(stream)
+            yield batch
+    finally:
+        stopped.set()
+        while worker.is_alive():  # it may wait for room
+            _drain(results)
+            worker.join(0.05)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`, copied from pinned memory where that is a GPU, so that nothing waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _produce(batches: Iterable[Batch], device: torch.device, results: queue.Queue, stopped: threading.Event) -> None:
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    try:
+        with torch.cuda.stream(stream):
+            for batch in batches:
+                if stopped.is_set():
+                    return
+                results.put((batch, stream.record_event() if on_gpu else None))
+        results.put(None)
+    except BaseException as error:  # told to the thread that waits
+        results.put(error)
+
+
+def _drain(results: queue.Queue) -> None:
+    try:
+        while True:
+            results.get_nowait()
+    except queue.Empty:
+        return
