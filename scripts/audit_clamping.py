@@ -10,28 +10,22 @@ clamping.png. Exit code 0: written; 2: the run, its data or the arguments do not
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    from onlinenorm.deploy import load_trained
-    from onlinenorm.deploy.audit import audit, draw_audit, render_audit
-    from onlinenorm.deploy.command import ALLOW, told
-    from onlinenorm.deploy.export import made_with
-    from onlinenorm.deploy.images import pick_device
-    from onlinenorm.errors import DeployError, cli_errors
-    from onlinenorm.files import staging
-    from onlinenorm.provenance import hardware
-except ModuleNotFoundError:
-    # called as scripts/audit_clamping.py from a shell in which the project's environment is not active
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+from scripts._venv import run_main
+
+from onlinenorm.deploy import load_trained
+from onlinenorm.deploy.audit import audit, draw_audit, render_audit
+from onlinenorm.deploy.command import ALLOW, told
+from onlinenorm.deploy.export import made_with
+from onlinenorm.deploy.images import pick_device
+from onlinenorm.errors import DeployError
+from onlinenorm.files import staging
+from onlinenorm.provenance import hardware
 
 VALUES = (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 12)
 
@@ -75,5 +69,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

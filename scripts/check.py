@@ -23,33 +23,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
-sys.path.insert(0, str(ROOT))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    import torch
+from scripts._venv import run_main
 
-    from onlinenorm.cli.arguments import parse_script
-    from onlinenorm.cli.compose import load_config
-    from onlinenorm.data import ImageDataModule
-    from onlinenorm.data.datasets import FolderDataset
-    from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
-    from onlinenorm.errors import ConfigError, RunError, cli_errors
-    from onlinenorm.report.runs import Run
-    from onlinenorm.report.settings import departures
-    from onlinenorm.report.spec import load_spec
-    from onlinenorm.text import duration
-    from onlinenorm.training.config_check import build, check_config, prefixed
-    from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
-    from onlinenorm.training.recipe import build_optimizer
-    from onlinenorm.training.run_folder import RunFolder, run_path
-    from onlinenorm.training.trainer import quiet_lightning, resolve
-except ModuleNotFoundError:
-    # called from a shell in which the project's environment is not active
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+import torch
+
+from onlinenorm.cli.arguments import parse_script
+from onlinenorm.cli.compose import load_config
+from onlinenorm.data import ImageDataModule
+from onlinenorm.data.datasets import FolderDataset
+from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
+from onlinenorm.errors import ConfigError, RunError
+from onlinenorm.report.runs import Run
+from onlinenorm.report.settings import departures
+from onlinenorm.report.spec import load_spec
+from onlinenorm.text import duration
+from onlinenorm.training.config_check import build, check_config, prefixed
+from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
+from onlinenorm.training.recipe import build_optimizer
+from onlinenorm.training.run_folder import RunFolder, run_path
+from onlinenorm.training.trainer import quiet_lightning, resolve
 
 OK, WARN, FAIL = "ok", "warning", "FAIL"
 CHECKPOINT_FILES = 4  # last, previous, best, and the one being written
@@ -333,5 +327,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

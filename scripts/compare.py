@@ -10,25 +10,19 @@ unfinished or damaged, or the two did not see the same images.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    import yaml
+from scripts._venv import run_main
 
-    from onlinenorm.errors import ReportError, cli_errors
-    from onlinenorm.report.paired import check_same_images, pair, read_predictions, render_pairing
-    from onlinenorm.report.runs import Run, load_run
-    from onlinenorm.report.tally import former_attempts
-except ModuleNotFoundError:
-    # called as scripts/compare.py from a shell in which the project's environment is not active
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+import yaml
+
+from onlinenorm.errors import ReportError
+from onlinenorm.report.paired import check_same_images, pair, read_predictions, render_pairing
+from onlinenorm.report.runs import Run, load_run
+from onlinenorm.report.tally import former_attempts
 
 
 def read_run(folder: Path) -> Run:
@@ -71,5 +65,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

@@ -11,25 +11,18 @@ card. Exit code 0: all forms asked for are written; 1: refused by that compariso
 """
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    from onlinenorm.deploy import FORMS, load_trained
-    from onlinenorm.deploy.card import TORCHSCRIPT
-    from onlinenorm.deploy.command import ALLOW, told
-    from onlinenorm.deploy.export import export, facts, table
-    from onlinenorm.errors import cli_errors
-except ModuleNotFoundError:
-    # called as scripts/export.py from a shell in which the project's environment is not active
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+from scripts._venv import run_main
+
+from onlinenorm.deploy import FORMS, load_trained
+from onlinenorm.deploy.card import TORCHSCRIPT
+from onlinenorm.deploy.command import ALLOW, told
+from onlinenorm.deploy.export import export, facts, table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,5 +70,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

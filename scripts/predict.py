@@ -11,24 +11,17 @@ not allow it.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    from onlinenorm.deploy import DeployError, load_trained
-    from onlinenorm.deploy.command import ALLOW, told
-    from onlinenorm.deploy.images import pick_device
-    from onlinenorm.deploy.predict import class_names, find_images, predict
-    from onlinenorm.errors import cli_errors
-except ModuleNotFoundError:
-    # called as scripts/predict.py from a shell in which the project's environment is not active
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+from scripts._venv import run_main
+
+from onlinenorm.deploy import DeployError, load_trained
+from onlinenorm.deploy.command import ALLOW, told
+from onlinenorm.deploy.images import pick_device
+from onlinenorm.deploy.predict import class_names, find_images, predict
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,5 +64,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

@@ -15,28 +15,21 @@ Exit code 0: done and, with --verify, found good; 1: what is wrong is printed; 2
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
-sys.path.insert(0, str(ROOT))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    from onlinenorm.data.archives import TRAIN_ARCHIVE
-    from onlinenorm.data.imagenet import open_splits
-    from onlinenorm.data.index import list_classes, name_few
-    from onlinenorm.data.prepare import SHARD_BYTES, check_archives, chosen_classes, extract, pack
-    from onlinenorm.data.verify import record, verify
-    from onlinenorm.errors import DataError, cli_errors
-    from onlinenorm.text import duration
-except ModuleNotFoundError:
-    # called from a shell in which the project's environment is not active
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+from scripts._venv import run_main
+
+from onlinenorm.data.archives import TRAIN_ARCHIVE
+from onlinenorm.data.imagenet import open_splits
+from onlinenorm.data.index import list_classes, name_few
+from onlinenorm.data.prepare import SHARD_BYTES, check_archives, chosen_classes, extract, pack
+from onlinenorm.data.verify import record, verify
+from onlinenorm.errors import DataError
+from onlinenorm.text import duration
 
 
 class Progress:
@@ -132,5 +125,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

@@ -12,27 +12,21 @@ settings (nothing is written); 2: wrong usage.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    import yaml
+from scripts._venv import ROOT, run_main
 
-    from onlinenorm.errors import ReportError, cli_errors
-    from onlinenorm.files import write_together
-    from onlinenorm.report.ablation import ablation_table, build_ablation
-    from onlinenorm.report.runs import find_run_folders, load_runs
-    from onlinenorm.report.spec import load_spec
-    from onlinenorm.report.study import ablation_files, load_studies, study_files
-except ModuleNotFoundError:
-    # called as scripts/study.py from a shell in which the project's environment is not active
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+import yaml
+
+from onlinenorm.errors import ReportError
+from onlinenorm.files import write_together
+from onlinenorm.report.ablation import ablation_table, build_ablation
+from onlinenorm.report.runs import find_run_folders, load_runs
+from onlinenorm.report.spec import load_spec
+from onlinenorm.report.study import ablation_files, load_studies, study_files
 
 
 def read_yaml(path: Path):
@@ -70,5 +64,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

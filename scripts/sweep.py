@@ -32,27 +32,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    import torch
+from scripts._venv import ROOT, run_main
 
-    from onlinenorm.cli.arguments import literal, parse_script
-    from onlinenorm.cli.compose import jobs, limited_experiment, load_config, parse_override
-    from onlinenorm.data.workers import STOP_SIGNALS
-    from onlinenorm.errors import ConfigError, cli_errors
-    from onlinenorm.text import duration
-    from onlinenorm.training.attempts import DIVERGED, former_attempts, keep_attempt
-    from onlinenorm.training.config_check import check_config
-    from onlinenorm.training.epoch_log import read_rows
-    from onlinenorm.training.run_folder import FAILED, RunFolder
-except ModuleNotFoundError:
-    # called from a shell in which the project's environment is not active
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+import torch
+
+from onlinenorm.cli.arguments import literal, parse_script
+from onlinenorm.cli.compose import jobs, limited_experiment, load_config, parse_override
+from onlinenorm.data.workers import STOP_SIGNALS
+from onlinenorm.errors import ConfigError
+from onlinenorm.text import duration
+from onlinenorm.training.attempts import DIVERGED, former_attempts, keep_attempt
+from onlinenorm.training.config_check import check_config
+from onlinenorm.training.epoch_log import read_rows
+from onlinenorm.training.run_folder import FAILED, RunFolder
 
 # exit codes of runs that have saved themselves, or had not begun
 STOPPED = {code for number in STOP_SIGNALS for code in (128 + number, -number)}
@@ -304,5 +298,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

@@ -12,31 +12,25 @@ missing, damaged or of different settings (nothing is written, the message names
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    from omegaconf import OmegaConf
-    from rich.console import Console
+from scripts._venv import run_main
 
-    from onlinenorm.errors import ReportError, cli_errors
-    from onlinenorm.files import write_together
-    from onlinenorm.report.curves import draw_curves
-    from onlinenorm.report.markdown import render_markdown
-    from onlinenorm.report.page import render_page
-    from onlinenorm.report.runs import load_runs
-    from onlinenorm.report.spec import load_spec
-    from onlinenorm.report.table import build_report
-    from onlinenorm.report.terminal import print_report
-except ModuleNotFoundError:
-    # called as scripts/table1.py from a shell in which the project's environment is not active
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from onlinenorm.errors import ReportError
+from onlinenorm.files import write_together
+from onlinenorm.report.curves import draw_curves
+from onlinenorm.report.markdown import render_markdown
+from onlinenorm.report.page import render_page
+from onlinenorm.report.runs import load_runs
+from onlinenorm.report.spec import load_spec
+from onlinenorm.report.table import build_report
+from onlinenorm.report.terminal import print_report
 
 
 def read_yaml(path: Path):
@@ -80,5 +74,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

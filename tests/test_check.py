@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,16 +9,15 @@ sys.path.append(str(Path(__file__).parent / "data"))
 
 from image_folders import write_tree
 
+from scripts import check
+
 TINY = ("recipe=cifar", "model=cifar_resnet8", "trainer=cpu", "normalizer=batch", "recipe.batch_size=8")
 SYNTHETIC = (*TINY, "data=synthetic", "data.num_train=64", "data.num_val=16", "data.image_size=16")
 
 
-@pytest.fixture(scope="session")
-def script(root):
-    spec = importlib.util.spec_from_file_location("check", root / "scripts" / "check.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script():
+    return check
 
 
 @pytest.fixture

@@ -91,11 +91,3 @@ def test_ctrl_c_is_told_in_a_word(capsys):
     with pytest.raises(SystemExit) as left, cli_errors("table1.py: "):
         raise KeyboardInterrupt
     assert left.value.code == 130 and capsys.readouterr().err == "table1.py: Ctrl-C\n"
-
-
-def test_every_script_ends_through_it(root):
-    scripts = [file for file in (root / "scripts").rglob("*.py") if '__name__ == "__main__"' in file.read_text()]
-    assert len(scripts) > 10
-    for file in scripts:
-        if "onlinenorm" in file.read_text().partition('__name__ == "__main__"')[0] and file.name != "readme.py":
-            assert "with cli_errors(" in file.read_text(), file

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,20 +15,13 @@ from official_archives import WNIDS, write_official
 
 from onlinenorm.data import ImageNet, prepare
 from onlinenorm.data.archives import ArchiveIndex
-
-
-@pytest.fixture(scope="session")
-def script(root):
-    spec = importlib.util.spec_from_file_location("prepare_imagenet", root / "scripts" / "prepare_imagenet.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import prepare_imagenet
 
 
 @pytest.fixture
-def main(script, tmp_path, monkeypatch):
+def main(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return lambda *arguments: script.main([str(argument) for argument in arguments])
+    return lambda *arguments: prepare_imagenet.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -155,10 +147,10 @@ def test_verify_names_unreadable_images_and_wrong_counts(main, official, tmp_pat
     assert "6 validation images, not 7" in printed and "3 classes without 50 validation images" in printed
 
 
-def test_progress_tells_rate_and_time_to_go(script, capsys, monkeypatch):
+def test_progress_tells_rate_and_time_to_go(capsys, monkeypatch):
     clock = iter([0.0, 10.0, 20.0])
-    monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
-    progress = script.Progress(interval=1)
+    monkeypatch.setattr(prepare_imagenet.time, "monotonic", lambda: next(clock))
+    progress = prepare_imagenet.Progress(interval=1)
     for done in (0, 1000, 4000):
         progress("writing", done, 4000)
     lines = capsys.readouterr().err.splitlines()

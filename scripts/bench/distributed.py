@@ -24,7 +24,9 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts._venv import run_main
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from onlinenorm import OnlineNorm2d, models
-from onlinenorm.errors import cli_errors
 from onlinenorm.normalizers import synchronise_batch_norm
 from onlinenorm.training.cuda_graph import GraphedStep
 from scripts.bench import common
@@ -283,5 +284,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

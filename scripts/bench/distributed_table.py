@@ -9,9 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from onlinenorm.errors import cli_errors
+from scripts._venv import run_main
+
 from onlinenorm.report.cost import origin
 from onlinenorm.report.markdown import markdown_table
 
@@ -79,5 +80,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

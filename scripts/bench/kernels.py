@@ -16,11 +16,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts._venv import run_main
 
 import torch
 
-from onlinenorm.errors import cli_errors
 from onlinenorm.ops.fused import single_read, two_pass
 from onlinenorm.ops.fused.tiling import TUNINGS, WIDTH, Tuning
 from onlinenorm.ops.spec import NormSpec
@@ -167,7 +168,7 @@ def parts(normalizer: str, batch: int, size: int) -> dict[str, dict]:
     return {part: {**found[part], "milliseconds": round(found[part]["milliseconds"], 3)} for part in order}
 
 
-def main(argv=None) -> dict:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 32])
     parser.add_argument("--size", type=int, default=224, help="pixels a side of the network's input")
@@ -195,9 +196,7 @@ def main(argv=None) -> dict:
         results["step"][normalizer] = parts(normalizer, args.batch[0], args.size)
         print(normalizer, results["step"][normalizer], flush=True)
         common.write(args.output, results)
-    return results
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        main()
+    run_main(main)

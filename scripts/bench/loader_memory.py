@@ -24,24 +24,18 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
-sys.path.insert(0, str(ROOT))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-try:
-    import numpy as np
-    from PIL import Image
+from scripts._venv import ROOT, run_main
 
-    from onlinenorm.data import ImageNet, archives
-    from onlinenorm.data.datasets import FolderDataset
-    from onlinenorm.data.index import pack_names
-    from onlinenorm.data.index_cache import cached_arrays
-    from onlinenorm.errors import cli_errors
-    from onlinenorm.provenance import environment, hardware
-except ModuleNotFoundError:
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+import numpy as np
+from PIL import Image
+
+from onlinenorm.data import ImageNet, archives
+from onlinenorm.data.datasets import FolderDataset
+from onlinenorm.data.index import pack_names
+from onlinenorm.data.index_cache import cached_arrays
+from onlinenorm.provenance import environment, hardware
 
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
 
@@ -165,5 +159,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

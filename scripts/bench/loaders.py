@@ -23,23 +23,17 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
-sys.path.insert(0, str(ROOT))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-try:
-    import torch
+from scripts._venv import ROOT, run_main
 
-    from onlinenorm.data import ImageNet
-    from onlinenorm.data.decoders import DECODERS
-    from onlinenorm.errors import cli_errors
-    from scripts.bench import loaders_table
-    from scripts.bench.jpeg_set import make_set
-    from scripts.bench.loaders_table import REFERENCE
-except ModuleNotFoundError:
-    if not VENV_PYTHON.exists() or Path(sys.prefix) == VENV_PYTHON.parents[1]:
-        raise
-    os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+import torch
+
+from onlinenorm.data import ImageNet
+from onlinenorm.data.decoders import DECODERS
+from scripts.bench import loaders_table
+from scripts.bench.jpeg_set import make_set
+from scripts.bench.loaders_table import REFERENCE
 
 RESULTS = ROOT / "results" / "bench_data.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -355,5 +349,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

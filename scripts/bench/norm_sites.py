@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts._venv import run_main
 
 import torch
 from torch import nn
 
 from onlinenorm import OnlineNorm2d, models
-from onlinenorm.errors import cli_errors
 from scripts.bench import common
 
 ROTATE = 150e6  # bytes of inputs to rotate over, so that the L2 cache of one call does not serve the next
@@ -159,7 +160,7 @@ def plot(results: dict, path: str) -> None:
     plt.close(figure)
 
 
-def main(argv=None) -> dict:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels a side of the network's input")
@@ -193,9 +194,7 @@ def main(argv=None) -> dict:
                 print(f"N = {batch} {site} x{count} {name}: {times}", flush=True)
             common.write(args.output, results)
     plot(results, str(args.output).removesuffix(".json") + ".png")
-    return results
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        main()
+    run_main(main)

@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from scripts._venv import run_main
 
-from onlinenorm.errors import cli_errors
 from onlinenorm.report.cost import origin
 from onlinenorm.report.markdown import markdown_table
 from scripts.bench.norm_sites import plot
@@ -91,5 +91,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

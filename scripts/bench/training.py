@@ -23,13 +23,14 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts._venv import run_main
 
 import torch
 import torch.nn.functional as F
 
 from onlinenorm import OnlineNorm2d, models
-from onlinenorm.errors import cli_errors
 from onlinenorm.report.spec import load_spec
 from scripts.bench import common
 from scripts.bench.training_table import fastest, over, smallest, workload
@@ -220,7 +221,7 @@ def _settings(row: dict) -> str:
     return ", ".join(part for part in (row["mode"] + compiler, row["dtype"], stem) if part)
 
 
-def main(argv=None) -> dict:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
@@ -289,9 +290,7 @@ def main(argv=None) -> dict:
     common.write(args.output, results)
     plot(results, str(args.output).removesuffix(".json") + ".png")
     print(*summary(results["rows"]), sep="\n")
-    return results
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        main()
+    run_main(main)

@@ -13,10 +13,12 @@ import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts._venv import run_main
 
 from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, FILES, FULL, find_full_set, read_split
-from onlinenorm.errors import DataError, cli_errors
+from onlinenorm.errors import DataError
 
 
 def build(root: str | None) -> dict[str, bytes]:
@@ -85,5 +87,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

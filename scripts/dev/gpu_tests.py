@@ -14,16 +14,16 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a plain checkout too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts._venv import ROOT, run_main
 
 import torch
 
-from onlinenorm.errors import cli_errors
 from onlinenorm.report.cost import origin
 from onlinenorm.report.markdown import markdown_table
 from scripts.bench import common
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = (
     "tests/ops/test_fused.py", "tests/ops/test_fused_single_read.py", "tests/ops/test_fused_max_pool.py",
     "tests/ops/test_fused_training.py", "tests/ops/test_range.py", "tests/training/test_cuda_graph.py",
@@ -121,5 +121,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        sys.exit(main())
+    run_main(main)

@@ -1,0 +1,60 @@
+"""Every script is a module with a main(), starts in .venv where the calling Python lacks packages, and ends alike."""
+
+import importlib
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").rglob("*.py"))
+PROGRAMS = [file for file in FILES if '__name__ == "__main__"' in (ROOT / file).read_text(encoding="utf-8")]
+BARE = [sys.executable, "-S"]  # a Python without packages
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=str)
+def test_scripts_are_modules_that_end_through_one_function(file):
+    module = importlib.import_module(".".join(file.with_suffix("").parts))
+    (parameter,) = inspect.signature(module.main).parameters.values()
+    assert parameter.default is None
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert text.endswith('if __name__ == "__main__":\n    run_main(main)\n')
+
+
+def test_one_place_starts_another_python():
+    assert len(PROGRAMS) > 20
+    assert [file.name for file in FILES if "os.exec" in (ROOT / file).read_text(encoding="utf-8")] == ["_venv.py"]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of scripts/ alone."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def call(checkout, *words):
+    return subprocess.run([*BARE, *words], cwd=checkout, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", ["scripts/table1.py", "scripts/bench/loaders.py"])
+def test_a_python_without_packages_hands_over_to_the_environment(checkout, script):
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "environment: $@"\nexit 7\n')
+    python.chmod(0o755)
+    done = call(checkout, script, "runs", "--output", "a b")
+    assert (done.returncode, done.stdout) == (7, f"environment: {script} runs --output a b\n"), done.stderr
+
+
+def test_without_an_environment_it_says_how_to_make_one(checkout):
+    done = call(checkout, "scripts/check.py")
+    assert done.returncode == 1 and "scripts/environment.sh" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_program_that_imports_a_script_is_not_replaced(checkout):
+    done = call(checkout, "-c", "import scripts._venv; print('goes on')")
+    assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
