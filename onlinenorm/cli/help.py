@@ -19,6 +19,7 @@ python train.py --help [KEY=VALUE ...]       this page for other choices, as in 
 A path may hold any character; quote for the shell alone. Another text with = [ ( , or spaces: 'KEY="TEXT"'.
 Exit code 0: done; 1: the run failed; 2: the configuration cannot be meant; 128 + signal: stopped and saved.
 """
+_INHERITED = re.compile(r"  - (?P<file>[\w/]+)(@_here_)?")
 _LINE = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: +(?P<value>[^#\s].*?))?(?: +# ?(?P<comment>.*))?")
 
 
@@ -42,9 +43,13 @@ def about(file: Path) -> str:
 
 
 def settings(file: Path) -> dict[str, Setting]:
-    """Dotted key -> `Setting` of a configuration file, but for Hydra's own and those that name code."""
+    """Dotted key -> `Setting` of a configuration file and those it inherits, but for Hydra's and what names code."""
     found, path = {}, []
     for line in file.read_text(encoding="utf-8").splitlines():
+        if path == ["defaults"] and (base := _INHERITED.fullmatch(line)):
+            places = [folder / f"{base['file']}.yaml" for folder in (file.parent, CONFIGS / file.parent.name)]
+            found |= next((settings(place) for place in places if place.is_file()), {})
+            continue
         match = _LINE.fullmatch(line)
         if match is None:
             continue

@@ -24,6 +24,17 @@ def test_every_key_has_its_value_and_a_meaning(overrides):
             assert f" {name} " in page
 
 
+def test_what_a_file_inherits_is_told_too(tmp_path):
+    own = tmp_path / "normalizer" / "own.yaml"
+    own.parent.mkdir()
+    own.write_text("defaults:\n  - online_none\n  - _self_\n\nclamp_value: 3.0 # mine\n")
+    found = help.settings(own)
+    assert found["clamp_value"] == help.Setting("3.0", "mine") and found["error_compensation"].value == "none"
+    assert found.keys() == help.settings(help.CONFIGS / "normalizer" / "online_clamp.yaml").keys()
+    config = load_config(["normalizer=own"], str(tmp_path))["normalizer"]
+    assert config["_target_"].endswith("OnlineNorm2d") and config["clamp_value"] == 3
+
+
 def test_each_setting_is_commented():
     for group in help.GROUPS[:-1]:
         files = help._files(group)

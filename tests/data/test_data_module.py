@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-import yaml
 
 from onlinenorm import data as onlinenorm_data
+from onlinenorm.cli.compose import load_config
 from onlinenorm.data import FashionMNIST, ImageDataModule, Synthetic
 from onlinenorm.data.gpu_cache import GpuCacheLoader
 
@@ -180,8 +180,8 @@ def test_a_batch_larger_than_the_set_is_refused():
 
 
 @pytest.mark.parametrize("name", ["embedded", "fashion_mnist", "synthetic", "imagenet"])
-def test_configs_are_constructor_calls(root, name):
-    config = yaml.safe_load((root / "configs" / "data" / f"{name}.yaml").read_text())
+def test_configs_are_constructor_calls(name):
+    config = load_config([f"data={name}"])["data"]
     kind = getattr(onlinenorm_data, config.pop("_target_").rpartition(".")[2])
     data = kind(**config, batch_size=16, seed=1, augmentation="none", evaluation="center_crop")
     assert isinstance(data, ImageDataModule) and data.name == name
