@@ -23,10 +23,11 @@ import yaml
 
 from onlinenorm.errors import ReportError
 from onlinenorm.files import write_together
-from onlinenorm.report.ablation import ablation_table, build_ablation
+from onlinenorm.report.ablation import build_ablation
 from onlinenorm.report.runs import find_run_folders, load_runs
 from onlinenorm.report.spec import load_spec
 from onlinenorm.report.study import ablation_files, load_studies, study_files
+from onlinenorm.report.words import ablation_table
 
 
 def read_yaml(path: Path):

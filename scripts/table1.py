@@ -25,12 +25,10 @@ from rich.console import Console
 from onlinenorm.errors import ReportError
 from onlinenorm.files import write_together
 from onlinenorm.report.curves import draw_curves
-from onlinenorm.report.markdown import render_markdown
-from onlinenorm.report.page import render_page
+from onlinenorm.report.render import print_report, render_markdown, render_page
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.spec import load_spec
 from onlinenorm.report.table import build_report
-from onlinenorm.report.terminal import print_report
 
 
 def read_yaml(path: Path):

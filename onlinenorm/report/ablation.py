@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report import text
-from onlinenorm.report.markdown import markdown_table, provenance_markdown
 from onlinenorm.report.runs import Run, lookup
 from onlinenorm.report.settings import NOT_SET, check_one_point, differences
 from onlinenorm.report.spec import ReportSpec
@@ -177,41 +175,3 @@ def _point(name: tuple[str, str], runs: Sequence[Run], spec: ReportSpec) -> Poin
         attempts=former_attempts(runs),
         tally=tally(runs),
     )
-
-
-def ablation_table(ablation: Ablation) -> str:
-    """Value x series: n, diverged runs, and mean +- sd of last and best figures."""
-    metrics = ("last_top1", "last_loss", "best_top1", "best_loss")
-    body = []
-    for point in ablation.points:
-        marked = " (published)" if point.value == ablation.published else ""
-        n = "; ".join([str(point.n), *point.unfinished])
-        diverged = point.tally.mark if point.tally.attempts else str(point.tally.diverged)
-        cells = [spread(point.summaries[metric], metric) for metric in metrics]
-        body.append([point.value + marked, point.series, n, diverged, *cells])
-    names = [text.METRIC_NAMES[metric] for metric in metrics]
-    return markdown_table([ablation.name, "normalizer", "n", "diverged", *names], body)
-
-
-def spread(summary: Summary | None, metric: str) -> str:
-    """Mean +- sd with its unit; the value alone for one seed; a dash for none."""
-    if summary is None:
-        return "–"
-    if summary.sd is None:
-        return text.figure(summary.mean, metric)
-    unit = " %" if text.is_accuracy(metric) else ""
-    return f"{text.bare(summary.mean, metric)} ± {text.bare(summary.sd, metric)}{unit}"
-
-
-def render_ablation(ablation: Ablation) -> str:
-    """The whole ablation as Markdown."""
-    parts = [f"# {ablation.heading}", ablation_table(ablation), *filter(None, [ablation.note])]
-    parts.append(f"![{ablation.name}](ablation.png)")
-    parts.append("Mean ± sample standard deviation over finished seeds; n counts these. Diverged runs have no figures.")
-    left_out = [(point, line) for point in ablation.points for line in (*point.diverged, *point.attempts)]
-    if left_out:
-        lines = [f"- {point.value}, {point.series}: {line}" for point, line in left_out]
-        parts += ["## Diverged, and former attempts", "\n".join(lines)]
-    if ablation.notes:
-        parts += [f"## Not only {ablation.name} differs", "\n".join(f"- {note}" for note in ablation.notes)]
-    return "\n\n".join([*parts, "## Where the numbers come from", provenance_markdown(ablation.provenance)]) + "\n"

@@ -3,18 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onlinenorm.report import text
+import pandas as pd
+
 from onlinenorm.report.ablation import CLAMP_KEY, value_of
 from onlinenorm.report.checks import lookup
-from onlinenorm.report.markdown import markdown_table
 from onlinenorm.report.runs import Run, milestones
 from onlinenorm.report.tally import tally
-
-HOW = (
-    "The clamped fraction is that of activations beyond the clamp value before clamp, residual and ReLU, over all "
-    "clamped layers: over training in about ten batches of each epoch's validation, after it over the whole validation "
-    "set. `0` means that not one was."
-)
 
 
 @dataclass(frozen=True)
@@ -53,78 +47,30 @@ def clamps(run: Run) -> bool:
     return bool(course(run)) or said == "clamp" or (said is None and run.normalizer == "online_clamp")
 
 
-def removal_table(studies: Mapping[str, Sequence[Run]]) -> str:
-    """A line a run: what changed when its clamps were removed."""
-    body = []
+def clamp_removals(studies: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
+    """A row a run: what changed when its clamps were removed; `loss` and `top1` are without minus with."""
+    rows = []
     for study, run in clamped_runs(studies):
-        figures, images = run.results["clamping"], run.results["dataset"]["val_images"]
-        loss = figures["without"]["val_loss"] - figures["with"]["val_loss"]
-        top1 = figures["without"]["val_top1"] - figures["with"]["val_top1"]
-        changed = figures["changed_predictions"]
-        cells = [study, run.name, str(figures["layers"]), f"{figures['clamp_value']:g}", f"{changed:,} of {images:,}"]
-        cells += [
-            "0" if loss == 0 else f"{loss:+.1e}",
-            text.difference(top1, "top1"),
-            fraction(figures["clamped_fraction"]),
-        ]
-        body.append([*cells, f"{figures['max_abs_activation']:.3g}"])
-    head = [
-        "study", "run", "layers", "clamp value", "changed predictions", "val loss, without − with, nats",
-        "val accuracy, without − with, points", "clamped fraction", "largest |activation|",
-    ]  # fmt: skip
-    return markdown_table(head, body)
+        figures = run.results["clamping"]
+        change = {key: figures["without"][f"val_{key}"] - figures["with"][f"val_{key}"] for key in ("loss", "top1")}
+        images = run.results["dataset"]["val_images"]
+        rows.append({"study": study, "run": run.name, "images": images, **figures, **change})
+    return pd.DataFrame(rows)
 
 
-def course_table(studies: Mapping[str, Sequence[Run]]) -> str:
-    """A line a study and clamp value: the clamped fraction over training, lowest and highest of its runs."""
+def clamp_courses(studies: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
+    """A row a study and clamp value: the clamped fractions of its finished runs over training, as of `Course`."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for study, runs in studies.items():
         for run in runs:
             if clamps(run):
                 groups.setdefault((study, value_of(run, CLAMP_KEY)), []).append(run)
-    body = []
+    rows = []
     for (study, value), mine in groups.items():
         found = [c for run in mine if run.finished and (c := course(run))]
-        if not found:
-            continue
-        mark = tally(mine).mark
-        before = [c.before_drop for c in found if c.before_drop is not None]
-        cells = [span([c.first for c in found]), span(before), span([c.last for c in found])]
-        zero = f"{sum(c.last == 0 for c in found)} of {len(found)}"
-        body.append(
-            [
-                study,
-                value,
-                str(len(found)) + f" ({mark})" * bool(mark),
-                *cells,
-                zero,
-                span([c.largest for c in found], "{:.3g}"),
-            ]
-        )
-    head = [
-        "study", "clamp value", "runs", "clamped fraction, first epoch", "before the first drop of the learning rate",
-        "last epoch", "runs that end at 0", "largest |activation|, last epoch",
-    ]  # fmt: skip
-    return markdown_table(head, body)
-
-
-def fraction(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
-
-
-def span(values: Sequence[float], form: str = "") -> str:
-    """Lowest to highest; one value where they print alike; a dash for none."""
-    if not values:
-        return "–"
-    low, high = (form.format(v) if form else fraction(v) for v in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
-
-
-def render_clamping(studies: Mapping[str, Sequence[Run]], picture: str | None) -> str:
-    """All of it as Markdown; `picture` is the file name of the figure, if there is one."""
-    parts = ["# What the activation clamps did", HOW]
-    if any(course(run) for runs in studies.values() for run in runs):
-        parts += ["## The clamped fraction over training", course_table(studies)]
-    if picture:
-        parts.append(f"![Clamped fraction and largest activation against epoch]({picture})")
-    return "\n\n".join([*parts, "## Removal after training", removal_table(studies)]) + "\n"
+        if found:
+            before = [c.before_drop for c in found if c.before_drop is not None]
+            figures = {key: [getattr(c, key) for c in found] for key in ("first", "last", "largest")}
+            mark = tally(mine).mark
+            rows.append({"study": study, "clamp_value": value, "mark": mark, "before_drop": before, **figures})
+    return pd.DataFrame(rows)

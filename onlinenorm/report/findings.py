@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from onlinenorm.report import cost, text
-from onlinenorm.report.ablation import Ablation, Point, spread
-from onlinenorm.report.clamps import clamped_runs, clamps, course, fraction, span
+from onlinenorm.report import words
+from onlinenorm.report.ablation import Ablation, Point
+from onlinenorm.report.clamps import clamped_runs, clamps, course
 from onlinenorm.report.pooled import Pooled
 from onlinenorm.report.runs import Run
 from onlinenorm.report.spec import ReportSpec, StudySpec
@@ -29,8 +29,8 @@ def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec, side_by_s
         margins = {c.metric: c.margin for group in judged.values() for c in group}
         allowed = []
         for metric, value in margins.items():
-            number = text.difference(value, metric).lstrip("+").rstrip("0").rstrip(".")
-            unit = "point" + "s" * (number != "1") if text.is_accuracy(metric) else "nats"
+            number = words.difference(value, metric).lstrip("+").rstrip("0").rstrip(".")
+            unit = "point" + "s" * (number != "1") if words.is_accuracy(metric) else "nats"
             allowed.append(f"{number} {unit}")
         told = "; ".join(f"{name}: {', '.join(map(_verdict, group))}" for name, group in judged.items())
         lines.append(f"Verdicts by the margins fixed before the runs ({' and '.join(allowed)}): {told}.")
@@ -55,7 +55,7 @@ def _outcomes(report: Report) -> list[str]:
     """What came of each comparison between rows, the same for several metrics said once."""
     told = []
     for name, group in _judged(report).items():
-        outcomes = [c.verdict.outcome if c.verdict.difference else text.verdict_text(c) for c in group]
+        outcomes = [c.verdict.outcome if c.verdict.difference else words.verdict_text(c) for c in group]
         figures = [_difference(c) for c in group]
         if len(set(outcomes)) == 1:
             parts = [outcomes[0] + (f" ({', '.join(figures)})" if all(figures) else "")]
@@ -74,7 +74,7 @@ def _parted(report: Report) -> tuple[list[Row], list[Row]]:
 def _judged(report: Report) -> dict[str, list[Comparison]]:
     """Comparisons between rows by name, where one of the two has several seeds and neither was left out."""
     n = {row.normalizer: row.n for row in report.rows}
-    groups = text.comparison_groups(report, published=False)
+    groups = words.comparison_groups(report, published=False)
     told = {
         name: [c for c in group if c.verdict.outcome != NOT_RUN and max(n.get(c.first, 0), n.get(c.second, 0)) > 1]
         for name, group in groups.items()
@@ -118,7 +118,7 @@ def _figure(row: Row, *metrics: str) -> str:
     """Mean and spread of each metric, else how the runs ended."""
     if not row.n:
         return "; ".join(row.unfinished)
-    return " and ".join(spread(row.summaries[metric], metric) for metric in metrics)
+    return " and ".join(words.mean_and_spread(row.summaries[metric], metric) for metric in metrics)
 
 
 def _mark(counts: Tally) -> str:
@@ -127,21 +127,21 @@ def _mark(counts: Tally) -> str:
 
 def _verdict(comparison: Comparison) -> str:
     found, metric = comparison.verdict.difference, comparison.metric
-    name = "accuracy" if text.is_accuracy(metric) else "loss"
+    name = "accuracy" if words.is_accuracy(metric) else "loss"
     if found is None:
-        return f"{name} {text.verdict_text(comparison)}"
+        return f"{name} {words.verdict_text(comparison)}"
     diverged = f"; {comparison.verdict.reason}" if "diverged" in comparison.verdict.reason else ""
-    interval = text.interval_words(found, metric)
+    interval = words.interval_words(found, metric)
     return f"{name} **{comparison.verdict.outcome}** ({_difference(comparison, bare=True)}, {interval}{diverged})"
 
 
 def _difference(comparison: Comparison, bare: bool = False) -> str:
     """ "-0.41 points", "+0.0138 nats"; unless bare, with what keeps "equivalent" from being read as "equal"."""
-    found, unit = comparison.verdict.difference, "points" if text.is_accuracy(comparison.metric) else "nats"
+    found, unit = comparison.verdict.difference, "points" if words.is_accuracy(comparison.metric) else "nats"
     if found is None:
         return ""
     apart = not bare and comparison.verdict.outcome == EQUIVALENT and excludes_zero(found)
-    return f"{text.difference(found.mean, comparison.metric)} {unit}" + ", interval excludes 0" * apart
+    return f"{words.difference(found.mean, comparison.metric)} {unit}" + ", interval excludes 0" * apart
 
 
 def _rate(row: Row, runs: Sequence[Run]) -> str:
@@ -174,7 +174,7 @@ def removal_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> s
     )
     if brief:
         images = [results["dataset"]["val_images"] for results in every]
-        percent = span([100 * count / of for count, of in zip(changed, images, strict=True)], "{:.1f}")
+        percent = words.span([100 * count / of for count, of in zip(changed, images, strict=True)], "{:.1f}".format)
         return f"{claim} {percent} % of the predictions, and none in {exact} of {total} runs{_of_clamped(studies)}."
     parts = []
     for study in studies:
@@ -182,8 +182,8 @@ def removal_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> s
         if found:
             points = [r["clamping"]["without"]["val_top1"] - r["clamping"]["with"]["val_top1"] for r in found]
             images = found[0]["dataset"]["val_images"]
-            counts = span([r["clamping"]["changed_predictions"] for r in found], "{:,}")
-            worst = text.difference(max(points, key=abs), "top1")
+            counts = words.span([r["clamping"]["changed_predictions"] for r in found], "{:,}".format)
+            worst = words.difference(max(points, key=abs), "top1")
             parts.append(
                 f"{study}: {counts} of {images:,} predictions in {len(found)} run{'s' * (len(found) > 1)}, accuracy "
                 f"{worst} points at most"
@@ -209,7 +209,8 @@ def course_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> st
         compared += len(before)
         fallen += sum(c.last < c.before_drop for c in before)
         drop, last = (
-            fraction(median(values)) for values in ([c.before_drop for c in before] or [0], [c.last for c in found])
+            words.fraction(median(values))
+            for values in ([c.before_drop for c in before] or [0], [c.last for c in found])
         )
         parts.append(
             f"{study}: median {drop} before the first drop, {last} at the end"
@@ -238,12 +239,14 @@ def ablation_line(ablation: Ablation, brief: bool = False) -> str:
             parts.append(f"{name} finished nowhere")
             continue
         low, high = (pick(reached, key=lambda p: p.summaries["last_top1"].mean) for pick in (min, max))
-        at = [f"{text.figure(p.summaries['last_top1'].mean, 'top1')} at {p.value}{_mark(p.tally)}" for p in (low, high)]
+        at = [
+            f"{words.figure(p.summaries['last_top1'].mean, 'top1')} at {p.value}{_mark(p.tally)}" for p in (low, high)
+        ]
         sds = [p.summaries["last_top1"].sd for p in reached if p.summaries["last_top1"].sd is not None]
         within = 100 * (sum(sd**2 for sd in sds) / len(sds)) ** 0.5 if sds else 0.0
         seeds = f", seeds at one value ± {within:.2f}" if sds and not brief else ""
         where = "every value" if len(reached) > 1 else low.value
-        one = f"{text.figure(low.summaries['last_top1'].mean, 'top1')} at {where}{_mark(low.tally)}"
+        one = f"{words.figure(low.summaries['last_top1'].mean, 'top1')} at {where}{_mark(low.tally)}"
         parts.append(f"{name} {one}" if low is high else f"{name} {at[0]} to {at[1]}{seeds}")
     diverged = [
         f"{p.tally.diverged} of {p.tally.tries} ({p.value}, {p.series})" for p in ablation.points if p.tally.diverged
@@ -260,7 +263,7 @@ def ablation_line(ablation: Ablation, brief: bool = False) -> str:
 
 def cost_line(results: Mapping[str, Any] | None, brief: bool = False) -> str:
     """Is clamping less expensive than layer scaling? The first setting only, if brief."""
-    sentences = cost.cost_sentences(results, fastest=True)[: 1 if brief else None] if results else []
+    sentences = words.cost_sentences(results, trained=True)[: 1 if brief else None] if results else []
     if not sentences:
         return "clamping against layer scaling: not measured here: `scripts/bench/training.py` on a GPU."
     return f"a training step of ResNet-50 at 224 px, {results['device']}: {'; '.join(sentences)} ([table](cost.md))."

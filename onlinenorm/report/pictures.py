@@ -10,11 +10,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from onlinenorm.report import cost, text
+from onlinenorm.report import words
 from onlinenorm.report.ablation import CLAMP_KEY, Ablation, Point, number, swept, value_of
 from onlinenorm.report.clamps import course
 from onlinenorm.report.curves import STYLE
@@ -41,7 +42,7 @@ def draw_ablation(ablation: Ablation) -> bytes:
 def ablation_panel(axis: Axes, ablation: Ablation, metric: str) -> None:
     """One metric against the swept value."""
     places, label = positions(ablation.values, ablation.key)
-    factor = 100 if text.is_accuracy(metric) else 1
+    factor = 100 if words.is_accuracy(metric) else 1
     series: dict[str, list[Point]] = {}
     for point in ablation.points:
         series.setdefault(point.series, []).append(point)
@@ -64,11 +65,11 @@ def ablation_panel(axis: Axes, ablation: Ablation, metric: str) -> None:
             if p.tally.diverged:
                 x = places[p.value] + 0.06 * (place - (len(series) - 1) / 2) * _step(places)
                 where = {"transform": axis.get_xaxis_transform(), "clip_on": False}
-                end = 0.05 if text.is_accuracy(metric) else 0.95
+                end = 0.05 if words.is_accuracy(metric) else 0.95
                 axis.plot([x], [end], "x", markersize=9, markeredgewidth=2.2, color=p.colour, **where, label="diverged")
     axis.set_xticks(list(places.values()), list(places))
     axis.set_xlabel(f"{ablation.name}{label}")
-    axis.set_ylabel(f"{text.METRIC_NAMES[metric]} ({'%' if factor == 100 else 'nats'})")
+    axis.set_ylabel(f"{words.METRIC_NAMES[metric]} ({'%' if factor == 100 else 'nats'})")
     if ablation.published in places:
         axis.axvline(
             places[ablation.published], color="#a8a8a8", linewidth=1.2, linestyle=":", zorder=1, label="published"
@@ -89,10 +90,10 @@ def positions(values: Sequence[str], key: str) -> tuple[dict[str, float], str]:
         size, scale = {k: np.log10(v) for k, v in numbers.items()}, ", log scale"
     step = _step(size)
     right = max(size.values(), default=0.0)
-    words = [value for value in values if value not in numbers]
+    others = [value for value in values if value not in numbers]
     return {
         **{k: float(v) for k, v in size.items()},
-        **{w: float(right + step * (i + 1)) for i, w in enumerate(words)},
+        **{w: float(right + step * (i + 1)) for i, w in enumerate(others)},
     }, scale
 
 
@@ -106,16 +107,16 @@ def _limits(ablation: Ablation, metric: str) -> tuple[float, float]:
 
     A loss beyond four times the median is left out, rather than flatten the others.
     """
-    factor = 100 if text.is_accuracy(metric) else 1
+    factor = 100 if words.is_accuracy(metric) else 1
     values = [factor * value for point in ablation.points for value in point.figures[metric]]
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
-    if not text.is_accuracy(metric):
+    if not words.is_accuracy(metric):
         high = min(high, 4 * float(np.median(values)))
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     strip = 2 * room if any(point.tally.diverged for point in ablation.points) else 0.0
-    return (low - room - strip, high + room) if text.is_accuracy(metric) else (low - room, high + room + strip)
+    return (low - room - strip, high + room) if words.is_accuracy(metric) else (low - room, high + room + strip)
 
 
 def clamp_panels(studies: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
@@ -229,21 +230,15 @@ def accuracy_panel(axis: Axes, report: Report, runs: Sequence[Run]) -> None:
     axis.set_xlabel("best val accuracy (%)")
 
 
-def cost_case(results: Mapping[str, Any]) -> cost.Case | None:
-    """The fastest setting of the largest batch in which train.py trains and both compensations were measured."""
-    return max(cost.fastest_cases(results), key=lambda case: case[0], default=None)
-
-
-def cost_panel(axis: Axes, results: Mapping[str, Any], case: cost.Case, spec: ReportSpec) -> None:
+def cost_panel(axis: Axes, rows: pd.DataFrame, spec: ReportSpec) -> None:
     """Milliseconds a step by normalizer in one setting."""
-    group = cost.cases(results)[case]
-    names = [name for name in reversed(cost.ORDER) if name in group]
-    values = [group[name]["milliseconds"] for name in names]
-    bars = axis.barh(range(len(names)), values, color=[spec.row(name).colour for name in names], height=0.6)
+    rows = rows[::-1]
+    shown = [spec.row(name) for name in rows["normalizer"]]
+    bars = axis.barh(range(len(rows)), rows["milliseconds"], color=[row.colour for row in shown], height=0.6)
     axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.set_yticks(range(len(names)), [spec.row(name).label.replace(" (", "\n(") for name in names])
+    axis.set_yticks(range(len(rows)), [row.label.replace(" (", "\n(") for row in shown])
     axis.margins(x=0.15)
-    axis.set_xlabel(f"ms a step, ResNet-50, 224 px\n{cost.describe(case)}", fontsize=9)
+    axis.set_xlabel(f"ms a step, ResNet-50, 224 px\n{words.describe(next(rows.itertuples()))}", fontsize=9)
 
 
 def draw_overview(panels: Mapping[str, Callable[[Axes], Any]]) -> bytes:

@@ -15,12 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import ndtri
 
-from onlinenorm.report import text
-from onlinenorm.report.markdown import markdown_table
 from onlinenorm.report.paired import Predictions, check_same_images, mcnemar, read_predictions
 from onlinenorm.report.runs import Run
 from onlinenorm.report.spec import ReportSpec
-from onlinenorm.report.statistics import MIN_SEEDS, Difference, one_sample_difference, spreads
+from onlinenorm.report.statistics import MIN_SEEDS, Difference, one_sample_difference
 from onlinenorm.report.tally import tally
 
 
@@ -105,49 +103,3 @@ def _marks(runs: Sequence[Run], names: tuple[str, str], spec: ReportSpec) -> tup
 
 def _same(a: Predictions, b: Predictions, known: np.ndarray) -> float:
     return float((a.prediction == b.prediction)[known].mean())
-
-
-def pooled_table(pooled: Sequence[Pooled], spec: ReportSpec) -> str:
-    """A line a comparison."""
-    level = f"{100 * spec.confidence:g} %"
-    head = [
-        "image by image, last epoch", "seeds", "only the first right, images a seed", "only the second right",
-        "difference, points", f"{level} CI over seeds", f"{level} CI over images", "same class",
-        "same class, two seeds of the first", "two seeds of the second", "McNemar's p, seed by seed",
-    ]  # fmt: skip
-    body = []
-    for p in pooled:
-        name = f"{spec.row(p.first).label} − {spec.row(p.second).label}"
-        cells = [name, "; ".join([str(len(p.seeds)), *p.marks]), f"{p.only_first:,.1f}", f"{p.only_second:,.1f}"]
-        cells += [
-            text.difference(p.over_images.mean, "top1"),
-            interval(p.over_seeds, len(p.seeds)),
-            interval(p.over_images, p.images),
-        ]
-        cells += ["–" if share is None else f"{share:.2%}" for share in (p.same, *p.same_within)]
-        body.append([*cells, ", ".join(f"{value:.2g}" for value in p.p_values)])
-    return markdown_table(head, body)
-
-
-def interval(difference: Difference | None, n: int) -> str:
-    """Its ends in points, or how many there are of what there are too few."""
-    if difference is None:
-        return f"n = {n}"
-    if not spreads(difference):
-        return "no spread"
-    return f"{text.difference(difference.low, 'top1')} to {text.difference(difference.high, 'top1')}"
-
-
-def render_pooled(pooled: Sequence[Pooled], spec: ReportSpec, scale_label: str) -> str:
-    """The comparisons as Markdown, with how they were made."""
-    method = (
-        "Pairs are networks of the same seed: they saw the same images in the same order with the same "
-        "augmentation. Predictions are those of the last weights, with the clamp where there is one. The difference "
-        "of an image is averaged over seeds first, then over images. The interval over seeds (Student t on the "
-        "differences of the pairs) speaks of other seeds on these images; that over images (normal, from the spread "
-        "of the images' averages) of other images for these networks. Neither contains the other's source of "
-        "variation. McNemar's exact test is given pair by pair and not pooled, because the answers of several "
-        "networks to one image are not independent; with so many tests some fall below 0.05 by chance. 'Same class' "
-        "counts equal answers, right or wrong: beside it, how often two seeds of one normalizer agree."
-    )
-    return "\n\n".join([f"# Image by image on {scale_label}", pooled_table(pooled, spec), method]) + "\n"

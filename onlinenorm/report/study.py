@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report import cost, pictures
-from onlinenorm.report.ablation import Ablation, build_ablation, render_ablation, swept
-from onlinenorm.report.clamps import clamped_runs, render_clamping
+from onlinenorm.report import benchmarks, pictures
+from onlinenorm.report.ablation import Ablation, build_ablation, swept
+from onlinenorm.report.clamps import clamped_runs
 from onlinenorm.report.curves import draw_curves
 from onlinenorm.report.findings import render_findings
-from onlinenorm.report.markdown import render_markdown
-from onlinenorm.report.pooled import Pooled, pool_runs, render_pooled
+from onlinenorm.report.pooled import Pooled, pool_runs
+from onlinenorm.report.render import (
+    render_ablation,
+    render_clamping,
+    render_cost,
+    render_imagenet,
+    render_markdown,
+    render_pooled,
+)
 from onlinenorm.report.runs import Run, find_run_folders, load_runs, lookup
 from onlinenorm.report.spec import ReportSpec
 from onlinenorm.report.table import Report, build_report
@@ -100,8 +107,8 @@ def study_files(
     if clamped_runs(runs) or clamping:
         together["clamping.md"] = render_clamping(runs, "clamping.png" if clamping else None).encode()
     if benchmark:
-        together["cost.md"] = cost.render_cost(benchmark, spec).encode()
-        together["imagenet.md"] = cost.render_imagenet(benchmark, _trained(studies, spec), spec).encode()
+        together["cost.md"] = render_cost(benchmark, spec).encode()
+        together["imagenet.md"] = render_imagenet(benchmark, _trained(studies, spec), spec).encode()
     panels = _panels(studies, benchmark, spec)
     if panels:
         together["overview.png"] = pictures.draw_overview(panels)
@@ -141,6 +148,6 @@ def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, s
             axis.legend(frameon=False, fontsize=9)
 
         panels[f"{batches.made.name}, rates by the horizon rule"] = draw
-    if studies and benchmark and (case := pictures.cost_case(benchmark)):
-        panels["cost of a training step"] = lambda axis: pictures.cost_panel(axis, benchmark, case, spec)
+    if studies and benchmark and len(rows := benchmarks.headline(benchmarks.steps(benchmark))):
+        panels["cost of a training step"] = lambda axis: pictures.cost_panel(axis, rows, spec)
     return panels

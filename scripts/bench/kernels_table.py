@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts._venv import run_main
 
 from onlinenorm.ops.fused.tiling import tuning_for
-from onlinenorm.report.cost import origin
-from onlinenorm.report.markdown import markdown_table
+from onlinenorm.report.words import markdown_table, origin
 
 KERNELS = (
     "batch",

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts._venv import run_main
 
-from onlinenorm.report.cost import as_trained, with_optimizer
-from onlinenorm.report.markdown import markdown_table
+from onlinenorm.report import benchmarks
+from onlinenorm.report.words import markdown_table
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 NEEDED = 1.2  # times what training takes: what a loader should give
@@ -80,12 +80,12 @@ def _taken(run: dict, training: dict) -> dict[str, float]:
            for row in run["rows"] if row["provider"] == "resident batch"}  # fmt: skip
     if own or training["device"] != run["device"]:
         return own
-    fastest = {}
-    for name in dict.fromkeys(row["normalizer"] for row in training["rows"]):
-        if rows := as_trained(training, name):
-            best = max(rows, key=lambda row: row["images_per_second"])
-            setting = [str(best[key]) for key in ("mode", "dtype") if key in best]
-            setting += ["with SGD"] if with_optimizer(best, training) else []
+    fastest, steps = {}, benchmarks.steps(training)
+    for name in dict.fromkeys(steps["normalizer"]):
+        best = benchmarks.fastest(benchmarks.as_trained(steps, name))
+        if best is not None:
+            setting = [best[key] for key in ("mode", "dtype") if isinstance(best[key], str)]
+            setting += ["with SGD"] if best["optimizer"] else []
             fastest[", ".join(["resnet50", name, *setting])] = best["images_per_second"]
     return dict(sorted(fastest.items(), key=lambda item: -item[1]))
 

@@ -20,8 +20,7 @@ from scripts._venv import ROOT, run_main
 
 import torch
 
-from onlinenorm.report.cost import origin
-from onlinenorm.report.markdown import markdown_table
+from onlinenorm.report.words import markdown_table, origin
 from scripts.bench import common
 
 FILES = (

@@ -5,9 +5,11 @@ from run_folders import read_yaml, write_run
 from study_folders import NAN, course
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.ablation import ablation_table, build_ablation, in_order, render_ablation
+from onlinenorm.report.ablation import build_ablation, in_order
 from onlinenorm.report.pictures import draw_ablation, positions
+from onlinenorm.report.render import render_ablation
 from onlinenorm.report.runs import load_runs
+from onlinenorm.report.words import ablation_table
 
 
 def ablation_of(folder, spec):

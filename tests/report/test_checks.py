@@ -7,8 +7,7 @@ import pytest
 from run_folders import read_yaml, write_run
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.markdown import render_markdown
-from onlinenorm.report.page import render_page
+from onlinenorm.report.render import render_markdown, render_page
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.settings import check_one_table
 from onlinenorm.report.table import build_report

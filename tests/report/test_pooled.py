@@ -7,7 +7,8 @@ from scipy import stats
 
 from onlinenorm.errors import ReportError
 from onlinenorm.report.paired import Predictions
-from onlinenorm.report.pooled import pool, pool_runs, render_pooled
+from onlinenorm.report.pooled import pool, pool_runs
+from onlinenorm.report.render import render_pooled
 from onlinenorm.report.runs import load_runs
 
 

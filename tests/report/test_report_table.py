@@ -6,12 +6,12 @@ from run_folders import read_yaml, write_run
 
 from onlinenorm.errors import ReportError
 from onlinenorm.report.curves import draw_curves, mean_curve
-from onlinenorm.report.markdown import main_table, render_markdown
-from onlinenorm.report.page import render_page
+from onlinenorm.report.render import render_markdown, render_page
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.spec import PUBLISHED as FILE
 from onlinenorm.report.spec import parse_spec
 from onlinenorm.report.table import build_report
+from onlinenorm.report.words import main_table
 
 THREE = ("online_clamp", "online_layer_scaling", "batch")
 PUBLISHED = {"scale": "imagenet", "model": "resnet50", "epochs": 100, "recipe": {"milestones": [30, 60, 80, 90]}}

@@ -9,7 +9,7 @@ from run_folders import read_yaml, write_run
 from study_folders import NAN, benchmark, write_studies
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report import clamps, cost, pictures
+from onlinenorm.report import benchmarks, clamps, render, words
 from onlinenorm.report.pictures import draw_clamping
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.spec import StudySpec
@@ -178,40 +178,40 @@ def test_the_clamp_figure_draws_zeros(tmp_path, fractions):
 
 
 def test_cost_is_told_against_no_compensation(spec):
-    lines = cost.cost_table(benchmark(*ALL), spec).splitlines()[2:]
+    lines = words.table(words.cost_columns(spec), benchmarks.costs(benchmarks.steps(benchmark(*ALL)))).splitlines()[2:]
     assert len(lines) == 16
     where = "| batch 256, fused backend, compile+graph, bf16"
     assert f"{where} | OnlineNorm (activation clamping) | 32.00 ± 0.1% | 8,000 | 10.60 | +2.6% | +0.10 |" in lines
     assert f"{where} | BatchNorm | 35.20 ± 0.1% | 7,273 | 10.30 | +12.8% | -0.20 |" in lines
-    told = cost.cost_sentences(benchmark(*ALL))
+    told = words.cost_sentences(benchmark(*ALL))
     assert len(told) == 4 and "clamping is cheaper than layer scaling (32.00 against 33.60 ms a step" in told[0]
-    assert [t.split(":")[0] for t in cost.cost_sentences(benchmark(*ALL), fastest=True)] == [
+    assert [t.split(":")[0] for t in words.cost_sentences(benchmark(*ALL), trained=True)] == [
         "batch 256, fused backend, compile+graph, bf16", "batch 32, fused backend, compile+graph, bf16",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "words"),
+    ("milliseconds", "said"),
     [
         (31.0, "clamping is dearer than layer scaling"),
         (32.01, "clamping and layer scaling are equal within the spread"),
     ],
 )
-def test_the_cost_claim_can_fail(milliseconds, words):
+def test_the_cost_claim_can_fail(milliseconds, said):
     results = benchmark(*ALL)
     for row in results["rows"]:
         if row["normalizer"] == "online_layer_scaling":
             row["milliseconds"] = milliseconds * row["batch"] / 256
-    assert words in cost.cost_sentences(results, fastest=True)[0]
+    assert said in words.cost_sentences(results, trained=True)[0]
 
 
 def test_cost_without_a_rival_is_not_claimed(spec):
-    text = cost.render_cost(benchmark("batch", "online_clamp"), spec)
-    assert cost.cost_sentences(benchmark("batch", "online_clamp")) == [] and "not run here" in text
+    text = render.render_cost(benchmark("batch", "online_clamp"), spec)
+    assert words.cost_sentences(benchmark("batch", "online_clamp")) == [] and "not run here" in text
 
 
 def test_hours_of_imagenet_follow_from_rates(spec):
-    text = cost.imagenet_table(benchmark("batch", "online_clamp"), {"batch": (1000.0, 256)}, spec)
+    text = words.imagenet_table(benchmark("batch", "online_clamp"), {"batch": (1000.0, 256)}, spec)
     clamp, scaling, batch = text.splitlines()[2:]
     assert "| 4.4 h (8,000 images/s) |" in clamp  # 128,116,700 / 8000 / 3600
     settings = "data.root=IMAGENET model.compile=true trainer.cuda_graph=true"
@@ -221,10 +221,12 @@ def test_hours_of_imagenet_follow_from_rates(spec):
     with_optimizer["rows"].append(
         {**with_optimizer["rows"][0], "batch": 256, "images_per_second": 500.0, "optimizer": True}
     )
-    assert "71.2 h (500 images/s)" in cost.imagenet_table(with_optimizer, {}, spec)
+    assert "71.2 h (500 images/s)" in words.imagenet_table(with_optimizer, {}, spec)
     half = benchmark("batch")
     half["rows"].append({**half["rows"][0], "dtype": "fp16", "images_per_second": 1e6})
-    assert cost.imagenet_table(half, {}, spec) == cost.imagenet_table(benchmark("batch"), {}, spec), "no fp16 training"
+    assert words.imagenet_table(half, {}, spec) == words.imagenet_table(benchmark("batch"), {}, spec), (
+        "no fp16 training"
+    )
 
 
 def test_rates_of_what_train_py_does_not_run_stand_beside_no_command(spec):
@@ -239,12 +241,14 @@ def test_rates_of_what_train_py_does_not_run_stand_beside_no_command(spec):
             results["rows"] += [{**row, **fast, "compiler": "max_autotune"}, {**row, **fast, "stem": "conv7x7"}]
         else:
             results["rows"].append({**row, **fast, "backend": "torch"})
-    assert cost.imagenet_table(results, {}, spec) == cost.imagenet_table(plain, {}, spec)
-    assert cost.cost_sentences(results, fastest=True) == cost.cost_sentences(plain, fastest=True)
-    assert all("bf16, with optimizer" in sentence for sentence in cost.cost_sentences(results, fastest=True))
-    assert pictures.cost_case(results) == pictures.cost_case(plain) == (256, "fused", "compile+graph", "bf16", True)
-    assert "forward, backward and SGD; no input" in cost.render_imagenet(results, {}, spec)
-    assert "and SGD where that was recorded" in cost.render_imagenet(benchmark("batch"), {}, spec)
+    assert words.imagenet_table(results, {}, spec) == words.imagenet_table(plain, {}, spec)
+    assert words.cost_sentences(results, trained=True) == words.cost_sentences(plain, trained=True)
+    assert all("bf16, with optimizer" in sentence for sentence in words.cost_sentences(results, trained=True))
+    drawn, rows = (benchmarks.headline(benchmarks.steps(content)) for content in (results, plain))
+    assert drawn["milliseconds"].tolist() == rows["milliseconds"].tolist() and len(rows) == 4
+    assert set(map(tuple, rows[benchmarks.CASE].to_numpy())) == {(256, "fused", "compile+graph", "bf16", True)}
+    assert "forward, backward and SGD; no input" in render.render_imagenet(results, {}, spec)
+    assert "and SGD where that was recorded" in render.render_imagenet(benchmark("batch"), {}, spec)
 
 
 def test_the_rate_beside_a_command_is_of_the_mode_that_the_command_names(spec):
@@ -252,7 +256,7 @@ def test_the_rate_beside_a_command_is_of_the_mode_that_the_command_names(spec):
     for row in results["rows"]:
         if row["batch"] == 256 and row["mode"] == "eager":
             row["images_per_second"] = 1e6
-    (*_, batch) = cost.imagenet_table(results, {}, spec).splitlines()
+    (*_, batch) = words.imagenet_table(results, {}, spec).splitlines()
     assert "model.compile=true trainer.cuda_graph=true" in batch and "1,000,000" not in batch
 
 

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from run_folders import read_yaml, write_run
 from study_folders import NAN
 
-from onlinenorm.report import text
-from onlinenorm.report.ablation import ablation_table, build_ablation, render_ablation
+from onlinenorm.report import words
+from onlinenorm.report.ablation import build_ablation
 from onlinenorm.report.curves import draw_curves
 from onlinenorm.report.findings import summary_line, table_lines
-from onlinenorm.report.markdown import main_table, render_markdown
-from onlinenorm.report.page import render_page
 from onlinenorm.report.pictures import draw_overview
+from onlinenorm.report.render import render_ablation, render_markdown, render_page
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.study import load_studies, study_files
 from onlinenorm.report.table import build_report
 from onlinenorm.report.tally import tally
+from onlinenorm.report.words import ablation_table, main_table
 
 ENDS = {"diverged": NAN, "failed": "exit code 1\nNo space left on device", "stopped": None}
 
@@ -212,4 +212,4 @@ def test_pictures_name_what_they_leave_out(tmp_path, spec, monkeypatch):
     assert draw_overview({"accuracy": panel}).startswith(b"\x89PNG")
     assert any("1 of 2 diverged" in label for label in seen) and any("1 of 1 diverged" in label for label in seen)
     assert draw_curves(runs, report).startswith(b"\x89PNG")
-    assert text.seeds_cell(report.rows[0]).detail == "0 of 1 finished, 1 of 1 diverged"
+    assert words.seeds_cell(report.rows[0]).detail == "0 of 1 finished, 1 of 1 diverged"

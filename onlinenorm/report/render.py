@@ -1,0 +1,133 @@
+"""Pages from templates/, and a report in a terminal."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from onlinenorm.report import benchmarks, words
+from onlinenorm.report.ablation import Ablation
+from onlinenorm.report.clamps import clamp_courses, clamp_removals
+from onlinenorm.report.pooled import Pooled
+from onlinenorm.report.runs import Run
+from onlinenorm.report.spec import ReportSpec
+from onlinenorm.report.table import Report
+
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=select_autoescape(("html.j2",)),
+    undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
+_ENVIRONMENT.globals["words"] = words
+
+
+def render(template: str, **names: Any) -> str:
+    """A page from one of templates/."""
+    return _ENVIRONMENT.get_template(template).render(names)
+
+
+def render_markdown(report: Report) -> str:
+    """The whole report as Markdown, tables first."""
+    return render("table1.md.j2", report=report)
+
+
+def render_page(report: Report, curves: bytes, narrow: bytes) -> str:
+    """The whole report as one HTML page that needs nothing beside it; `narrow` shows the curves on narrow screens."""
+    pictures = {name: base64.b64encode(png).decode() for name, png in (("curves", curves), ("narrow", narrow))}
+    return render("page.html.j2", report=report, **pictures)
+
+
+def render_ablation(ablation: Ablation) -> str:
+    """The whole ablation as Markdown."""
+    return render(
+        "ablation.md.j2",
+        ablation=ablation,
+        table=words.ablation_table(ablation),
+        left_out=[(point, line) for point in ablation.points for line in (*point.diverged, *point.attempts)],
+    )
+
+
+def render_pooled(pooled: Sequence[Pooled], spec: ReportSpec, scale_label: str) -> str:
+    """The comparisons as Markdown, with how they were made."""
+    return render("paired.md.j2", table=words.table(words.pooled_columns(spec), pooled), scale_label=scale_label)
+
+
+def render_clamping(studies: Mapping[str, Sequence[Run]], picture: str | None) -> str:
+    """What clamps did as Markdown; `picture` is the file name of the figure, if there is one."""
+    courses = clamp_courses(studies)
+    return render(
+        "clamping.md.j2",
+        courses=words.table(words.CLAMP_COURSES, courses) if len(courses) else "",
+        removals=words.table(words.CLAMP_REMOVALS, clamp_removals(studies)),
+        picture=picture,
+    )
+
+
+def render_cost(results: Mapping[str, Any], spec: ReportSpec) -> str:
+    """The cost of error compensation as Markdown."""
+    rows = benchmarks.costs(benchmarks.steps(results))
+    return render(
+        "cost.md.j2",
+        device=results["device"],
+        table=words.table(words.cost_columns(spec), rows),
+        sentences=words.cost_sentences(results),
+        origin=words.origin(results),
+    )
+
+
+def render_imagenet(results: Mapping[str, Any], trained: Mapping[str, tuple[float, int]], spec: ReportSpec) -> str:
+    """What the table's own runs would take, and what to look for in their first epochs."""
+    steps = benchmarks.steps(results)
+    return render(
+        "imagenet.md.j2",
+        table=words.imagenet_table(results, trained, spec),
+        device=results["device"],
+        millions=benchmarks.EPOCHS * benchmarks.IMAGENET_IMAGES / 1e6,
+        whole=all(benchmarks.as_trained(steps, name)["optimizer"].all() for name in spec.rows),
+        trained=bool(trained),
+    )
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Prints the table, the clamp removal and the verdicts."""
+    shown = Table(title=escape(report.heading), title_justify="left", title_style="bold", show_lines=True)
+    shown.add_column("Normalizer\n(error compensation)")
+    shown.add_column("n")
+    for name in ("best val loss", "best val accuracy"):
+        shown.add_column(f"{name}\npublished:\nImageNet", style="dim")
+        shown.add_column(escape(f"{name}\nhere:\n{report.scale_short}"))
+    shown.add_column("last epoch\nval loss\nval accuracy")
+    for row in report.rows:
+        label, *before, loss, top1 = words.cells(words.main_columns(report), [row])[0]
+        last = dict.fromkeys(cell.split("<br>")[0] for cell in (loss, top1))
+        shown.add_row(*(escape(cell.replace("<br>", "\n")) for cell in (label, *before, "\n".join(last))))
+    console.print(shown)
+    console.print("[bold]Clamping removed before the final validation[/bold]")
+    for removal in report.removals:
+        told = removal.sentence
+        if removal.figures:
+            cell = dict(zip(words.REMOVALS, words.cells(words.REMOVALS, [removal])[0], strict=True))
+            told = (
+                f"with clamp {cell['val accuracy with']} (loss {cell['val loss with']}), "
+                f"without {cell['val accuracy without']} (loss {cell['val loss without']}); {told}; "
+                f"clamped fraction {cell['clamped fraction']}, largest |activation| {cell['largest |activation|']}"
+            )
+        console.print(f"  {escape(removal.run or removal.label)}: {escape(told)}", highlight=False)
+    console.print("[bold]Verdicts[/bold]")
+    shared = words.shared_verdict(report)
+    if shared:
+        console.print(f"  against published: {escape(shared)}", highlight=False)
+    for published in (False,) if shared else (True, False):
+        for name, group in words.comparison_groups(report, published).items():
+            if len({words.verdict_text(c) for c in group}) == 1 and not any(c.verdict.difference for c in group):
+                console.print(f"  {escape(name)}: {escape(words.verdict_text(group[0]))}", highlight=False)
+                continue
+            for comparison in group:
+                said = f"{name}, {words.METRIC_NAMES[comparison.metric]}: {words.verdict_text(comparison)}"
+                detail = words.verdict_detail(comparison)
+                console.print(f"  {escape(said + f': {detail}' * bool(detail))}", highlight=False)
