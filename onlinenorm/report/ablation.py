@@ -100,6 +100,7 @@ def build_ablation(runs: Sequence[Run], spec: ReportSpec) -> Ablation:
     key = max(taken, key=lambda name: (len(taken[name]), name))
     others = sorted(name for name in taken if name != key)
     groups: dict[tuple[str, str], list[Run]] = {}
+    spec = spec.with_rows_of(runs)
     order = [*spec.rows, *spec.further_rows]
     for run in sorted(runs, key=lambda r: (order.index(r.normalizer) if r.normalizer in order else 99, r.name)):
         groups.setdefault((value_of(run, key), _series(run, others, spec)), []).append(run)

@@ -1,15 +1,15 @@
 """What a report compares runs with: onlinenorm/report/published.yaml as checked, plain objects."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from onlinenorm.errors import ReportError
-from onlinenorm.scales import UNKNOWN
+from onlinenorm.scales import UNKNOWN, is_colour, is_label
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 # Okabe-Ito and neighbours, for normalizers that published.yaml does not name; distinct for the colour-blind.
@@ -91,6 +91,23 @@ class ReportSpec:
         known = {**self.further_rows, **self.rows}
         spare = _SPARE_COLOURS[sum(map(ord, normalizer)) % len(_SPARE_COLOURS)]
         return known.get(normalizer) or RowSpec(label=normalizer, colour=spare)
+
+    def with_rows_of(self, runs: Iterable[Any]) -> "ReportSpec":
+        """With the rows that the normalizers' own files describe (``_label_``, ``_colour_``), where this one does not.
+
+        A label that another row has is told apart by the normalizer's name.
+        """
+        rows = {**self.further_rows}
+        for run in sorted(runs, key=lambda run: run.name):
+            node, name = run.config.get("normalizer"), run.normalizer
+            if name in self.rows or name in rows or not isinstance(node, dict):
+                continue
+            row, labels = self.row(name), {known.label for known in (*self.rows.values(), *rows.values())}
+            label, colour = node.get("_label_"), node.get("_colour_")
+            label = label if is_label(label) else row.label
+            label = f"{label} ({name})" if label in labels else label
+            rows[name] = replace(row, label=label, colour=colour if is_colour(colour) else row.colour)
+        return replace(self, further_rows=rows)
 
     def scale(self, name: str) -> Scale:
         """A scale's printed names: those of the file, else of a data set of the user's own its label.

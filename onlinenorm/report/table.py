@@ -133,6 +133,7 @@ class Report:
 def build_report(runs: Sequence[Run], spec: ReportSpec) -> Report:
     """The report on runs of one setting (none: all rows "not run"); ReportError when they cannot share a table."""
     check_one_table(runs)
+    spec = spec.with_rows_of(runs)
     scale, label, short = scale_labels(runs, spec)
     extra = sorted({run.normalizer for run in runs} - set(spec.rows), key=_order(spec))
     rows = [_row(name, runs, spec) for name in [*spec.rows, *extra]]

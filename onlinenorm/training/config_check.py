@@ -12,11 +12,14 @@ from typing import Any
 
 from onlinenorm.arguments import flatten
 from onlinenorm.errors import ConfigError
+from onlinenorm.scales import COLOUR, LABEL, is_colour, is_label
 from onlinenorm.training.hints import PROVIDED, nearest, unknown_key
 from onlinenorm.training.targets import locate, targets
 
 KNOWN = (*PROVIDED, "experiment", "seed", "run_dir")  # keys at the top, beside the names of the chosen files
 _MARKS = ("_target_", "_partial_")
+# How a normalizer's row is called and drawn, where its file says so.
+_SHOWN = {"_label_": (is_label, LABEL), "_colour_": (is_colour, COLOUR)}
 
 
 def check_keys(keys: Iterable[str], config: dict[str, Any], elsewhere: dict[str, list[str]] | None = None) -> None:
@@ -56,7 +59,7 @@ def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:
     """
     node = config[path]
     target = locate(path, node["_target_"])
-    arguments = {key: value for key, value in node.items() if key not in _MARKS}
+    arguments = {key: value for key, value in node.items() if key not in (*_MARKS, *_SHOWN)}
     if path == "normalizer":
         from onlinenorm.training.roles import make_normalizer  # not above: wrong keys are told before torch is loaded
 
@@ -90,7 +93,7 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
     provided = PROVIDED.get(path, ())
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in node.items():
-        if key in _MARKS:
+        if key in _MARKS or (key in _SHOWN and path == "normalizer"):
             continue
         if key in provided or (key not in parameters and (str(key).startswith("_") or not takes_all)):
             options = [p for p in parameters if p not in provided]
@@ -112,6 +115,9 @@ def _check_normalizer(node: dict[str, Any], parameters: Mapping[str, inspect.Par
             f"normalizer._partial_: is missing beside _target_: {name}; add the line '_partial_: true': the network "
             "builds the layers, each with its own num_features"
         )
+    for key, (fits, words) in _SHOWN.items():
+        if key in node and not fits(node[key]):
+            raise ConfigError(f"normalizer.{key}: {node[key]!r} is not {words}; leave it out for the row's own name")
     if not _takes("num_features", parameters):
         raise ConfigError(
             f"normalizer._target_: {name} takes no num_features, the argument that says how many channels a layer has "

@@ -38,6 +38,8 @@ MAY_CHANGE = (
     "data.root",
     "data.unreadable_limit",
     "logger",
+    "normalizer._colour_",
+    "normalizer._label_",
     "run_dir",
     "trainer.accumulate_grad_batches",
     "trainer.checkpoint_every_n_steps",

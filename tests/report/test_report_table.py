@@ -69,6 +69,19 @@ def test_further_normalizers_follow_without_published_values(tmp_path, spec):
     assert all(row.published is None for row in rows[3:])
 
 
+def test_a_row_is_called_and_drawn_as_its_normalizers_file_says(tmp_path, spec):
+    shown = {"moving": ("moving RMS", "#123456"), "other": ("BatchNorm", "red; x"), "third": ("<b>", None)}
+    for name, (label, colour) in shown.items():
+        write_run(tmp_path, name, normalizer_config={"_target_": "x", "_label_": label, "_colour_": colour})
+    for seed, label in enumerate(("mine", "called otherwise later")):
+        write_run(tmp_path, "batch", seed, normalizer_config={"_target_": "x", "_label_": label})
+    rows = {row.normalizer: row for row in report_on(tmp_path, spec).rows}
+    assert (rows["moving"].label, rows["moving"].colour) == shown["moving"]
+    assert rows["other"].label == "BatchNorm (other)" and rows["other"].colour == spec.row("other").colour
+    assert rows["third"].label == "third"
+    assert rows["batch"].label == "BatchNorm" and rows["batch"].seeds == [0, 1]
+
+
 def test_a_small_run_cannot_be_read_as_imagenet(tmp_path, spec):
     for normalizer in THREE:
         write_run(tmp_path, normalizer, top1=0.7635, loss=0.935)

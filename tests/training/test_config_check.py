@@ -64,6 +64,9 @@ def test_a_sound_configuration_passes():
             for key, value in {"_args_": [1], "_recursive_": True, "_convert_": "all", "_mode_": "x"}.items()
         ),
         ({"recipe": {"_args_": [1]}}, "recipe._args_: no such key"),
+        ({"normalizer": {"_label_": "a | b"}}, "normalizer._label_: 'a | b' is not a text of at most 40 letters"),
+        ({"normalizer": {"_colour_": "red"}}, 'normalizer._colour_: .red. is not a colour such as "#0072B2"'),
+        ({"model": {"_label_": "ResNet"}}, "model._label_: no such key"),
         ({"normalizer": {"backend": {"_target_": "onlinenorm.x"}}}, "normalizer.backend: a node within a node"),
     ],
 )
