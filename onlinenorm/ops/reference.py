@@ -6,8 +6,8 @@ u and v) as the samples before n left it::
     forward    y = (x - m) / s                          d = mean(x) - m
                var <- a var + (1 - a) Var(x) + a (1 - a) d^2          m <- m + (1 - a) d           (a = alpha_fwd)
     affine     w = weight * y + bias
-    guard      clamp: z = min(max(w, -c), c)    layer scaling: z = w / zeta, zeta^2 = eps_ls + mean of w^2 (group, H, W)
-    backward   g = gradient with respect to y (through guard and affine)
+    compensate clamp: z = min(max(w, -c), c)    layer scaling: z = w / zeta, zeta^2 = eps_ls + mean of w^2 (group, H, W)
+    backward   g = gradient with respect to y (through error compensation and affine)
                t = g - k v y                            v <- v + mean(t y)
                gx = t / s - k u                         u <- u + mean(gx)
 

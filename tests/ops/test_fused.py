@@ -212,7 +212,7 @@ def test_gradients_of_gradients_are_refused():
 
 @pytest.mark.gpu
 def test_reduce_overhead_of_inductor_equals_eager():
-    """Its graphs own their memory; messages must neither stay in it nor be lost."""
+    """Its graphs own their memory; the workspace must neither stay in it nor be lost."""
     torch.manual_seed(0)
     eager = Blocks("fused", 64).to(DEVICE, memory_format=torch.channels_last)
     model = copy.deepcopy(eager)

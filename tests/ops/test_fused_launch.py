@@ -1,4 +1,4 @@
-"""Launching single-read CUDA kernels: tiles, the run-time compiler, driver and messages, without a GPU."""
+"""Launching single-read CUDA kernels: tiles, the run-time compiler, driver and workspace, without a GPU."""
 
 import ctypes
 import random
@@ -54,7 +54,7 @@ def test_cuda_compiles_without_a_gpu(direction, guard, pool):
     flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1 - pool, "SKIP_GRAD": 1, "CLAMP": 0, "SCALED": 0, "POOL": pool}
     flags |= {**TUNINGS[-1].defines, guard: 1}
     code = nvrtc.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
-    assert code[:4] == b"\x7fELF" and b"online_norm" in code
+    assert code[:4] == b"\x7fELF" and f"online_norm_{direction}".encode() in code
     with pytest.raises(RuntimeError, match="NVRTC failed"):
         nvrtc.compile_source("not CUDA", "sm_90", ())
 
@@ -78,11 +78,11 @@ class FakeKernel:
     def allow_shared_memory(self, size):
         assert size <= H100.shared_memory_per_block_optin
 
-    def blocks_per_multiprocessor(self, threads, shared_memory):
+    def ctas_per_multiprocessor(self, threads, shared_memory):
         return 1
 
-    def launch(self, blocks, threads, shared_memory, stream, params, together):
-        self.launched.append((blocks, stream, single_read.Params.from_buffer_copy(params), together))
+    def launch(self, ctas, threads, shared_memory, stream, params, cooperative):
+        self.launched.append((ctas, stream, single_read.Params.from_buffer_copy(params), cooperative))
 
 
 H100 = SimpleNamespace(shared_memory_per_block_optin=232_448, multi_processor_count=132)
@@ -109,8 +109,8 @@ def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
     mean, var, weight, bias = torch.rand(4 * 64 + 1)[1:].view(4, 64)
     spec, extra = NormSpec(alpha_fwd=0.75, error_compensation=guard), other if residual else None
     y, tables, mask = single_read.forward(x, extra, weight, bias, mean, var, spec, True)
-    ((blocks, stream, params, together),) = FakeKernel.launched
-    passed = {"out": y, "state": tables, "moments": tables[0, 5:], "first": mean, "second": var}
+    ((ctas, stream, params, cooperative),) = FakeKernel.launched
+    passed = {"out": y, "tables": tables, "moments": tables[0, 5:], "state_a": mean, "state_b": var}
     for name, tensor in passed.items():
         assert getattr(params, name) == tensor.data_ptr(), name
     for name in ("weight", "bias"):  # read 16 bytes at a time, so copied from an odd address
@@ -120,13 +120,14 @@ def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
     assert bytes(params)[128:136] == (other.data_ptr() if residual else 0).to_bytes(8, "little")
     assert (params.samples, params.channels, params.pixels, stream) == (5, 64, 900, 7)
     assert (params.alpha_fwd, params.one_minus_alpha_fwd) == (0.75, 0.25)
-    assert params.tiles > 1 and blocks == params.samples * params.tiles
+    assert params.tiles > 1 and ctas == params.samples * params.tiles
     scaled = guard == "layer_scaling"
-    assert together == scaled and tables.shape == (1, 10 + scaled, 128)
+    assert cooperative == scaled and tables.shape == (1, 10 + scaled, 128)
     if scaled:
         assert params.rzeta == tables[0, 10].data_ptr()
-    assert params.slots - params.published == 8 * 5 * 64 and params.shares - params.slots == 8 * 5 * 64 * params.tiles
-    assert params.tickets - params.shares == 8 * 5 * scaled
+    assert params.tile_sums - params.sample_sums == 8 * 5 * 64
+    assert params.channel_sums - params.tile_sums == 8 * 5 * 64 * params.tiles
+    assert params.tile_counter - params.channel_sums == 8 * 5 * scaled
 
 
 def images_on_a_gpu(shape):
@@ -151,8 +152,8 @@ def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, 
         taken += 1
         for direction, flags in (("forward", ("RELU", "RESIDUAL")), ("backward", ("RELU", "RESIDUAL", "SKIP_GRAD"))):
             for tuning in TUNINGS:
-                # raises where the stages of the blocks that run at once do not hold a sample
-                assert single_read._plan(0, direction, shape, False, flags, spec, tuning).together
+                # raises where the stages of the CTAs that run at once do not hold a sample
+                assert single_read._plan(0, direction, shape, False, flags, spec, tuning).cooperative
     assert 200 < taken < 1800
     monkeypatch.setattr(H100, "multi_processor_count", 132)
     for other in (NormSpec(error_compensation="layer_scaling", layer_scaling_group_size=32), spec):

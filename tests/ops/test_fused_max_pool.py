@@ -223,8 +223,8 @@ def test_everything_that_suits_fits_on_the_chip(guard, monkeypatch):
             values = {"RESIDUAL": 0, "RELU": 1, "SKIP_GRAD": 1}
             cut = tiling.Tiling.of_pooled(*shape[2:], direction == "forward", 1)
             assert tiling.shared_memory(direction, values, tuning, cut) <= chip[1], (shape, direction)
-            blocks = chip[0] // (shape[1] // 64)
-            assert not scaled or blocks * tuning.stages >= cut.tiles, shape
+            ctas = chip[0] // (shape[1] // 64)
+            assert not scaled or ctas * tuning.stages >= cut.tiles, shape
     assert taken > 100
 
 

@@ -212,8 +212,8 @@ def test_gradients_that_are_not_finite_are_passed_on_and_move_no_control(samples
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
-def test_messages_survive_capture_beside_eager_launches_and_other_streams(guard):
-    """Chunks of messages: a graph replayed between eager steps gives what eager steps alone give, bit for bit."""
+def test_the_workspace_survives_capture_beside_eager_launches_and_other_streams(guard):
+    """Chunks of the workspace: a graph replayed between eager steps gives what eager steps alone give, bit for bit."""
     torch.manual_seed(0)
     x, _, grad = torch.randn((3, 40, 256, 14, 14), device="cuda").bfloat16()
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))

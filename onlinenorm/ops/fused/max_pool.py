@@ -25,8 +25,8 @@ def supports(x: Tensor, spec: NormSpec) -> bool:
         return False
     if not single_read.supports(x, spec) or (torch.compiler.is_compiling() and not inductor_pass.install()):
         return False
-    # Tiles of layer scaling wait for one another: a pair of image rows each at worst, two in a block.
-    return spec.error_compensation != "layer_scaling" or height // 2 <= 2 * single_read.columns_at_once(x)
+    # Tiles of layer scaling wait for one another: a pair of image rows each at worst, two in a CTA.
+    return spec.error_compensation != "layer_scaling" or height // 2 <= 2 * single_read.ctas_per_slab(x)
 
 
 def _pooled(x: Tensor) -> tuple[int, int, int, int]:

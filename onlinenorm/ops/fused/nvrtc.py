@@ -108,7 +108,7 @@ def compile_source(source: str, architecture: str, options: tuple[str, ...]) -> 
 
 @functools.lru_cache(4096)
 def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> bytes:
-    """Descriptor by which the copy engine reads boxes of a (rows, columns) matrix of 16-bit values; rows past the end
+    """Descriptor by which TMA reads boxes of a (rows, columns) matrix of 16-bit values; rows past the end
     read as zeros."""
     room = ctypes.create_string_buffer(128 + 63)
     aligned = (ctypes.addressof(room) + 63) // 64 * 64
@@ -145,24 +145,24 @@ class Kernel:
             _call("cuFuncSetAttribute", self._function, SHARED_MEMORY_LIMIT, size)
             self._shared_memory = size
 
-    def blocks_per_multiprocessor(self, threads: int, shared_memory: int) -> int:
-        blocks = ctypes.c_int()
+    def ctas_per_multiprocessor(self, threads: int, shared_memory: int) -> int:
+        ctas = ctypes.c_int()
         _call(
             "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-            *(ctypes.byref(blocks), self._function, threads, ctypes.c_size_t(shared_memory)),
+            *(ctypes.byref(ctas), self._function, threads, ctypes.c_size_t(shared_memory)),
         )
-        return blocks.value
+        return ctas.value
 
     def launch(
-        self, blocks: int, threads: int, shared_memory: int, stream: int, parameters: ctypes.Structure, together: bool
+        self, ctas: int, threads: int, shared_memory: int, stream: int, parameters: ctypes.Structure, cooperative: bool
     ) -> None:
         """Queue the kernel on ``stream``; its one argument is the structure, by value.
 
-        With ``together`` no block begins before all can run at once; the driver refuses more blocks than that.
+        With ``cooperative`` no CTA begins before all can run at once; the driver refuses more CTAs than that.
         """
-        shape = blocks, 1, 1, threads, 1, 1, shared_memory, ctypes.c_void_p(stream)
+        shape = ctas, 1, 1, threads, 1, 1, shared_memory, ctypes.c_void_p(stream)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        if together:
+        if cooperative:
             _call("cuLaunchCooperativeKernel", self._function, *shape, arguments)
         else:
             _call("cuLaunchKernel", self._function, *shape, arguments, None)

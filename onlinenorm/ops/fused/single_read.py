@@ -14,13 +14,13 @@ from onlinenorm.ops.fused.nvrtc import Kernel, architecture, tensor_map
 from onlinenorm.ops.fused.tiling import POOLED_TUNINGS, WIDTH, Tiling, Tuning, even, shared_memory, tuning_for
 from onlinenorm.ops.spec import NormSpec
 
-MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the shares of their blocks
+MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the sums of their slabs
 DEPTH = 4  # samples, of three tensors each, that must fit on the chip at once for it
 SOURCES = Path(__file__).parent / "cuda"
 
 POINTERS = (
-    "out", "out_residual", "mask", "weight", "bias", "first", "second", "state", "moments", "grad_weight", "grad_bias",
-    "rzeta", "published", "slots", "shares", "tickets",
+    "out", "out_residual", "mask", "weight", "bias", "state_a", "state_b", "tables", "moments", "grad_weight",
+    "grad_bias", "rzeta", "sample_sums", "tile_sums", "channel_sums", "tile_counter",
 )  # fmt: skip
 INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes", "width")
 REALS = ("alpha_fwd", "one_minus_alpha_fwd", "alpha_bkw", "one_minus_alpha_bkw", "eps", "clamp", "zeta_eps", "scale")
@@ -47,7 +47,7 @@ def source_of(direction: str) -> str:
 @functools.cache
 def _kernel(device: int, direction: str, defines: tuple[str, ...]) -> Kernel:
     target = architecture(*torch.cuda.get_device_capability(device))
-    return Kernel(cubin(source_of(direction), target, ("--std=c++17", *defines)), "online_norm")
+    return Kernel(cubin(source_of(direction), target, ("--std=c++17", *defines)), f"online_norm_{direction}")
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Launch:
     """All of a launch but for its tensors."""
 
     kernel: Kernel
-    blocks: int
+    ctas: int
     threads: int
     shared_memory: int
-    together: bool  # all blocks must run at once
+    cooperative: bool  # all CTAs must run at once
     box_rows: int
-    slots: int  # where the sums of tiles, the shares and the tickets begin, in bytes behind the sums of samples
-    shares: int
-    tickets: int
+    tile_sums: int  # where these begin, in bytes behind the sums of samples
+    channel_sums: int
+    tile_counter: int
     bytes: int
     params: bytes
 
@@ -77,7 +77,7 @@ def _plan(
     ``flags`` are the names of common.cu that are 1.
     """
     samples, channels, height, width = shape
-    pixels, columns = height * width, channels // WIDTH
+    pixels, slabs = height * width, channels // WIDTH
     names = "RELU", "RESIDUAL", "SKIP_GRAD", "POOL"
     scaled = spec.error_compensation == "layer_scaling"
     values = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", "SCALED": scaled}
@@ -95,13 +95,13 @@ def _plan(
         most_rows -= 2
         tiling = cut(most_rows)
     kernel.allow_shared_memory(shared)
-    threads = tuning.threads + (WIDTH if scaled and direction == "forward" else 0)  # the followers
-    resident = kernel.blocks_per_multiprocessor(threads, shared)
-    per_column = max(1, min(resident * properties.multi_processor_count // columns, tiling.items(samples)))
-    assert not scaled or (resident and per_column * tuning.stages >= tiling.tiles), "more than `supports` allows"
-    slots = 8 * samples * channels
-    shares = slots * (1 + tiling.tiles) if tiling.tiles > 1 else slots
-    tickets = shares + 8 * samples * columns * scaled
+    threads = tuning.threads + (WIDTH if scaled and direction == "forward" else 0)  # the scale warps
+    resident = kernel.ctas_per_multiprocessor(threads, shared)
+    ctas_per_slab = max(1, min(resident * properties.multi_processor_count // slabs, tiling.items(samples)))
+    assert not scaled or (resident and ctas_per_slab * tuning.stages >= tiling.tiles), "more than `supports` allows"
+    tile_sums = 8 * samples * channels
+    channel_sums = tile_sums * (1 + tiling.tiles) if tiling.tiles > 1 else tile_sums
+    tile_counter = channel_sums + 8 * samples * slabs * scaled
     params = Params(
         samples=samples,
         channels=channels,
@@ -122,13 +122,13 @@ def _plan(
         scale=spec.gradient_scale,
     )
     return Launch(
-        kernel, per_column * columns, threads, shared, scaled, tiling.box_rows, slots, shares, tickets,
-        tickets + 4 * columns, bytes(params),
+        kernel, ctas_per_slab * slabs, threads, shared, scaled, tiling.box_rows, tile_sums, channel_sums, tile_counter,
+        tile_counter + 4 * slabs, bytes(params),
     )  # fmt: skip
 
 
 def supports(x: Tensor, spec: NormSpec) -> bool:
-    """Whether to use these kernels: Hopper or later, 16 bits, channels_last, whole blocks of 64 channels."""
+    """Whether to use these kernels: Hopper or later, 16 bits, channels_last, whole slabs of 64 channels."""
     return (
         x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -145,25 +145,25 @@ def _fits_on_chip(x: Tensor, spec: NormSpec) -> bool:
     _, channels, height, width = x.shape
     if spec.layer_scaling_group_size not in (None, channels) or channels > MOST_SCALED:
         return False
-    blocks = channels // WIDTH * columns_at_once(x)
-    return DEPTH * 3 * channels * height * width * x.element_size() <= blocks * _chip(x.device.index)[1]
+    ctas = channels // WIDTH * ctas_per_slab(x)
+    return DEPTH * 3 * channels * height * width * x.element_size() <= ctas * _chip(x.device.index)[1]
 
 
-def columns_at_once(x: Tensor) -> int:
-    """Blocks that serve each 64 channels at the same time."""
+def ctas_per_slab(x: Tensor) -> int:
+    """CTAs that serve each slab of 64 channels at the same time."""
     return _chip(x.device.index)[0] // (x.shape[1] // WIDTH)
 
 
 @torch.compiler.assume_constant_result
 def _chip(device: int) -> tuple[int, int]:
-    """Multiprocessors of a device, and bytes of shared memory that a block of one may take."""
+    """Multiprocessors of a device, and bytes of shared memory that a CTA of one may take."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 @torch.compiler.assume_constant_result
 def supports_device(device: int) -> bool:
-    """Whether the kernels run on a device: Hopper or later, which have a copy engine, and known to the compiler."""
+    """Whether the kernels run on a device: Hopper or later, which have TMA, and known to the compiler."""
     return _supports_device(device)
 
 
@@ -194,21 +194,21 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     plan = _plan(device.index, direction, shape, x.dtype == torch.float16, flags, spec, tuning)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     params = Params.from_buffer_copy(plan.params)
-    # Messages between blocks and tickets, empty at first: all bits set.
+    # Mailboxes between CTAs and the tile scheduler's counters, empty at first: all bits set.
     address, held = workspace.empty(plan.bytes, device, stream)
-    params.published, params.slots = address, address + plan.slots
-    params.shares, params.tickets = address + plan.shares, address + plan.tickets
+    params.sample_sums, params.tile_sums = address, address + plan.tile_sums
+    params.channel_sums, params.tile_counter = address + plan.channel_sums, address + plan.tile_counter
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(params, name, tensor.data_ptr())
-    params.moments = params.state + 8 * samples * channels  # behind the states
+    params.moments = params.tables + 8 * samples * channels  # behind the states
     params.rzeta = params.moments + 8 * samples * channels
     maps = b""
     for tensor in inputs:  # a box of a pooled one is a row of it
         box_rows = plan.box_rows if tensor.shape == shape else width // 2
         maps += tensor_map(tensor.data_ptr(), tensor.numel() // channels, channels, box_rows, WIDTH)
     ctypes.memmove(ctypes.addressof(params) + Params.maps.offset, maps, len(maps))
-    plan.kernel.launch(plan.blocks, plan.threads, plan.shared_memory, stream, params, plan.together)
+    plan.kernel.launch(plan.ctas, plan.threads, plan.shared_memory, stream, params, plan.cooperative)
     del held
 
 
@@ -233,7 +233,7 @@ def launch_forward(inputs, flags, spec: NormSpec, weight, bias, running_mean, ru
     tables = torch.empty((1, rows, 2 * channels), dtype=torch.float32, device=y.device)
     _launch(
         "forward", inputs, flags, spec, out=y, mask=mask, weight=_parameter(weight), bias=_parameter(bias),
-        first=running_mean, second=running_var, state=tables,
+        state_a=running_mean, state_b=running_var, tables=tables,
     )  # fmt: skip
     return tables
 
@@ -247,7 +247,7 @@ def launch_backward(
     grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     _launch(
         "backward", inputs, flags, spec, out=grad_x, out_residual=grad_residual, mask=mask, weight=_parameter(weight),
-        bias=_parameter(bias), first=control_u, second=control_v, state=_aligned(tables), grad_weight=grad_weight,
+        bias=_parameter(bias), state_a=control_u, state_b=control_v, tables=_aligned(tables), grad_weight=grad_weight,
         grad_bias=grad_bias,
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias
@@ -291,7 +291,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of x, residual (where its ReLU left a mask), weight and bias; moves u and v.
 
-    With ``overwrite`` the residual's gradient may take the memory of ``grad``: a block reads each element once, before
+    With ``overwrite`` the residual's gradient may take the memory of ``grad``: a CTA reads each element once, before
     it writes that of the residual.
     """
     grad_residual, grad = None, _aligned(grad)

@@ -3,14 +3,14 @@
 import functools
 from dataclasses import dataclass
 
-WIDTH = 64  # channels a block, as in common.cu
-BOX_ROWS = 256  # the most that the copy engine takes at once
+WIDTH = 64  # channels a slab, as in common.cu
+BOX_ROWS = 256  # the most that TMA takes at once
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a kernel is compiled and cut: reducers (and as many writers) a block, stages of the ring, samples the writers
-    advance over at once, and the most rows of a tile (the ring's size may allow fewer)."""
+    """How a kernel is compiled and cut: threads of a CTA's reduce warps (and as many of its write warps), stages of the
+    ring, samples that write warps advance over at once, and the most rows of a tile (the ring may allow fewer)."""
 
     group: int
     stages: int
@@ -23,7 +23,7 @@ class Tuning:
 
     @property
     def threads(self) -> int:
-        """Reducers, writers, and the warp that fetches."""
+        """Of the reduce warps, the write warps, and the load warp."""
         return 2 * self.group + 32
 
 
@@ -114,7 +114,7 @@ class Tiling:
 
 
 def shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling: Tiling) -> int:
-    """Bytes that a block takes, as the kernels lay them out."""
+    """Bytes that a CTA takes, as the kernels lay them out."""
     rows, segments, warps = tiling.boxes * tiling.box_rows, tuning.group // WIDTH, tuning.group // 32
     scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * (2 * 8 * warps + 8 * segments)
     if direction == "forward":

@@ -1,4 +1,4 @@
-"""Memory through which the blocks of a single-read kernel talk: all bits set at launch, used by one launch only.
+"""Memory for the flag-in-value mailboxes and tile counters of a single-read kernel: all bits set, for one launch only.
 
 Filling it anew for every launch would cost a kernel each. Small launches of one stream take consecutive pieces of a
 chunk that was filled at once; a large one fills its own, which goes back as soon as it is queued. A chunk filled while

@@ -25,9 +25,9 @@ __device__ __forceinline__ int mask_bytes(const Params& p) {
 }
 __device__ __forceinline__ int stage_size(const Params& p) { return mask_at(p) + (mask_bytes(p) + 127) / 128 * 8; }
 
-// The sums of a sample, of g and g (x - m), of the thread's channel.
+// The mailbox of a sample's sums, of g and g (x - m), of the thread's channel.
 __device__ __forceinline__ u64* sums_of(const Params& p, const Place& at, int sample) {
-    return p.published + (long long)sample * p.channels + at.channel;
+    return p.sample_sums + (long long)sample * p.channels + at.channel;
 }
 
 #if POOL
@@ -35,7 +35,7 @@ __device__ __forceinline__ const u32* indices_of(const Params& p, const uint4* s
     return reinterpret_cast<const u32*>(start + mask_at(p));
 }
 
-// Reducers: the sum of both pooled gradients in place of the first, rounded as torch's would be.
+// Reduce warps: the sum of both pooled gradients in place of the first, rounded as torch's would be.
 __device__ __forceinline__ void add_skip_grad(const Params& p, const Place& at, uint4* start) {
     const uint4* skip_grad = start + skip_grad_at(p);
     for (int i = at.thread; i < grad_size(p); i += GROUP) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void add_skip_grad(const Params& p, const Place& at, 
 }
 #endif
 
-__device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch& s, uint4* memory) {
+__device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, Scratch& s, uint4* memory) {
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
     float bias[8];
     parameters8(p.bias, at, 0.f, bias);
@@ -59,13 +59,13 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
     const float per_pixels = 1.f / p.pixels;
     auto announce = [&](int n, float2 sums, float rstd) {
         publish(sums_of(p, at, n), sums.x, sums.y);
-        if (SCALED) publish_share(p, at, n, sum_of_lanes((own_weight * rstd * sums.y + own_bias * sums.x) * per_pixels));
+        if (SCALED) publish_channel_sum(p, at, n, sum_of_lanes((own_weight * rstd * sums.y + own_bias * sums.x) * per_pixels));
     };
-    visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
+    visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
         uint4* start = memory + stage * stage_size(p);
         uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
         const unsigned char* bits = reinterpret_cast<const unsigned char*>(start + mask_at(p)) + at.segment * even(p.pixels) * 8 + at.lane;
-        uint4* out_residual = p.out_residual + (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
+        uint4* out_residual = p.out_residual + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
         const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
         float m[8], scale[8], weight[8];  // w = (x - m) scale + bias
         parameters8(p.weight, at, 1.f, weight);
@@ -116,26 +116,26 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
             if (REWRITES) tile[row * LANES] = pack(g);
         }
 #endif
-        if (REWRITES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine writes here next
-        leave(s.stages.reduced + stage, at);
+        if (REWRITES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // TMA writes here next
+        release(s.stages.reduced + stage, at);
         float2* warps = s.warps[i & 1];
-        reduce_warp(sum, product, warps, at);
+        sum_within_warp(sum, product, warps, at);
         sync<1>();
         if (segment < item.count) {
             const float2 total = sum_of_warps(p, warps, at);
             if (p.tiles == 1) announce(item.sample + segment, total, rstd);
-            else publish(slots_of(p, at, item.sample) + item.tile * WIDTH + at.c, total.x, total.y);
+            else publish(tile_sums_of(p, at, item.sample) + item.tile * WIDTH + at.c, total.x, total.y);
         }
         if (p.tiles > 1 && item.tile == p.tiles - 1) {
             float centre;
-            const float2 total = merge_slots(p, at, slots_of(p, at, item.sample), s.parts, centre,
+            const float2 total = merge_tile_sums(p, at, tile_sums_of(p, at, item.sample), s.parts, centre,
                                              [](float2& sum, float2 part, int) { sum.x += part.x, sum.y += part.y; });
             if (at.thread < WIDTH) announce(item.sample, total, rstd);
         }
     });
 }
 
-__device__ __forceinline__ void write(const Params& p, const Place& at, Scratch& s, const uint4* memory, float u, float v) {
+__device__ __forceinline__ void write_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory, float u, float v) {
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
     const float weight = p.weight ? p.weight[at.channel] : 1.f, own_bias = p.bias ? p.bias[at.channel] : 0.f;
     const float per_pixels = 1.f / p.pixels, per_channels = 1.f / p.channels;
@@ -178,7 +178,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     };
 
     // Ask for the sums of the next samples up to `last`, which may not be there yet, and read their states and moments.
-    u64 words[WORDS], shares[WORDS] = {};
+    u64 words[WORDS], channel_sums[WORDS] = {};
     float2 before[WORDS], moments[WORDS];
     float rzeta[WORDS] = {};
     const int mine = at.thread / WIDTH;
@@ -189,9 +189,9 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         for (int j = 0; j < WORDS; j++) {
             const bool wanted = sample_of(j) < last;
             words[j] = wanted ? peek(sums_of(p, at, sample_of(j))) : 0;
-            if (wanted) before[j] = of_sample(p.state, sample_of(j)), moments[j] = of_sample(p.moments, sample_of(j));
+            if (wanted) before[j] = of_sample(p.tables, sample_of(j)), moments[j] = of_sample(p.moments, sample_of(j));
             if (SCALED) {
-                shares[j] = wanted ? peek_shares(p, at, sample_of(j)) : 0;
+                channel_sums[j] = wanted ? peek_channel_sums(p, at, sample_of(j)) : 0;
                 rzeta[j] = wanted ? p.rzeta[sample_of(j)] : 0.f;
             }
         }
@@ -208,9 +208,9 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
 #if SCALED
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (half_empty(shares[j])) shares[j] = peek_shares(p, at, sample_of(j));
+                if (half_empty(channel_sums[j])) channel_sums[j] = peek_channel_sums(p, at, sample_of(j));
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) missing |= half_empty(shares[j]);
+            for (int j = 0; j < WORDS; j++) missing |= half_empty(channel_sums[j]);
 #endif
         }
     };
@@ -227,7 +227,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
                 const int k = mine + SEGMENTS * j;
                 if (k < batch) {
                     float row[6];
-                    const float kappa = SCALED ? projection(total_of_shares(shares[j]), rzeta[j]) : 0.f;
+                    const float kappa = SCALED ? projection(total_of_channel_sums(channel_sums[j]), rzeta[j]) : 0.f;
                     row_of(before[j], moments[j], as_pair(words[j]), rzeta[j], kappa, row);
 #pragma unroll
                     for (int i = 0; i < 6; i++) s.table[i][k][at.c] = row[i];
@@ -283,12 +283,12 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         }
     };
 
-    visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
+    visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
         const uint4* start = memory + stage * stage_size(p);
         const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
         const float2* own = reinterpret_cast<const float2*>(start + states_at(p));
         const int rows = item.rows_of(at.segment), last = item.sample + item.count - 1;
-        uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
+        uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
         ask(last);
         advance(item.sample, last, own);
         closing |= last == p.samples - 1 && item.tile == 0;
@@ -301,7 +301,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
 #if SCALED
         if (at.row < 32 / LANES && at.segment < item.count) {  // the segment's first warp waits for all
             const int n = item.sample + at.segment;
-            const float rzeta = p.rzeta[n], kappa = projection(wait_for_shares(p, at, n), rzeta);
+            const float rzeta = p.rzeta[n], kappa = projection(wait_for_channel_sums(p, at, n), rzeta);
             if (at.warp_lane == 0) s.scaling[at.segment] = make_float2(rzeta, kappa);
         }
         sync<2>();
@@ -331,38 +331,38 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
             put(row, g, x);
         }
 #endif
-        leave(s.stages.empty + stage, at);
+        release(s.stages.empty + stage, at);
     });
     if (closing && at.thread < WIDTH) {
         const int n = p.samples - 1;
         const float last_rzeta = SCALED ? p.rzeta[n] : 0.f;
-        const float kappa = SCALED ? projection(wait_for_shares(p, at, n), last_rzeta) : 0.f;
+        const float kappa = SCALED ? projection(wait_for_channel_sums(p, at, n), last_rzeta) : 0.f;
         float row[6];
-        row_of(of_sample(p.state, n), of_sample(p.moments, n), wait_for(sums_of(p, at, n)), last_rzeta, kappa, row);
+        row_of(of_sample(p.tables, n), of_sample(p.moments, n), wait_for(sums_of(p, at, n)), last_rzeta, kappa, row);
         step_if_finite(row);
-        p.first[at.channel] = u, p.second[at.channel] = v;
+        p.state_a[at.channel] = u, p.state_b[at.channel] = v;
         p.grad_weight[at.channel] = grad_weight * p.pixels, p.grad_bias[at.channel] = grad_bias * p.pixels;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm_backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) uint4 memory[];
     Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size(p));
     const int role = threadIdx.x / GROUP;
     const Place at(p, threadIdx.x % GROUP);
-    // The state is overwritten once all sums are published, so it has to be here before this block publishes any.
+    // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
     float u = 0.f, v = 0.f;
     if (role == 1) {
-        u = p.first[at.channel], v = p.second[at.channel];
+        u = p.state_a[at.channel], v = p.state_b[at.channel];
         s.gain[0][at.c] = u, s.slope[0][at.c] = v;
     }
     prepare_stages(s.stages);
     if (role == 0) {
-        reduce(p, at, s, memory);
+        reduce_warps(p, at, s, memory);
     } else if (role == 1) {
-        write(p, at, s, memory, u, v);
+        write_warps(p, at, s, memory, u, v);
     } else if (at.warp_lane == 0) {
-        fetch_items(p, s.stages, [&](const Item& item, int stage) {
+        load_tiles(p, s.stages, [&](const Item& item, int stage) {
             u64* barrier = s.stages.full + stage;
             uint4* to = memory + stage * stage_size(p);
             const int row = int(item.first_row), pooled = item.tile * p.tile_rows / 4;
@@ -370,14 +370,14 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm(cons
             u32 bits = p.segments > 1 ? item.count * even(p.pixels) * 8 : even(item.rows) * 8;
             if (POOL) bits = min(mask_bytes(p), (pooled_pixels(p) - pooled) * 32);
             arrive_expecting(barrier, states_at(p) * 16 + item.count * WIDTH * 8 + (MASK || POOL ? bits : 0));
-            copy_boxes(p, to, p.maps[0], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
-            copy_boxes(p, to + grad_size(p), p.maps[1], row, p.box_rows, p.boxes, barrier);
-            if (SKIP_GRAD) copy_boxes(p, to + skip_grad_at(p), p.maps[2], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
+            tma_load_boxes(p, to, p.maps[0], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
+            tma_load_boxes(p, to + grad_size(p), p.maps[1], row, p.box_rows, p.boxes, barrier);
+            if (SKIP_GRAD) tma_load_boxes(p, to + skip_grad_at(p), p.maps[2], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
             for (int k = 0; k < item.count; k++)
-                copy_bytes(to + states_at(p) + k * WIDTH / 2, p.state + (long long)(item.sample + k) * p.channels + at.channel_block * WIDTH,
+                tma_load_bytes(to + states_at(p) + k * WIDTH / 2, p.tables + (long long)(item.sample + k) * p.channels + at.slab * WIDTH,
                            WIDTH * 8, barrier);
-            if (MASK) copy_bytes(to + mask_at(p), p.mask + mask_offset(p, at.channel_block, item.sample, item.tile * p.tile_rows), bits, barrier);
-            if (POOL) copy_bytes(to + mask_at(p), p.mask + index_offset(p, at.channel_block, item.sample, pooled), bits, barrier);
+            if (MASK) tma_load_bytes(to + mask_at(p), p.mask + mask_offset(p, at.slab, item.sample, item.tile * p.tile_rows), bits, barrier);
+            if (POOL) tma_load_bytes(to + mask_at(p), p.mask + index_offset(p, at.slab, item.sample, pooled), bits, barrier);
         });
     }
 }

@@ -1,22 +1,24 @@
-// Single-read kernels: x (and the gradient) pass through shared memory once, because sample n needs statistics of earlier
-// samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, SKIP_GRAD, CLAMP, SCALED, POOL (0 or 1), GROUP,
-// STAGES, CHUNK.
+// Single-read kernels for Hopper: x (and the gradient) pass through shared memory once, because sample n needs statistics of
+// earlier samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, SKIP_GRAD, CLAMP, SCALED, POOL (0 or 1),
+// GROUP, STAGES, CHUNK.
 //
-// Work. Tensors are channels_last 16-bit matrices (N * pixels rows, channels). A block serves one block of 64 channels;
-// an item is a tile of rows: a part of one sample, or several whole samples (segments) where they are small. Items come
-// in sample order from a ticket counter, so an item waits only for items that running blocks already hold: no deadlock,
-// whatever else occupies the GPU.
-// Roles. One thread draws tickets and has the copy engine bring tiles into a ring of STAGES shared-memory stages. GROUP
-// reducers sum a tile and publish the sums. GROUP writers advance the recurrence to the tile's sample and write the tile.
-// The three run side by side, so that reads, sums and writes of different tiles overlap within a block. Reducers wait
-// for loads (and, at a sample's last tile, for its other tiles), writers for sums of earlier samples, loads for a stage
-// that writers have left: each only for lower tickets.
-// Messages. A published pair of floats is one 8-byte relaxed store over memory filled with EMPTY, so the value is its own
-// flag. Sums of a sample's tiles sit in slots, which the reducers of the sample's last tile add in order; every block
-// advances its own copy of the recurrence over all samples. Fixed orders throughout: equal input gives equal bits.
-// Layer scaling (SCALED). A sample's tiles are written once sums over all of its channels are known: a tile waits for
-// higher tickets too. So the launch is cooperative, which has all blocks run at once, and their stages together hold a
-// sample at least. Each warp of 32 channels publishes its share of such a sum in 4 bytes, their own flag likewise.
+// Tile scheduler. Tensors are channels_last 16-bit matrices (N * pixels rows, channels). A CTA serves one slab of 64
+// channels; an item is a tile of rows: a part of one sample, or several whole samples (segments) where they are small. An
+// atomic counter for each slab hands items out in sample order, so an item waits only for items that running CTAs already
+// hold: no deadlock, whatever else occupies the GPU.
+// Warp specialisation. The load warp takes items from the tile scheduler and has TMA bring tiles into a ring of STAGES
+// shared-memory stages, each with mbarriers for full, reduced and empty. Reduce warps (GROUP threads) sum a tile and publish
+// the sums. Write warps (GROUP threads) advance the recurrence to the tile's sample and write the tile. The three run side
+// by side, so that reads, sums and writes of different tiles overlap within a CTA. Reduce warps wait for loads (and, at a
+// sample's last tile, for its other tiles), write warps for sums of earlier samples, loads for a stage that write warps have
+// released: each only for earlier items.
+// Flag-in-value mailboxes. A published pair of floats is one 8-byte relaxed store over memory filled with EMPTY, so the value
+// is its own flag. The reduce warps of a sample's last tile add the sums of its tiles in order; every CTA advances its own
+// copy of the recurrence over all samples. Fixed orders throughout: equal input gives equal bits.
+// Layer scaling (SCALED). A sample's tiles are written once sums over all of its channels are known: a tile waits for later
+// items too. So the launch is cooperative, which has all CTAs run at once, and their stages together hold a sample at least.
+// Such a sum is added up from one of each warp of 32 channels, in a mailbox of 4 bytes. Forward, one CTA of each slab has
+// scale warps, which follow the moments ahead of all write warps.
 // Max-pool (POOL). A 3x3 max-pool of stride 2 and padding 1 follows the ReLU. Tiles are pairs of image rows, and a box is
 // a row. Forward brings the row above a tile too, and writes pooled pixels and, in 4 bits each, which of the window's
 // nine pixels was taken, or NOTHING where ReLU or clamp let no gradient through. Backward brings the pooled gradients of
@@ -26,7 +28,7 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 
 constexpr int WARPS = GROUP / 32, WIDTH = 64, LANES = WIDTH / 8, SEGMENTS = GROUP / WIDTH;
-constexpr int WORDS = CHUNK / SEGMENTS;  // messages a writer collects of a chunk of samples
+constexpr int WORDS = CHUNK / SEGMENTS;  // mailboxes a thread of the write warps reads of a chunk of samples
 constexpr u64 EMPTY = ~0ull;
 #define INFINITE __int_as_float(0x7f800000)
 
@@ -37,20 +39,20 @@ struct alignas(64) TensorMap {
 struct Params {
     TensorMap maps[3];                           // x and residual, or grad, x and skip_grad: boxes of box_rows by 64
     uint4 *out, *out_residual;                   // y forward, grad_x and the residual's gradient backward
-    unsigned char* mask;                         // ReLU bits, (channel block, sample, pixels made even, 8 bytes), or indices of
-                                                 // a max-pool, (channel block, sample, pooled pixels, 32 bytes)
+    unsigned char* mask;                         // ReLU bits, (slab, sample, pixels made even, 8 bytes), or indices of a
+                                                 // max-pool, (slab, sample, pooled pixels, 32 bytes)
     const float *weight, *bias;                  // null: 1 and 0
-    float *first, *second;                       // state in place: mean and variance, or u and v
-    float2 *state, *moments;                     // tables (N, C): mean and variance before each sample, and those of it
+    float *state_a, *state_b;                    // in place: mean and variance, or u and v
+    float2 *tables, *moments;                    // (N, C): mean and variance before each sample, and those of it
     float *grad_weight, *grad_bias;
     float* rzeta;                                // 1 / zeta of each sample, of layer scaling
-    // EMPTY at launch, a pair each: sums of samples (N, C), of tiles (N, C / 64, tiles, 64), two shares (N, C / 64)
-    u64 *published, *slots, *shares;
-    int* tickets;                                // -1 at launch, one a channel block
+    // mailboxes, EMPTY at launch, a pair each: (N, C), (N, C / 64, tiles, 64), and (N, C / 64) of two warps' channels
+    u64 *sample_sums, *tile_sums, *channel_sums;
+    int* tile_counter;                           // of the tile scheduler, -1 at launch, one a slab
     int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
     int width;  // of an image that is pooled
-    float alpha_fwd, one_minus_alpha_fwd, alpha_bkw, one_minus_alpha_bkw;  // decay and 1 - decay
-    float eps, clamp, zeta_eps, scale;               // the last is the unit of u and v
+    float alpha_fwd, one_minus_alpha_fwd, alpha_bkw, one_minus_alpha_bkw;
+    float eps, clamp, zeta_eps, scale;  // the last is the unit of u and v
 };
 
 __device__ __forceinline__ u64 peek(const u64* p) {
@@ -83,7 +85,7 @@ __device__ __forceinline__ float2 wait_for(const u64* p) {
     return as_pair(word);
 }
 
-// Shared memory's barriers and the copy engine.
+// mbarriers and TMA.
 __device__ __forceinline__ u32 address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 __device__ __forceinline__ void barrier_init(u64* barrier, int count) {
@@ -108,7 +110,7 @@ __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
     } while (!done);
 }
 
-__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int channel, int row, u64* barrier) {
+__device__ __forceinline__ void tma_load_box(void* to, const TensorMap& map, int channel, int row, u64* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             address(to)),
@@ -116,13 +118,13 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int cha
         : "memory");
 }
 
-__device__ __forceinline__ void copy_bytes(void* to, const void* from, u32 bytes, u64* barrier) {
+__device__ __forceinline__ void tma_load_bytes(void* to, const void* from, u32 bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)),
                  "l"(from), "r"(bytes), "r"(address(barrier))
                  : "memory");
 }
 
-// All threads of one role: 1 reducers, 2 writers.
+// Named barrier of one role's threads: 1 reduce warps, 2 write warps.
 template <int ROLE>
 __device__ __forceinline__ void sync() {
     asm volatile("bar.sync %0, %1;" ::"n"(ROLE), "n"(GROUP) : "memory");
@@ -180,16 +182,16 @@ __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITE;
 
 __device__ __forceinline__ float finite(float x) { return is_finite(x) ? x : 0.f; }
 
-// What a reducer or writer knows of its place: 16 bytes of every row it owns, one segment.
+// What a thread of the reduce or write warps knows of its place: 16 bytes of every row it owns, one segment.
 struct Place {
-    int thread, warp_lane, channel_block, c, lane, segment, row, step, columns, channel;
+    int thread, warp_lane, slab, c, lane, segment, row, step, slabs, channel;
 
     __device__ Place(const Params& p, int index) : thread(index) {
         warp_lane = thread % 32;
-        columns = p.channels / WIDTH;
-        channel_block = blockIdx.x % columns;
-        c = thread % WIDTH;  // the channel, within the block, that the thread serves in table work
-        channel = channel_block * WIDTH + c;
+        slabs = p.channels / WIDTH;
+        slab = blockIdx.x % slabs;
+        c = thread % WIDTH;  // the channel, within the slab, that the thread serves in table work
+        channel = slab * WIDTH + c;
         lane = thread % LANES;
         step = GROUP / LANES / p.segments;
         segment = thread / LANES / step;
@@ -221,7 +223,7 @@ struct Stages {
     int queue[STAGES];  // item of a stage, -1 after the last
 };
 
-// Before any role begins; ends with all threads of the block in step.
+// Before any role begins; ends with all threads of the CTA in step.
 __device__ __forceinline__ void prepare_stages(Stages& s) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -235,15 +237,15 @@ __device__ __forceinline__ void prepare_stages(Stages& s) {
     __syncthreads();
 }
 
-// The one thread that draws tickets; fetch(item, stage) begins the copies and arrives on the stage's barrier.
+// The load warp's one thread: takes items from the tile scheduler; fetch(item, stage) issues TMA and arrives on the stage's mbarrier.
 template <class Fetch>
-__device__ __forceinline__ void fetch_items(const Params& p, Stages& s, Fetch fetch) {
+__device__ __forceinline__ void load_tiles(const Params& p, Stages& s, Fetch fetch) {
     const int items = item_count(p);
-    int* tickets = p.tickets + blockIdx.x % (p.channels / WIDTH);
+    int* tile_counter = p.tile_counter + blockIdx.x % (p.channels / WIDTH);
     for (int i = 0;; i++) {
         const int stage = i % STAGES;
         if (i >= STAGES) wait(s.empty + stage, i / STAGES - 1 & 1);
-        const int index = atomicAdd(tickets, 1) + 1;
+        const int index = atomicAdd(tile_counter, 1) + 1;
         s.queue[stage] = index < items ? index : -1;
         if (index >= items) {
             arrive(s.full + stage);
@@ -253,9 +255,9 @@ __device__ __forceinline__ void fetch_items(const Params& p, Stages& s, Fetch fe
     }
 }
 
-// Reducers and writers: visit(item, stage, how often the ring has gone round) for every item of the block.
+// Reduce and write warps: visit(item, stage, number of the item within the CTA) for every item of the CTA.
 template <class Visit>
-__device__ __forceinline__ void visit_items(const Params& p, Stages& s, Visit visit) {
+__device__ __forceinline__ void visit_tiles(const Params& p, Stages& s, Visit visit) {
     for (int i = 0;; i++) {
         const int stage = i % STAGES;
         wait(s.full + stage, i / STAGES & 1);
@@ -264,21 +266,21 @@ __device__ __forceinline__ void visit_items(const Params& p, Stages& s, Visit vi
     }
 }
 
-// A warp has finished with a stage.
-__device__ __forceinline__ void leave(u64* barrier, const Place& at) {
+// A warp hands a stage on.
+__device__ __forceinline__ void release(u64* barrier, const Place& at) {
     __syncwarp();
     if (at.warp_lane == 0) arrive(barrier);
 }
 
-__device__ __forceinline__ void copy_boxes(const Params& p, uint4* to, const TensorMap& map, int first_row, int rows, int boxes, u64* barrier) {
+__device__ __forceinline__ void tma_load_boxes(const Params& p, uint4* to, const TensorMap& map, int first_row, int rows, int boxes, u64* barrier) {
     const int channel = blockIdx.x % (p.channels / WIDTH) * WIDTH;
-    for (int b = 0; b < boxes; b++) copy_box(to + b * rows * LANES, map, channel, first_row + b * rows, barrier);
+    for (int b = 0; b < boxes; b++) tma_load_box(to + b * rows * LANES, map, channel, first_row + b * rows, barrier);
 }
 
 __device__ __forceinline__ int stage_rows(const Params& p) { return p.boxes * p.box_rows; }
 
 // Add the sums of the threads of a warp that share a lane (8 channels); each thread keeps and stores two channels.
-__device__ __forceinline__ void reduce_warp(float (&a)[8], float (&b)[8], float2* warps, const Place& at) {
+__device__ __forceinline__ void sum_within_warp(float (&a)[8], float (&b)[8], float2* warps, const Place& at) {
     const bool upper = at.warp_lane & 16, odd = at.warp_lane & 8;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -298,22 +300,22 @@ __device__ __forceinline__ void reduce_warp(float (&a)[8], float (&b)[8], float2
 
 // Sums of segment thread / 64, channel c, from those of its warps.
 __device__ __forceinline__ float2 sum_of_warps(const Params& p, const float2* warps, const Place& at) {
-    const int share = WARPS / p.segments, first = at.thread / WIDTH * share;
+    const int per_segment = WARPS / p.segments, first = at.thread / WIDTH * per_segment;
     float2 total = warps[first * WIDTH + at.c];
-    for (int w = first + 1; w < first + share; w++) {
+    for (int w = first + 1; w < first + per_segment; w++) {
         const float2 part = warps[w * WIDTH + at.c];
         total.x += part.x, total.y += part.y;
     }
     return total;
 }
 
-// The reducers of a sample's last tile add the slots in order, in parts side by side.
-// combine(accumulator, slot value, tile) folds one slot in; centre is slot 0.
+// The reduce warps of a sample's last tile add the sums of all its tiles in order, in parts side by side.
+// combine(accumulator, sums of a tile, tile) folds one in; centre is the first sum of tile 0.
 template <class Combine>
-__device__ __forceinline__ float2 merge_slots(const Params& p, const Place& at, const u64* slots, float2 (*parts)[WIDTH], float& centre, Combine combine) {
+__device__ __forceinline__ float2 merge_tile_sums(const Params& p, const Place& at, const u64* tile_sums, float2 (*parts)[WIDTH], float& centre, Combine combine) {
     const int part = at.thread / WIDTH;
-    const int share = (p.tiles + SEGMENTS - 1) / SEGMENTS, begin = part * share, end = min(p.tiles, begin + share);
-    centre = finite(wait_for(slots + at.c).x);
+    const int per_part = (p.tiles + SEGMENTS - 1) / SEGMENTS, begin = part * per_part, end = min(p.tiles, begin + per_part);
+    centre = finite(wait_for(tile_sums + at.c).x);
     float2 sum = make_float2(0.f, 0.f);
     for (int t = begin; t < end; t += 8) {
         u64 words[8];
@@ -324,7 +326,7 @@ __device__ __forceinline__ float2 merge_slots(const Params& p, const Place& at, 
             missing = false;
 #pragma unroll
             for (int j = 0; j < 8; j++)
-                if (words[j] == EMPTY) words[j] = peek(slots + (t + j) * WIDTH + at.c);
+                if (words[j] == EMPTY) words[j] = peek(tile_sums + (t + j) * WIDTH + at.c);
 #pragma unroll
             for (int j = 0; j < 8; j++) missing |= words[j] == EMPTY;
         }
@@ -347,31 +349,31 @@ __device__ __forceinline__ float sum_of_lanes(float x) {
     return x;
 }
 
-__device__ __forceinline__ void publish_share(const Params& p, const Place& at, int sample, float value) {
-    u64* word = p.shares + (long long)sample * at.columns + at.channel_block;
+__device__ __forceinline__ void publish_channel_sum(const Params& p, const Place& at, int sample, float value) {
+    u64* word = p.channel_sums + (long long)sample * at.slabs + at.slab;
     if (at.warp_lane == 0) publish_half(reinterpret_cast<u32*>(word) + at.thread / 32 % 2, value);
 }
 
-// The shares that the thread adds up: those of one channel block, of which there are 32 at most.
-__device__ __forceinline__ u64 peek_shares(const Params& p, const Place& at, int sample) {
-    return at.warp_lane < at.columns ? peek(p.shares + (long long)sample * at.columns + at.warp_lane) : 0;
+// The sums that the thread adds up: those of one slab, of which there are 32 at most.
+__device__ __forceinline__ u64 peek_channel_sums(const Params& p, const Place& at, int sample) {
+    return at.warp_lane < at.slabs ? peek(p.channel_sums + (long long)sample * at.slabs + at.warp_lane) : 0;
 }
 
-__device__ __forceinline__ float total_of_shares(u64 word) {
+__device__ __forceinline__ float total_of_channel_sums(u64 word) {
     const float2 halves = as_pair(word);
     return sum_of_lanes(halves.x + halves.y);
 }
 
-__device__ __forceinline__ float wait_for_shares(const Params& p, const Place& at, int sample) {
-    u64 word = peek_shares(p, at, sample);
-    while (half_empty(word)) word = peek_shares(p, at, sample);
-    return total_of_shares(word);
+__device__ __forceinline__ float wait_for_channel_sums(const Params& p, const Place& at, int sample) {
+    u64 word = peek_channel_sums(p, at, sample);
+    while (half_empty(word)) word = peek_channel_sums(p, at, sample);
+    return total_of_channel_sums(word);
 }
 
 // The parameters of the thread's eight channels; null stands for `otherwise`.
 __device__ __forceinline__ void parameters8(const float* from, const Place& at, float otherwise, float (&f)[8]) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) f[i] = from ? from[at.channel_block * WIDTH + at.lane * 8 + i] : otherwise;
+    for (int i = 0; i < 8; i++) f[i] = from ? from[at.slab * WIDTH + at.lane * 8 + i] : otherwise;
 }
 
 // 16-bit value c of a row in shared memory.
@@ -382,15 +384,15 @@ __device__ __forceinline__ float value_of(const uint4* row, int c) {
     return f[0];
 }
 
-// The sums of a sample's tiles, 64 channels each.
-__device__ __forceinline__ u64* slots_of(const Params& p, const Place& at, int sample) {
-    return p.slots + ((long long)sample * at.columns + at.channel_block) * p.tiles * WIDTH;
+// The mailboxes of a sample's tiles, 64 channels each.
+__device__ __forceinline__ u64* tile_sums_of(const Params& p, const Place& at, int sample) {
+    return p.tile_sums + ((long long)sample * at.slabs + at.slab) * p.tiles * WIDTH;
 }
 
 // ReLU bits of a sample's row, 8 bytes; a sample has an even number of rows, so that every tile begins at 16 bytes.
 __device__ __forceinline__ int even(int rows) { return rows + (rows & 1); }
 
-__device__ __forceinline__ long long mask_offset(const Params& p, int channel_block, int sample, int row) {
-    return (((long long)channel_block * p.samples + sample) * even(p.pixels) + row) * 8;
+__device__ __forceinline__ long long mask_offset(const Params& p, int slab, int sample, int row) {
+    return (((long long)slab * p.samples + sample) * even(p.pixels) + row) * 8;
 }
 

@@ -1,5 +1,5 @@
-// y = relu(guard(weight (x - m) / s + bias) + residual), the tables of states and moments, and the state moved past the
-// batch. The guard clamps, or divides by zeta (n), the root mean square over a sample.
+// y = relu(compensate(weight (x - m) / s + bias) + residual), the tables of states and moments, and the state moved past the
+// batch. Error compensation clamps, or divides by zeta (n), the root mean square over a sample.
 
 struct Scratch {
     Stages stages;
@@ -11,7 +11,7 @@ struct Scratch {
 
 constexpr int TENSORS = 1 + RESIDUAL;
 __device__ __forceinline__ int halo_rows(const Params& p) { return POOL ? p.width : 0; }  // above a tile
-constexpr int FOLLOWERS = SCALED ? WIDTH : 0;  // threads of a fourth role
+constexpr int SCALE_THREADS = SCALED ? WIDTH : 0;  // threads of the scale warps
 
 __device__ __forceinline__ void step_over(const Params& p, float2 moment, float& mean, float& var) {
     const float d = moment.x - mean;
@@ -19,14 +19,14 @@ __device__ __forceinline__ void step_over(const Params& p, float2 moment, float&
     mean += p.one_minus_alpha_fwd * d;
 }
 
-__device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
+__device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
     const int stage_size = TENSORS * stage_rows(p) * LANES;
     auto announce = [&](int n, float mu, float q) {
         const long long index = (long long)n * p.channels + at.channel;
-        publish(p.published + index, mu, q);
+        publish(p.sample_sums + index, mu, q);
         p.moments[index] = make_float2(mu, q);  // for backward
     };
-    visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
+    visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
         const uint4* start = memory + stage * stage_size + halo_rows(p) * LANES;
         const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
         const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
@@ -47,20 +47,20 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
                 square[k] += d * d;
             }
         }
-        leave(s.stages.reduced + stage, at);
+        release(s.stages.reduced + stage, at);
         float2* warps = s.warps[i & 1];
-        reduce_warp(sum, square, warps, at);
+        sum_within_warp(sum, square, warps, at);
         sync<1>();
         if (segment < item.count) {
             const float2 total = sum_of_warps(p, warps, at);
             const float mu = base + total.x / item.rows;
             const float scatter = max_nan(total.y - total.x * (total.x / item.rows), 0.f);
             if (p.tiles == 1) announce(item.sample + segment, mu, scatter / p.pixels);
-            else publish(slots_of(p, at, item.sample) + item.tile * WIDTH + at.c, mu, scatter);
+            else publish(tile_sums_of(p, at, item.sample) + item.tile * WIDTH + at.c, mu, scatter);
         }
         if (p.tiles > 1 && item.tile == p.tiles - 1) {
             float centre;
-            float2 total = merge_slots(p, at, slots_of(p, at, item.sample), s.parts, centre, [&](float2& sum, float2 part, int t) {
+            float2 total = merge_tile_sums(p, at, tile_sums_of(p, at, item.sample), s.parts, centre, [&](float2& sum, float2 part, int t) {
                 const float count = min(p.tile_rows, p.pixels - t * p.tile_rows), d = part.x - centre;
                 sum.x += count * d;
                 sum.y += part.y + count * d * d;
@@ -71,7 +71,7 @@ __device__ __forceinline__ void reduce(const Params& p, const Place& at, Scratch
     });
 }
 
-__device__ __forceinline__ void write(const Params& p, const Place& at, Scratch& s, const uint4* memory, float mean, float var) {
+__device__ __forceinline__ void write_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory, float mean, float var) {
     const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size, pitch = p.channels / 8;
     float bias[8];
     parameters8(p.bias, at, 0.f, bias);
@@ -83,10 +83,10 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
     // Ask for the moments of the next samples up to `last`; some may not be there yet.
     u64 words[WORDS];
     const int mine = at.thread / WIDTH;
-    auto message = [&](int j) { return p.published + (long long)(position + mine + SEGMENTS * j) * p.channels + at.channel; };
+    auto mailbox = [&](int j) { return p.sample_sums + (long long)(position + mine + SEGMENTS * j) * p.channels + at.channel; };
     auto ask = [&](int last) {
 #pragma unroll
-        for (int j = 0; j < WORDS; j++) words[j] = position + mine + SEGMENTS * j < last ? peek(message(j)) : 0;
+        for (int j = 0; j < WORDS; j++) words[j] = position + mine + SEGMENTS * j < last ? peek(mailbox(j)) : 0;
     };
     auto collect = [&]() {
         bool missing = true;
@@ -94,7 +94,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
             missing = false;
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (words[j] == EMPTY) words[j] = peek(message(j));
+                if (words[j] == EMPTY) words[j] = peek(mailbox(j));
 #pragma unroll
             for (int j = 0; j < WORDS; j++) missing |= words[j] == EMPTY;
         }
@@ -130,7 +130,7 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
                     if (n >= first && (j < batch || n == last)) {
                         s.mean[n - first][at.c] = mean;
                         s.scale[n - first][at.c] = weight * rsqrtf(var + p.eps);
-                        if (record) p.state[(long long)n * p.channels + at.channel] = make_float2(mean, var);
+                        if (record) p.tables[(long long)n * p.channels + at.channel] = make_float2(mean, var);
                     }
                     if (j < batch) step(s.table[j][at.c]);
                 }
@@ -141,11 +141,11 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         }
     };
 
-    visit_items(p, s.stages, [&](const Item& item, int stage, int i) {
+    visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
         const uint4* tile = memory + stage * stage_size + (halo_rows(p) + at.segment * p.pixels) * LANES + at.lane;
         const int rows = item.rows_of(at.segment), last = item.sample + item.count - 1;
-        uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.channel_block * LANES + at.lane;
-        unsigned char* mask = p.mask + mask_offset(p, at.channel_block, item.sample + at.segment, item.tile * p.tile_rows) + at.lane;
+        uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
+        unsigned char* mask = p.mask + mask_offset(p, at.slab, item.sample + at.segment, item.tile * p.tile_rows) + at.lane;
         ask(last);
         advance(item.sample, last, item.tile == 0);
         closing |= last == p.samples - 1 && item.tile == 0;
@@ -158,9 +158,9 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
 #if SCALED
         if (at.row < 32 / LANES && at.segment < item.count) {  // the segment's first warp waits for all
             const int n = item.sample + at.segment;
-            const float rzeta = rsqrtf(wait_for_shares(p, at, n) * per_channels + p.zeta_eps);
+            const float rzeta = rsqrtf(wait_for_channel_sums(p, at, n) * per_channels + p.zeta_eps);
             if (at.warp_lane == 0) s.rzeta[at.segment] = rzeta;
-            if (at.warp_lane == 0 && item.tile == 0 && at.channel_block == 0) p.rzeta[n] = rzeta;
+            if (at.warp_lane == 0 && item.tile == 0 && at.slab == 0) p.rzeta[n] = rzeta;
         }
         sync<2>();
         const float rzeta = s.rzeta[at.segment];
@@ -172,8 +172,8 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
 #pragma unroll
         for (int j = 0; j < 4; j++) signs[j] = sign_of(scale[2 * j]) | sign_of(scale[2 * j + 1]) << 16;
         const int pooled_width = p.width / 2, pooled_first = item.tile * p.tile_rows / 4;
-        uint4* pooled = p.out + ((long long)item.sample * pooled_pixels(p) + pooled_first) * pitch + at.channel_block * LANES + at.lane;
-        u32* indices = reinterpret_cast<u32*>(p.mask + index_offset(p, at.channel_block, item.sample, pooled_first)) + at.lane;
+        uint4* pooled = p.out + ((long long)item.sample * pooled_pixels(p) + pooled_first) * pitch + at.slab * LANES + at.lane;
+        u32* indices = reinterpret_cast<u32*>(p.mask + index_offset(p, at.slab, item.sample, pooled_first)) + at.lane;
         for (int q = at.row; q < rows / 4; q += at.step) {
             const int line = q / pooled_width, column = q - line * pooled_width;
             const uint4* middle = tile + 2 * (line * p.width + column) * LANES;
@@ -235,21 +235,21 @@ __device__ __forceinline__ void write(const Params& p, const Place& at, Scratch&
         }
 #endif
         wait(s.stages.reduced + stage, i / STAGES & 1);
-        leave(s.stages.empty + stage, at);
+        release(s.stages.empty + stage, at);
     });
     if (closing && at.thread < WIDTH) {
-        step(wait_for(p.published + (long long)(p.samples - 1) * p.channels + at.channel));
-        p.first[at.channel] = mean, p.second[at.channel] = var;
+        step(wait_for(p.sample_sums + (long long)(p.samples - 1) * p.channels + at.channel));
+        p.state_a[at.channel] = mean, p.state_b[at.channel] = var;
     }
 }
 
-// Layer scaling: one block of each column follows the moments as they come, ahead of all writers, and publishes the
-// column's share in the mean square of each sample.
-__device__ __forceinline__ void follow(const Params& p, const Place& at) {
+// Layer scaling: the scale warps of one CTA a slab follow the moments as they come, ahead of all write warps, and publish
+// the sums over the slab's channels that the mean square of each sample is made of.
+__device__ __forceinline__ void scale_warps(const Params& p, const Place& at) {
     constexpr int AHEAD = 8;  // samples asked for at once
     const float weight = p.weight ? p.weight[at.channel] : 1.f, bias = p.bias ? p.bias[at.channel] : 0.f;
-    float mean = p.first[at.channel], var = p.second[at.channel];
-    auto ask = [&](int n) { return n < p.samples ? peek(p.published + (long long)n * p.channels + at.channel) : EMPTY; };
+    float mean = p.state_a[at.channel], var = p.state_b[at.channel];
+    auto ask = [&](int n) { return n < p.samples ? peek(p.sample_sums + (long long)n * p.channels + at.channel) : EMPTY; };
     auto square_of = [&](u64 word) {  // mean(w^2) of the next sample, which is then behind
         const float2 moment = as_pair(word);
         const float scale = weight * rsqrtf(var + p.eps), w = scale * (moment.x - mean) + bias;
@@ -274,7 +274,7 @@ __device__ __forceinline__ void follow(const Params& p, const Place& at) {
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) squares[j] = sum_of_lanes(squares[j]);
 #pragma unroll
-            for (int j = 0; j < AHEAD; j++) publish_share(p, at, first + j, squares[j]);
+            for (int j = 0; j < AHEAD; j++) publish_channel_sum(p, at, first + j, squares[j]);
         } else {  // as each comes: later ones may wait for what this one lets go
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
@@ -284,39 +284,39 @@ __device__ __forceinline__ void follow(const Params& p, const Place& at) {
                     for (int k = j; k < AHEAD; k++)
                         if (words[k] == EMPTY) words[k] = ask(first + k);
                 }
-                publish_share(p, at, first + j, sum_of_lanes(square_of(words[j])));
+                publish_channel_sum(p, at, first + j, sum_of_lanes(square_of(words[j])));
             }
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + FOLLOWERS, 1) online_norm(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) online_norm_forward(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) uint4 memory[];
     const int stage_size = TENSORS * stage_rows(p) * LANES;
     Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size);
     const int role = min(int(threadIdx.x) / GROUP, 2), index = threadIdx.x - role * GROUP;
     const Place at(p, index % GROUP);
-    // The state is overwritten once all sums are published, so it has to be here before this block publishes any.
+    // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
     float mean = 0.f, var = 0.f;
     if (role == 1) {
-        mean = p.first[at.channel], var = p.second[at.channel];
+        mean = p.state_a[at.channel], var = p.state_b[at.channel];
         s.mean[0][at.c] = mean, s.scale[0][at.c] = var;
     }
     prepare_stages(s.stages);
     if (role == 0) {
-        reduce(p, at, s, memory);
+        reduce_warps(p, at, s, memory);
     } else if (role == 1) {
-        write(p, at, s, memory, mean, var);
+        write_warps(p, at, s, memory, mean, var);
     } else if (index >= 32) {
-        if (blockIdx.x < at.columns) follow(p, Place(p, index - 32));
+        if (blockIdx.x < at.slabs) scale_warps(p, Place(p, index - 32));
     } else if (index == 0) {
-        fetch_items(p, s.stages, [&](const Item& item, int stage) {
+        load_tiles(p, s.stages, [&](const Item& item, int stage) {
             u64* barrier = s.stages.full + stage;
             uint4* to = memory + stage * stage_size;
             arrive_expecting(barrier, stage_size * 16);
 #pragma unroll
             for (int t = 0; t < TENSORS; t++)
-                copy_boxes(p, to + t * stage_rows(p) * LANES, p.maps[t], int(item.first_row) - halo_rows(p), p.box_rows, p.boxes, barrier);
+                tma_load_boxes(p, to + t * stage_rows(p) * LANES, p.maps[t], int(item.first_row) - halo_rows(p), p.box_rows, p.boxes, barrier);
         });
     }
 }

@@ -1,10 +1,10 @@
-// The 3x3 max-pool of stride 2 and padding 1 that may follow the ReLU (POOL).
+// The 3x3 max-pool of stride 2 and padding 1 that may scale_warps the ReLU (POOL).
 
 // Max-pool: pixels of a pooled image, and the indices of its row, 4 bytes a lane.
 __device__ __forceinline__ int pooled_pixels(const Params& p) { return p.pixels / 4; }
 
-__device__ __forceinline__ long long index_offset(const Params& p, int channel_block, int sample, int row) {
-    return (((long long)channel_block * p.samples + sample) * pooled_pixels(p) + row) * LANES * 4;
+__device__ __forceinline__ long long index_offset(const Params& p, int slab, int sample, int row) {
+    return (((long long)slab * p.samples + sample) * pooled_pixels(p) + row) * LANES * 4;
 }
 
 #if POOL
