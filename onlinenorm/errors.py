@@ -15,6 +15,17 @@ from onlinenorm.text import first_line
 RANK_ZERO_SECONDS = 3.0  # for which the other processes leave the word to the first
 
 
+class ArgumentError(ValueError):
+    """An argument that cannot be meant: `key` names it, the message says why and what can be."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(key, message)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be meant; the message starts with the key."""
 
@@ -36,9 +47,18 @@ class Interrupted(RunError):
 
 
 class DataError(ValueError):
-    """A dataset that is missing, partial or inconsistent; the message says what, where and what to do."""
+    """A dataset that is missing, partial or inconsistent; the message says what, where and what to do.
+
+    Args:
+        message: after the key, where there is one.
+        key: the argument that names the cause, as "root", or None.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, key: str | None = None):
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key = key
 
 
 class UnreadableImageError(DataError):

@@ -39,7 +39,7 @@ from onlinenorm.report.runs import Run
 from onlinenorm.report.settings import departures
 from onlinenorm.report.spec import load_spec
 from onlinenorm.text import duration
-from onlinenorm.training.config_check import build, check_config, prefixed
+from onlinenorm.training.config_check import build, check_config, full_keys
 from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
 from onlinenorm.training.recipe import build_optimizer
 from onlinenorm.training.run_folder import RunFolder, run_path
@@ -72,12 +72,12 @@ def check(
     probe_batch(config, normalizer, data.in_channels, data.image_size)
     yield check_data(data)
     accumulate = config["trainer"]["accumulate_grad_batches"]
-    with prefixed("recipe", config["recipe"]), prefixed("data", config["data"]):
+    with full_keys(config, "data", "recipe"):
         GlobalBatchSampler(data.train_images, recipe.batch_size, 0, 0, processes, accumulate)
         ValidationSampler(data.val_images, data.val_batch_size or 2, 0, processes)
     torch.manual_seed(config["seed"])
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-    with prefixed("normalizer", config["normalizer"]):
+    with full_keys(config, "normalizer"):
         network = build(config, "model", normalizer=normalizer, **sizes)
     folder = run_path(config)
     RunFolder(folder, rank_zero=False).check_config(config)

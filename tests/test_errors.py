@@ -1,6 +1,7 @@
 """How a command ends: a message and an exit code, once for all processes, and no word where nobody reads on."""
 
 import json
+import pickle
 import shlex
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from onlinenorm import errors
-from onlinenorm.errors import ConfigError, Interrupted, RunError, cli_errors
+from onlinenorm.errors import ArgumentError, ConfigError, DataError, Interrupted, RunError, cli_errors
 
 TALKER = """
 import sys
@@ -91,3 +92,10 @@ def test_ctrl_c_is_told_in_a_word(capsys):
     with pytest.raises(SystemExit) as left, cli_errors("table1.py: "):
         raise KeyboardInterrupt
     assert left.value.code == 130 and capsys.readouterr().err == "table1.py: Ctrl-C\n"
+
+
+@pytest.mark.parametrize("error", [ArgumentError("eps", "0 must be larger"), DataError("is missing", "root")])
+def test_errors_by_key_travel_between_processes(error):
+    twin = pickle.loads(pickle.dumps(error))
+    assert type(twin) is type(error) and str(twin) == str(error) and twin.key == error.key
+    assert str(error).startswith(f"{error.key}: ")

@@ -106,7 +106,9 @@ def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveInd
         ("official-val", val, lambda: _label_val(_scan(val, 0), devkit, val)),
     ):
         if not archive.is_file():
-            raise DataError(f"root: {archive} is missing; download it from https://image-net.org, or link it there")
+            raise DataError(
+                f"{archive} is missing; download it from https://image-net.org, or link it there", key="root"
+            )
         key = _key([archive, devkit_path])
         arrays = cached_arrays(folder, name, key, lambda a=archive, m=members: _arrays(m(), [a]))
         found.append(ArchiveIndex([archive], **arrays))
@@ -257,7 +259,9 @@ def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
     loose = [path for path, *_ in found if "/" not in path]
     if loose or not found:
         what = f"images outside class folders: {name_few(loose)}" if loose else "no image"
-        raise DataError(f"root: {name_few([str(a) for a in archives])} hold {what}; expected are members CLASS/FILE")
+        raise DataError(
+            f"{name_few([str(a) for a in archives])} hold {what}; expected are members CLASS/FILE", key="root"
+        )
     classes, labels = np.unique([path.partition("/")[0] for path, *_ in found], return_inverse=True)
     return {
         **pack_names([path for path, *_ in found]),

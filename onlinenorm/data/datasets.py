@@ -215,8 +215,9 @@ class FolderDataset(Dataset):
                 return int(self.index.labels[wanted]), wanted, crops_KHWC
             return int(self.index.labels[found]) if self.training else -1, -wanted - 1, crops_KHWC
         raise DataError(
-            f"root: none of {min(_SEARCH, len(self))} images in a row can be read, the first being "
-            f"{self.index.path(wanted)} ({self.failure(wanted)}); is the disk still mounted?"
+            f"none of {min(_SEARCH, len(self))} images in a row can be read, the first being "
+            f"{self.index.path(wanted)} ({self.failure(wanted)}); is the disk still mounted?",
+            key="root",
         )
 
 

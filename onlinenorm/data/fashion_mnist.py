@@ -11,7 +11,7 @@ import numpy as np
 
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
 from onlinenorm.data.module import ImageDataModule
-from onlinenorm.errors import DataError
+from onlinenorm.errors import ArgumentError, DataError
 from onlinenorm.files import user_cache
 
 log = logging.getLogger(__name__)
@@ -50,11 +50,11 @@ class FashionMNIST(ImageDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image_size < SIZE:
-            raise ValueError(f"image_size: {self.image_size} is below {SIZE}, the size of the images")
+            raise ArgumentError("image_size", f"{self.image_size} is below {SIZE}, the size of the images")
         if self.in_channels not in (1, 3):
-            raise ValueError(f"in_channels: {self.in_channels} is not 1 or 3")
+            raise ArgumentError("in_channels", f"{self.in_channels} is not 1 or 3")
         if self.augmentation == "scale_jitter":
-            raise ValueError("augmentation: scale_jitter adds RGB noise and these images are gray; use pad_crop")
+            raise ArgumentError("augmentation", "scale_jitter adds RGB noise and these images are gray; use pad_crop")
         self.name = "embedded" if self.embedded else "fashion_mnist"
 
     def build(self) -> tuple[InMemoryDataset, InMemoryDataset]:
@@ -95,8 +95,9 @@ def find_full_set(root: str | None) -> Path:
             return folder
         if len(missing) < 4 and cache not in folder.parents:  # the downloader completes its own folder
             raise DataError(
-                f"root: {folder} holds a part of Fashion-MNIST only; missing: {', '.join(n + '.gz' for n in missing)}. "
-                "Complete the four files, or remove them to have the set searched elsewhere."
+                f"{folder} holds a part of Fashion-MNIST only; missing: {', '.join(n + '.gz' for n in missing)}. "
+                "Complete the four files, or remove them to have the set searched elsewhere.",
+                key="root",
             )
         searched.append(str(folder))
     return _download(cache, searched)
@@ -109,12 +110,13 @@ def _download(cache: Path, searched: list[str]) -> Path:
         Downloader(str(cache), download=True)
     except (RuntimeError, OSError, urllib.error.URLError, EOFError, zlib.error) as error:
         raise DataError(
-            f"root: Fashion-MNIST was not found in {', '.join(searched)}, "
+            f"Fashion-MNIST was not found in {', '.join(searched)}, "
             f"and its download into {cache} failed ({error}).\n"
             "Any of these helps: apt install dataset-fashion-mnist; or data.root=FOLDER with the four files "
             "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
             "t10k-labels-idx1-ubyte.gz from https://github.com/zalandoresearch/fashion-mnist; "
-            "or data=embedded, which needs no download."
+            "or data=embedded, which needs no download.",
+            key="root",
         ) from error
     return cache / "FashionMNIST" / "raw"
 
@@ -125,12 +127,13 @@ def read_split(folder: Path, split: str, count: int) -> tuple[np.ndarray, np.nda
     images_NHW, labels_N = read_idx(folder, images_name), read_idx(folder, labels_name)
     if images_NHW.shape != (count, SIZE, SIZE) or labels_N.shape != (count,):
         raise DataError(
-            f"root: {folder / images_name} and {labels_name} hold arrays of shape {images_NHW.shape} "
+            f"{folder / images_name} and {labels_name} hold arrays of shape {images_NHW.shape} "
             f"and {labels_N.shape}, and Fashion-MNIST has ({count}, {SIZE}, {SIZE}) and ({count},); "
-            "they belong to another dataset"
+            "they belong to another dataset",
+            key="root",
         )
     if labels_N.max() >= len(CLASSES):
-        raise DataError(f"root: {folder / labels_name} holds the label {labels_N.max()}; labels are 0 to 9")
+        raise DataError(f"{folder / labels_name} holds the label {labels_N.max()}; labels are 0 to 9", key="root")
     return images_NHW, labels_N
 
 
@@ -138,22 +141,22 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
     """The uint8 array of an IDX file, `name` or `name`.gz. Raises DataError if missing, damaged or no IDX file."""
     path = _file(folder, name)
     if path is None:
-        raise DataError(f"root: {folder / name}.gz is missing")
+        raise DataError(f"{folder / name}.gz is missing", key="root")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"root: {path} is damaged or cut short ({error}); fetch it again") from error
+        raise DataError(f"{path} is damaged or cut short ({error}); fetch it again", key="root") from error
     return parse_idx(data, str(path))
 
 
 def parse_idx(data: bytes, origin: str) -> np.ndarray:
     """Parses an IDX file of unsigned bytes: 0, 0, 8, number of dimensions, big-endian 32-bit lengths, values."""
     if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise DataError(f"root: {origin} is no IDX file of unsigned bytes (it begins with {data[:4].hex(' ')})")
+        raise DataError(f"{origin} is no IDX file of unsigned bytes (it begins with {data[:4].hex(' ')})", key="root")
     shape = tuple(np.frombuffer(data, dtype=">u4", count=data[3], offset=4).tolist())
     values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
     if values.size != np.prod(shape, dtype=np.int64):
-        raise DataError(f"root: {origin} announces {shape} values and holds {values.size}; fetch it again")
+        raise DataError(f"{origin} announces {shape} values and holds {values.size}; fetch it again", key="root")
     return values.reshape(shape)
 
 

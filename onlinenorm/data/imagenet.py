@@ -15,7 +15,7 @@ from onlinenorm.data.index import EXTENSIONS, FolderIndex, list_classes, load_in
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.verify import recorded, scale_of
-from onlinenorm.errors import DataError
+from onlinenorm.errors import ArgumentError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class ImageNet(ImageDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.in_channels != 3:
-            raise ValueError(f"in_channels: {self.in_channels} is not 3; images of class folders are read as RGB")
+            raise ArgumentError("in_channels", f"{self.in_channels} is not 3; images of class folders are read as RGB")
         self.name = "imagenet"
 
     def build(self) -> tuple[FolderDataset, FolderDataset]:
@@ -97,11 +97,11 @@ def open_splits(root: str | None, progress: Progress | None = None) -> tuple[Fol
     Raises DataError for anything that is not a layout expected. `progress` is called during long work; None logs it.
     """
     if root is None:
-        raise DataError(f"root: no ImageNet folder is given.\n{_LAYOUT}")
+        raise DataError(f"no ImageNet folder is given.\n{_LAYOUT}", key="root")
     folder = Path(root).expanduser()
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"root: {folder.absolute()} {kind}.\n{_LAYOUT}")
+        raise DataError(f"{folder.absolute()} {kind}.\n{_LAYOUT}", key="root")
     missing = [split for split in ("train", "val") if not (folder / split).is_dir()]
     if not missing:
         _check_classes(folder, *(list_classes(folder / split) for split in ("train", "val")))
@@ -117,8 +117,9 @@ def open_splits(root: str | None, progress: Progress | None = None) -> tuple[Fol
         return train, val
     found = name_few(sorted(os.listdir(folder))) or "nothing"
     raise DataError(
-        f"root: {folder.absolute()} holds no folder {' and no folder '.join(missing)} (it holds: {found}), nor tar "
-        f"files of them.\n{_LAYOUT}"
+        f"{folder.absolute()} holds no folder {' and no folder '.join(missing)} (it holds: {found}), nor tar "
+        f"files of them.\n{_LAYOUT}",
+        key="root",
     )
 
 
@@ -133,9 +134,10 @@ def _find_shards(folder: Path, split: str) -> list[Path]:
     announced = {int(found[1]) for path in shards if (found := re.search(r"-of-(\d+)\.tar$", path.name))}
     if announced and announced != {len(shards)}:
         raise DataError(
-            f"root: {folder.absolute()} holds {len(shards)} tar files of {split}, and their names announce "
+            f"{folder.absolute()} holds {len(shards)} tar files of {split}, and their names announce "
             f"{' or '.join(map(str, sorted(announced)))}; run scripts/prepare_imagenet.py --packed again to complete "
-            "them, or remove those of another division"
+            "them, or remove those of another division",
+            key="root",
         )
     return shards
 
@@ -145,7 +147,7 @@ def _check_classes(folder: Path, train: list[str], val: list[str]) -> None:
         if not classes:
             loose = sum(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(folder / split))
             hint = f"; its {loose} images lie loose and have to be sorted into class folders" if loose else ""
-            raise DataError(f"root: {folder.absolute() / split} holds no class folders{hint}.\n{_LAYOUT}")
+            raise DataError(f"{folder.absolute() / split} holds no class folders{hint}.\n{_LAYOUT}", key="root")
     if train == val:
         return
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
@@ -155,6 +157,7 @@ def _check_classes(folder: Path, train: list[str], val: list[str]) -> None:
         if names
     ]
     raise DataError(
-        f"root: train/ and val/ in {folder.absolute()} must hold the same class folders, because a label is a position "
-        f"in their sorted list; {'; '.join(differences)}. Complete the one or remove them from the other."
+        f"train/ and val/ in {folder.absolute()} must hold the same class folders, because a label is a position "
+        f"in their sorted list; {'; '.join(differences)}. Complete the one or remove them from the other.",
+        key="root",
     )

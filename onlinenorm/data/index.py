@@ -170,8 +170,9 @@ def build_index(folder: Path, classes: list[str]) -> Arrays:
     empty = [name for name, files in zip(classes, found, strict=True) if not files]
     if empty:
         raise DataError(
-            f"root: {len(empty)} class folders in {folder} hold no image: {name_few(empty)}. Finish the extraction, "
-            f"or remove them from train/ and val/ alike. Known image files: {' '.join(EXTENSIONS)}"
+            f"{len(empty)} class folders in {folder} hold no image: {name_few(empty)}. Finish the extraction, "
+            f"or remove them from train/ and val/ alike. Known image files: {' '.join(EXTENSIONS)}",
+            key="root",
         )
     return {
         **pack_names([path for files in found for path, _ in files]),
@@ -219,7 +220,9 @@ def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[st
         except FileNotFoundError:  # there is none of this class
             continue
         except OSError as error:
-            raise DataError(f"root: {parent} cannot be read ({error.strerror}); correct its permissions") from None
+            raise DataError(
+                f"{parent} cannot be read ({error.strerror}); correct its permissions", key="root"
+            ) from None
     paths = [os.path.join(parent, file) for parent in sorted(found) for file in sorted(found[parent])]
     return [(os.path.relpath(path, folder), _size(path)) for path in paths], folders
 

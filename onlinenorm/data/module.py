@@ -24,7 +24,7 @@ from onlinenorm.data.nvjpeg_loader import NvjpegLoader
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 from onlinenorm.data.workers import PREFETCHED, WorkerLoader, check_shared_memory, start_worker
-from onlinenorm.errors import UnreadableImageError
+from onlinenorm.errors import ArgumentError, UnreadableImageError
 
 log = logging.getLogger(__name__)
 
@@ -314,9 +314,10 @@ class ImageDataModule(pl.LightningDataModule):
     def _gpu(self) -> torch.device:
         device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
         if device.type != "cuda" or not torch.cuda.is_available():
-            raise ValueError(
-                "decoder: nvjpeg decodes on an NVIDIA GPU, and this process has none to train on; "
-                "use torchvision, or pillow for reference pixels"
+            raise ArgumentError(
+                "decoder",
+                "nvjpeg decodes on an NVIDIA GPU, and this process has none to train on; "
+                "use torchvision, or pillow for reference pixels",
             )
         return device
 
@@ -325,9 +326,10 @@ class ImageDataModule(pl.LightningDataModule):
     ) -> DataLoader | GpuCacheLoader:
         if self.on_device:
             if not isinstance(dataset, InMemoryDataset) or not dataset.keeps_size:
-                raise ValueError(
-                    f"on_device: only sets held in memory whose images keep their size can lie on the device, and "
-                    f"this is {self.name} with {dataset.plan}; use on_device=false"
+                raise ArgumentError(
+                    "on_device",
+                    f"only sets held in memory whose images keep their size can lie on the device, and "
+                    f"this is {self.name} with {dataset.plan}; use on_device=false",
                 )
             device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
             return GpuCacheLoader(dataset, sampler, device)
@@ -358,8 +360,9 @@ class ImageDataModule(pl.LightningDataModule):
         cause = f"{dataset.index.path(index)} cannot be decoded ({dataset.failure(index)})"
         if self.on_unreadable == "raise":
             raise UnreadableImageError(
-                f"on_unreadable: {cause}. Replace the file, or go on without it with data.on_unreadable=skip, "
-                "which counts and lists such images."
+                f"{cause}. Replace the file, or go on without it with data.on_unreadable=skip, "
+                "which counts and lists such images.",
+                key="on_unreadable",
             )
         path = f"{split}/{dataset.index.relative_path(index)}"
         if path in self.unreadable:
@@ -384,9 +387,10 @@ class ImageDataModule(pl.LightningDataModule):
         images = len(self._sets[0 if split == "train" else 1])
         if count > self.unreadable_limit * images:
             raise UnreadableImageError(
-                f"unreadable_limit: {count} of {images} images in {split}/ cannot be decoded, more than the allowed "
+                f"{count} of {images} images in {split}/ cannot be decoded, more than the allowed "
                 f"fraction {self.unreadable_limit:g}; the last is {last} Repair the dataset, or raise "
-                "data.unreadable_limit."
+                "data.unreadable_limit.",
+                key="unreadable_limit",
             )
 
 

@@ -8,6 +8,7 @@ from torch.utils.data import Sampler
 
 from onlinenorm.arguments import check_int
 from onlinenorm.data.randomness import permutation
+from onlinenorm.errors import ArgumentError
 
 Request = tuple[int, int]  # (epoch, index): all that a dataset needs to make the pixels
 
@@ -46,14 +47,16 @@ class GlobalBatchSampler(Sampler[list[Request]]):
         check_int("batch_size", global_batch_size, 1)
         parts = world_size * accumulate
         if global_batch_size % parts:
-            raise ValueError(
-                f"batch_size: the global batch {global_batch_size} does not divide by {world_size} processes x "
-                f"{accumulate} accumulated batches; choose a multiple of {parts}"
+            raise ArgumentError(
+                "batch_size",
+                f"the global batch {global_batch_size} does not divide by {world_size} processes x "
+                f"{accumulate} accumulated batches; choose a multiple of {parts}",
             )
         if global_batch_size > num_images:
-            raise ValueError(
-                f"batch_size: {global_batch_size} exceeds the {num_images} training images, so that an epoch would "
-                "hold no full batch; choose a smaller batch or a larger limit_train"
+            raise ArgumentError(
+                "batch_size",
+                f"{global_batch_size} exceeds the {num_images} training images, so that an epoch would "
+                "hold no full batch; choose a smaller batch or a larger limit_train",
             )
         self.num_images, self.global_batch_size, self.seed = num_images, global_batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
@@ -99,9 +102,10 @@ class ValidationSampler(Sampler[list[Request]]):
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1):
         if num_images < world_size:
-            raise ValueError(
-                f"limit_val: {num_images} validation images cannot be spread over {world_size} processes; "
-                "use more images or fewer processes"
+            raise ArgumentError(
+                "limit_val",
+                f"{num_images} validation images cannot be spread over {world_size} processes; "
+                "use more images or fewer processes",
             )
         check_int("val_batch_size", batch_size, 2 if world_size > 1 else 1)
         self.local_batch_size = batch_size

@@ -9,6 +9,7 @@ from onlinenorm.arguments import check_int
 from onlinenorm.data.datasets import InMemoryDataset
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.randomness import CONTENT, hash64
+from onlinenorm.errors import ArgumentError
 
 _GRID = 7  # a class is a coarse picture of _GRID x _GRID patches
 _SPARE = 1 << 16  # noise bytes beyond one image: an image's noise begins at one of so many places
@@ -84,7 +85,7 @@ class Synthetic(ImageDataModule):
         check_int("in_channels", self.in_channels, 1)
         check_int("content_seed", self.content_seed, 0)
         if self.augmentation == "scale_jitter" and self.in_channels != 3:
-            raise ValueError("augmentation: scale_jitter adds RGB noise, which needs in_channels 3; use pad_crop")
+            raise ArgumentError("augmentation", "scale_jitter adds RGB noise, which needs in_channels 3; use pad_crop")
         self.name = "synthetic"
 
     def build(self) -> tuple[InMemoryDataset, InMemoryDataset]:

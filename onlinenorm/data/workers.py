@@ -77,9 +77,10 @@ def check_shared_memory(dataset, batch_size: int, workers: int, processes: int) 
         most = free // (batch * PREFETCHED * processes)
         fewer = f"data.num_workers={most}" if most else "data.num_workers=0"
         raise DataError(
-            f"num_workers: {workers} loader workers hold up to {PREFETCHED * workers} batches of {batch / 1e6:.1f} MB "
+            f"{workers} loader workers hold up to {PREFETCHED * workers} batches of {batch / 1e6:.1f} MB "
             f"ready{f' on each of {processes} processes' if processes > 1 else ''}, and {SHARED_MEMORY} has "
-            f"{free / 1e6:.1f} MB free; {_MORE_ROOM.replace('data.num_workers=0', fewer)}"
+            f"{free / 1e6:.1f} MB free; {_MORE_ROOM.replace('data.num_workers=0', fewer)}",
+            key="num_workers",
         )
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
+from onlinenorm.errors import ArgumentError
+
 Normalizer = Callable[[int], nn.Module]
 # Norms whose backward needs their input alone, so that their output may be overwritten, which saves its memory. Not
 # their subclasses: what those compute last (tanh, sigmoid, softmax) may need its output.
@@ -102,24 +104,27 @@ def plug_in(model: nn.Module, normalizer: Normalizer) -> None:
         ValueError: the normalizer is not a callable that returns a new nn.Module at each call.
     """
     if isinstance(normalizer, nn.Module):
-        raise ValueError(
-            f"normalizer: {type(normalizer).__name__} is one built layer, which cannot serve every site; pass a "
-            "callable num_features -> nn.Module (a class or functools.partial; in a config, _partial_: true)"
+        raise ArgumentError(
+            "normalizer",
+            f"{type(normalizer).__name__} is one built layer, which cannot serve every site; pass a "
+            "callable num_features -> nn.Module (a class or functools.partial; in a config, _partial_: true)",
         )
     if not callable(normalizer):
-        raise ValueError(f"normalizer: must be a callable num_features -> nn.Module, got {normalizer!r}")
+        raise ArgumentError("normalizer", f"must be a callable num_features -> nn.Module, got {normalizer!r}")
     built = set()
     for path, site in [(path, site) for path, site in model.named_modules() if isinstance(site, NormSite)]:
         layer = normalizer(site.num_features)
         if not isinstance(layer, nn.Module):
-            raise ValueError(
-                f"normalizer: must return an nn.Module, but called with {site.num_features} channels it returned "
-                f"{layer!r} ({type(layer).__name__})"
+            raise ArgumentError(
+                "normalizer",
+                f"must return an nn.Module, but called with {site.num_features} channels it returned "
+                f"{layer!r} ({type(layer).__name__})",
             )
         if layer in built:
-            raise ValueError(
-                f"normalizer: returned the same {type(layer).__name__} twice; each site needs a layer of its own, "
-                "so build it inside the callable"
+            raise ArgumentError(
+                "normalizer",
+                f"returned the same {type(layer).__name__} twice; each site needs a layer of its own, "
+                "so build it inside the callable",
             )
         built.add(layer)
         model.set_submodule(path, layer)
@@ -144,9 +149,10 @@ def zero_last_gammas(model: nn.Module) -> None:
             roles = getattr(norm, "parameter_roles", {"weight": "norm_weight"})
             gammas = [getattr(norm, name, None) for name, role in roles.items() if role == "norm_weight"]
             if not gammas or None in gammas:
-                raise ValueError(
-                    f"zero_init_last_gamma: {type(norm).__name__} has no weight to set to 0; use "
-                    "zero_init_last_gamma=false or an affine normalizer"
+                raise ArgumentError(
+                    "zero_init_last_gamma",
+                    f"{type(norm).__name__} has no weight to set to 0; use "
+                    "zero_init_last_gamma=false or an affine normalizer",
                 )
             for gamma in gammas:
                 nn.init.zeros_(gamma)
@@ -156,4 +162,4 @@ def check_sizes(num_classes: int, in_channels: int) -> None:
     """ValueError unless both are whole numbers of at least 1."""
     for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key}: must be a whole number of at least 1, got {value!r}")
+            raise ArgumentError(key, f"must be a whole number of at least 1, got {value!r}")

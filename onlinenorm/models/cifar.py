@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onlinenorm.errors import ArgumentError
 from onlinenorm.models.blocks import (
     BasicBlock,
     Normalizer,
@@ -101,9 +102,9 @@ def cifar_resnet(
     Source: He et al. 2015, arXiv 1512.03385, section 4.2.
     """
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 8 or depth % 6 != 2:
-        raise ValueError(f"depth: {depth!r} is not 6n + 2 with n >= 1, such as 8, 14, 20, 32, 56 or 110")
+        raise ArgumentError("depth", f"{depth!r} is not 6n + 2 with n >= 1, such as 8, 14, 20, 32, 56 or 110")
     if shortcut not in SHORTCUTS:
-        raise ValueError(f"shortcut: {shortcut!r} is not one of {', '.join(SHORTCUTS)}")
+        raise ArgumentError("shortcut", f"{shortcut!r} is not one of {', '.join(SHORTCUTS)}")
     check_sizes(num_classes, in_channels)
     model = CifarResNet((depth - 2) // 6, num_classes, in_channels, shortcut)
     init_convolutions(model)

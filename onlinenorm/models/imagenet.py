@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet as torchvision_resnet
 
+from onlinenorm.errors import ArgumentError
 from onlinenorm.models.blocks import (
     BasicBlock,
     Bottleneck,
@@ -75,11 +76,11 @@ def resnet(
     Source: He et al. 2015, arXiv 1512.03385.
     """
     if depth not in STAGE_BLOCKS:
-        raise ValueError(f"depth: {depth!r} is not one of {', '.join(map(str, STAGE_BLOCKS))}")
+        raise ArgumentError("depth", f"{depth!r} is not one of {', '.join(map(str, STAGE_BLOCKS))}")
     if bottleneck_stride not in BOTTLENECKS:
-        raise ValueError(f"bottleneck_stride: {bottleneck_stride!r} is not one of {', '.join(BOTTLENECKS)}")
+        raise ArgumentError("bottleneck_stride", f"{bottleneck_stride!r} is not one of {', '.join(BOTTLENECKS)}")
     if depth < 50 and bottleneck_stride != "3x3":
-        raise ValueError(f"bottleneck_stride: resnet{depth} has no bottleneck blocks; leave it at '3x3'")
+        raise ArgumentError("bottleneck_stride", f"resnet{depth} has no bottleneck blocks; leave it at '3x3'")
     check_sizes(num_classes, in_channels)
     block = BasicBlock if depth < 50 else BOTTLENECKS[bottleneck_stride]
     model = ImageNetResNet(block, list(STAGE_BLOCKS[depth]), num_classes=num_classes, norm_layer=NormSite)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onlinenorm.errors import ArgumentError
+
 STEMS = ("auto", "conv7x7", "space_to_depth")
 CHANNELS = 8  # tensor cores take 16-bit channels in eights
 
@@ -38,7 +40,7 @@ class StemConv2d(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, stem: str = "auto", device=None, dtype=None):
         if stem not in STEMS:
-            raise ValueError(f"stem: {stem!r} is not one of {', '.join(STEMS)}")
+            raise ArgumentError("stem", f"{stem!r} is not one of {', '.join(STEMS)}")
         super().__init__(in_channels, out_channels, 7, 2, 3, bias=False, device=device, dtype=dtype)
         self.stem = stem
 

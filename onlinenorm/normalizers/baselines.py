@@ -6,6 +6,8 @@ the same way. BatchNorm and InstanceNorm are torch's own classes and need no ada
 
 from torch import nn
 
+from onlinenorm.errors import ArgumentError
+
 
 def group_norm(num_features: int, num_groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
     """GroupNorm over ``num_groups`` groups, or one channel a group where there are fewer channels than groups.
@@ -14,7 +16,7 @@ def group_norm(num_features: int, num_groups: int = 32, eps: float = 1e-5) -> nn
     """
     groups = min(num_groups, num_features)
     if groups < 1 or num_features % groups:
-        raise ValueError(f"num_groups: {num_groups!r} must divide the network's channels, here {num_features}")
+        raise ArgumentError("num_groups", f"{num_groups!r} must divide the network's channels, here {num_features}")
     return nn.GroupNorm(groups, num_features, eps=eps)
 
 

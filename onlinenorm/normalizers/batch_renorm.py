@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onlinenorm.arguments import check_int
+from onlinenorm.errors import ArgumentError
 from onlinenorm.normalizers.precision import FullPrecision
 from onlinenorm.normalizers.transforms import traced_as_leaf
 
@@ -32,9 +33,9 @@ class _BatchRenorm(FullPrecision, _BatchNorm):
     ):
         for key, value, low in (("r_max", r_max, 1), ("d_max", d_max, 0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < math.inf:
-                raise ValueError(f"{key}: {value!r} must be a number of at least {low}")
+                raise ArgumentError(key, f"{value!r} must be a number of at least {low}")
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 < momentum <= 1:
-            raise ValueError(f"momentum: {momentum!r} must be a number with 0 < momentum <= 1")
+            raise ArgumentError("momentum", f"{momentum!r} must be a number with 0 < momentum <= 1")
         check_int("warmup_steps", warmup_steps, 0, optional=True)
         warmup = round(WARMUP / momentum) if warmup_steps is None else warmup_steps
         check_int("r_max_steps", r_max_steps, warmup, optional=True)

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedTensorMixin
 
 from onlinenorm.arguments import check_choice
+from onlinenorm.errors import ArgumentError
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
 from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d
 from onlinenorm.normalizers.transforms import traced_as_leaf
@@ -94,7 +95,7 @@ def convert(model: nn.Module, to: str = "online", **arguments) -> nn.Module:
     allowed = "momentum" if to == "batch" else "OnlineNorm's own except " + ", ".join(_FROM_THE_LAYER)
     for key in arguments:
         if key in _FROM_THE_LAYER or (to == "batch") != (key == "momentum"):
-            raise ValueError(f"{key}: is no argument of a conversion to {to!r}; they are {allowed}")
+            raise ArgumentError(key, f"is no argument of a conversion to {to!r}; they are {allowed}")
     kind, counterpart = (_BatchNorm, _to_online) if to == "online" else (OnlineNorm, _to_batch)
     converted: dict[nn.Module, nn.Module] = {}
     for path, layer in model.named_modules():  # all counterparts are built before the first layer is changed

@@ -5,6 +5,7 @@ import weakref
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from onlinenorm.errors import ArgumentError
 from onlinenorm.ops.distributed import constant_when_compiled, process_group
 
 GroupKey = tuple[str, tuple[int, ...]]  # name and ranks; ("", ()) stands for all processes
@@ -21,9 +22,10 @@ def group_key(group: dist.ProcessGroup | None) -> GroupKey:
     if group is None:
         return "", ()
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(
-            f"process_group: {group!r} must be a group that this process belongs to, as torch.distributed.new_group "
-            "returns, or None for all processes"
+        raise ArgumentError(
+            "process_group",
+            f"{group!r} must be a group that this process belongs to, as torch.distributed.new_group "
+            "returns, or None for all processes",
         )
     return group.group_name, tuple(dist.get_process_group_ranks(group))
 
@@ -35,9 +37,10 @@ def resolved_group(name: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
     except (RuntimeError, KeyError):
         group = None
     if group is None or tuple(dist.get_process_group_ranks(group)) != ranks:
-        raise ValueError(
-            f"process_group: the layer was built with a group of the processes {', '.join(map(str, ranks))}, which "
-            "does not exist here; set layer.process_group to one that does, or to None for all processes"
+        raise ArgumentError(
+            "process_group",
+            f"the layer was built with a group of the processes {', '.join(map(str, ranks))}, which "
+            "does not exist here; set layer.process_group to one that does, or to None for all processes",
         )
     return group
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onlinenorm.arguments import check_choice
+from onlinenorm.errors import ArgumentError
 from onlinenorm.normalizers import data_parallel
 from onlinenorm.normalizers.batch_sizes import Sizes, exchanged_sizes
 from onlinenorm.normalizers.dependence import PROCESSES
@@ -27,7 +28,7 @@ STATISTICS = ("global", "local")
 def _inside(key: str, value: float, low: float, high: float) -> float:
     """``value`` as a float strictly between the bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-        raise ValueError(f"{key}: {value!r} must be a number with {low:g} < {key} < {high:g}")
+        raise ArgumentError(key, f"{value!r} must be a number with {low:g} < {key} < {high:g}")
     return float(value)
 
 
@@ -60,7 +61,7 @@ class OnlineNorm(FullPrecision):
         super().__init__()
         infinity = float("inf")
         if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"num_features: {num_features!r} must be a whole number of channels, at least 1")
+            raise ArgumentError("num_features", f"{num_features!r} must be a whole number of channels, at least 1")
         self.num_features = num_features
         self.alpha_fwd = _inside("alpha_fwd", alpha_fwd, 0, 1)
         self.alpha_bkw = _inside("alpha_bkw", alpha_bkw, 0, 1)
@@ -72,9 +73,9 @@ class OnlineNorm(FullPrecision):
         self.layer_scaling_eps = _inside("layer_scaling_eps", layer_scaling_eps, 0, infinity)
         group = layer_scaling_group_size
         if group is not None and (not isinstance(group, int) or group < 1 or num_features % group):
-            raise ValueError(
-                f"layer_scaling_group_size: {group!r} must be a whole number that divides num_features={num_features}, "
-                "or None for all channels"
+            raise ArgumentError(
+                "layer_scaling_group_size",
+                f"{group!r} must be a whole number that divides num_features={num_features}, or None for all channels",
             )
         self.layer_scaling_group_size = group
         check_choice("backend", backend, ("auto", *BACKENDS))

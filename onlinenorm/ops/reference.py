@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onlinenorm.errors import ArgumentError
 from onlinenorm.ops.derivatives import differentiable_once
 from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec
@@ -239,9 +240,10 @@ def train_step(
     samples of one.
     """
     if spec.processes > 1:
-        raise ValueError(
-            "backend: 'reference' loops over the samples of one process and cannot form global statistics of "
-            f"{spec.processes}; use backend='torch', or statistics='local'"
+        raise ArgumentError(
+            "backend",
+            "'reference' loops over the samples of one process and cannot form global statistics of "
+            f"{spec.processes}; use backend='torch', or statistics='local'",
         )
     z = _OnlineNorm.apply(x, weight, bias, running_mean, running_var, control_u, control_v, spec)
     return add_residual_relu(z, residual, relu)

@@ -14,7 +14,7 @@ import yaml
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from onlinenorm.errors import ConfigError, RunError
+from onlinenorm.errors import ArgumentError, ConfigError, RunError
 from onlinenorm.text import first_line
 from onlinenorm.training.run_folder import CONFIG, changed_keys
 
@@ -165,7 +165,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, folder: Path, every_n_steps: int | None, stop):
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"checkpoint_every_n_steps: {every_n_steps!r} must be at least 1, or null for none")
+            raise ArgumentError("checkpoint_every_n_steps", f"{every_n_steps!r} must be at least 1, or null for none")
         self.folder, self.every_n_steps, self.stop = folder, every_n_steps, stop
         self.best_top1 = -1.0
         self._position: tuple[int, int] | None = None

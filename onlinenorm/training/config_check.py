@@ -4,14 +4,13 @@ import contextlib
 import functools
 import inspect
 import itertools
-import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from onlinenorm.arguments import flatten
-from onlinenorm.errors import ConfigError
+from onlinenorm.errors import ArgumentError, ConfigError, DataError
 from onlinenorm.scales import COLOUR, LABEL, is_colour, is_label
 from onlinenorm.training.hints import PROVIDED, nearest, unknown_key
 from onlinenorm.training.targets import locate, targets
@@ -55,7 +54,7 @@ def check_config(config: dict[str, Any]) -> None:
 def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:
     """Calls the target of `config[path]` with the node's values and `provided`; for a normalizer its factory.
 
-    A ValueError of the target whose message starts with one of its arguments becomes a ConfigError naming the full key.
+    An ArgumentError of the target about one of the node's keys becomes a ConfigError naming the full key.
     """
     node = config[path]
     target = locate(path, node["_target_"])
@@ -64,22 +63,23 @@ def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:
         from onlinenorm.training.roles import make_normalizer  # not above: wrong keys are told before torch is loaded
 
         return functools.partial(make_normalizer, target, **arguments, **provided)
-    with prefixed(path, arguments):
+    with full_keys(config, path):
         return target(**arguments, **provided)
 
 
 @contextlib.contextmanager
-def prefixed(path: str, keys: Iterable[str]):
-    """Context in which a ValueError about one of `keys` ("eps: ...") becomes a ConfigError ("path.eps: ...")."""
+def full_keys(config: Mapping[str, Any], *paths: str) -> Iterator[None]:
+    """Context in which an error about a key of a node `config[path]` ("eps: ...") is a ConfigError ("path.eps: ...").
+
+    The first of `paths` whose node has the key is named.
+    """
     try:
         yield
-    except ConfigError:
+    except (ArgumentError, DataError) as error:
+        for path in paths:
+            if error.key in config[path]:
+                raise ConfigError(f"{path}.{error}") from error
         raise
-    except ValueError as error:
-        key = re.match(r"(\w+):", str(error))
-        if key is None or key[1] not in keys:
-            raise
-        raise ConfigError(f"{path}.{error}") from error
 
 
 def _check_node(path: str, node: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from onlinenorm.normalizers.dependence import ACCUMULATION, PROCESSES, statistics_depend_on
-from onlinenorm.training.config_check import build, prefixed
+from onlinenorm.training.config_check import build, full_keys
 
 # Keys that divide a batch. They are free where the statistics do not depend on the division.
 KEYS = ("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes", "trainer.sync_batchnorm")
@@ -23,7 +23,7 @@ def dependence(config: dict[str, Any]) -> set[str]:
     """The divisions of a batch that the statistics of a configuration's normalizer depend on; {} without one."""
     if "_target_" not in (config.get("normalizer") or {}):
         return set()
-    with prefixed("normalizer", config["normalizer"]):
+    with full_keys(config, "normalizer"):
         layer = build(config, "normalizer")(num_features=64)
     return statistics_depend_on(layer, bool(config.get("trainer", {}).get("sync_batchnorm")))
 

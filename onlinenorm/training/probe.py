@@ -9,12 +9,12 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from onlinenorm.errors import ConfigError
+from onlinenorm.errors import ArgumentError, ConfigError
 from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.normalizers.dependence import statistics_depend_on
 from onlinenorm.scales import COMPARABLE, LABEL, is_label
 from onlinenorm.text import first_line
-from onlinenorm.training.config_check import build, prefixed
+from onlinenorm.training.config_check import build, full_keys
 from onlinenorm.training.roles import parameter_roles
 from onlinenorm.training.targets import NAMED
 
@@ -34,10 +34,12 @@ def probe_normalizer(
     torch's own layers take any eps and momentum; the ranges of both are checked here for every layer that has them.
     """
     name = node["_target_"]
-    with prefixed("normalizer", node):
+    with full_keys({"normalizer": node}, "normalizer"):
         try:
             layer = factory(num_features=CHANNELS)
-        except (TypeError, RuntimeError) as error:
+        except ArgumentError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"normalizer: {name} could not be built ({first_line(error)})") from error
     if not isinstance(layer, nn.Module):
         raise ConfigError(f"normalizer._target_: {name} makes a {type(layer).__name__} and not a torch.nn.Module")

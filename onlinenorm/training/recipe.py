@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 from onlinenorm.arguments import check_choice
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
+from onlinenorm.errors import ArgumentError
 from onlinenorm.training.roles import parameter_roles
 
 SCALINGS = ("horizon", "linear", "none")
@@ -70,7 +71,7 @@ class Recipe:
         _check_number("plateau_threshold", self.plateau_threshold, ">= 0", lambda value: value >= 0)
         for key in ("decay_norm_weight", "decay_norm_bias", "decay_bias"):
             if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key}: must be true or false, got {getattr(self, key)!r}")
+                raise ArgumentError(key, f"must be true or false, got {getattr(self, key)!r}")
         check_choice("scaling", self.scaling, SCALINGS)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
@@ -169,33 +170,33 @@ def build_schedule(optimizer: Optimizer, recipe: Recipe) -> LRScheduler:
 
 def _check_whole(key: str, value, at_least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{key}: must be a whole number of at least {at_least}, got {value!r}")
+        raise ArgumentError(key, f"must be a whole number of at least {at_least}, got {value!r}")
 
 
 def _check_number(key: str, value, expected: str, holds) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{key}: must be a number {expected}, got {value!r}")
+        raise ArgumentError(key, f"must be a number {expected}, got {value!r}")
 
 
 def _checked_milestones(milestones, epochs: int, schedule: str) -> tuple[int, ...]:
     """The milestones as a tuple; ValueError unless whole, strictly rising, within the run and used by the schedule."""
     if isinstance(milestones, (str, int, float)) or milestones is None:
-        raise ValueError(f"milestones: must be a list of epochs such as [30, 60], got {milestones!r}")
+        raise ArgumentError("milestones", f"must be a list of epochs such as [30, 60], got {milestones!r}")
     milestones = tuple(milestones)
     if milestones and schedule != "step":
-        raise ValueError(
-            f"milestones: schedule={schedule} has none; use recipe.milestones=[] or recipe.schedule=step, "
-            f"got {list(milestones)}"
+        raise ArgumentError(
+            "milestones",
+            f"schedule={schedule} has none; use recipe.milestones=[] or recipe.schedule=step, got {list(milestones)}",
         )
     advice = "or raise recipe.epochs"
     advice = f"use values in 1..{epochs - 1} {advice}" if epochs > 1 else f"use recipe.milestones=[] {advice}"
     for milestone in milestones:
         if isinstance(milestone, bool) or not isinstance(milestone, int) or milestone < 1:
-            raise ValueError(f"milestones: {milestone!r} is not a whole number of at least 1; {advice}")
+            raise ArgumentError("milestones", f"{milestone!r} is not a whole number of at least 1; {advice}")
         if milestone > epochs:
-            raise ValueError(f"milestones: {milestone} lies past the last epoch ({epochs}); {advice}")
+            raise ArgumentError("milestones", f"{milestone} lies past the last epoch ({epochs}); {advice}")
         if milestone == epochs:
-            raise ValueError(f"milestones: {milestone} is the last epoch, so nothing runs after it; {advice}")
+            raise ArgumentError("milestones", f"{milestone} is the last epoch, so nothing runs after it; {advice}")
     if any(later <= earlier for earlier, later in itertools.pairwise(milestones)):
-        raise ValueError(f"milestones: must rise strictly, got {list(milestones)}")
+        raise ArgumentError("milestones", f"must rise strictly, got {list(milestones)}")
     return milestones

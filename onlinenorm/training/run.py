@@ -9,7 +9,7 @@ from onlinenorm.data.workers import explain_worker_deaths
 from onlinenorm.training import loggers
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
-from onlinenorm.training.config_check import build, check_config, prefixed
+from onlinenorm.training.config_check import build, check_config, full_keys
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.final_validation import build_results, final_validation, summary, write_results
 from onlinenorm.training.interruption import StopSignals
@@ -47,7 +47,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
             f"{where['precision']}",
             flush=True,
         )
-    with prefixed("recipe", config["recipe"]), prefixed("data", config["data"]):
+    with full_keys(config, "data", "recipe"):
         transforms = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
         data = build(config, "data", batch_size=recipe.batch_size, seed=seed, **transforms)
         data.prepare_data()
@@ -58,7 +58,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
         checkpoint, position = resumable(folder.checkpoints, config, data)
         pl.seed_everything(seed, workers=False, verbose=False)  # before the network: all normalizers share its weights
         sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-        with prefixed("normalizer", config["normalizer"]):
+        with full_keys(config, "normalizer"):
             network = build(config, "model", normalizer=normalizer, **sizes)
         probe_network(network, config)
         module = build(config, "classifier", network=network, recipe=recipe)
@@ -70,11 +70,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
         trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
         resumed = folder.record_start(config, trainer.world_size, position)
         with loggers.closing(mirrors), explain_worker_deaths():
-            with (
-                prefixed("normalizer", config["normalizer"]),
-                prefixed("recipe", config["recipe"]),
-                prefixed("data", config["data"]),
-            ):
+            with full_keys(config, "data", "recipe", "normalizer"):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             clamping, arrays = final_validation(trainer, module, data, log)
         results = build_results(names, seed, module, data, log, resumed, clamping, former_attempts(path))

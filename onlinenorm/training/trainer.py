@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
-from onlinenorm.errors import ConfigError
+from onlinenorm.errors import ArgumentError, ConfigError
 from onlinenorm.normalizers import check_synchronisable, synchronise_batch_norm
 from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
@@ -123,7 +123,7 @@ def build_trainer(
         ("log_every_n_steps", log_every_n_steps),
     ):
         if value < 1:
-            raise ValueError(f"{key}: {value!r} must be at least 1")
+            raise ArgumentError(key, f"{value!r} must be at least 1")
     plugins: list[Any] = [VerifiedIO(), cluster_environment()]
     if scaled := precision == "16-mixed":
         plugins.append(ScaledHalf("cuda" if accelerator == "gpu" else "cpu"))

@@ -128,7 +128,7 @@ def test_a_failure_does_not_stop_the_others_and_only_what_is_missing_is_run(matr
     assert (failed / "started").read_text() == "xx" and (done / "started").read_text() == "x"
     shown = capsys.readouterr().out
     assert (
-        "2 done; 0:00 of computing left" in shown
+        "2 done; 0 s of computing left" in shown
         and f"{failed.relative_to(tmp_path)}  (after 1 failed attempt)" in shown
     )
     assert (failed / "attempts" / "1" / "failed.txt").read_text().endswith("the loss became NaN\n")

@@ -7,8 +7,8 @@ import pytest
 
 from onlinenorm.arguments import flatten
 from onlinenorm.cli.compose import load_config
-from onlinenorm.errors import ConfigError
-from onlinenorm.training.config_check import build, check_config, check_keys, prefixed
+from onlinenorm.errors import ArgumentError, ConfigError, DataError
+from onlinenorm.training.config_check import build, check_config, check_keys, full_keys
 from onlinenorm.training.hints import nearest, unknown_option
 from onlinenorm.training.probe import probe_normalizer
 from onlinenorm.training.trainer import resolve
@@ -85,10 +85,19 @@ def test_missing_argument_is_named():
 def test_errors_of_constructors_get_the_full_key():
     with pytest.raises(ConfigError, match=r"recipe.milestones: 200 lies past the last epoch \(2\)"):
         build(config(recipe={"milestones": [200]}), "recipe")
-    with pytest.raises(ConfigError, match=r"normalizer.alpha_fwd: 1.5"), prefixed("normalizer", ["alpha_fwd"]):
+    with pytest.raises(ConfigError, match=r"normalizer.alpha_fwd: 1.5"), full_keys(config(), "normalizer"):
         build(config(normalizer={"alpha_fwd": 1.5}), "normalizer")(num_features=4)
-    with pytest.raises(ValueError, match=r"^other: kept as it is$"), prefixed("normalizer", ["alpha_fwd"]):
-        raise ValueError("other: kept as it is")
+    for error in (ArgumentError("other", "kept as it is"), DataError("kept as it is", "other"), ValueError("other: x")):
+        with pytest.raises(type(error)) as raised, full_keys(config(), "normalizer", "recipe"):
+            raise error
+        assert raised.value is error
+
+
+def test_the_first_node_that_has_the_key_is_named():
+    nodes = config()
+    for paths in (("normalizer", "recipe"), ("recipe", "normalizer")):
+        with pytest.raises(ConfigError, match=r"^recipe.epochs: none$"), full_keys(nodes, *paths):
+            raise DataError("none", key="epochs")
 
 
 def test_partial_nodes_build_a_fresh_layer_at_each_call():

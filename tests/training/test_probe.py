@@ -144,3 +144,11 @@ def test_what_a_normalizer_of_ones_own_must_not_do(factory, message):
 @pytest.mark.parametrize("factory", [Watched, Demanding, nn.BatchNorm2d])
 def test_what_it_may_do(factory):
     probe_normalizer(factory, {"_target_": "own.Norm"})
+
+
+def test_arguments_that_a_layer_of_ones_own_refuses_are_told():
+    def refuses(num_features):
+        raise ValueError("eps cannot be that\nadvice to programmers")
+
+    with pytest.raises(ConfigError, match=r"^normalizer: mine.Norm could not be built \(eps cannot be that\)$"):
+        probe_normalizer(refuses, {"_target_": "mine.Norm"})

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onlinenorm.errors import ArgumentError
 from onlinenorm.ops import vectorized
 from onlinenorm.ops.fused import inductor_pass, max_pool
 from onlinenorm.ops.fused.kernels.forward import apply_kernel
@@ -81,7 +82,9 @@ def evaluate(
 
 def _check_device(x: Tensor) -> None:
     if x.device.type == "cpu" and not INTERPRETED:
-        raise ValueError("backend: 'fused' needs a GPU, and this input is on the CPU; use backend='auto' or 'torch'")
+        raise ArgumentError(
+            "backend", "'fused' needs a GPU, and this input is on the CPU; use backend='auto' or 'torch'"
+        )
 
 
 def _kernels_serve(x: Tensor, state: Tensor) -> bool:
