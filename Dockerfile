@@ -1,4 +1,5 @@
-# GPU image of the project: docker build -t onlinenorm . && docker run --gpus all onlinenorm
+# GPU image of the project:
+#   docker build --build-arg GIT_COMMIT=$(git rev-parse HEAD) -t onlinenorm . && docker run --gpus all onlinenorm
 # Training with loader workers: docker run --ipc=host (or --shm-size=8g), for batches travel through /dev/shm, 64 MB by default.
 # The CUDA libraries come with torch's wheels; the base image adds the container settings that expose the driver.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
@@ -11,5 +12,9 @@ RUN apt-get update \
 WORKDIR /onlinenorm
 COPY . .
 RUN scripts/environment.sh
+
+# Runs record it in environment.json; last, so that a commit does not install everything anew.
+ARG GIT_COMMIT=unknown
+ENV GIT_COMMIT=$GIT_COMMIT
 
 CMD ["scripts/quickstart.sh"]

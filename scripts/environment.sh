@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the virtual environment and install the project into it; sourced by quickstart.sh and test.sh, run by the Dockerfile.
-#   environment.sh [EXTRA]     EXTRA: an optional-dependency group, e.g. test
+#   environment.sh [EXTRA]     all that the scripts need, and the optional dependencies EXTRA, e.g. test
 # VENV names another folder than .venv. A second call returns at once unless pyproject.toml or constraints.txt changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,6 +19,6 @@ if ! grep -qsx "$fingerprint" "${stamps[@]}"; then
     { echo "Python 3.11 or newer is needed; $("$python" --version) was found. Set PYTHON to another interpreter." >&2; exit 1; }
   echo "Installing into $VENV (torch with CUDA libraries: several GB, minutes) ..."
   [[ -x $VENV/bin/python ]] || "$python" -m venv "$VENV"
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,report,deploy${extra:+,$extra}]"
   echo "$fingerprint" >"$stamp"
 fi

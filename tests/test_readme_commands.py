@@ -158,7 +158,7 @@ def test_commands_that_start_other_programs(command, here, tmp_path):
         words = [sys.executable, program, *shrunk(words, here), "--runs", f"{tmp_path}/run"]
     elif program == "pip":
         words = [sys.executable, "-m", "pip", *words, "--dry-run", "--no-deps", "--no-index", "--no-build-isolation"]
-        words[words.index("-e")] = "--no-input"
+        words = ["--no-input" if word == "-e" else word for word in words]
     else:
         words = [sys.executable, "-m", "pytest", *words, "--collect-only", "-q", "tests/test_readme_commands.py"]
     done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True)

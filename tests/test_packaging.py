@@ -1,0 +1,136 @@
+"""What an installation needs and holds, and what an image knows of its origin."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+import onlinenorm
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+# A training step on the CPU, of a network in which BatchNorm was exchanged and one layer was made by hand.
+STEP = """
+import sys, torch
+from torch import nn
+if {ours}:
+    from onlinenorm import OnlineNorm2d, convert
+else:
+    OnlineNorm2d, convert = nn.BatchNorm2d, lambda network, *_: network
+network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+convert(network, "online")
+network.extend([OnlineNorm2d(8), nn.Flatten(), nn.LazyLinear(2)])
+optimizer = torch.optim.SGD(network.parameters(), 0.1)
+for _ in range(2):
+    network(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
+"""
+# Packages that torch does not depend on are not found.
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {absent!r} else PathFinder.find_spec(name, path, target)
+sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def names(requirements):
+    return {re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
+
+
+def closure(distribution):
+    """The distributions that an installation of one brings, by normalised name."""
+    found, waiting = set(), [distribution]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            try:
+                requirements = metadata.requires(name) or []
+            except metadata.PackageNotFoundError:  # of another platform
+                continue
+            found.add(name)
+            waiting += names(r for r in requirements if "extra ==" not in r)
+    return found
+
+
+def modules(code):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_library_needs_torch_alone():
+    assert names(PROJECT["dependencies"]) == {"torch"}
+    brought = closure("torch")
+    providers = metadata.packages_distributions()
+    absent = {
+        top for top, owners in providers.items()
+        if not {owner.lower().replace("_", "-") for owner in owners} & (brought | {"onlinenorm"})
+    }  # fmt: skip
+    assert {"numpy", "torchvision", "hydra", "matplotlib", "pytorch_lightning"} <= absent
+    alone = modules(WITHOUT.format(absent=absent) + STEP.format(ours=True))
+    assert "onlinenorm" in alone and not alone & absent
+    more = modules(STEP.format(ours=True)) - modules(STEP.format(ours=False)) - {"onlinenorm"}
+    assert not more & absent, "packages that are there are not loaded either"
+
+
+def test_the_extras_are_what_the_tests_and_the_scripts_install():
+    assert set(EXTRAS) == {"train", "report", "deploy", "onnx", "submitit", "test"}
+    (rest,) = [requirement for requirement in EXTRAS["test"] if requirement.startswith("onlinenorm")]
+    assert rest == "onlinenorm[train,report,deploy,onnx]"
+    assert ".[train,report,deploy${extra:+,$extra}]" in (ROOT / "scripts/environment.sh").read_text(encoding="utf-8")
+
+
+def test_every_requirement_is_pinned():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = names(line for line in lines if not line.startswith("#"))
+    wanted = names(PROJECT["dependencies"] + [r for extra in EXTRAS.values() for r in extra]) - {"onlinenorm"}
+    assert wanted - pinned == {"hydra-submitit-launcher"}, "which is not part of the tests"
+
+
+def test_type_checkers_read_the_annotations():
+    assert Path(onlinenorm.__file__).with_name("py.typed").exists()
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    assert "py.typed" in data["onlinenorm"]
+
+
+def test_an_image_records_the_commit_that_it_was_built_from(tmp_path):
+    """The Dockerfile's argument, and what a run in a folder without a repository makes of it."""
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert "ARG GIT_COMMIT" in dockerfile and "ENV GIT_COMMIT=$GIT_COMMIT" in dockerfile
+    assert ".git" in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "onlinenorm").symlink_to(ROOT / "onlinenorm")
+    code = "import sys; from pathlib import Path; from onlinenorm import provenance; "
+    code += "print(provenance.git_state(Path(sys.argv[1]))['commit'])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GIT_COMMIT": "abc123"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.stdout == "abc123\n", done.stderr
+
+
+def test_what_is_to_be_cited_is_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert any("1905.05894" in reference.get("url", "") for reference in citation["references"])
+
+
+@pytest.mark.parametrize("file", [".pre-commit-config.yaml", ".github/workflows/ci.yml"])
+def test_hooks_and_ci_run_what_is_there(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    yaml.safe_load(text)
+    named = re.findall(r"(?:entry|run): (\S+)", text)
+    assert named
+    for program in named:
+        assert (Path(sys.prefix, "bin", Path(program).name) if ".venv" in program else ROOT / program).exists(), program
