@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.runs import Run, lookup
+from onlinenorm.records import lookup
+from onlinenorm.report.runs import Run
 from onlinenorm.report.settings import NOT_SET, check_one_point, differences
 from onlinenorm.report.spec import ReportSpec
 from onlinenorm.report.statistics import Summary, summarize

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from onlinenorm.records import lookup
 from onlinenorm.report.ablation import CLAMP_KEY, value_of
-from onlinenorm.report.checks import lookup
 from onlinenorm.report.runs import Run, milestones
 from onlinenorm.report.tally import tally
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.checks import check_agreement, check_predictions, check_results, lookup
+from onlinenorm.records import check_results, lookup
+from onlinenorm.report.checks import check_agreement, check_predictions
 
 REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
 CLAMPING_COLUMNS = ("epoch", "step", "clamped_fraction", "max_abs_activation")

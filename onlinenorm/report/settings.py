@@ -8,7 +8,8 @@ from typing import Any
 
 from onlinenorm.arguments import flatten
 from onlinenorm.errors import ReportError
-from onlinenorm.report.runs import Run, lookup
+from onlinenorm.records import lookup
+from onlinenorm.report.runs import Run
 from onlinenorm.report.spec import SettingSpec
 from onlinenorm.scales import UNKNOWN
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinenorm.errors import ReportError
+from onlinenorm.records import lookup
 from onlinenorm.report import benchmarks, pictures
 from onlinenorm.report.ablation import Ablation, build_ablation, swept
 from onlinenorm.report.clamps import clamped_runs
@@ -21,7 +22,7 @@ from onlinenorm.report.render import (
     render_markdown,
     render_pooled,
 )
-from onlinenorm.report.runs import Run, find_run_folders, load_runs, lookup
+from onlinenorm.report.runs import Run, find_run_folders, load_runs
 from onlinenorm.report.spec import ReportSpec
 from onlinenorm.report.table import Report, build_report
 

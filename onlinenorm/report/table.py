@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from onlinenorm.records import lookup
 from onlinenorm.report.checks import counted
-from onlinenorm.report.runs import Run, lookup, milestones
+from onlinenorm.report.runs import Run, milestones
 from onlinenorm.report.settings import Departure, check_one_table, departures, planned_scale
 from onlinenorm.report.spec import Published, ReportSpec
 from onlinenorm.report.statistics import (
