@@ -5,8 +5,10 @@ import platform
 import socket
 import sys
 import time
+import warnings
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -36,6 +38,13 @@ class MeetingDDPStrategy(DDPStrategy):
             # kept: torch's rendezvous goes on with the store that rank 0 serves
             self._store = meet(host, port, self.global_rank, self.world_size, self.num_processes, self.stop)
         super().setup_distributed()
+
+    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        # DDP is made on a stream of its own, and a 3x3 kernel of one input channel has two names for one layout: both
+        # are without effect, and would be told by every process.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        return super()._setup_model(model)
 
 
 def meet(host: str, port: int, rank: int, world_size: int, devices: int, stop: StopSignals) -> dist.Store:
