@@ -90,9 +90,9 @@ def _decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[t
 
 def _crop_all(images: list[torch.Tensor], plans_N9: torch.Tensor, size: int) -> torch.Tensor:
     """Each image's plan followed on its device, with the arithmetic of the CPU decoder: uint8, N x 3 x size x size."""
-    heights, widths = np.array([image.shape[1:] for image in images]).T
+    sizes_N2 = np.array([image.shape[:0:-1] for image in images])
     starts = np.cumsum([0, *(image.numel() for image in images[:-1])])
-    table = crop_table(plans_N9.numpy(), starts, widths, heights, "torch")
+    table = crop_table(plans_N9.numpy(), starts, sizes_N2, of_torch_M=True)
     pixels = torch.cat([image.flatten() for image in images])
     on_device = to_device(torch.from_numpy(table), pixels.device)
-    return resize_crops(pixels, on_device, most_taps(table), size, channels=3, arithmetic="torch")
+    return resize_crops(pixels, on_device, most_taps(table), size, channels=3)

@@ -17,39 +17,37 @@ import numpy as np
 import PIL
 import torch
 
-ARITHMETICS = ("pillow", "torch")
 PRECISION_BITS = 22  # 32 less 8 of a pixel and 2 for sums
 
 # columns of a crop's row; `source` and `resized` are (width, height) before and after resizing
 COLUMNS = ("start", "pitch", "plane", "source_x", "source_y", "resized_x", "resized_y", "left", "top", "mirrored",
-           "vertical_first")  # fmt: skip
+           "vertical_first", "of_torch")  # fmt: skip
 
 _VERTICAL_FIRST = int(PIL.__version__.split(".")[0]) >= 13
 
 
 def crop_table(
-    plans_M9: np.ndarray, starts_M: np.ndarray, widths_M: np.ndarray, heights_M: np.ndarray, arithmetic: str
+    plans_M9: np.ndarray, starts_M: np.ndarray, sizes_M2: np.ndarray, of_torch_M: np.ndarray | bool
 ) -> np.ndarray:
     """What `resize_crops` reads of each crop, int64, M x len(COLUMNS).
 
     Args:
         plans_M9: box (left, top, width, height; all -1: the image), size after resizing (width, height), the crop's
-            left and top in that, and whether it is mirrored, as `batch_plans.plan_rows` gives them.
+            left and top in that, and whether it is mirrored, as `transforms.plan_rows` gives them.
         starts_M: where the crop's image begins in the flat tensor, bytes.
-        widths_M, heights_M: of that image, pixels.
-        arithmetic: "pillow" or "torch".
+        sizes_M2: width and height of that image, pixels.
+        of_torch_M: whether to resize with torch's arithmetic in place of Pillow's.
     """
-    plans_M9, widths_M = plans_M9.astype(np.int64), widths_M.astype(np.int64)
+    plans_M9, (widths_M, heights_M) = plans_M9.astype(np.int64), sizes_M2.astype(np.int64).T
     box_M4, resized_M2 = plans_M9[:, :4], plans_M9[:, 4:6]
     left_M, top_M = np.maximum(box_M4[:, :2], 0).T
-    whole_M2 = np.stack([widths_M, heights_M], axis=1)
-    source_M2 = np.where(box_M4[:, 2:] < 0, whole_M2, box_M4[:, 2:])
+    source_M2 = np.where(box_M4[:, 2:] < 0, sizes_M2, box_M4[:, 2:])
     shrunk_M2 = source_M2 - resized_M2
     vertical_first_M = (shrunk_M2[:, 1] > 0) & (shrunk_M2[:, 1] > 2 * shrunk_M2[:, 0])
-    if arithmetic == "torch" or not _VERTICAL_FIRST:
-        vertical_first_M = np.zeros_like(vertical_first_M)
+    of_torch_M = np.broadcast_to(of_torch_M, vertical_first_M.shape)
+    vertical_first_M &= ~of_torch_M & _VERTICAL_FIRST
     columns = (starts_M + top_M * widths_M + left_M, widths_M, widths_M * heights_M, *source_M2.T, *resized_M2.T,
-               *plans_M9[:, 6:].T, vertical_first_M)  # fmt: skip
+               *plans_M9[:, 6:].T, vertical_first_M, of_torch_M)  # fmt: skip
     return np.stack(columns, axis=1).astype(np.int64)
 
 
@@ -60,7 +58,7 @@ def most_taps(table_MC: np.ndarray) -> int:
 
 
 def resize_crops(
-    pixels_B: torch.Tensor, table_MC: torch.Tensor, taps: int, crop_size: int, channels: int, arithmetic: str
+    pixels_B: torch.Tensor, table_MC: torch.Tensor, taps: int, crop_size: int, channels: int
 ) -> torch.Tensor:
     """The crops of a table: uint8, M x channels x crop_size x crop_size in channels_last; black beyond an image.
 
@@ -72,7 +70,6 @@ def resize_crops(
         taps: at least `most_taps` of the table.
         crop_size: width and height of the crops.
         channels: of the images.
-        arithmetic: "pillow" or "torch".
     """
     assert pixels_B.dtype == torch.uint8 and pixels_B.dim() == 1 and table_MC.shape[1] == len(COLUMNS)
     out_MCHW = torch.empty(
@@ -82,10 +79,10 @@ def resize_crops(
     if len(table_MC) and pixels_B.is_cuda and _has_triton():
         from onlinenorm.data.resize_triton import launch
 
-        launch(pixels_B, table_MC, taps, out_MCHW, arithmetic == "torch")
+        launch(pixels_B, table_MC, taps, out_MCHW)
     else:
         for out_CHW, row in zip(out_MCHW, table_MC.tolist(), strict=True):
-            out_CHW.copy_(_resize_crop(pixels_B, row, crop_size, channels, arithmetic))
+            out_CHW.copy_(_resize_crop(pixels_B, row, crop_size, channels))
     return out_MCHW
 
 
@@ -94,12 +91,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _resize_crop(pixels_B: torch.Tensor, row: list[int], crop_size: int, channels: int, arithmetic: str):
-    start, pitch, plane, *sizes, left, top, mirrored, vertical_first = row
+def _resize_crop(pixels_B: torch.Tensor, row: list[int], crop_size: int, channels: int):
+    start, pitch, plane, *sizes, left, top, mirrored, vertical_first, of_torch = row
     x_CHW = pixels_B.as_strided((channels, sizes[1], sizes[0]), (plane, pitch, 1), start)
     passes = [(2, sizes[0], sizes[2], left), (1, sizes[1], sizes[3], top)]
     for dim, source, resized, begin in reversed(passes) if vertical_first else passes:
-        first_R, weights_RK = axis_weights(source, resized, arithmetic)
+        first_R, weights_RK = axis_weights(source, resized, bool(of_torch))
         at_S = torch.arange(begin, begin + crop_size)
         inside_S = (at_S >= 0) & (at_S < resized)
         at_S = at_S.clamp(0, resized - 1)
@@ -112,7 +109,7 @@ def _resize_crop(pixels_B: torch.Tensor, row: list[int], crop_size: int, channel
     return x_CHW.flip(2) if mirrored else x_CHW
 
 
-def axis_weights(source: int, resized: int, arithmetic: str) -> tuple[torch.Tensor, torch.Tensor]:
+def axis_weights(source: int, resized: int, of_torch: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of `resized` pixels along an axis the first of its inputs (R), and the inputs' weights (R x K).
 
     Weights are integers in units of 2**-PRECISION_BITS, 0 beyond a pixel's inputs. Every operation is the one of
@@ -131,7 +128,7 @@ def axis_weights(source: int, resized: int, arithmetic: str) -> tuple[torch.Tens
         total_R += weight_R
     weights_RK /= total_R[:, None]
     bits = PRECISION_BITS
-    if arithmetic == "torch":
+    if of_torch:
         largest = float(weights_RK.max())
         bits = sum(0.5 + largest * 2 ** (bit + 1) < 2**15 for bit in range(PRECISION_BITS))
     return first_R, (0.5 + weights_RK * 2**bits).int() << (PRECISION_BITS - bits)

@@ -44,7 +44,7 @@ def _total(centre, first, count, inverse):
 
 
 @triton.jit(do_not_specialize=["taps"])
-def weights_kernel(table, spans, weights, taps, crop_size, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr):
+def weights_kernel(table, spans, weights, taps, crop_size, BLOCK: tl.constexpr):
     """One axis (0: x, 1: y) of one crop: spans (M, 2, 2, S) of first and count, weights (M, 2, K, S)."""
     crop = tl.program_id(0).to(tl.int64)
     axis = tl.program_id(1)
@@ -56,8 +56,8 @@ def weights_kernel(table, spans, weights, taps, crop_size, ADAPTIVE: tl.constexp
     support = tl.maximum(scale, 1.0)
     inverse = 1.0 / support
     lane = tl.arange(0, BLOCK)
-    shift, unit = 0, _ONE
-    if ADAPTIVE:
+    shift = tl.full((), 0, tl.int32)
+    if tl.load(table + crop * _COLUMNS + 11) != 0:  # torch's precision: the largest weight fits into 16 bits
         highest = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, resized, BLOCK):
             at = tl.minimum(start + lane, resized - 1)
@@ -67,7 +67,7 @@ def weights_kernel(table, spans, weights, taps, crop_size, ADAPTIVE: tl.constexp
         largest = tl.max(highest, 0)
         for bit in tl.static_range(_BITS):
             shift += (0.5 + largest * (2 << bit) >= 32768.0).to(tl.int32)
-        unit = _ONE / (1 << shift).to(tl.float64)
+    unit = _ONE / (1 << shift).to(tl.float64)
     span = spans + (crop * 2 + axis) * 2 * crop_size
     out = weights + (crop * 2 + axis) * taps * crop_size
     for start in range(0, crop_size, BLOCK):
@@ -157,8 +157,8 @@ def crops_kernel(
         source += plane
 
 
-def launch(pixels_B: torch.Tensor, table_MC: torch.Tensor, taps: int, out_MCHW: torch.Tensor, adaptive: bool) -> None:
-    """Writes the crops of a table to `out_MCHW`, channels_last; `adaptive`: the arithmetic of torch."""
+def launch(pixels_B: torch.Tensor, table_MC: torch.Tensor, taps: int, out_MCHW: torch.Tensor) -> None:
+    """Writes the crops of a table to `out_MCHW`, channels_last."""
     crops, channels, size = out_MCHW.shape[:3]
     assert out_MCHW.is_contiguous(memory_format=torch.channels_last) and table_MC.is_contiguous()
     spans = torch.empty((crops, 2, 2, size), dtype=torch.int32, device=pixels_B.device)
@@ -167,9 +167,7 @@ def launch(pixels_B: torch.Tensor, table_MC: torch.Tensor, taps: int, out_MCHW: 
     tiles = triton.cdiv(size, block_x) * triton.cdiv(size, block_y)
     with torch.cuda.device_of(pixels_B):
         # no fused multiply-adds: the weights' bits are those of separate operations
-        weights_kernel[crops, 2](
-            table_MC, spans, weights, taps, size, ADAPTIVE=adaptive, BLOCK=128, num_warps=4, enable_fp_fusion=False
-        )
+        weights_kernel[crops, 2](table_MC, spans, weights, taps, size, BLOCK=128, num_warps=4, enable_fp_fusion=False)
         crops_kernel[crops, tiles](
             pixels_B, table_MC, spans, weights, out_MCHW, taps, size, channels, BLOCK_Y=block_y, BLOCK_X=block_x,
             num_warps=4,

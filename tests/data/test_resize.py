@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from onlinenorm.data.randomness import uniforms
-from onlinenorm.data.resize import ARITHMETICS, axis_weights, crop_table, most_taps, resize_crops
+from onlinenorm.data.resize import axis_weights, crop_table, most_taps, resize_crops
 from onlinenorm.data.transforms import DRAWS, PLANS, Plan, cut_crops, follow_plan, plan_rows, rows_of_plan
 
 ON_GPU = torch.cuda.is_available()
 WHOLE = ((0, 0, False),)
+ARITHMETICS = ("pillow", "torch")
 # (channels, height, width), plan
 EDGES = [
     ((3, 1, 1), Plan(None, (1, 1), WHOLE, 8)),  # one pixel, black around it
@@ -42,8 +43,7 @@ from onlinenorm.data.resize_triton import crops_kernel, weights_kernel
 
 TYPES = {"table": "*i64", "spans": "*i32", "weights": "*i32", "pixels": "*u8", "out": "*u8"}
 for kernel, constants in (
-    (weights_kernel, {"ADAPTIVE": True, "BLOCK": 128}),
-    (weights_kernel, {"ADAPTIVE": False, "BLOCK": 128}),
+    (weights_kernel, {"BLOCK": 128}),
     (crops_kernel, {"BLOCK_Y": 16, "BLOCK_X": 32}),
 ):
     kinds = {k: "constexpr" if k in constants else TYPES.get(k, "i32") for k in kernel.arg_names}
@@ -82,7 +82,7 @@ def check(cases, arithmetic, device, resize=resize_crops):
     """Crops of all cases at once equal those of the CPU's resize, bit for bit."""
     numbers = np.random.default_rng(0)
     images = [np.ascontiguousarray(numbers.integers(0, 256, shape, dtype=np.uint8)) for shape, _ in cases]
-    starts, rows, widths, heights, expected = [], [], [], [], []
+    starts, rows, sizes, expected = [], [], [], []
     for (image, (shape, plan)), start in zip(
         zip(images, cases, strict=True), np.cumsum([0] + [image.size for image in images]).tolist(), strict=False
     ):
@@ -91,23 +91,22 @@ def check(cases, arithmetic, device, resize=resize_crops):
         for row in rows_of_plan(plan):
             starts.append(start)
             rows.append(row)
-            widths.append(shape[2])
-            heights.append(shape[1])
-    table = crop_table(np.array(rows, dtype=np.int32), *map(np.array, (starts, widths, heights)), arithmetic)
+            sizes.append(shape[:0:-1])
+    table = crop_table(np.array(rows, dtype=np.int32), np.array(starts), np.array(sizes), arithmetic == "torch")
     pixels = torch.from_numpy(np.concatenate([image.ravel() for image in images])).to(device)
     size = cases[0][1].crop_size
-    found = resize(pixels, torch.from_numpy(table).to(device), most_taps(table), size, cases[0][0][0], arithmetic)
+    found = resize(pixels, torch.from_numpy(table).to(device), most_taps(table), size, cases[0][0][0])
     assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == torch.uint8
     for n, (crop, exact) in enumerate(zip(found.cpu(), torch.cat(expected), strict=True)):
-        assert torch.equal(crop, exact), f"crop {n}: {rows[n]} of {widths[n]} x {heights[n]}"
+        assert torch.equal(crop, exact), f"crop {n}: {rows[n]} of {sizes[n]}"
 
 
-def interpreted(pixels_B, table_MC, taps, crop_size, channels, arithmetic):
+def interpreted(pixels_B, table_MC, taps, crop_size, channels):
     """The kernels in Triton's interpreter, over memory that holds noise."""
     from onlinenorm.data.resize_triton import launch
 
     out = torch.full((len(table_MC), crop_size, crop_size, channels), 77, dtype=torch.uint8).permute(0, 3, 1, 2)
-    launch(pixels_B, table_MC, taps, out, arithmetic == "torch")
+    launch(pixels_B, table_MC, taps, out)
     return out
 
 
@@ -153,7 +152,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     sizes, fused = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
-    assert len(sizes) == 3 and min(sizes) > 0 and not any(fused)
+    assert len(sizes) == 2 and min(sizes) > 0 and not any(fused)
 
 
 @pytest.mark.parametrize("plan", sorted(PLANS))
@@ -167,9 +166,9 @@ def test_plans_of_many_images_are_those_of_each(plan):
 
 
 def test_weights_are_whole_and_complete():
-    for arithmetic in ARITHMETICS:
+    for of_torch in (False, True):
         for source, resized in ((1, 7), (500, 224), (224, 224), (9999, 31)):
-            first, weights = axis_weights(source, resized, arithmetic)
+            first, weights = axis_weights(source, resized, of_torch)
             assert (weights >= 0).all() and (first >= 0).all() and (first < source).all()
             off = (weights.sum(1) - 2**22).abs() / 2**22
             assert off.max() < weights.shape[1] * 2.0**-14
@@ -194,17 +193,17 @@ def test_it_neither_waits_nor_hinders_a_capture():
 
     def table(epoch):
         rows = plan_rows("random_resized_crop", sizes, 32, 0, uniforms(0, epoch, np.arange(2), DRAWS))[:, 0]
-        return torch.from_numpy(crop_table(rows, np.array([0, 6000]), *sizes.T, "pillow")).cuda()
+        return torch.from_numpy(crop_table(rows, np.array([0, 6000]), sizes, False)).cuda()
 
     first, second = table(0), table(1)
-    expected = [resize_crops(pixels, rows, 9, 32, 3, "pillow").clone() for rows in (first, second)]
+    expected = [resize_crops(pixels, rows, 9, 32, 3).clone() for rows in (first, second)]
     torch.cuda.synchronize()
     graph, static = torch.cuda.CUDAGraph(), first.clone()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        resize_crops(pixels, first, 9, 32, 3, "pillow")
+        resize_crops(pixels, first, 9, 32, 3)
         with torch.cuda.graph(graph):
-            captured = resize_crops(pixels, static, 9, 32, 3, "pillow")
+            captured = resize_crops(pixels, static, 9, 32, 3)
         graph.replay()
     finally:
         torch.cuda.set_sync_debug_mode("default")
