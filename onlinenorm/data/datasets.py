@@ -23,7 +23,7 @@ from onlinenorm.errors import DataError
 
 Batch = tuple[torch.Tensor, ...]
 
-_SEARCH = 1000  # images looked at for a readable replacement; more in a row means the disk is gone, not a file
+SEARCH = 1000  # images looked at for a readable replacement; more in a row means the disk is gone, not a file
 
 
 class PixelSource(Protocol):
@@ -203,7 +203,7 @@ class FolderDataset(Dataset):
 
     def readable(self, wanted: int, draws_K: np.ndarray) -> tuple[int, int, np.ndarray]:
         """(label, index as reported in the batch, crops) of an image, or of the next one that can be read."""
-        for offset in range(min(_SEARCH, len(self))):
+        for offset in range(min(SEARCH, len(self))):
             found = (wanted + offset) % len(self)
             try:
                 crops_KHWC = self.decode(found, draws_K)
@@ -215,7 +215,7 @@ class FolderDataset(Dataset):
                 return int(self.index.labels[wanted]), wanted, crops_KHWC
             return int(self.index.labels[found]) if self.training else -1, -wanted - 1, crops_KHWC
         raise DataError(
-            f"none of {min(_SEARCH, len(self))} images in a row can be read, the first being "
+            f"none of {min(SEARCH, len(self))} images in a row can be read, the first being "
             f"{self.index.path(wanted)} ({self.failure(wanted)}); is the disk still mounted?",
             key="root",
         )

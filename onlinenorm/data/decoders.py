@@ -78,17 +78,31 @@ def decode_pillow(data: bytes, planner: Planner) -> np.ndarray:
 
 def decode_torchvision(data: bytes, planner: Planner) -> np.ndarray:
     """torchvision's libjpeg-turbo and torch's uint8 resize; what is no JPEG or fails there goes to Pillow."""
-    if not data.startswith(_JPEG_START):
+    image_CHW = _read_jpeg(data)
+    if image_CHW is None:
         return decode_pillow(data, planner)
+    return follow_plan(image_CHW, planner(image_CHW.shape[2], image_CHW.shape[1]))
+
+
+def _read_jpeg(data: bytes) -> torch.Tensor | None:
+    if not data.startswith(_JPEG_START):
+        return None
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         with warnings_lock, warnings.catch_warnings():
             # torchvision 0.29 announces a move to TorchCodec at every call
             warnings.simplefilter("ignore", DeprecationWarning)
-            image_CHW = decode_image(encoded, ImageReadMode.RGB)
+            return decode_image(encoded, ImageReadMode.RGB)
     except RuntimeError:
-        return decode_pillow(data, planner)
-    return follow_plan(image_CHW, planner(image_CHW.shape[2], image_CHW.shape[1]))
+        return None
+
+
+def decode_whole(data: bytes, decoder: str) -> tuple[torch.Tensor, bool]:
+    """All of an image, 3 x H x W uint8, and whether `DECODERS[decoder]` resizes it by torch in place of Pillow."""
+    image_CHW = _read_jpeg(data) if decoder == "torchvision" else None
+    if image_CHW is not None:
+        return image_CHW, True
+    return torch.from_numpy(np.asarray(open_rgb(data)).transpose(2, 0, 1).copy()), False
 
 
 DECODERS = {"pillow": decode_pillow, "torchvision": decode_torchvision}  # run in the workers

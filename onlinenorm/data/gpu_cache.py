@@ -1,51 +1,124 @@
-"""Small sets whole in the device's memory, augmented there many batches at a time."""
+"""Sets of decoded images whole in the device's memory, cropped, resized and mirrored there."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from onlinenorm.data.datasets import Batch, InMemoryDataset
+from onlinenorm.data import decoded
+from onlinenorm.data.datasets import SEARCH, Batch, FolderDataset, InMemoryDataset
+from onlinenorm.data.prefetch import prefetch, to_device
+from onlinenorm.data.randomness import uniforms
+from onlinenorm.data.resize import crop_table, most_taps, resize_crops
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler, split_requests
+from onlinenorm.data.transforms import DRAWS, DRAWS_OF, colour_shifts, plan_rows
 
-_IMAGES = 8192  # made at once: a few large kernels in place of some small ones a batch
+_CHUNK = 1 << 26  # bytes of crops made at once: a few large kernels in place of some small ones a batch
 
 
 class GpuCacheLoader:
     """A loader of the batches that the dataset itself would give, with images and labels on `device`.
 
-    Pixels are those of workers, bit for bit. Indices stay in host memory, where they are looked at.
+    Pixels are those of workers, bit for bit, and so is what stands in for images that cannot be read. Indices stay in
+    host memory, where they are looked at. Batches are made ahead in a thread, on a stream of their own.
 
     Args:
-        dataset: the images; all of them are copied to the device at the first batch.
+        dataset: the images; all of them are decoded and copied to the device at the first batch.
         batch_sampler: which images make which batch.
         device: where the images are kept and augmented.
+        workers: processes that decode.
+        keep: decoded images are kept in a file for the next run.
     """
 
     num_workers = 0
 
     def __init__(
-        self, dataset: InMemoryDataset, batch_sampler: GlobalBatchSampler | ValidationSampler, device: torch.device
+        self,
+        dataset: InMemoryDataset | FolderDataset,
+        batch_sampler: GlobalBatchSampler | ValidationSampler,
+        device: torch.device,
+        workers: int = 0,
+        keep: bool = False,
     ):
         self.dataset, self.batch_sampler, self.device = dataset, batch_sampler, device
-        self._everything: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.workers, self.keep = workers, keep
+        self._images: decoded.DecodedImages | None = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._everything is None:
-            images, labels = self.dataset.originals(np.arange(len(self.dataset)))
-            self._everything = images.to(self.device), labels.to(self.device)
-        images, labels = self._everything
+        if self._images is None:
+            self._load()
+        return prefetch(self._batches(), self.device)
+
+    def _load(self) -> None:
+        dataset, device = self.dataset, self.device
+        labels_N = dataset.labels().astype(np.int64)
+        shown_N = reported_N = np.arange(len(dataset))
+        if isinstance(dataset, InMemoryDataset):
+            images = decoded.in_memory_images(dataset, device)
+            self._channels = len(images.pixels_B) // (len(dataset) * int(images.sizes_N2[0].prod()))
+            self._crop_size = int(images.sizes_N2[0, 0])
+        else:
+            if self.keep:
+                images = decoded.on_device(decoded.kept_images(dataset, self.workers), device)
+            else:
+                images = decoded.decode_images(
+                    dataset, self.workers, lambda size: torch.empty(size, dtype=torch.uint8, device=device)
+                )
+            self._channels, self._crop_size = 3, dataset.crop_size
+            shown_N = _readable(dataset, images)
+            replaced_N = shown_N != reported_N
+            reported_N = np.where(replaced_N, -reported_N - 1, reported_N)
+            labels_N = np.where(replaced_N, labels_N[shown_N] if dataset.training else -1, labels_N)
+        self._shown_N, self._reported_N = shown_N, torch.from_numpy(reported_N)
+        self._labels_N = torch.from_numpy(labels_N).to(device)
+        self._images = images
+
+    def _batches(self) -> Iterator[Batch]:
         batches = iter(self.batch_sampler)
-        while chunk := _take(batches, _IMAGES):
+        crops = 10 if self.dataset.plan == "ten_crop" else 1
+        images = max(1, _CHUNK // (crops * self._channels * self._crop_size**2))
+        while chunk := _take(batches, images):
             epochs, indices = split_requests([request for batch in chunk for request in batch])
-            host = torch.from_numpy(indices)
-            on_device = host.to(self.device)
-            augmented = self.dataset.augment(images[on_device], self.dataset.draws(epochs, indices))
+            draws_NK = uniforms(self.dataset.seed, epochs, indices, DRAWS, DRAWS_OF.get(self.dataset.plan))
+            on_device = to_device(torch.from_numpy(indices), self.device)
+            parts = [self._augment(indices, on_device, draws_NK), self._labels_N[on_device], self._reported_N[indices]]
+            if self.dataset.plan == "scale_jitter":
+                parts.append(to_device(torch.from_numpy(colour_shifts(draws_NK)), self.device))
             sizes = [len(batch) for batch in chunk]
-            yield from zip(augmented.split(sizes), labels[on_device].split(sizes), host.split(sizes), strict=True)
+            yield from zip(*(part.split(sizes) for part in parts), strict=True)
+
+    def _augment(self, indices: np.ndarray, on_device: torch.Tensor, draws_NK: np.ndarray) -> torch.Tensor:
+        dataset, images = self.dataset, self._images
+        if isinstance(dataset, InMemoryDataset) and dataset.keeps_size:
+            width, height = images.sizes_N2[0].tolist()
+            images_NCHW = images.pixels_B.view(-1, self._channels, height, width)
+            return dataset.augment(images_NCHW[on_device], draws_NK)
+        shown_N = self._shown_N[indices]
+        rows_NK9 = plan_rows(dataset.plan, images.sizes_N2[shown_N], self._crop_size, dataset.padding, draws_NK)
+        crops = rows_NK9.shape[1]
+        of_crops = shown_N.repeat(crops)
+        table = crop_table(
+            rows_NK9.reshape(-1, 9), images.starts_N[of_crops], images.sizes_N2[of_crops], images.of_torch_N[of_crops]
+        )
+        crops_MCHW = resize_crops(
+            images.pixels_B, to_device(torch.from_numpy(table), self.device), most_taps(table), self._crop_size,
+            self._channels,
+        )  # fmt: skip
+        return crops_MCHW.unflatten(0, (-1, crops)) if crops > 1 else crops_MCHW
+
+
+def _readable(dataset: FolderDataset, images: decoded.DecodedImages) -> np.ndarray:
+    """For each image itself, or where it cannot be read the next one that can, as `FolderDataset.readable` finds it."""
+    count = len(dataset)
+    good = np.flatnonzero(images.sizes_N2[:, 0])
+    ahead = np.concatenate([good, good[:1] + count])
+    shown_N = ahead[np.searchsorted(good, np.arange(count))] if len(good) else np.full(count, count + SEARCH)
+    if len(far := np.flatnonzero(shown_N - np.arange(count) >= SEARCH)):
+        dataset.readable(int(far[0]), np.zeros(DRAWS))  # raises, and says what is wrong
+    return shown_N % count
 
 
 def _take(batches: Iterator[list], images: int) -> list[list]:

@@ -3,8 +3,6 @@
 import functools
 import itertools
 import logging
-import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from onlinenorm.arguments import check_choice, check_fraction, check_int
 from onlinenorm.data.datasets import Batch, FolderDataset, InMemoryDataset, fingerprint
+from onlinenorm.data.decoded import check_fits, kept_images
 from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
 from onlinenorm.data.gpu_cache import GpuCacheLoader
 from onlinenorm.data.index import name_few
@@ -23,7 +22,7 @@ from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.nvjpeg_loader import NvjpegLoader
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
-from onlinenorm.data.workers import PREFETCHED, WorkerLoader, check_shared_memory, start_worker
+from onlinenorm.data.workers import check_shared_memory, share_of_cores, worker_loader
 from onlinenorm.errors import ArgumentError, UnreadableImageError
 
 log = logging.getLogger(__name__)
@@ -48,8 +47,9 @@ class ImageDataModule(pl.LightningDataModule):
     Args:
         root: folder of the dataset, or None where the set has a place of its own.
         num_workers: loader processes; None chooses this process's share of the cores, at most 16.
-        on_device: keep the whole set in the device's memory and augment it there, without workers; for sets held in
-            memory and the augmentations that keep an image's size (pad_crop, none). The pixels are the same.
+        on_device: keep the whole set in the device's memory and augment it there; files are decoded once. The pixels
+            are the same.
+        keep_decoded: with on_device, keep the decoded files in the user's cache folder for the next run.
         limit_train, limit_val: use that many images (all, if there are fewer): the classes in proportion, evenly spaced
             in each in index order, see `limits.proportional`. The same images for every seed, decoder and number of
             processes. An image's number, which its augmentation depends on, is its position among those used.
@@ -79,6 +79,7 @@ class ImageDataModule(pl.LightningDataModule):
     root: str | None = None
     num_workers: int | None = 0
     on_device: bool = False
+    keep_decoded: bool = False
     limit_train: int | None = None
     limit_val: int | None = None
     decoder: str = "pillow"
@@ -117,6 +118,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.replaced: list[str] = []
         self._resumed = (0, 0)
         self._train_sampler: GlobalBatchSampler | None = None
+        self._fits = False
         self._statistics: dict[torch.device, list[torch.Tensor]] = {}
 
     # what a kind of dataset provides
@@ -235,8 +237,12 @@ class ImageDataModule(pl.LightningDataModule):
     # Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Downloads or indexes what is not there yet; on one process a node."""
-        assert self._sets
+        """Downloads, indexes, and with keep_decoded decodes, what is not there yet; on one process a node."""
+        folders = [dataset for dataset in self._sets if isinstance(dataset, FolderDataset)]
+        if self.on_device and self.keep_decoded and folders:
+            self._check_on_device()
+            for dataset in folders:
+                kept_images(dataset, self._workers())
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the sets; may be called again at no cost, and before a Trainer exists."""
@@ -324,35 +330,33 @@ class ImageDataModule(pl.LightningDataModule):
     def _loader(
         self, dataset: AnyDataset, sampler: GlobalBatchSampler | ValidationSampler
     ) -> DataLoader | GpuCacheLoader:
+        workers = self._workers()
         if self.on_device:
-            if not isinstance(dataset, InMemoryDataset) or not dataset.keeps_size:
-                raise ArgumentError(
-                    "on_device",
-                    f"only sets held in memory whose images keep their size can lie on the device, and "
-                    f"this is {self.name} with {dataset.plan}; use on_device=false",
-                )
-            device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-            return GpuCacheLoader(dataset, sampler, device)
-        workers = self.num_workers
-        if workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            workers = max(1, min(16, cores // getattr(self.trainer, "num_devices", 1)))
+            self._check_on_device()
+            return GpuCacheLoader(dataset, sampler, self._device(), workers, self.keep_decoded)
         if workers:
             check_shared_memory(dataset, sampler.local_batch_size, workers, getattr(self.trainer, "num_devices", 1))
-        return WorkerLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=_ready,
-            worker_init_fn=start_worker,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            prefetch_factor=PREFETCHED if workers > 0 else None,
-            # forked workers share the index and die with this process, however it ends
-            multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
-            # a generator of its own: else each epoch's start would move torch's global one
-            generator=torch.Generator(),
-        )
+        return worker_loader(dataset, sampler, workers)
+
+    def _workers(self) -> int:
+        chosen = self.num_workers
+        return share_of_cores(getattr(self.trainer, "num_devices", 1)) if chosen is None else chosen
+
+    def _check_on_device(self) -> None:
+        if isinstance(self._sets[0], NvjpegDataset):
+            raise ArgumentError(
+                "on_device",
+                "images are decoded once, by decoder pillow or torchvision, not nvjpeg; use "
+                "data.decoder=torchvision, or data.on_device=false",
+            )
+        if not self._fits:
+            check_fits(self._sets, self._device(), self.name)
+            self._fits = True  # asked once: what is loaded by then is no longer free
+
+    def _device(self) -> torch.device:
+        if self.trainer is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return self.trainer.strategy.root_device
 
     def _handle_unreadable(self, index: int, split: str) -> None:
         dataset = self._sets[0 if split == "train" else 1]
@@ -392,7 +396,3 @@ class ImageDataModule(pl.LightningDataModule):
                 "data.unreadable_limit.",
                 key="unreadable_limit",
             )
-
-
-def _ready(batch: Batch) -> Batch:
-    return batch  # datasets make whole batches; nothing is left to collate

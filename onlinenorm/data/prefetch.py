@@ -19,7 +19,10 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """
     results: queue.Queue = queue.Queue(_QUEUE)
     stopped = threading.Event()
-    worker = threading.Thread(target=_produce, args=(batches, device, results, stopped), name=THREAD, daemon=True)
+    begun = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    worker = threading.Thread(
+        target=_produce, args=(batches, device, begun, results, stopped), name=THREAD, daemon=True
+    )
     worker.start()
     try:
         while (item := results.get()) is not None:
@@ -45,15 +48,22 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _produce(batches: Iterable[Batch], device: torch.device, results: queue.Queue, stopped: threading.Event) -> None:
-    on_gpu = device.type == "cuda"
-    stream = torch.cuda.Stream(device) if on_gpu else None
+def _produce(
+    batches: Iterable[Batch],
+    device: torch.device,
+    begun: torch.cuda.Event | None,
+    results: queue.Queue,
+    stopped: threading.Event,
+) -> None:
+    stream = None if begun is None else torch.cuda.Stream(device)
     try:
         with torch.cuda.stream(stream):
+            if stream is not None:
+                stream.wait_event(begun)  # for what the batches are made of
             for batch in batches:
                 if stopped.is_set():
                     return
-                results.put((batch, stream.record_event() if on_gpu else None))
+                results.put((batch, None if stream is None else stream.record_event()))
         results.put(None)
     except BaseException as error:  # told to the thread that waits
         results.put(error)

@@ -7,11 +7,12 @@ import multiprocessing.queues
 import os
 import re
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from onlinenorm.errors import DataError
 
@@ -33,6 +34,34 @@ class WorkerLoader(DataLoader):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def worker_loader(dataset: Dataset, batch_sampler: Iterable[list], workers: int) -> WorkerLoader:
+    """A loader of the batches that `dataset.__getitems__` makes of the sampler's lists; workers 0: in this process."""
+    return WorkerLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=_ready,
+        worker_init_fn=start_worker,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        prefetch_factor=PREFETCHED if workers > 0 else None,
+        # forked workers share the index and die with this process, however it ends
+        multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
+        # a generator of its own: else each epoch's start would move torch's global one
+        generator=torch.Generator(),
+    )
+
+
+def share_of_cores(processes: int) -> int:
+    """Workers of each of so many processes of a machine where none are asked for: its share of the cores, 1 to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // processes))
+
+
+def _ready(batch: tuple) -> tuple:
+    return batch  # datasets make whole batches; nothing is left to collate
 
 
 def start_worker(worker: int) -> None:

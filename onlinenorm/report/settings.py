@@ -15,8 +15,8 @@ from onlinenorm.scales import UNKNOWN
 
 # Where files lie, how many workers read them and how fast a step runs does not change what is computed.
 _IRRELEVANT = {
-    "data.root", "data.num_workers", "data.on_device", "data.val_batch_size", "data.on_unreadable",
-    "data.unreadable_limit", "model.compile", "normalizer.backend", "normalizer._colour_",
+    "data.root", "data.num_workers", "data.on_device", "data.keep_decoded", "data.val_batch_size",
+    "data.on_unreadable", "data.unreadable_limit", "model.compile", "normalizer.backend", "normalizer._colour_",
     "normalizer._label_",
 }  # fmt: skip
 _COMPARED_GROUPS = ("model", "data", "recipe")

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "choices.trainer",
     "choices.logger",
     "data.on_device",
+    "data.keep_decoded",
     "data.num_workers",
     "data.on_unreadable",
     "data.root",

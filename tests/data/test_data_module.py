@@ -46,7 +46,7 @@ def test_resident_batches_are_those_of_the_loader():
 
 
 def test_resident_chunks_hold_all_batches_in_order(monkeypatch):
-    monkeypatch.setattr(onlinenorm_data.gpu_cache, "_IMAGES", 64)
+    monkeypatch.setattr(onlinenorm_data.gpu_cache, "_CHUNK", 64 * 28 * 28)
     chunked = embedded(batch_size=25, on_device=True).train_dataloader()
     whole = embedded(batch_size=25).train_dataloader()
     found, expected = ([batch[2].tolist() for batch in loader] for loader in (chunked, whole))
@@ -58,12 +58,6 @@ def test_resident_continues_where_a_run_stopped():
     all_batches = [batch[2].tolist() for batch in data.train_dataloader()]
     data.resume(0, 4)
     assert [batch[2].tolist() for batch in data.train_dataloader()] == all_batches[4:]
-
-
-def test_resident_refuses_plans_that_resize():
-    data = embedded(augmentation="random_resized_crop", on_device=True)
-    with pytest.raises(ValueError, match="on_device: only sets held in memory"):
-        data.train_dataloader()
 
 
 def test_global_random_state_neither_matters_nor_moves():

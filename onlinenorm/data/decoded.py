@@ -1,0 +1,218 @@
+"""Whole sets of decoded images, one after another in one flat uint8 tensor: in a device's memory, or in a file."""
+
+import hashlib
+import io
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import Dataset
+
+from onlinenorm.data.datasets import FolderDataset, InMemoryDataset
+from onlinenorm.data.decoders import decode_whole, named_warnings
+from onlinenorm.data.index_cache import Arrays, cached_arrays
+from onlinenorm.data.jpeg_header import read_frame
+from onlinenorm.data.sampler import Request, split_requests
+from onlinenorm.data.workers import worker_loader
+from onlinenorm.errors import ArgumentError, DataError
+from onlinenorm.files import replacing, user_cache
+
+log = logging.getLogger(__name__)
+
+_FORMAT = "onlinenorm decoded 1"
+_TOGETHER = 4  # images that a worker sends at once
+_SAMPLE = 1000  # images of which the space of all is judged before any is decoded
+_THREADS = 16  # that read headers
+_TELL_EVERY = 5.0  # seconds
+_PIECE = 1 << 26  # bytes copied at once
+
+
+class DecodedImages(NamedTuple):
+    """N images, each channels x height x width.
+
+    pixels_B: uint8. starts_N: int64, where each begins. sizes_N2: int64, width and height; 0 of one that cannot be
+    read. of_torch_N: bool, whether the CPU path resizes it with torch's arithmetic in place of Pillow's.
+    """
+
+    pixels_B: torch.Tensor
+    starts_N: np.ndarray
+    sizes_N2: np.ndarray
+    of_torch_N: np.ndarray
+
+
+class _WholeImages(Dataset):
+    """Images of a FolderDataset, decoded only: (pixels, sizes, whether of torch) of a list of requests."""
+
+    def __init__(self, dataset: FolderDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pixels, sizes, of_torch = [], [], []
+        for index in split_requests(requests)[1].tolist():
+            try:
+                with named_warnings() as reading:
+                    reading.file = self.dataset.index.path(index)
+                    image_CHW, kind = decode_whole(self.dataset.index.read(index), self.dataset.decoder)
+            except MemoryError:
+                raise
+            except Exception:  # a damaged file makes decoders raise almost anything
+                image_CHW, kind = torch.empty((3, 0, 0), dtype=torch.uint8), False
+            pixels.append(image_CHW.flatten())
+            sizes.append(image_CHW.shape[:0:-1])
+            of_torch.append(kind)
+        return torch.cat(pixels), torch.tensor(sizes), torch.tensor(of_torch)
+
+
+def in_memory_images(dataset: InMemoryDataset, device: torch.device) -> DecodedImages:
+    """Those of a set that is held in memory anyway."""
+    images_NCHW, _ = dataset.originals(np.arange(len(dataset)))
+    count, channels, height, width = images_NCHW.shape
+    starts_N = np.arange(count) * (channels * height * width)
+    sizes_N2 = np.tile([[width, height]], (count, 1))
+    return DecodedImages(images_NCHW.to(device).flatten(), starts_N, sizes_N2, np.ones(count, dtype=bool))
+
+
+def decode_images(dataset: FolderDataset, workers: int, allocate: Callable[[int], torch.Tensor]) -> DecodedImages:
+    """Decodes every image of a set once.
+
+    Args:
+        dataset: the files and the decoder.
+        workers: processes that decode; 0: this one does.
+        allocate: bytes -> the uint8 tensor to fill.
+    """
+    count = len(dataset)
+    pixels_B = allocate(_bytes(header_sizes(dataset, np.arange(count))))
+    requests = [[(0, i) for i in range(first, min(first + _TOGETHER, count))] for first in range(0, count, _TOGETHER)]
+    sizes, of_torch, at, told = [], [], 0, time.monotonic()
+    for data, sizes_M2, of_torch_M in worker_loader(_WholeImages(dataset), requests, workers):
+        pixels_B[at : at + len(data)].copy_(data, non_blocking=True)
+        at += len(data)
+        sizes += sizes_M2.tolist()
+        of_torch += of_torch_M.tolist()
+        if time.monotonic() - told > _TELL_EVERY:
+            told = time.monotonic()
+            log.warning("on_device: %s of %s images in %s decoded", f"{len(sizes):,}", f"{count:,}", _name(dataset))
+    sizes_N2 = np.array(sizes, dtype=np.int64)
+    starts_N = np.concatenate([[0], np.cumsum(3 * sizes_N2.prod(axis=1))[:-1]])
+    return DecodedImages(pixels_B, starts_N, sizes_N2, np.array(of_torch))
+
+
+def kept_images(dataset: FolderDataset, workers: int) -> DecodedImages:
+    """`decode_images` into a file beside the index, in the user's cache folder, or from there if nothing has changed.
+
+    Raises DataError where it cannot be written.
+    """
+    index, decoder = dataset.index, dataset.decoder
+    versions = torch.__version__, torchvision.__version__, PIL.__version__
+    digest = hashlib.sha256(repr((_FORMAT, decoder, versions, index.modified_ns)).encode())
+    index.update_digest(digest)
+    key, place = digest.hexdigest(), hashlib.sha256(os.fsencode(index.folder)).hexdigest()[:16]
+    name = f"decoded-{index.folder.name}-{decoder}"
+    file = user_cache() / f"{name}-{place}-{key[:16]}.u8"
+
+    def build() -> Arrays:
+        for former in file.parent.glob(f"{name}-{place}-*.u8"):
+            former.unlink(missing_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial:
+            made = decode_images(dataset, workers, lambda size: _mapped(partial, "w+", size))
+        return {"starts": made.starts_N, "sizes": made.sizes_N2, "of_torch": made.of_torch_N}
+
+    def holds(arrays: Arrays) -> bool:
+        return file.is_file() and file.stat().st_size >= _bytes(arrays["sizes"])
+
+    try:
+        arrays = cached_arrays(index.folder.parent, name, key, build, holds)
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be written ({error.strerror or error}); make room there, let XDG_CACHE_HOME "
+            "name another folder, or use data.keep_decoded=false",
+            key="keep_decoded",
+        ) from error
+    pixels_B = _mapped(file, "c", file.stat().st_size)
+    return DecodedImages(pixels_B, arrays["starts"], arrays["sizes"], arrays["of_torch"])
+
+
+def on_device(images: DecodedImages, device: torch.device) -> DecodedImages:
+    """The same with their pixels on `device`."""
+    pixels_B = torch.empty(len(images.pixels_B), dtype=torch.uint8, device=device)
+    for first in range(0, len(pixels_B), _PIECE):
+        pixels_B[first : first + _PIECE].copy_(images.pixels_B[first : first + _PIECE])
+    return images._replace(pixels_B=pixels_B)
+
+
+def check_fits(datasets: Sequence[InMemoryDataset | FolderDataset], device: torch.device, name: str) -> None:
+    """Raises ArgumentError where the decoded images of all these sets exceed the free memory of `device`.
+
+    The size of many files is judged by that of a sample, evenly spaced.
+    """
+    free, needed, count = free_memory(device), 0.0, 0
+    if free is None:
+        return
+    for dataset in datasets:
+        count += len(dataset)
+        if isinstance(dataset, InMemoryDataset):
+            needed += dataset.source.images(np.arange(1)).nbytes * len(dataset)
+        else:
+            chosen = np.arange(0, len(dataset), -(-len(dataset) // _SAMPLE))
+            needed += _bytes(header_sizes(dataset, chosen)) * len(dataset) / len(chosen)
+    if needed > free:
+        raise ArgumentError(
+            "on_device",
+            f"the {count:,} decoded images of {name} take about {needed / 1e9:,.1f} GB and {device} has "
+            f"{free / 1e9:,.1f} GB free; use data.on_device=false, or fewer images by data.limit_train and "
+            "data.limit_val",
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a GPU; None for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def header_sizes(dataset: FolderDataset, chosen: np.ndarray) -> np.ndarray:
+    """Width and height of the images at these indices from their files' headers, int64, M x 2; 0 of the unreadable."""
+
+    def size(index: int) -> tuple[int, int]:
+        try:
+            data = dataset.index.read(index)
+            if frame := read_frame(data):
+                return frame.width, frame.height
+            with Image.open(io.BytesIO(data)) as image:
+                return image.size
+        except Exception:  # as when decoding
+            return 0, 0
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return np.array(list(pool.map(size, chosen.tolist())), dtype=np.int64).reshape(-1, 2)
+
+
+def _bytes(sizes_N2: np.ndarray) -> int:
+    return 3 * int(sizes_N2.prod(axis=1).sum())
+
+
+def _name(dataset: FolderDataset) -> str:
+    return dataset.index.folder.name
+
+
+def _mapped(file: Path, mode: str, size: int) -> torch.Tensor:
+    if mode == "w+":
+        with open(file, "wb") as stream:  # all of it now: writing to a map of a full disk would be a SIGBUS
+            os.posix_fallocate(stream.fileno(), 0, max(size, 1))
+        mode = "r+"
+    return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode=mode, shape=(max(size, 1),)))
