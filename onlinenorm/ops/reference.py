@@ -204,15 +204,15 @@ class _OnlineNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, control_u, control_v, spec):
         z, y, s_NC = forward(x, weight, bias, running_mean, running_var, *spec.as_arguments())
-        ctx.save_for_backward(y, s_NC, weight, bias)
+        ctx.save_for_backward(x, y, s_NC, weight, bias)
         # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
         ctx.control_u, ctx.control_v, ctx.spec = control_u, control_v, spec
         return z
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad_z):
-        y, s_NC, weight, bias = ctx.saved_tensors
+    def backward(ctx, saved, grad_z):
+        _, y, s_NC, weight, bias = saved
         grad_x, grad_weight, grad_bias = backward(
             grad_z, y, s_NC, weight, bias, ctx.control_u, ctx.control_v, *ctx.spec.as_arguments()
         )

@@ -189,8 +189,8 @@ class _OnlineNorm(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad_z):
-        x, weight, bias, rzeta_NC, *tables = ctx.saved_tensors
+    def backward(ctx, saved, grad_z):
+        x, weight, bias, rzeta_NC, *tables = saved
         spec, k = ctx.spec, 1 - ctx.spec.alpha_bkw
         m_NC, rstd_NC, y_NC, spread_NC = (own_samples(table, *spec.peers) for table in tables)
         dtype = m_NC.dtype

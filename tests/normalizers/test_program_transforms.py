@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from onlinenorm import OnlineNorm1d, OnlineNorm2d, convert
@@ -135,6 +136,68 @@ def test_gradient_penalties_are_refused_in_training(backend, last):
     (gradient,) = torch.autograd.grad(model.eval()(x).tanh().sum(), x, create_graph=True)
     gradient.square().sum().backward()
     assert model[0].weight.grad.any() if last else model[0][0].weight.grad.any()
+
+
+def products(model, x):
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
+    return torch.autograd.grad(sum(gradient.sum() for gradient in gradients), parameters, allow_unused=True)
+
+
+def penalty_of_chosen_parameters(model, x, backward=False):
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    parameters = list(model.parameters())
+    if backward:
+        return gradient.square().sum().backward(inputs=parameters)
+    return torch.autograd.grad(gradient.square().sum(), parameters, allow_unused=True)
+
+
+SECOND = {
+    "Hessian-vector products": products,
+    "gradient penalty by grad": penalty_of_chosen_parameters,
+    "gradient penalty by backward": lambda model, x: penalty_of_chosen_parameters(model, x, backward=True),
+    "Hessian": lambda model, x: torch.autograd.functional.hessian(lambda x: model(x).square().sum(), x[:1]),
+    "layer alone": lambda model, x: penalty_of_chosen_parameters(model[0][1], model[0][0](x).detach()),
+}
+
+
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_by_chosen_inputs_are_refused_in_training(backend, second):
+    model, x = nn.Sequential(network(backend=backend), nn.Conv2d(3, 1, 1)), images()
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*call eval\(\) on the norms"):
+        SECOND[second](model, x)
+    SECOND[second](model.eval(), x)
+
+
+def test_first_derivatives_with_a_graph_stay_as_they_are():
+    """Also inside checkpointed regions, which give up what they have saved once."""
+    model, x = network(backend="torch"), images()
+    run = lambda model: checkpoint(model, x, use_reentrant=False)  # noqa: E731
+    for call in (lambda model: model(x), run):
+        found = []
+        for create_graph in (False, True):
+            twin = copy.deepcopy(model)
+            found.append(torch.autograd.grad(call(twin).square().sum(), twin.parameters(), create_graph=create_graph))
+        for once, with_graph in zip(*found, strict=True):
+            assert torch.equal(once, with_graph) and with_graph.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batched_gradients_are_refused_in_training(backend):
+    model, x = network(backend=backend), images().requires_grad_()
+
+    def batched():
+        y = model(x)
+        return torch.autograd.grad(y, x, torch.ones(2, *y.shape), is_grads_batched=True)
+
+    for call in (batched, lambda: torch.autograd.functional.jacobian(model, x, vectorize=True)):
+        model.train()
+        with pytest.raises(RuntimeError, match=r"^OnlineNorm: in training mode .* vmap.* call eval\(\)"):
+            call()
+        model.eval()
+        call()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

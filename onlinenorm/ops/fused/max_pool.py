@@ -132,8 +132,8 @@ class OnlineNormMaxPool(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad):
-        x, weight, bias, tables, indices = ctx.saved_tensors
+    def backward(ctx, saved, grad):
+        x, weight, bias, tables, indices = saved
         grad_x, grad_weight, grad_bias = fused_max_pool_backward(
             grad, None, x, weight, bias, tables, indices, ctx.control_u, ctx.control_v, *ctx.spec.as_arguments()
         )

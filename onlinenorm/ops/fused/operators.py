@@ -238,8 +238,8 @@ class OnlineNormFunction(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad):
-        x, out, weight, bias, tables, mask_or_rzeta = ctx.saved_tensors
+    def backward(ctx, saved, grad):
+        x, out, weight, bias, tables, mask_or_rzeta = saved
         masked = ctx.has_residual and ctx.relu
         grad_x, grad_residual, grad_weight, grad_bias = fused_backward(
             grad, None, x, out, weight, bias, tables, mask_or_rzeta, ctx.control_u, ctx.control_v, masked,
