@@ -16,7 +16,6 @@ Exit code 0: done and, with --verify, found good; 1: what is wrong is printed; 2
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,38 +26,17 @@ from onlinenorm.data.archives import TRAIN_ARCHIVE
 from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.index import list_classes, name_few
 from onlinenorm.data.prepare import SHARD_BYTES, check_archives, chosen_classes, extract, pack
+from onlinenorm.data.progress import Progress
 from onlinenorm.data.verify import record, verify
 from onlinenorm.errors import DataError
-from onlinenorm.text import duration
 
 
-class Progress:
-    """A line a step: how much is done, at what rate, how long it will take; told every `interval` seconds."""
-
-    def __init__(self, interval: float | None = None):
-        self.interval = (1.0 if sys.stderr.isatty() else 30.0) if interval is None else interval
-        self._what, self._start, self._first, self._told = "", 0.0, 0, 0.0
-
-    def __call__(self, what: str, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._start, self._first, self._told = what, now, done, now
-        elif now - self._told >= self.interval or done == total:
-            self._told = now
-            rate = (done - self._first) / max(now - self._start, 1e-9)
-            text = f"{what}: {done:,}" + (f" of {total:,} ({done / max(total, 1):.1%})" if total else "")
-            if rate > 0:
-                text += f", {rate:,.0f}/s" + (f", {duration((total - done) / rate)} to go" if total else "")
-            end = "\n" if not sys.stderr.isatty() or done == total else "\r"
-            print(text.ljust(79), end=end, file=sys.stderr, flush=True)
-
-
-def prepare(options: argparse.Namespace, report: Progress) -> None:
+def prepare(options: argparse.Namespace, progress: Progress) -> None:
     """Checks the archives and writes folders or shards."""
     archives, root = options.folders
     if options.checksum and (archives / TRAIN_ARCHIVE).exists():
-        check_archives(archives, root / ".onlinenorm-checksums.json", report)
-    splits = open_splits(str(archives), report)
+        check_archives(archives, root / ".onlinenorm-checksums.json", progress)
+    splits = open_splits(str(archives), progress)
     classes = chosen_classes(splits, options.classes)
     for split, index in zip(("train", "val"), splits, strict=True):
         if options.packed and (root / split).is_dir():
@@ -66,18 +44,18 @@ def prepare(options: argparse.Namespace, report: Progress) -> None:
                 f"{root / split}: holds class folders, which are read in place of shards; choose another ROOT"
             )
         if options.packed:
-            shards = pack(index, root, split, classes, int(options.shard_gb * 2**30), report)
+            shards = pack(index, root, split, classes, int(options.shard_gb * 2**30), progress)
             print(f"{root}: {split} lies in {len(shards)} tar file(s)")
         else:
-            written = extract(index, root / split, classes, report)
+            written = extract(index, root / split, classes, progress)
             others = sorted(set(list_classes(root / split)) - set(classes))
             more = f"; other classes are there too: {name_few(others)}" if others else ""
             print(f"{root / split}: {len(classes)} classes, {written} of them written now{more}")
 
 
-def check(root: Path, decode: int | None, report: Progress) -> bool:
+def check(root: Path, decode: int | None, progress: Progress) -> bool:
     """Verifies `root`, prints and keeps what was found; whether it is good."""
-    found = verify(open_splits(str(root), report), decode, report)
+    found = verify(open_splits(str(root), progress), decode, progress)
     file = record(root, found)
     print(
         f"{root}: {found['classes']:,} classes, {found['train_images']:,} training and {found['val_images']:,} "
@@ -111,11 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if len(options.folders) > 2 or (len(options.folders) == 1 and not options.verify):
         parser.error("give ARCHIVES and ROOT, or --verify ROOT")
-    report = Progress()
+    progress = Progress()
     try:
         if len(options.folders) == 2:
-            prepare(options, report)
-        return 0 if not options.verify or check(options.folders[-1], options.decode, report) else 1
+            prepare(options, progress)
+        return 0 if not options.verify or check(options.folders[-1], options.decode, progress) else 1
     except (DataError, OSError, json.JSONDecodeError) as error:
         print(f"prepare_imagenet.py: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,8 @@ sys.path.append(str(Path(__file__).parent / "data"))
 
 from image_folders import write_tree
 
+from onlinenorm.training import ImageClassifier, preflight
+from onlinenorm.training.trainer import resolve
 from scripts import check
 
 TINY = ("recipe=cifar", "model=cifar_resnet8", "trainer=cpu", "normalizer=batch", "recipe.batch_size=8")
@@ -80,8 +82,8 @@ def test_times_are_read_as_slurm_does(script, text, seconds):
 
 
 def test_a_full_disk_fails(findings, script, monkeypatch):
-    usage = script.shutil.disk_usage("/")
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    usage = preflight.shutil.disk_usage("/")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     code, found = findings(*SYNTHETIC)
     assert code == 1 and found["disk"]["status"] == "FAIL" and "free some space" in found["disk"]["text"]
 
@@ -110,8 +112,8 @@ def test_too_little_memory_is_told(findings, script, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(script, "_timed", full)
-    monkeypatch.setattr(script, "_gpu_memory", lambda device: 80.0)
+    monkeypatch.setattr(ImageClassifier, "training_step", full)
+    monkeypatch.setattr(preflight, "_gpu_memory", lambda device: 80.0)
     code, found = findings(*SYNTHETIC)
     assert code == 1 and "does not fit" in found["step"]["text"] and "accumulate_grad_batches" in found["step"]["text"]
     assert "speed" not in found
@@ -139,6 +141,37 @@ def test_what_would_end_the_run_at_once_is_told(script, capsys, tmp_path):
 def test_what_train_would_refuse_is_refused_in_its_words(script, capsys, overrides, message):
     assert script.main([*SYNTHETIC, *overrides]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_step_that_is_timed_is_the_run_s_own(findings, monkeypatch):
+    """Its trainer's precision, accumulation and CUDA graphs; and nothing of what keeps a run."""
+    seen, captured = [], []
+    step = ImageClassifier.training_step
+
+    def watched(module, batch, batch_idx):
+        seen.append((module.dtype, module.trainer.accumulate_grad_batches, len(batch[0]), module.trainer.callbacks))
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(ImageClassifier, "training_step", watched)
+    monkeypatch.setattr(ImageClassifier, "graph_steps", lambda module: captured.append(module))
+    monkeypatch.setattr(preflight, "resolve", lambda node: {**resolve({**node, "cuda_graph": False}), **node})
+    monkeypatch.setattr(check, "resolve", preflight.resolve)
+    precision = "trainer.precision=64-true", "trainer.accumulate_grad_batches=2"
+    code, found = findings(*SYNTHETIC, *precision, "trainer.cuda_graph=true")
+    assert code == 0 and found["step"]["batch"] == 4 and len(captured) == 1
+    assert {entry[:3] for entry in seen} == {(torch.float64, 2, 4)} and len(seen) >= 3
+    kept = {type(callback).__name__ for callback in seen[0][3]}
+    assert {"TrainingGraph", "StepTimer"} <= kept and not kept & {"EpochLog", "Checkpoints", "RunProgress"}
+
+
+@pytest.mark.parametrize("first, enough", [(59.0, False), (61.0, True)])
+def test_a_slow_first_batch_on_the_cpu_is_the_only_one(first, enough):
+    timer = preflight.StepTimer((torch.zeros(1),), seconds=6.0)
+    assert next(iter(timer)) is timer.batch
+    timer.times = [first]
+    assert (next(iter(timer), None) is None) == enough
+    timer.times += [1.0, 2.0, 4.0]
+    assert next(iter(timer), None) is None and timer.seconds_a_batch == 2.0
 
 
 @pytest.mark.parametrize("text", ["", "abc", "1:2:3:4", "-5", "1-"])

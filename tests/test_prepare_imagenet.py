@@ -147,19 +147,6 @@ def test_verify_names_unreadable_images_and_wrong_counts(main, official, tmp_pat
     assert "6 validation images, not 7" in printed and "3 classes without 50 validation images" in printed
 
 
-def test_progress_tells_rate_and_time_to_go(capsys, monkeypatch):
-    clock = iter([0.0, 10.0, 20.0])
-    monkeypatch.setattr(prepare_imagenet.time, "monotonic", lambda: next(clock))
-    progress = prepare_imagenet.Progress(interval=1)
-    for done in (0, 1000, 4000):
-        progress("writing", done, 4000)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.rstrip() for line in lines] == [
-        "writing: 1,000 of 4,000 (25.0%), 100/s, 30 s to go",
-        "writing: 4,000 of 4,000 (100.0%), 200/s, 0 s to go",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("arguments", [["only_one"], ["a", "b", "c"]])
 def test_usage(main, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:

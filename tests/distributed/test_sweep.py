@@ -1,6 +1,5 @@
 """scripts/sweep.py: what is missing is run, what failed does not stop the rest, what is done stays."""
 
-import importlib.util
 import os
 import re
 import signal
@@ -14,6 +13,8 @@ from tests_training import ROOT, load_train_module
 
 from onlinenorm.data.workers import STOP_SIGNALS
 from onlinenorm.errors import ConfigError
+from onlinenorm.training import matrix
+from scripts import sweep
 
 FAKE_TRAIN = """
 import os, signal, sys, time
@@ -50,22 +51,12 @@ print("met", flush=True)
 """
 
 
-@pytest.fixture(scope="module")
-def sweep():
-    load_train_module()
-    spec = importlib.util.spec_from_file_location("sweep", ROOT / "scripts" / "sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def matrix(sweep, tmp_path, monkeypatch):
-    """matrix(*arguments) -> exit code, with a stand-in for train.py, in an empty folder."""
+def run_sweep(tmp_path, monkeypatch):
+    """run_sweep(*arguments) -> exit code, with a stand-in for train.py, in an empty folder."""
     (tmp_path / "train.py").write_text(FAKE_TRAIN)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    monkeypatch.setattr(sweep, "queued_jobs", dict)
+    monkeypatch.setattr(matrix, "queued_jobs", dict)
     monkeypatch.chdir(tmp_path)
     former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield lambda *arguments: sweep.main([*TINY, *arguments])
@@ -73,7 +64,7 @@ def matrix(sweep, tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def test_folders_are_a_function_of_the_overrides(sweep, tmp_path):
+def test_folders_are_a_function_of_the_overrides(tmp_path):
     rows = sweep.plan([*TINY, "normalizer=batch", "seed=range(2)", "recipe.lr=0.1,0.2"], tmp_path)
     assert len(rows) == 4 == len({row.folder for row in rows})
     assert rows[0].folder == tmp_path / "default" / "recipe.lr=0.1" / "batch" / "seed0"
@@ -82,9 +73,9 @@ def test_folders_are_a_function_of_the_overrides(sweep, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["runs", "it's {odd}, this"])
-def test_folders_of_swept_keys_reach_the_run(sweep, tmp_path, name):
+def test_folders_of_swept_keys_reach_the_run(tmp_path, name):
     row = sweep.plan([*TINY, "normalizer=batch", "recipe.lr=0.1,0.2"], tmp_path / name)[0]
-    assert load_train_module().load_config(sweep.command(row, row.folder))["run_dir"] == str(row.folder)
+    assert load_train_module().load_config(row.command(row.folder))["run_dir"] == str(row.folder)
 
 
 @pytest.mark.parametrize(
@@ -96,27 +87,27 @@ def test_folders_of_swept_keys_reach_the_run(sweep, tmp_path, name):
         (["recipe.epocs=1,2"], "did you mean recipe.epochs"),
     ],
 )
-def test_nothing_starts_where_one_row_cannot_be_meant(matrix, tmp_path, arguments, message):
+def test_nothing_starts_where_one_row_cannot_be_meant(run_sweep, tmp_path, arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        matrix(*arguments)
+        run_sweep(*arguments)
     assert not (tmp_path / "runs").exists()
 
 
-def test_folders_of_another_configuration_are_not_called_done(matrix, sweep, tmp_path):
+def test_folders_of_another_configuration_are_not_called_done(run_sweep, tmp_path):
     """All but the trainer is compared: what it resolves to is known only on the machine that trains."""
     (row,) = sweep.plan([*TINY, "normalizer=batch"], tmp_path / "runs")
     config = load_train_module().load_config(list(row.overrides))
     row.folder.mkdir(parents=True)
     (row.folder / "config.yaml").write_text(yaml.safe_dump(config | {"trainer": {"accelerator": "gpu"}}))
     (row.folder / "results.json").write_text("{}")
-    assert matrix("normalizer=batch") == 0
+    assert run_sweep("normalizer=batch") == 0
     with pytest.raises(ConfigError, match=r"another configuration:\n  recipe.lr: 0.1 -> 0.7"):
-        matrix("normalizer=batch", "recipe.lr=0.7")
+        run_sweep("normalizer=batch", "recipe.lr=0.7")
 
 
-def test_a_failure_does_not_stop_the_others_and_only_what_is_missing_is_run(matrix, tmp_path, capsys):
+def test_a_failure_does_not_stop_the_others_and_only_what_is_missing_is_run(run_sweep, tmp_path, capsys):
     arguments = ("normalizer=batch", "recipe.lr=9,0.1")
-    assert matrix(*arguments) == 1
+    assert run_sweep(*arguments) == 1
     shown = capsys.readouterr().out
     assert "1 done, 1 failed" in shown and "0 s of computing left" in shown, "a failed row has no time left"
     assert re.search(r"failed +0/3 +-  runs", shown)
@@ -124,7 +115,7 @@ def test_a_failure_does_not_stop_the_others_and_only_what_is_missing_is_run(matr
     assert (failed / "failed.txt").read_text() == "exit code 1\nepoch 1/3\nthe loss became NaN\n"
     assert (done / "output.log").read_text() == "epoch 1/3\n"
     (tmp_path / "repaired").touch()
-    assert matrix(*arguments) == 0
+    assert run_sweep(*arguments) == 0
     assert (failed / "started").read_text() == "xx" and (done / "started").read_text() == "x"
     shown = capsys.readouterr().out
     assert (
@@ -132,18 +123,18 @@ def test_a_failure_does_not_stop_the_others_and_only_what_is_missing_is_run(matr
         and f"{failed.relative_to(tmp_path)}  (after 1 failed attempt)" in shown
     )
     assert (failed / "attempts" / "1" / "failed.txt").read_text().endswith("the loss became NaN\n")
-    assert matrix(*arguments, "--status") == 0
+    assert run_sweep(*arguments, "--status") == 0
 
 
-def test_dry_run_starts_nothing(matrix, tmp_path, capsys):
-    assert matrix("normalizer=batch,group", "--dry-run") == 0
+def test_dry_run_starts_nothing(run_sweep, tmp_path, capsys):
+    assert run_sweep("normalizer=batch,group", "--dry-run") == 0
     shown = capsys.readouterr().out
     assert "2 missing" in shown and "run_dir=runs/default/group/seed0" in shown and "python train.py" in shown
-    assert matrix("normalizer=batch,group", "--status") == 1
+    assert run_sweep("normalizer=batch,group", "--status") == 1
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_is_under_way_is_left_alone(matrix, tmp_path, capsys):
+def test_a_run_that_is_under_way_is_left_alone(run_sweep, tmp_path, capsys):
     folder = tmp_path / "runs" / "default" / "batch" / "seed0"
     folder.mkdir(parents=True)
     hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -151,17 +142,17 @@ def test_a_run_that_is_under_way_is_left_alone(matrix, tmp_path, capsys):
         [sys.executable, "-c", hold, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         other.stdout.readline()
-        assert matrix("normalizer=batch") == 1
+        assert run_sweep("normalizer=batch") == 1
         assert "1 running" in capsys.readouterr().out and not (folder / "started").exists()
         other.communicate(b"\n")
-    assert matrix("normalizer=batch") == 0
+    assert run_sweep("normalizer=batch") == 0
 
 
-def test_stopping_the_sweep_lets_the_run_save_itself(matrix, tmp_path):
+def test_stopping_the_sweep_lets_the_run_save_itself(run_sweep, tmp_path):
     (tmp_path / "slow").touch()
     watch = f"until [ -e {tmp_path}/waiting ]; do sleep 0.02; done; kill -INT {os.getpid()}"
     with subprocess.Popen(["bash", "-c", watch]):
-        assert matrix("normalizer=batch,group") == 128 + signal.SIGINT
+        assert run_sweep("normalizer=batch,group") == 128 + signal.SIGINT
     batch, group = (tmp_path / "runs" / "default" / name for name in ("batch", "group"))
     assert (batch / "seed0" / "saved").read_text() == "SIGINT", "the run says what has stopped it"
     assert not (batch / "seed0" / "failed.txt").exists()
@@ -169,54 +160,54 @@ def test_stopping_the_sweep_lets_the_run_save_itself(matrix, tmp_path):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_run_that_is_stopped_before_it_hears_signals_has_not_failed(matrix, tmp_path, number):
+def test_a_run_that_is_stopped_before_it_hears_signals_has_not_failed(run_sweep, tmp_path, number):
     (tmp_path / "train.py").write_text(
         f"import os, signal; signal.signal({int(number)}, signal.SIG_DFL); os.kill(os.getpid(), {int(number)})"
     )
-    assert matrix("normalizer=batch") == 1
+    assert run_sweep("normalizer=batch") == 1
     assert not (tmp_path / "runs" / "default" / "batch" / "seed0" / "failed.txt").exists()
 
 
-def test_several_at_a_time_on_the_gpus_in_turn(sweep, matrix, tmp_path, monkeypatch, capsys):
+def test_several_at_a_time_on_the_gpus_in_turn(run_sweep, tmp_path, monkeypatch, capsys):
     (tmp_path / "train.py").write_text(MEETING_TRAIN)
-    monkeypatch.setattr(sweep, "visible_gpus", lambda: ["4", "7"])
-    assert matrix("normalizer=batch,group", "--parallel", "2") == 0
+    monkeypatch.setattr(matrix, "visible_gpus", lambda: ["4", "7"])
+    assert run_sweep("normalizer=batch,group", "--parallel", "2") == 0
     folders = [tmp_path / "runs" / "default" / name / "seed0" for name in ("batch", "group")]
     assert sorted((folder / "gpu").read_text() for folder in folders) == ["4", "7"]
     shown = capsys.readouterr().out
     assert all(f"{folder.relative_to(tmp_path)}  met" in shown for folder in folders)
 
 
-def test_runs_on_several_gpus_are_not_taken_side_by_side(matrix, capsys):
+def test_runs_on_several_gpus_are_not_taken_side_by_side(run_sweep, capsys):
     with pytest.raises(SystemExit):
-        matrix("normalizer=batch", "trainer.devices=2", "--parallel", "2")
+        run_sweep("normalizer=batch", "trainer.devices=2", "--parallel", "2")
     assert "--parallel: runs on several GPUs" in capsys.readouterr().err
 
 
-def test_visible_gpus_are_those_that_the_user_left(sweep, monkeypatch):
+def test_visible_gpus_are_those_that_the_user_left(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert sweep.visible_gpus() == ["2", "5"]
+    assert matrix.visible_gpus() == ["2", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert sweep.visible_gpus() == []
+    assert matrix.visible_gpus() == []
 
 
-def test_jobs_that_left_the_queue_without_results_have_failed(sweep, matrix, tmp_path, monkeypatch, capsys):
+def test_jobs_that_left_the_queue_without_results_have_failed(run_sweep, tmp_path, monkeypatch, capsys):
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     (bin_folder / "sbatch").write_text('#!/bin/sh\necho "$@" >>submitted; echo 7\n')
     (bin_folder / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
     script = tmp_path / "row.sbatch"
-    monkeypatch.setattr(sweep, "queued_jobs", lambda: {"7": "PENDING"} if (tmp_path / "submitted").exists() else {})
-    assert matrix("normalizer=batch", "--sbatch", str(script)) == 0
+    monkeypatch.setattr(matrix, "queued_jobs", lambda: {"7": "PENDING"} if (tmp_path / "submitted").exists() else {})
+    assert run_sweep("normalizer=batch", "--sbatch", str(script)) == 0
     assert "1 queued" in capsys.readouterr().out
     folder = tmp_path / "runs" / "default" / "batch" / "seed0"
     submitted = (tmp_path / "submitted").read_text()
     assert f"{script} " in submitted and f"run_dir={folder}" in submitted and "normalizer=batch" in submitted
-    assert matrix("normalizer=batch", "--sbatch", str(script)) == 0, "not twice"
+    assert run_sweep("normalizer=batch", "--sbatch", str(script)) == 0, "not twice"
     assert (tmp_path / "submitted").read_text() == submitted
-    monkeypatch.setattr(sweep, "queued_jobs", dict)
-    assert matrix("normalizer=batch", "--status") == 1
+    monkeypatch.setattr(matrix, "queued_jobs", dict)
+    assert run_sweep("normalizer=batch", "--status") == 1
     assert "1 failed" in capsys.readouterr().out
 
 
@@ -230,29 +221,29 @@ def test_a_real_matrix(tmp_path):
     assert (tmp_path / "runs" / "default" / "none" / "seed0" / "results.json").exists()
 
 
-def test_a_diverged_run_is_not_run_again_unless_asked(matrix, tmp_path, capsys):
+def test_a_diverged_run_is_not_run_again_unless_asked(run_sweep, tmp_path, capsys):
     (tmp_path / "train.py").write_text(
         FAKE_TRAIN.replace("the loss became NaN", "the loss became NaN or infinite at step 3")
     )
     folder = tmp_path / "runs" / "default" / "batch" / "seed0"
     for times in (1, 1):
-        assert matrix("normalizer=batch", "recipe.lr=9") == 1
+        assert run_sweep("normalizer=batch", "recipe.lr=9") == 1
         assert (folder / "started").read_text() == "x" * times
         shown = capsys.readouterr().out
         assert re.search(r"diverged +0/3 +-  runs", shown) and "--retry starts them once more" in shown
-    assert matrix("normalizer=batch", "recipe.lr=9", "--status") == 1
+    assert run_sweep("normalizer=batch", "recipe.lr=9", "--status") == 1
     (tmp_path / "repaired").touch()
-    assert matrix("normalizer=batch", "recipe.lr=9", "--retry") == 0 and (folder / "started").read_text() == "xx"
+    assert run_sweep("normalizer=batch", "recipe.lr=9", "--retry") == 0 and (folder / "started").read_text() == "xx"
 
 
 @pytest.mark.parametrize("folder", ["~x", "a=b", "a[1](c", "it's", "a b,c", "übung"])
-def test_any_folder_of_runs_reaches_the_run(sweep, tmp_path, folder):
+def test_any_folder_of_runs_reaches_the_run(tmp_path, folder):
     row = sweep.plan([*TINY, "normalizer=batch", "normalizer.momentum=0.1,0.2"], tmp_path / folder)[1]
-    assert load_train_module().load_config(sweep.command(row, row.folder))["run_dir"] == str(row.folder)
+    assert load_train_module().load_config(row.command(row.folder))["run_dir"] == str(row.folder)
 
 
 @pytest.mark.parametrize("sweep_of", ["recipe.lr=interval(0,1)", "recipe.lr=glob(*)", "seed='1,2", "seed=choice()"])
-def test_sweeps_that_mean_nothing_get_a_sentence(sweep, tmp_path, sweep_of):
+def test_sweeps_that_mean_nothing_get_a_sentence(tmp_path, sweep_of):
     with pytest.raises(ConfigError):
         sweep.plan([*TINY, sweep_of], tmp_path)
     (row,) = sweep.plan([*TINY, "normalizer=glob(*scal*)"], tmp_path)

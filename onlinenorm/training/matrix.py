@@ -1,0 +1,237 @@
+"""A matrix of runs: where each stands, what it will still take, and how what is missing is run or submitted."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onlinenorm.data.workers import STOP_SIGNALS
+from onlinenorm.errors import ConfigError
+from onlinenorm.text import duration
+from onlinenorm.training.attempts import DIVERGED, former_attempts, keep_attempt
+from onlinenorm.training.config_check import check_config
+from onlinenorm.training.epoch_log import read_rows
+from onlinenorm.training.run_folder import FAILED, RunFolder
+
+# exit codes of runs that have saved themselves, or had not begun
+STOPPED = {code for number in STOP_SIGNALS for code in (128 + number, -number)}
+UNDONE = ("failed", "stopped", "missing")
+LINES_KEPT = 30
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the matrix."""
+
+    overrides: tuple[str, ...]
+    folder: Path
+    normalizer: str
+    epochs: int
+    devices: int | str = 1
+
+    @property
+    def failure(self) -> Path:
+        return self.folder / FAILED
+
+    @property
+    def job(self) -> Path:
+        return self.folder / "job.txt"
+
+    def state(self, queue: dict[str, str]) -> str:
+        """done | running | queued | diverged | failed | stopped (unfinished, to be continued) | missing"""
+        if (self.folder / "results.json").exists():
+            return "done"
+        if RunFolder(self.folder).is_locked():
+            return "running"
+        number = self.job.read_text().strip() if self.job.exists() else None
+        if number in queue:
+            return "running" if queue[number] == "RUNNING" else "queued"
+        if self.failure.exists() or number is not None:
+            told = self.failure.read_text(encoding="utf-8", errors="replace") if self.failure.exists() else ""
+            return "diverged" if DIVERGED in told else "failed"
+        return "stopped" if any(self.folder.glob("checkpoints/*.ckpt")) else "missing"
+
+    def command(self, folder: Path) -> list[str]:
+        """What train.py, or a batch script, is called with."""
+        return [*self.overrides, f"run_dir={folder}"]
+
+
+def plan_row(
+    overrides: Sequence[str], config: dict[str, Any], experiment: str, swept: Iterable[str], runs: Path
+) -> Row:
+    """The row of one run, its configuration checked; the folder is a function of the overrides alone.
+
+    Args:
+        overrides: of the run, as for train.py.
+        config: what they compose to.
+        experiment: name of its first folder.
+        swept: keys besides experiment, normalizer and seed of which there are several values.
+        runs: where the folders go.
+    """
+    check_config(config)
+    values = sorted(part for part in overrides if part.partition("=")[0].lstrip("+") in set(swept))
+    between = [",".join(values).replace("/", "_")] if values else []
+    normalizer = config["choices"]["normalizer"]
+    folder = Path(runs, experiment, *between, normalizer, f"seed{config['seed']}")
+    # of the trainer only train.py knows what it resolves to, on the machine where it runs
+    RunFolder(folder, rank_zero=False).check_config(config, ignored=("trainer",))
+    return Row(tuple(overrides), folder, normalizer, config["recipe"]["epochs"], config["trainer"]["devices"])
+
+
+def check_folders(rows: Iterable[Row]) -> None:
+    """Raises ConfigError where two rows have one folder."""
+    doubled = [folder for folder, count in Counter(row.folder for row in rows).items() if count > 1]
+    if doubled:
+        raise ConfigError(f"{doubled[0]}: two runs would share this folder; name each value once")
+
+
+def queued_jobs() -> dict[str, str]:
+    """Job number -> state of this user's SLURM jobs; {} without SLURM."""
+    if shutil.which("squeue") is None:
+        return {}
+    answer = subprocess.run(["squeue", "--me", "-h", "-o", "%i|%T"], capture_output=True, text=True, check=False)
+    return dict(line.split("|") for line in answer.stdout.splitlines())
+
+
+def seconds_left(rows: list[Row], states: list[str]) -> list[float | None]:
+    """What each row will still take, from its own epochs, else from those of its normalizer, else of all rows.
+
+    Nothing where it is done or has failed.
+    """
+    spent = [
+        [float(epoch["seconds"]) for epoch in read_rows(row.folder / "metrics.csv") if epoch.get("seconds")]
+        for row in rows
+    ]
+
+    def mean(choose) -> float | None:
+        epochs = [seconds for row, own in zip(rows, spent, strict=True) if choose(row) for seconds in own]
+        return sum(epochs) / len(epochs) if epochs else None
+
+    left: list[float | None] = []
+    for row, own, state in zip(rows, spent, states, strict=True):
+        each = sum(own) / len(own) if own else mean(lambda other, row=row: other.normalizer == row.normalizer)
+        each = mean(lambda other: True) if each is None else each
+        over = state in ("done", "diverged", "failed")
+        left.append(0.0 if over else None if each is None else each * (row.epochs - len(own)))
+    return left
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[str]]:
+    """(states, lines for people)."""
+    queue = queued_jobs()
+    states = [row.state(queue) for row in rows]
+    left = seconds_left(rows, states)
+    lines = [f"{'state':8} {'epoch':>9} {'left':>12}  folder"]
+    for row, state, seconds in zip(rows, states, left, strict=True):
+        epochs = f"{len(read_rows(row.folder / 'metrics.csv'))}/{row.epochs}"
+        time = "-" if state in ("diverged", "failed") else "?" if seconds is None else duration(seconds)
+        former = len(former_attempts(row.folder))
+        again = f"  (after {former} failed attempt{'s' * (former > 1)})" if former else ""
+        lines.append(f"{state:8} {epochs:>9} {time:>12}  {row.folder}{again}")
+    counts = Counter(states)
+    text = ", ".join(f"{counts[state]} {state}" for state in sorted(counts))
+    known = [seconds for seconds in left if seconds is not None]
+    more = "" if len(known) == len(left) else " and what is not known yet"
+    lines.append(f"{text}; {duration(sum(known))} of computing left{more}")
+    if counts["diverged"]:
+        lines.append("Diverged runs would end alike again and are left alone; --retry starts them once more")
+    return states, lines
+
+
+class Sweep:
+    """Takes rows, `parallel` at a time; a signal goes to the runs in hand and ends the sweep.
+
+    Args:
+        program: the command that trains, before its overrides.
+        parallel: runs at a time; with several the machine's GPUs serve in turn.
+    """
+
+    def __init__(self, program: Sequence[str], parallel: int = 1):
+        self.program, self.parallel, self.signum = program, parallel, 0
+        self._runs: set[subprocess.Popen] = set()
+        self._gpus = visible_gpus() if parallel > 1 else []
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._stop)
+
+    def take_all(self, rows: list[Row]) -> None:
+        """Runs rows that nobody else has taken; one that fails keeps its last lines in failed.txt."""
+        waiting = deque(rows)
+        workers = [threading.Thread(target=self._work, args=(waiting, slot)) for slot in range(self.parallel)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(0.2)  # signals are heard here: the main thread must not block for long
+
+    def _stop(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        for run in list(self._runs):
+            self._pass_on(run)
+
+    def _pass_on(self, run: subprocess.Popen) -> None:
+        run.send_signal(self.signum)
+
+    def _work(self, waiting: deque[Row], slot: int) -> None:
+        while not self.signum:
+            try:
+                row = waiting.popleft()
+            except IndexError:
+                return
+            if row.state({}) in (*UNDONE, "diverged"):  # another sweep may have come first
+                self._take(row, slot)
+
+    def _take(self, row: Row, slot: int) -> None:
+        row.folder.mkdir(parents=True, exist_ok=True)
+        keep_attempt(row.folder)
+        row.job.unlink(missing_ok=True)
+        last: deque[str] = deque(maxlen=LINES_KEPT)
+        mark = f"{row.folder}  " if self.parallel > 1 else "  "
+        gpu = {"CUDA_VISIBLE_DEVICES": self._gpus[slot % len(self._gpus)]} if self._gpus else {}
+        print(f"\n{row.folder}", flush=True)
+        # a session of its own: a terminal's Ctrl-C reaches the run as a signal that it saves itself on
+        run = subprocess.Popen(
+            [*self.program, *row.command(row.folder)], env={**os.environ, **gpu},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        self._runs.add(run)
+        if self.signum:
+            self._pass_on(run)
+        with run, open(row.folder / "output.log", "a", encoding="utf-8") as log:
+            for line in run.stdout:
+                print(f"{mark}{line}", end="", flush=True)
+                log.write(line)
+                last.append(line)
+        self._runs.discard(run)
+        if run.returncode and run.returncode not in STOPPED:
+            row.failure.write_text(f"exit code {run.returncode}\n{''.join(last)}", encoding="utf-8")
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(k) for k in range(torch.cuda.device_count())] if named is None else [k for k in named.split(",") if k]
+
+
+def submit(row: Row, script: Path, project: Path) -> None:
+    """Hands a row to SLURM, to be run in the folder `project` by a batch script."""
+    folder = row.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_attempt(row.folder)
+    options = ["--parsable", f"--job-name={row.folder}", f"--chdir={project}", f"--output={folder / 'output.log'}"]
+    sbatch = ["sbatch", *options, str(script.resolve()), *row.command(folder)]
+    answer = subprocess.run(sbatch, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        row.failure.write_text(f"sbatch: exit code {answer.returncode}\n{answer.stderr}", encoding="utf-8")
+        print(f"{row.folder}: {answer.stderr.strip()}", file=sys.stderr)
+    else:
+        row.job.write_text(answer.stdout.partition(";")[0].strip() + "\n")

@@ -1,0 +1,287 @@
+"""Whether a run would train, fit and end in time: findings that each need only those before them.
+
+Nothing is trained and nothing is written but the index of the images.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from onlinenorm.data import ImageDataModule
+from onlinenorm.data.datasets import FolderDataset
+from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
+from onlinenorm.text import duration
+from onlinenorm.training.checkpoint import Checkpoints
+from onlinenorm.training.config_check import build, check_config, full_keys
+from onlinenorm.training.epoch_log import EpochLog
+from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
+from onlinenorm.training.progress import RunProgress
+from onlinenorm.training.run_folder import RunFolder, run_path
+from onlinenorm.training.trainer import resolve
+
+OK, WARN, FAIL = "ok", "warning", "FAIL"
+CHECKPOINT_FILES = 4  # last, previous, best, and the one being written
+SAMPLED = 32  # images of a split that are decoded
+FORWARD_SHARE = 3  # a training step costs about three forward passes
+STEPS_AT_ONCE = 4  # a GPU is waited for after so many batches, as training does not wait after each
+MOST_TIMES = 20
+LONGEST_ALONE = 60.0  # seconds of a first batch on the CPU after which no second is waited for
+
+Finding = dict[str, Any]
+
+
+def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> Iterator[Finding]:
+    """Findings {check, status, text, figures...} on the run of a configuration (plain values).
+
+    Raises what the run would: ConfigError for what cannot be meant, DataError or RunError for what is missing.
+
+    Args:
+        config: as composed.
+        seconds: of each measurement.
+        limit: seconds that are left for the run, or None.
+    """
+    check_config(config)
+    config = {**config, "trainer": resolve(config["trainer"])}
+    recipe, normalizer = build(config, "recipe"), build(config, "normalizer")
+    processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+    probe_normalizer(normalizer, config["normalizer"], config["trainer"])
+    yield finding("config", OK, " ".join(f"{key}={name}" for key, name in config["choices"].items() if name))
+    views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
+    data = build(config, "data", batch_size=recipe.batch_size, seed=config["seed"], **views)
+    data.prepare_data()
+    data.setup()
+    probe_data(data, config)
+    probe_batch(config, normalizer, data.in_channels, data.image_size)
+    yield check_data(data)
+    accumulate = config["trainer"]["accumulate_grad_batches"]
+    with full_keys(config, "data", "recipe"):
+        GlobalBatchSampler(data.train_images, recipe.batch_size, 0, 0, processes, accumulate)
+        ValidationSampler(data.val_images, data.val_batch_size or 2, 0, processes)
+    torch.manual_seed(config["seed"])
+    sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    with full_keys(config, "normalizer"):
+        network = build(config, "model", normalizer=normalizer, **sizes)
+    folder = run_path(config)
+    RunFolder(folder, rank_zero=False).check_config(config)
+    yield check_disk(folder, network, recipe)
+    classifier = build(config, "classifier", network=network, recipe=recipe)
+    step = check_step(classifier, data, recipe, config, seconds)
+    yield step
+    speed = None
+    if step["status"] != FAIL:
+        speed = check_speed(data, config["trainer"], step, seconds)
+        yield speed
+        yield check_time(data, recipe, speed, limit)
+
+
+def check_data(data: ImageDataModule) -> Finding:
+    """Counts, and a few images of each split decoded."""
+    bad = []
+    for split, dataset in zip(("train", "val"), data._sets, strict=True):
+        if isinstance(dataset, FolderDataset):
+            places = range(0, len(dataset), max(len(dataset) // SAMPLED, 1))
+            bad += [f"{split}/{dataset.index.relative_path(i)}" for i in places if not _readable(dataset, i)]
+    described = data.describe()
+    text = (
+        f"{data.name} ({data.scale}): {data.num_classes:,} classes, {data.train_images:,} training and "
+        f"{data.val_images:,} validation images"
+    )
+    status = OK
+    if bad:
+        status = WARN if data.on_unreadable == "skip" else FAIL
+        text += f"; unreadable: {', '.join(bad[:5])} (data.on_unreadable=skip leaves such images out)"
+    elif described.get("verified", True) is None:
+        status, text = WARN, f"{text}; never verified: scripts/prepare_imagenet.py --verify {data.root}"
+    elif (described.get("verified") or {}).get("problems"):
+        status, text = WARN, f"{text}; verification found: {'; '.join(described['verified']['problems'])}"
+    if data.batch_size > data.train_images:
+        status, text = FAIL, f"{text}; fewer than one batch of {data.batch_size}"
+    return finding("data", status, text, dataset=described, unreadable=bad)
+
+
+def _readable(dataset: FolderDataset, index: int) -> bool:
+    try:
+        dataset.decode(index, torch.zeros(30).double().numpy())
+    except Exception:  # a damaged file makes decoders raise almost anything
+        return False
+    return True
+
+
+def check_disk(folder: Path, network: torch.nn.Module, recipe) -> Finding:
+    """Free space where the run folder will be, against the checkpoints that lie there at once."""
+    state = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    moments = sum(p.numel() * p.element_size() for p in network.parameters()) if recipe.momentum else 0
+    needed = CHECKPOINT_FILES * (state + moments)
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    writable = os.access(existing, os.W_OK)
+    status = FAIL if free < needed or not writable else WARN if free < 2 * needed else OK
+    text = f"{folder}: {CHECKPOINT_FILES} checkpoints of {(state + moments) / 1e6:,.0f} MB, {free / 1e9:,.1f} GB free"
+    if status == FAIL:
+        text += "; free some space or choose another run_dir=" if writable else f"; {existing} cannot be written to"
+    return finding("disk", status, text, needed_bytes=needed, free_bytes=free)
+
+
+class StepTimer(pl.Callback):
+    """Seconds a batch of a trainer's own loop, without its data: `times[0]` of the first, which also compiles.
+
+    As an iterable it gives the trainer one batch again and again, until enough has been measured.
+    """
+
+    def __init__(self, batch: tuple[torch.Tensor, ...], seconds: float):
+        self.batch, self.seconds = batch, seconds
+        self.times: list[float] = []
+        self._began, self._since = 0.0, 0
+
+    def __len__(self) -> int:  # known, or the trainer would take a batch ahead
+        return 10**9
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        while not self._enough():
+            yield self.batch
+
+    def _enough(self) -> bool:
+        first, *times = self.times or [0.0]
+        slow = self.batch[0].device.type == "cpu" and first > LONGEST_ALONE
+        return slow or len(times) >= MOST_TIMES or sum(times) >= self.seconds
+
+    @property
+    def seconds_a_batch(self) -> float:
+        """Median, without the first where there are others."""
+        times = sorted(self.times[1:] or self.times)
+        return times[len(times) // 2]
+
+    def on_train_start(self, trainer, module) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self._since += 1
+        on_gpu, parts = module.device.type == "cuda", trainer.accumulate_grad_batches
+        at_once = -(-STEPS_AT_ONCE // parts) * parts if on_gpu else parts  # each with its share of optimizer steps
+        if self.times and self._since < at_once:
+            return
+        if on_gpu:
+            torch.cuda.synchronize(module.device)
+        now = time.perf_counter()
+        self.times.append((now - self._began) / self._since)
+        self._began, self._since = now, 0
+
+
+def check_step(classifier, data: ImageDataModule, recipe, config: dict[str, Any], seconds: float) -> Finding:
+    """Steps of the run's own trainer at the batch of one process, as compiled, captured and rounded as the run's.
+
+    On the CPU a single one where it is slow. Of several processes one is timed, without what they exchange.
+    """
+    trainer = config["trainer"]
+    device = torch.device("cuda", 0) if trainer["accelerator"] == "gpu" else torch.device("cpu")
+    parts = trainer["devices"] * trainer["num_nodes"] * trainer["accumulate_grad_batches"]
+    batch = max(recipe.batch_size // parts, 1)
+    images = torch.randn((batch, data.in_channels, data.image_size, data.image_size), device=device)
+    numbers = torch.arange(batch, device=device)
+    timer = StepTimer((images, numbers % data.num_classes, numbers), seconds)
+    figures = {"batch": batch, "device": str(device), "precision": trainer["precision"]}
+    alone = {**config, "trainer": {**trainer, "devices": 1, "num_nodes": 1, "strategy": "auto"}}
+    try:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with tempfile.TemporaryDirectory() as folder:
+            log = EpochLog(Path(folder, "metrics.csv"))
+            kept = {"folder": Path(folder), "epoch_log": log, "stop": StopSignals(), "loggers": []}
+            own = build(alone, "trainer", max_epochs=1, **kept)
+            writes = EpochLog, RunProgress, Checkpoints
+            own.callbacks = [callback for callback in own.callbacks if not isinstance(callback, writes)]
+            own.callbacks.append(timer)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "You defined a `validation_step`")
+                own.fit(classifier, timer)
+    except torch.OutOfMemoryError:
+        text = (
+            f"a batch of {batch} does not fit into the GPU's {_gpu_memory(device):.0f} GiB; "
+            "trainer.accumulate_grad_batches=2 halves it and leaves the result the same, but for BatchNorm, whose "
+            "statistics are then of the halves"
+        )
+        return finding("step", FAIL, text, **figures)
+    each = timer.seconds_a_batch
+    rate = batch / each
+    text = f"a batch of {batch} takes {1e3 * each:,.1f} ms: {rate:,.0f} images/s on {device}, {trainer['precision']}"
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        total = _gpu_memory(device)
+        figures |= {"peak_memory_gib": round(peak, 2), "memory_gib": round(total, 1)}
+        text += f", {peak:.1f} of {total:.0f} GiB"
+    return finding("step", OK, text, images_per_second=rate, milliseconds=1e3 * each, **figures)
+
+
+def _gpu_memory(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
+
+
+def check_speed(data: ImageDataModule, trainer: dict[str, Any], step: Finding, seconds: float) -> Finding:
+    """Images/s of the loaders on this machine against those of the network on all its devices; the slower is named."""
+    processes = trainer["devices"] * trainer["num_nodes"]
+    device = torch.device(step["device"])
+    # a process's share of the cores is what num_workers=null gives it; a number is taken by each
+    loaders = trainer["num_nodes"] if data.num_workers is None else processes
+    train = loaders * loader_rate(data, data.train_dataloader(), device, seconds)
+    val = loaders * loader_rate(data, data.val_dataloader(), device, seconds / 2)
+    model = processes * step["images_per_second"]
+    slow = train < model
+    text = f"loader {train:,.0f} images/s ({data.decoder}), network {model:,.0f}: "
+    text += f"the {'loader' if slow else 'network'} is the bottleneck"
+    if slow:
+        text += (
+            f", {train / model:.0%} of what the network takes; more data.num_workers, a faster data.decoder "
+            "(torchvision, nvjpeg) or a local disk would help"
+        )
+    return finding(
+        "speed", WARN if slow else OK, text, loader_images_per_second=train, network_images_per_second=model,
+        val_images_per_second=min(val, FORWARD_SHARE * model), bottleneck="loader" if slow else "network",
+    )  # fmt: skip
+
+
+def loader_rate(data: ImageDataModule, loader, device: torch.device, seconds: float) -> float:
+    """Batches ready for the network, images/s; those that were prefetched before the clock started are not counted."""
+    images, start, batches = 0, time.perf_counter(), iter(loader)
+    began, skip = start, 2 * loader.num_workers
+    for number, batch in enumerate(batches):
+        batch = data.on_before_batch_transfer(batch)
+        ready, _, _ = data.on_after_batch_transfer(tuple(tensor.to(device, non_blocking=True) for tensor in batch))
+        now = time.perf_counter()
+        if number < skip and now - start < seconds:
+            began = now
+        else:
+            images += len(ready)
+        if now - began > seconds:
+            break
+    if images == 0:  # a set of a few batches
+        return len(loader.dataset) / (time.perf_counter() - start)
+    return images / (time.perf_counter() - began)
+
+
+def check_time(data: ImageDataModule, recipe, speed: Finding, limit: float | None) -> Finding:
+    """When the run would end, against the time that is left."""
+    rate = min(speed["loader_images_per_second"], speed["network_images_per_second"])
+    epoch = data.train_images / rate + data.val_images / speed["val_images_per_second"]
+    total = recipe.epochs * epoch
+    text = f"{recipe.epochs} epochs of {duration(epoch)} take {duration(total)}, without checkpoints"
+    status = OK
+    if limit is not None:
+        status = WARN if total > limit else OK
+        text += f"; the time limit leaves {duration(limit)}"
+        if total > limit:
+            text += f": the job has to be started {int(-(-total // max(limit, 1)))} times (the same command continues)"
+    return finding("time", status, text, expected_seconds=total, limit_seconds=limit)
+
+
+def finding(name: str, status: str, text: str, **figures: Any) -> Finding:
+    """A finding as a mapping."""
+    return {"check": name, "status": status, "text": text, **figures}
