@@ -70,6 +70,11 @@ class Flattered(Synthetic):
     scale = "imagenet"
 
 
+class Unlicensed(Synthetic):
+    scale = "flowers"
+    licence = ""
+
+
 class Unlabelled(Synthetic):
     @property
     def scale(self):
@@ -82,7 +87,7 @@ FILES = {
               "none": "_target_: {package}.no_net\n"},
     "data": {name: f"_target_: {{package}}.{cls}\nnum_train: 70\nnum_val: 21\nimage_size: 8\nin_channels: 3\n"
              for name, cls in {"flowers": "Flowers", "bars": "Mislabelled", "flattered": "Flattered",
-                               "unlabelled": "Unlabelled"}.items()},
+                               "unlabelled": "Unlabelled", "unlicensed": "Unlicensed"}.items()},
 }  # fmt: skip
 
 

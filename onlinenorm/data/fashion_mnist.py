@@ -79,6 +79,10 @@ class FashionMNIST(ImageDataModule):
         return self.name
 
     @property
+    def licence(self) -> str:
+        return "MIT (Zalando SE, 2017)"
+
+    @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return (0.2860,), (0.3530,)
 

@@ -87,6 +87,10 @@ class ImageNet(ImageDataModule):
         return scale_of(self.class_names, self.train_images, self.val_images)
 
     @property
+    def licence(self) -> str:
+        return "the terms of the images trained on; ImageNet's (image-net.org): non-commercial research and education"
+
+    @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -136,6 +136,11 @@ class ImageDataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     @property
+    def licence(self) -> str:
+        """Under which terms the images may be used, in a line; stands in results.json and beside exported weights."""
+        raise NotImplementedError
+
+    @property
     def class_names(self) -> list[str]:
         """Names of the classes, in label order."""
         raise NotImplementedError
@@ -191,6 +196,7 @@ class ImageDataModule(pl.LightningDataModule):
             "train_images": self.train_images,
             "val_images": self.val_images,
             "fingerprint": self.fingerprint,
+            "licence": self.licence,
         }
         if self.limited is not None:
             described["limited"] = self.limited

@@ -107,5 +107,9 @@ class Synthetic(ImageDataModule):
         return "synthetic"
 
     @property
+    def licence(self) -> str:
+        return "none: the images are random numbers"
+
+    @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return (0.5,) * self.in_channels, (0.2,) * self.in_channels

@@ -6,16 +6,8 @@ from onlinenorm.deploy.forms import Form
 from onlinenorm.deploy.predict import class_names
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.verification import Agreement
-from onlinenorm.models import CifarResNet
 
 TORCHSCRIPT = "TorchScript is deprecated by PyTorch and not supported from Python 3.14 on; prefer exported-program"
-LICENCES = {
-    "imagenet": "ImageNet's terms of access (image-net.org): non-commercial research and education",
-    "imagenet-subset": "the terms of the images trained on; for ImageNet, non-commercial research and education",
-    "fashion_mnist": "Fashion-MNIST: MIT (Zalando SE, 2017)",
-    "embedded": "Fashion-MNIST, its first 10,000 + 2,000 images: MIT (Zalando SE, 2017)",
-    "synthetic": "none: the images are random numbers",
-}
 
 
 def accuracy_lines(trained: Trained) -> list[str]:
@@ -84,7 +76,7 @@ def render_card(
     guard = {"clamp": "kept" if clamp_kept else "removed", "layer_scaling": "layer scaling kept"}.get(
         trained.guard, "none"
     )
-    if isinstance(trained.network, CifarResNet):
+    if not getattr(trained.network, "in_torchvision", False):
         arguments = "".join(f", {key}={value!r}" for key, value in trained.arguments.items())
         builder = f"onlinenorm.models.{trained.builder}(torch.nn.BatchNorm2d{arguments})"
     else:
@@ -153,11 +145,5 @@ Classes, in the order of the logits{f" ({unnamed})" if unnamed else ""}: {", ".j
 
 ## Licence
 
-Code: Apache-2.0. Weights follow from their data: {LICENCES.get(_scale(trained), "the terms of the images trained on")}.
+Code: Apache-2.0. Weights follow from their data: {dataset["name"]}, {dataset.get("licence", data.licence)}.
 """
-
-
-def _scale(trained: Trained) -> str:
-    if trained.results:
-        return trained.results["scale"]
-    return trained.data.name if trained.data.name in LICENCES else "imagenet-subset"

@@ -21,7 +21,6 @@ from onlinenorm import models
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.weights import WEIGHTS, read_weights, write_weights
 from onlinenorm.errors import DeployError
-from onlinenorm.models import CifarResNet
 from onlinenorm.normalizers import convert, identity, remove_clamping
 
 Logits = Callable[[Tensor], Tensor]
@@ -60,6 +59,11 @@ def prepare(trained: Trained, form: Form, keep_clamp: bool = False) -> nn.Module
                 f"--to {form.name}: holds weights of networks that its reader can build, and {own} is your own; use "
                 f"{_others()}"
             )
+        if trained.builder not in models.__all__:
+            raise DeployError(
+                f"--to {form.name}: holds weights of networks of onlinenorm.models, and {trained.builder} is not in "
+                f"its __all__; use {_others()}"
+            )
         if guard == "layer_scaling":
             raise DeployError(
                 f"--to {form.name}: layer scaling divides by the root mean square over all channels of a sample, which "
@@ -95,7 +99,7 @@ def _others() -> str:
 
 def stock_network(trained: Trained) -> nn.Module:
     """An untrained network of torchvision's class, or for a CIFAR-style one of ours with torch's BatchNorm2d."""
-    if isinstance(trained.network, CifarResNet):
+    if not getattr(trained.network, "in_torchvision", False):
         return trained.build_network(nn.BatchNorm2d)
     if trained.in_channels != 3:
         raise DeployError(f"--to torchvision: torchvision's networks take 3 channels, this one {trained.in_channels}")

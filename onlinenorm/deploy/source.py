@@ -14,11 +14,12 @@ from onlinenorm import data
 from onlinenorm.errors import ConfigError, DeployError, RunError
 from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.text import first_line
+from onlinenorm.training import targets
 from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
-from onlinenorm.training.config_check import build, check_config
+from onlinenorm.training.config_check import build, check_config, made_by
 from onlinenorm.training.final_validation import parameters_sha256
 from onlinenorm.training.recipe import Recipe
-from onlinenorm.training.targets import NAMED, OWN, targets
+from onlinenorm.training.targets import NAMED, OWN
 
 
 @dataclass
@@ -134,16 +135,18 @@ def load_trained(
 def _sizes(
     config: dict[str, Any], state: dict[str, Tensor], images: data.ImageDataModule, checkpoint: Path
 ) -> tuple[int, int]:
-    """(classes, input channels): by the weights of a network of this package, of another by its data set."""
-    if config["model"]["_target_"] not in NAMED["model"]:
+    """(classes, input channels): by the weights where the network's class reads them (``sizes``), else by the data."""
+    target = config["model"]["_target_"]
+    if (sizes := getattr(made_by(targets.locate("model", target)), "sizes", None)) is None:
         try:
             return images.num_classes, images.in_channels
         except data.DataError as error:
             raise DeployError(f"{error} (--data-root names another place)") from error
-    shapes = {key: tuple(state[key].shape) for key in ("fc.weight", "conv1.weight") if key in state}
-    if len(shapes) < 2 or len(shapes["conv1.weight"]) != 4:
-        raise DeployError(f"{checkpoint}: holds no network of this package (no fc.weight and conv1.weight)")
-    return shapes["fc.weight"][0], shapes["conv1.weight"][1]
+    try:
+        classes, channels = sizes(state)
+    except (KeyError, IndexError) as error:
+        raise DeployError(f"{checkpoint}: holds no network of {target} ({type(error).__name__}: {error})") from error
+    return classes, channels
 
 
 def locate(path: Path) -> tuple[Path, Path]:
@@ -184,7 +187,7 @@ def _read_config(folder: Path, allowed: Collection[str]) -> dict[str, Any]:
         raise DeployError(f"{path}: cannot be read as plain YAML ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise DeployError(f"{path}: does not hold a configuration")
-    for key, target in targets(config):
+    for key, target in targets.targets(config):
         # before anything is imported
         group = key.partition(".")[0]
         if target in NAMED.get(group, ()) or (group in OWN and target in allowed):

@@ -5,7 +5,7 @@ Each norm site is one call that also carries the residual addition and the ReLU,
 one pass over memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,17 @@ def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.MaxPool2d, fuse: bool
 
 def _is_resnets(pool: nn.Module) -> bool:
     return type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
+
+
+class ResNet:
+    """What the ResNets of both families know of themselves."""
+
+    in_torchvision = False  # whether torchvision has the same network, by the same names
+
+    @staticmethod
+    def sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:
+        """(num_classes, in_channels) of the network whose state dict this is; KeyError where it is none of these."""
+        return state["fc.weight"].shape[0], state["conv1.weight"].shape[1]
 
 
 class BasicBlock(torchvision_resnet.BasicBlock):

@@ -9,6 +9,7 @@ from onlinenorm.models.blocks import (
     BasicBlock,
     Normalizer,
     NormSite,
+    ResNet,
     check_sizes,
     init_convolutions,
     norm_act,
@@ -40,7 +41,7 @@ class ZeroPadShortcut(nn.Module):
         return f"extra_channels={self.extra_channels}, stride={self.stride}"
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(ResNet, nn.Module):
     """A 3x3 stem, three stages of 16, 32 and 64 channels, global average pool; build it with ``cifar_resnet``."""
 
     def __init__(self, blocks_per_stage: int, num_classes: int, in_channels: int, shortcut: str):

@@ -11,6 +11,7 @@ from onlinenorm.models.blocks import (
     BottleneckStride1x1,
     Normalizer,
     NormSite,
+    ResNet,
     check_sizes,
     init_convolutions,
     norm_act_max_pool,
@@ -29,9 +30,10 @@ STAGE_BLOCKS = {
 BOTTLENECKS = {"3x3": Bottleneck, "1x1": BottleneckStride1x1}
 
 
-class ImageNetResNet(torchvision_resnet.ResNet):
+class ImageNetResNet(ResNet, torchvision_resnet.ResNet):
     """torchvision's ResNet with each norm site as one call; build it with ``resnet`` or ``resnet50``."""
 
+    in_torchvision = True
     fuse_max_pool = True
 
     def _forward_impl(self, x: Tensor) -> Tensor:

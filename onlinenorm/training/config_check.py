@@ -82,6 +82,11 @@ def full_keys(config: Mapping[str, Any], *paths: str) -> Iterator[None]:
         raise
 
 
+def made_by(target: Any) -> Any:
+    """The class of what a class or function makes; of a function as its annotation says, or None."""
+    return target if inspect.isclass(target) else _hints(target).get("return")
+
+
 def _check_node(path: str, node: dict[str, Any]) -> None:
     target = locate(path, node["_target_"])
     parameters = inspect.signature(target).parameters

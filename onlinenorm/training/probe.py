@@ -107,7 +107,7 @@ def probe_network(network: Any, config: dict[str, Any]) -> None:
 def probe_data(data: Any, config: dict[str, Any]) -> None:
     """Raises ConfigError for a data set of the user's own that lacks what a run and its table need."""
     name = config["data"]["_target_"]
-    for key in ("scale", "class_names", "mean_std"):
+    for key in ("scale", "licence", "class_names", "mean_std"):
         try:
             value = getattr(data, key)
         except (NotImplementedError, AttributeError):
@@ -116,6 +116,8 @@ def probe_data(data: Any, config: dict[str, Any]) -> None:
             ) from None
         if key == "scale" and not is_label(value):
             raise ConfigError(f"data._target_: {name}.scale is {value!r}; it is {LABEL}, such as flowers")
+        if key == "licence" and (not isinstance(value, str) or not value.strip() or "\n" in value):
+            raise ConfigError(f"data._target_: {name}.licence is {value!r}; say in a line how the images may be used")
     if name not in NAMED["data"] and data.scale == COMPARABLE:
         raise ConfigError(
             f"data._target_: {name}.scale is {COMPARABLE!r}, which published figures are of; name it otherwise"

@@ -46,6 +46,7 @@ def test_embedded_set():
         "train_images": 10_000,
         "val_images": 2_000,
         "fingerprint": "8792003cec9d7a14a9efa8668123ba42393dd9cf7ab614152bf0687e537a81c2",
+        "licence": "MIT (Zalando SE, 2017)",
     }
     train = data._sets[0].source
     images, labels = train.images(np.arange(10_000)), train.labels(np.arange(10_000))

@@ -61,6 +61,15 @@ def test_dataset_may_be_elsewhere(clamp_run, copied, tmp_path):
     assert trained.data.root == str(tmp_path)
 
 
+def test_sizes_are_read_from_weights_by_the_networks_class(clamp_run, copied):
+    folder = copied(clamp_run)
+    trained = load_trained(folder)
+    assert (trained.num_classes, trained.in_channels) == (10, 1)
+    edit_checkpoint(folder, lambda content: content["state_dict"].pop("network.fc.weight"))
+    with pytest.raises(DeployError, match=r"last.ckpt: holds no network of onlinenorm.models.cifar_resnet8 \(KeyError"):
+        load_trained(folder)
+
+
 class Bomb:
     def __init__(self, trace):
         self.trace = trace
