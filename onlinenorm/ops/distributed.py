@@ -7,19 +7,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# its name from torch 2.14 on, and the one before
-_gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-
 
 def constant_when_compiled(function: Callable) -> Callable:
     """``torch.compiler.assume_constant_result``, which would import the compiler here and now."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def process_group(name: str) -> dist.ProcessGroup | None:
     """The process group of that name; None, which stands for all processes, for ""."""
-    return dist.distributed_c10d._resolve_process_group(name) if name else None
+    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
 @constant_when_compiled
@@ -38,8 +35,9 @@ def gather_samples(tables_KNC: Tensor, processes: int, group: str = "", counts: 
     if counts:
         tables_KNC = F.pad(tables_KNC, (0, 0, 0, max(counts) - tables_KNC.shape[1]))
     gathered = tables_KNC.new_empty(processes * tables_KNC.shape[0], *tables_KNC.shape[1:])
-    # straight into place: lists are copied once more
-    _gather_into(gathered, tables_KNC.contiguous(), group=process_group(group))
+    # straight into place, where lists are copied once more; by its name from torch 2.14 on, or the one before
+    gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather_into(gathered, tables_KNC.contiguous(), group=process_group(group))
     tables_PKNC = gathered.unflatten(0, (processes, -1))
     if counts:
         return torch.cat([table_KNC[:, :n] for table_KNC, n in zip(tables_PKNC, counts, strict=True)], 1)

@@ -81,18 +81,19 @@ def _spread(node: torch.fx.Node) -> torch.fx.Node | None:
     source = node.args[0] if node.target in (aten.div.Scalar, aten.mul.Scalar) else node
     if not isinstance(source, torch.fx.Node) or source.target is not aten.expand.default:
         return None
-    value, (samples, channels, *_) = source.args[0].meta.get("val"), node.meta["val"].shape
-    return source.args[0] if isinstance(value, torch.Tensor) and value.shape == (samples, channels, 1, 1) else None
+    spread = source.args[0]
+    if not isinstance(spread, torch.fx.Node):
+        return None
+    value, (samples, channels, *_) = spread.meta.get("val"), node.meta["val"].shape
+    return spread if isinstance(value, torch.Tensor) and value.shape == (samples, channels, 1, 1) else None
 
 
 def _is_plain_add(node) -> bool:
     if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
         return False
     values = [value.meta.get("val") if isinstance(value, torch.fx.Node) else None for value in (node, *node.args)]
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        return False
-    total, *terms = values
-    return all(term.shape == total.shape and term.dtype == total.dtype for term in terms)
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return len(tensors) == 3 and all(t.shape == tensors[0].shape and t.dtype == tensors[0].dtype for t in tensors)
 
 
 @torch.compiler.assume_constant_result

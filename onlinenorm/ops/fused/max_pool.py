@@ -105,7 +105,7 @@ def fused_max_pool_backward(
         gradient_scale,
     )  # fmt: skip
     last = {"memory_format": torch.channels_last}
-    grads = grad.contiguous(**last), x.contiguous(**last)
+    grads: tuple[Tensor, ...] = grad.contiguous(**last), x.contiguous(**last)
     if skip_grad is not None:
         grads += (skip_grad.contiguous(**last),)
     flags = ("RELU", "POOL") + ("SKIP_GRAD",) * (skip_grad is not None)

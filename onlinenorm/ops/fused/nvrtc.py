@@ -16,7 +16,7 @@ MAP_PROMOTE_256 = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
     """The compiler library: where the loader finds it, else in the wheels that torch depends on."""
-    major = torch.version.cuda.split(".")[0]
+    major = (torch.version.cuda or "").split(".")[0]
     name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
     for folder in (
         "",

@@ -20,10 +20,8 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+def like(tensor: Tensor, x: Tensor) -> Tensor:
     """``tensor`` in the memory order of x, which is dense."""
-    if tensor is None:
-        return None
     last = x.is_contiguous(memory_format=torch.channels_last)
     return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -97,10 +95,9 @@ def fused_forward(
     )  # fmt: skip
     check_first_pass()
     path = single_read_path if single_read else two_pass_path
+    residual = None if residual is None else like(residual, x)
     with torch.cuda.device_of(x):
-        y, tables, mask_or_rzeta = path.forward(
-            x, like(residual, x), weight, bias, running_mean, running_var, spec, relu
-        )
+        y, tables, mask_or_rzeta = path.forward(x, residual, weight, bias, running_mean, running_var, spec, relu)
     return y, tables if single_read else tables.flatten(2), _or_empty(mask_or_rzeta, x)
 
 
@@ -159,7 +156,7 @@ def fused_backward(
         x = x.contiguous(memory_format=torch.channels_last)
     given = grad.data_ptr()
     grad = like(grad if grad.shape == x.shape else grad.expand_as(x), x)
-    skip_grad, state = like(skip_grad, x), (control_u, control_v)
+    skip_grad, state = None if skip_grad is None else like(skip_grad, x), (control_u, control_v)
     with torch.cuda.device_of(x):
         if single_read:
             found = single_read_path.backward(
@@ -210,8 +207,9 @@ def fused_evaluate(
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size
     )
+    residual = None if residual is None else like(residual, x)
     with torch.cuda.device_of(x):
-        return two_pass_path.evaluate(x, like(residual, x), weight, bias, running_mean, running_var, spec, relu)
+        return two_pass_path.evaluate(x, residual, weight, bias, running_mean, running_var, spec, relu)
 
 
 @fake(fused_evaluate)

@@ -47,6 +47,7 @@ def source_of(direction: str) -> str:
 @functools.cache
 def _kernel(device: int, direction: str, defines: tuple[str, ...]) -> Kernel:
     target = architecture(*torch.cuda.get_device_capability(device))
+    assert target is not None, "a device that `supports_device` does not let pass"
     return Kernel(cubin(source_of(direction), target, ("--std=c++17", *defines)), f"online_norm_{direction}")
 
 
@@ -63,7 +64,7 @@ class Launch:
     tile_sums: int  # where these begin, in bytes behind the sums of samples
     channel_sums: int
     tile_counter: int
-    bytes: int
+    workspace: int  # bytes of all of these
     params: bytes
 
 
@@ -80,24 +81,24 @@ def _plan(
     pixels, slabs = height * width, channels // WIDTH
     names = "RELU", "RESIDUAL", "SKIP_GRAD", "POOL"
     scaled = spec.error_compensation == "layer_scaling"
-    values = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", "SCALED": scaled}
+    values: dict[str, int] = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", "SCALED": scaled}
     values |= {name: name in flags for name in names}
     values |= tuning.defines
     kernel = _kernel(device, direction, tuple(f"-D{name}={int(value)}" for name, value in values.items()))
-    properties = torch.cuda.get_device_properties(device)
+    multiprocessors, most_shared_memory = _chip(device)
     if "POOL" in flags:
         cut = functools.partial(Tiling.of_pooled, height, width, direction == "forward")
     else:
         cut = functools.partial(Tiling.of, pixels, tuning.group)
     most_rows, tiling = tuning.rows, cut(tuning.rows)
-    while (shared := shared_memory(direction, values, tuning, tiling)) > properties.shared_memory_per_block_optin:
+    while (shared := shared_memory(direction, values, tuning, tiling)) > most_shared_memory:
         assert most_rows > 0, "`pools` let pass what does not fit"
         most_rows -= 2
         tiling = cut(most_rows)
     kernel.allow_shared_memory(shared)
     threads = tuning.threads + (WIDTH if scaled and direction == "forward" else 0)  # the scale warps
     resident = kernel.ctas_per_multiprocessor(threads, shared)
-    ctas_per_slab = max(1, min(resident * properties.multi_processor_count // slabs, tiling.items(samples)))
+    ctas_per_slab = max(1, min(resident * multiprocessors // slabs, tiling.items(samples)))
     assert not scaled or (resident and ctas_per_slab * tuning.stages >= tiling.tiles), "more than `supports` allows"
     tile_sums = 8 * samples * channels
     channel_sums = tile_sums * (1 + tiling.tiles) if tiling.tiles > 1 else tile_sums
@@ -158,7 +159,7 @@ def ctas_per_slab(x: Tensor) -> int:
 def _chip(device: int) -> tuple[int, int]:
     """Multiprocessors of a device, and bytes of shared memory that a CTA of one may take."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @torch.compiler.assume_constant_result
@@ -195,7 +196,7 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     params = Params.from_buffer_copy(plan.params)
     # Mailboxes between CTAs and the tile scheduler's counters, empty at first: all bits set.
-    address, held = workspace.empty(plan.bytes, device, stream)
+    address, held = workspace.empty(plan.workspace, device, stream)
     params.sample_sums, params.tile_sums = address, address + plan.tile_sums
     params.channel_sums, params.tile_counter = address + plan.channel_sums, address + plan.tile_counter
     for name, tensor in tensors.items():
@@ -270,8 +271,8 @@ def forward(
     """
     y, masked = torch.empty_like(x), relu and residual is not None
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None
-    inputs, flags = ((x,), ()) if residual is None else ((x, residual), ("RESIDUAL",))
-    flags += ("RELU",) * relu
+    inputs = (x,) if residual is None else (x, residual)
+    flags = ("RESIDUAL",) * (residual is not None) + ("RELU",) * relu
     return y, launch_forward(inputs, flags, spec, weight, bias, running_mean, running_var, y, mask), mask
 
 
@@ -299,7 +300,7 @@ def backward(
         grad_residual, mask = grad if overwrite else torch.empty_like(x), _aligned(mask)
     flags = ("RELU",) * relu + ("RESIDUAL",) * (mask is not None) + ("SKIP_GRAD",) * (skip_grad is not None)
     inputs = (grad, x) if skip_grad is None else (grad, x, skip_grad)
-    grad_x, *of_parameters = launch_backward(
+    grad_x, grad_weight, grad_bias = launch_backward(
         inputs, flags, spec, weight, bias, tables, control_u, control_v, mask, grad_residual
     )
-    return grad_x, grad_residual, *of_parameters
+    return grad_x, grad_residual, grad_weight, grad_bias

@@ -229,11 +229,12 @@ def backward(
         geo.pixels, spec.eps, spec.alpha_bkw, 1 - spec.alpha_bkw, spec.gradient_scale, MOST_GROWTH,
         **scan,
     )  # fmt: skip
-    control, rzeta, kappa = (_own(table, spec) for table in (control, rzeta, kappa))
+    own_control = own_samples(control, *spec.peers)
+    own_rzeta, own_kappa = (_own(table, spec) for table in (rzeta, kappa))
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if residual_gradient else None
     backward_kernels.gradient_apply_kernel[geo.apply_grid](
-        grad, skip_grad, x, out, grad_x, grad_residual, own_state, control, weight, bias, rzeta, kappa, *sizes, *groups,
-        *geo.strides, spec.eps, spec.clamp_value, **flags,
+        grad, skip_grad, x, out, grad_x, grad_residual, own_state, own_control, weight, bias, own_rzeta, own_kappa,
+        *sizes, *groups, *geo.strides, spec.eps, spec.clamp_value, **flags,
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias
