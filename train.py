@@ -49,8 +49,8 @@ def main(words: list[str]) -> None:
 def check_jobs(arguments: Arguments) -> None:
     """Raises ConfigError, before the first run of --multirun starts, for one that cannot be meant or has no folder."""
     configs = [load_config(job, arguments.config_dir) for job in jobs(arguments.overrides, arguments.config_dir)]
+    from onlinenorm.records import run_path
     from onlinenorm.training.config_check import check_config
-    from onlinenorm.training.run_folder import run_path
 
     folders: Counter[Path] = Counter()
     for config in configs:

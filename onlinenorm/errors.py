@@ -38,6 +38,14 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class Diverged(RunError):
+    """A loss or the network stopped being finite, at `step` of the run, in `epoch`; both count from 1."""
+
+    def __init__(self, message: str, step: int | None = None, epoch: int | None = None):
+        super().__init__(message)
+        self.step, self.epoch = step, epoch
+
+
 class Interrupted(RunError):
     """The run was asked to stop by a signal, and has saved itself if training had begun."""
 

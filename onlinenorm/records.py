@@ -1,11 +1,74 @@
-"""The records at the top of a run folder: what each of them holds."""
+"""The records of a run folder: where it lies, what they are called and what each of them holds."""
 
+import json
 import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from onlinenorm.errors import ReportError
+from onlinenorm.errors import Diverged, ReportError
 from onlinenorm.scales import LABEL, is_label
+from onlinenorm.text import first_line
+
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+METRICS, CLAMPING = "metrics.csv", "clamping.csv"
+FAILURE, FAILURE_TEXT = "failed.json", "failed.txt"  # for programs, and for people
+ATTEMPTS = "attempts"
+
+_DIVERGED = re.compile(r"became NaN or infinite at step (\d+)(?: \(epoch (\d+))?")
+
+
+def run_path(config: dict[str, Any], runs: str | Path = "runs", between: Iterable[str] = ()) -> Path:
+    """The folder of the run of a configuration: its `run_dir`, else RUNS/EXPERIMENT/[BETWEEN/]NORMALIZER/seedK."""
+    names = config["choices"]
+    if config["run_dir"]:
+        return Path(str(config["run_dir"])).expanduser()  # 2026 is a number to YAML
+    return Path(runs, names["experiment"], *between, names["normalizer"], f"seed{config['seed']}")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended a run: that a loss or the network stopped being finite, or any other error.
+
+    Args:
+        kind: "diverged" or "failed".
+        step, epoch: where it was seen, from 1; None where that is not known.
+        message: for people.
+    """
+
+    kind: Literal["diverged", "failed"]
+    step: int | None = None
+    epoch: int | None = None
+    message: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        """The record of an error that ended a run."""
+        if isinstance(error, Diverged):
+            return cls("diverged", error.step, error.epoch, first_line(error))
+        return cls("failed", message=first_line(error))
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """That of a failed.txt: what runs left from before failed.json, and the last output of one that was killed."""
+        message = (text.splitlines() or [""])[-1]
+        if found := _DIVERGED.search(text):
+            return cls("diverged", int(found[1]), int(found[2]) if found[2] else None, message)
+        return cls("failed", message=message)
+
+
+def read_failure(folder: Path) -> Failure | None:
+    """What ended the run of a folder, or None where nothing has. Raises OSError or ValueError where it is damaged."""
+    if (folder / FAILURE).exists():
+        record = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or record.get("kind") not in ("diverged", "failed"):
+            raise ValueError("it holds no failure")
+        return Failure(record["kind"], record.get("step"), record.get("epoch"), str(record.get("message", "")))
+    if (folder / FAILURE_TEXT).exists():
+        return Failure.from_text((folder / FAILURE_TEXT).read_text(encoding="utf-8", errors="replace"))
+    return None
 
 
 def lookup(tree: dict[str, Any], dotted: str, default: Any = None) -> Any:

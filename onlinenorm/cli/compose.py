@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from onlinenorm.cli.arguments import literal, quoted
 from onlinenorm.cli.help import CONFIGS, GROUPS, settings
 from onlinenorm.errors import ConfigError
+from onlinenorm.records import run_path
 from onlinenorm.text import first_line
 from onlinenorm.training.config_check import check_keys
 from onlinenorm.training.hints import unknown_option
@@ -93,7 +94,7 @@ def to_plain(config: DictConfig, choices: DictConfig, overrides: list[str]) -> d
     names = {group: choices.get(group) for group in GROUPS} | {"experiment": choices.get("experiment") or "default"}
     experiment = limited_experiment(names, overrides)
     if not values["run_dir"] and experiment != names["experiment"]:
-        values["run_dir"] = f"runs/{experiment}/{names['normalizer']}/seed{values['seed']}"
+        values["run_dir"] = str(run_path({**values, "choices": {**names, "experiment": experiment}}))
     return {**values, "choices": names}
 
 

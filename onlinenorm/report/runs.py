@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from onlinenorm.errors import ReportError
-from onlinenorm.records import check_results, lookup
+from onlinenorm.records import Failure, check_results, lookup, read_failure
 from onlinenorm.report.checks import check_agreement, check_predictions
 
 REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
 CLAMPING_COLUMNS = ("epoch", "step", "clamped_fraction", "max_abs_activation")
-_NOT_FINITE = re.compile(r"became NaN or infinite at step (\d+)(?: \(epoch (\d+))?")
 _NOT_RUN_FOLDERS = {"attempts", "checkpoints", "wandb", "tensorboard", "lightning_logs", "node_modules"}
 
 
@@ -38,7 +37,7 @@ class Run:
     """One training run as its folder tells it; `results` is None until the run is done.
 
     `metrics` maps a column of metrics.csv to float64 values, one an epoch (counted from 1), NaN where a field is empty;
-    `clamping` the same of clamping.csv, {} for a run without clamps. `failure` is the text of failed.txt, if any.
+    `clamping` the same of clamping.csv, {} for a run without clamps. `failure` is what ended it, if anything.
     `attempts` are those before this one, the first first.
     """
 
@@ -51,7 +50,7 @@ class Run:
     metrics: dict[str, np.ndarray]
     results: dict[str, Any] | None
     clamping: dict[str, np.ndarray] = field(default_factory=dict)
-    failure: str | None = None
+    failure: Failure | None = None
     attempts: list[Attempt] = field(default_factory=list)
 
     @property
@@ -74,7 +73,7 @@ class Run:
     def status(self) -> str:
         """ "finished", "diverged: step s, epoch e of E", "failed: epoch e of E", or "running: epoch e of E".
 
-        Diverged are runs that a NaN or infinity ended, as failed.txt or the last line of metrics.csv says; an
+        Diverged are runs that a NaN or infinity ended, as failed.json or the last line of metrics.csv says; an
         interrupted run cannot be told from a running one.
         """
         if self.finished:
@@ -173,7 +172,7 @@ def load_run(folder: Path, read_yaml: Callable[[Path], Any], name: str | None = 
     return Run(
         folder, name or folder.name, normalizer, seed, config, environment, metrics, results,
         clamping=read_metrics(clamping, CLAMPING_COLUMNS) if clamping.exists() else {},
-        failure=_read_text(folder / "failed.txt"),
+        failure=_read_failure(folder),
         attempts=_read_attempts(folder, environment, (results or {}).get("attempts", []), planned),
     )  # fmt: skip
 
@@ -192,22 +191,30 @@ def _read_attempts(
         seen.add(f"attempts/{path.name}")
         metrics = read_metrics(path / "metrics.csv") if (path / "metrics.csv").exists() else {}
         begun = _read_json(path / "environment.json").get("starts", []) if (path / "environment.json").exists() else []
-        attempt = Attempt(_status(_read_text(path / "failed.txt"), metrics, planned, "stopped"))
+        attempt = Attempt(_status(_read_failure(path), metrics, planned, "stopped"))
         continued = begun and len(begun) < len(starts) and starts[: len(begun)] == begun
         if attempt.diverged or not continued:
             found.append(attempt)
     for entry in recorded:
         if entry.get("folder") not in seen:
-            status = _status(entry.get("failure"), {"epoch": np.array([entry.get("epochs", 0)])}, planned, "stopped")
+            failure = _recorded_failure(entry)
+            status = _status(failure, {"epoch": np.array([entry.get("epochs", 0)])}, planned, "stopped")
             found.append(Attempt(f"{status}; its data no longer exist"))
     return found
 
 
-def _status(failure: str | None, metrics: dict[str, np.ndarray], planned: Any, unfinished: str) -> str:
+def _recorded_failure(entry: dict[str, Any]) -> Failure | None:
+    """What ended an attempt of results.json, which before `kind` told it in words alone."""
+    if entry.get("kind") in ("diverged", "failed"):
+        return Failure(entry["kind"], entry.get("step"), entry.get("epoch"))
+    return Failure.from_text(entry["failure"]) if entry.get("failure") else None
+
+
+def _status(failure: Failure | None, metrics: dict[str, np.ndarray], planned: Any, unfinished: str) -> str:
     """What a run that is not done came to; `unfinished` is the word for one that nothing has ended."""
     planned, done = planned or "unknown", _epochs_done(metrics)
-    if found := _NOT_FINITE.search(failure or ""):
-        return f"diverged: step {found[1]}, epoch {found[2] or done + 1} of {planned}"
+    if failure is not None and failure.kind == "diverged" and failure.step is not None:
+        return f"diverged: step {failure.step}, epoch {failure.epoch or done + 1} of {planned}"
     losses = [metrics[key][-1] for key in ("train_loss", "val_loss") if done and key in metrics]
     word = "failed" if failure is not None else unfinished
     word = "diverged" if any(math.isinf(x) or math.isnan(x) for x in losses) else word
@@ -277,10 +284,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_text(path: Path) -> str | None:
+def _read_failure(folder: Path) -> Failure | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from error
+        return read_failure(folder)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{folder}: its record of a failure cannot be read: {error}") from error

@@ -7,33 +7,48 @@ from pathlib import Path
 from typing import Any
 
 from onlinenorm.errors import RunError
+from onlinenorm.records import (
+    ATTEMPTS,
+    CLAMPING,
+    CONFIG,
+    ENVIRONMENT,
+    FAILURE,
+    FAILURE_TEXT,
+    METRICS,
+    Failure,
+    read_failure,
+)
 
-CONFIG, ENVIRONMENT, FAILED = "config.yaml", "environment.json", "failed.txt"
-METRICS, CLAMPING = "metrics.csv", "clamping.csv"
-ATTEMPTS = "attempts"
-DIVERGED = "became NaN or infinite"  # in the error that ends such a run
+_ENDED = (FAILURE, FAILURE_TEXT, METRICS, CLAMPING)
 
 
 def former_attempts(folder: Path) -> list[dict[str, Any]]:
-    """The kept attempts that count, as results.json lists them: folder, epochs done, last line of failed.txt.
+    """The kept attempts that count, as results.json lists them: folder, epochs done, what ended them (`Failure`).
 
-    One that failed for want of disk, say, and was continued from its checkpoint is no other attempt: only its record is
-    kept. One that diverged counts in any case.
+    `kind` is "stopped" where nothing did. One that failed for want of disk, say, and was continued from its checkpoint
+    is no other attempt: only its record is kept. One that diverged counts in any case.
     """
-    found, starts = [], _starts(folder)
+    attempts, starts = [], _starts(folder)
     for kept in _kept(folder):
-        failed, lines = _lines(kept / FAILED), _lines(kept / METRICS)
-        failure, begun = failed[-1] if failed else None, _starts(kept)
-        diverged = any(DIVERGED in line for line in failed)
+        failure, begun = _failure(kept), _starts(kept)
         continued = begun and len(begun) < len(starts) and starts[: len(begun)] == begun
-        if diverged or not continued:
-            found.append({"folder": f"{ATTEMPTS}/{kept.name}", "epochs": max(len(lines) - 1, 0), "failure": failure})
-    return found
+        if (failure is not None and failure.kind == "diverged") or not continued:
+            attempts.append(
+                {
+                    "folder": f"{ATTEMPTS}/{kept.name}",
+                    "epochs": max(len(_lines(kept / METRICS)) - 1, 0),
+                    "kind": failure.kind if failure else "stopped",
+                    "step": failure.step if failure else None,
+                    "epoch": failure.epoch if failure else None,
+                    "failure": failure.message if failure else None,
+                }
+            )
+    return attempts
 
 
 def keep_attempt(folder: Path) -> None:
     """Moves what a failed attempt has left in a run folder to attempts/<k>, k from 1; nothing where none has failed."""
-    if (folder / FAILED).exists():
+    if (folder / FAILURE).exists() or (folder / FAILURE_TEXT).exists():
         _move(folder)
 
 
@@ -46,16 +61,16 @@ def keep_epochs(folder: Path) -> None:
 def _move(folder: Path) -> None:
     # config.yaml and environment.json stay as well: the next attempt may continue from a checkpoint of this one
     attempts, number = folder / ATTEMPTS, len(_kept(folder))
-    partial, ended = attempts / ".partial", (FAILED, METRICS, CLAMPING)
+    partial = attempts / ".partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name in (CONFIG, ENVIRONMENT, *ended):
+        for name in (CONFIG, ENVIRONMENT, *_ENDED):
             if (folder / name).exists():
                 shutil.copy2(folder / name, partial / name)
         if not _same_files(attempts / str(number), partial):  # else a start that was killed below has kept it
             partial.rename(attempts / str(number + 1))
-        for name in ended:
+        for name in _ENDED:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
@@ -67,6 +82,13 @@ def _move(folder: Path) -> None:
 def _kept(folder: Path) -> list[Path]:
     numbered = (path for path in (folder / ATTEMPTS).glob("*") if path.name.isdigit())
     return sorted(numbered, key=lambda path: int(path.name))
+
+
+def _failure(folder: Path) -> Failure | None:
+    try:
+        return read_failure(folder)
+    except (OSError, ValueError):  # a damaged record is one of a failure
+        return Failure("failed", message=f"{FAILURE} is damaged")
 
 
 def _starts(folder: Path) -> list[Any]:

@@ -15,8 +15,9 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from onlinenorm.errors import ArgumentError, ConfigError, RunError
+from onlinenorm.records import CONFIG
 from onlinenorm.text import first_line
-from onlinenorm.training.run_folder import CONFIG, changed_keys
+from onlinenorm.training.run_folder import changed_keys
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # What a run continues from; a checkpoint of an older version or of another program may lack some of it.

@@ -16,11 +16,12 @@ import torch
 
 from onlinenorm.data.workers import STOP_SIGNALS
 from onlinenorm.errors import ConfigError
+from onlinenorm.records import FAILURE_TEXT, read_failure, run_path
 from onlinenorm.text import duration
-from onlinenorm.training.attempts import DIVERGED, former_attempts, keep_attempt
+from onlinenorm.training.attempts import former_attempts, keep_attempt
 from onlinenorm.training.config_check import check_config
 from onlinenorm.training.epoch_log import read_rows
-from onlinenorm.training.run_folder import FAILED, RunFolder
+from onlinenorm.training.run_folder import RunFolder
 
 # exit codes of runs that have saved themselves, or had not begun
 STOPPED = {code for number in STOP_SIGNALS for code in (128 + number, -number)}
@@ -40,7 +41,7 @@ class Row:
 
     @property
     def failure(self) -> Path:
-        return self.folder / FAILED
+        return self.folder / FAILURE_TEXT
 
     @property
     def job(self) -> Path:
@@ -55,9 +56,9 @@ class Row:
         number = self.job.read_text().strip() if self.job.exists() else None
         if number in queue:
             return "running" if queue[number] == "RUNNING" else "queued"
-        if self.failure.exists() or number is not None:
-            told = self.failure.read_text(encoding="utf-8", errors="replace") if self.failure.exists() else ""
-            return "diverged" if DIVERGED in told else "failed"
+        failure = read_failure(self.folder)
+        if failure is not None or number is not None:
+            return failure.kind if failure is not None else "failed"
         return "stopped" if any(self.folder.glob("checkpoints/*.ckpt")) else "missing"
 
     def command(self, folder: Path) -> list[str]:
@@ -80,11 +81,11 @@ def plan_row(
     check_config(config)
     values = sorted(part for part in overrides if part.partition("=")[0].lstrip("+") in set(swept))
     between = [",".join(values).replace("/", "_")] if values else []
-    normalizer = config["choices"]["normalizer"]
-    folder = Path(runs, experiment, *between, normalizer, f"seed{config['seed']}")
+    names = config["choices"]
+    folder = run_path({**config, "run_dir": None, "choices": {**names, "experiment": experiment}}, runs, between)
     # of the trainer only train.py knows what it resolves to, on the machine where it runs
     RunFolder(folder, rank_zero=False).check_config(config, ignored=("trainer",))
-    return Row(tuple(overrides), folder, normalizer, config["recipe"]["epochs"], config["trainer"]["devices"])
+    return Row(tuple(overrides), folder, names["normalizer"], config["recipe"]["epochs"], config["trainer"]["devices"])
 
 
 def check_folders(rows: Iterable[Row]) -> None:

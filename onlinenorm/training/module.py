@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from onlinenorm.errors import RunError
+from onlinenorm.errors import Diverged
 from onlinenorm.normalizers import average_statistics, gather_statistics, merged
 from onlinenorm.training.accuracy import full_precision, predicted, rank
-from onlinenorm.training.attempts import DIVERGED
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.cuda_graph import GraphedStep
 from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule
@@ -90,7 +89,7 @@ class ImageClassifier(pl.LightningModule):
         self.bad_step = self.bad_step.masked_fill(first, self.global_step + 1)
 
     def assert_finite(self) -> None:
-        """Raises RunError, on every process, where a loss or the network is not finite. Waits for the device."""
+        """Raises Diverged, on every process, where a loss or the network is not finite. Waits for the device."""
         states = [value for value in self.network.state_dict().values() if value.is_floating_point()]
         healthy = torch.stack([torch.isfinite(value).all() for value in states]).all()
         bad_step = torch.where((self.bad_step < 0) & ~healthy, self.global_step, self.bad_step).long()
@@ -101,7 +100,7 @@ class ImageClassifier(pl.LightningModule):
             self._refuse(what, step)
 
     def assert_finite_validation(self, loss: float) -> None:
-        """Raises RunError where the validation loss, already that of all processes, is not finite."""
+        """Raises Diverged where the validation loss, already that of all processes, is not finite."""
         if not math.isfinite(loss):
             self._refuse("the validation loss", self.global_step)
 
@@ -109,10 +108,12 @@ class ImageClassifier(pl.LightningModule):
         lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.optimizers().param_groups[0]["lr"]
         last = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt")
         kept = f"The last good checkpoint is kept: {last}." if last.exists() else "No checkpoint had been saved yet."
-        raise RunError(
-            f"{what} {DIVERGED} at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). {kept} "
-            "To go on, start over in another run_dir with a lower recipe.lr "
-            "or recipe.batch_size, with trainer.precision=32-true, or with another normalizer"
+        raise Diverged(
+            f"{what} became NaN or infinite at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
+            f"{kept} To go on, start over in another run_dir with a lower recipe.lr or recipe.batch_size, "
+            "with trainer.precision=32-true, or with another normalizer",
+            step,
+            self.current_epoch + 1,
         )
 
     def on_validation_epoch_start(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from onlinenorm.data import ImageDataModule
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
+from onlinenorm.records import run_path
 from onlinenorm.text import duration
 from onlinenorm.training.checkpoint import Checkpoints
 from onlinenorm.training.config_check import build, check_config, full_keys
@@ -25,7 +26,7 @@ from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
 from onlinenorm.training.progress import RunProgress
-from onlinenorm.training.run_folder import RunFolder, run_path
+from onlinenorm.training.run_folder import RunFolder
 from onlinenorm.training.trainer import resolve
 
 OK, WARN, FAIL = "ok", "warning", "FAIL"

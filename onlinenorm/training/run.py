@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 
 from onlinenorm.arguments import flatten
 from onlinenorm.data.workers import explain_worker_deaths
+from onlinenorm.records import run_path
 from onlinenorm.training import loggers
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
@@ -15,7 +16,7 @@ from onlinenorm.training.final_validation import build_results, final_validation
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import is_rank_zero
 from onlinenorm.training.probe import probe_batch, probe_data, probe_network, probe_normalizer
-from onlinenorm.training.run_folder import RunFolder, run_path
+from onlinenorm.training.run_folder import RunFolder
 from onlinenorm.training.trainer import quiet_lightning, resolve
 
 

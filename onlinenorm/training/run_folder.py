@@ -10,6 +10,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from onlinenorm.arguments import flatten
 from onlinenorm.errors import ConfigError, Interrupted, RunError
 from onlinenorm.files import write_atomically
 from onlinenorm.provenance import environment
-from onlinenorm.training.attempts import CONFIG, ENVIRONMENT, FAILED, keep_attempt, keep_epochs
+from onlinenorm.records import CONFIG, ENVIRONMENT, FAILURE, FAILURE_TEXT, Failure
+from onlinenorm.training.attempts import keep_attempt, keep_epochs
 from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
 from onlinenorm.training.own_code import changed_code, own_code, own_files
@@ -84,8 +86,8 @@ class RunFolder:
     def lock(self):
         """Context in which no other run may write here; raises RunError where one does already.
 
-        An error that ends it is left in failed.txt; when the run is started again that attempt is kept (`attempts`).
-        A run that was interrupted, or killed, has not failed.
+        An error that ends it is left in failed.json and, for people, failed.txt; when the run is started again that
+        attempt is kept (`attempts`). A run that was interrupted, or killed, has not failed.
         """
         if not self.rank_zero:
             yield
@@ -121,7 +123,8 @@ class RunFolder:
             except Exception as error:
                 if not isinstance(error, Interrupted):
                     with contextlib.suppress(RunError):  # on a full disk
-                        write_atomically(self.path / FAILED, "".join(traceback.format_exception_only(error)))
+                        write_atomically(self.path / FAILURE, json.dumps(asdict(Failure.of(error))) + "\n")
+                        write_atomically(self.path / FAILURE_TEXT, "".join(traceback.format_exception_only(error)))
                 raise
 
     def is_locked(self) -> bool:
@@ -191,14 +194,6 @@ class RunFolder:
             write_atomically(self.path / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             write_atomically(self.path / ENVIRONMENT, json.dumps({**now, "starts": starts}, indent=2) + "\n")
         return sum(start["resumed_from"] is not None for start in starts)
-
-
-def run_path(config: dict[str, Any]) -> Path:
-    """The folder of the run of a configuration."""
-    names = config["choices"]
-    if config["run_dir"]:
-        return Path(str(config["run_dir"])).expanduser()  # 2026 is a number to YAML
-    return Path("runs", names["experiment"], names["normalizer"], f"seed{config['seed']}")
 
 
 def _read(path: Path, parse: Callable[[str], Any], advice: str) -> dict[str, Any]:

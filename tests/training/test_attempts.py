@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from onlinenorm.errors import Interrupted, RunError
+from onlinenorm.errors import Diverged, Interrupted, RunError
 from onlinenorm.training import ImageClassifier
 from onlinenorm.training.attempts import former_attempts, keep_attempt
 from onlinenorm.training.run_folder import RunFolder
@@ -20,14 +20,15 @@ def test_each_failed_attempt_is_kept_with_its_records(tmp_path):
         with pytest.raises(RunError), folder.lock():
             folder.record_start({"recipe": {"lr": attempt}}, 1, None)
             (tmp_path / "metrics.csv").write_text(METRICS[: 15 + 6 * attempt])
-            raise RunError(f"the loss became NaN or infinite at step {attempt}")
+            raise Diverged(f"the loss became NaN or infinite at step {attempt}", attempt, 1)
     with folder.lock():
         folder.record_start({"recipe": {"lr": 3}}, 1, None)
-    assert [a["failure"] for a in former_attempts(tmp_path)] == [
-        f"onlinenorm.errors.RunError: the loss became NaN or infinite at step {k}" for k in range(3)
+    attempts = former_attempts(tmp_path)
+    assert [a["failure"] for a in attempts] == [f"the loss became NaN or infinite at step {k}" for k in range(3)]
+    assert [(a["kind"], a["step"], a["epoch"], a["epochs"]) for a in attempts] == [
+        ("diverged", k, 1, k) for k in range(3)
     ]
-    assert [a["epochs"] for a in former_attempts(tmp_path)] == [0, 1, 2]
-    assert not (tmp_path / "failed.txt").exists() and not (tmp_path / "metrics.csv").exists()
+    assert not any((tmp_path / name).exists() for name in ("failed.json", "failed.txt", "metrics.csv"))
     for k in range(3):
         kept = tmp_path / "attempts" / str(k + 1)
         assert (kept / "config.yaml").read_text() == f"recipe:\n  lr: {k}\n"
@@ -35,17 +36,17 @@ def test_each_failed_attempt_is_kept_with_its_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error, count", [("No space left on device", 0), ("the loss became NaN or infinite at step 9", 1)]
+    "error, count", [(RunError("No space left on device"), 0), (Diverged("the loss is not a number", 9, 2), 1)]
 )
 def test_a_failed_run_that_is_continued_is_another_attempt_only_where_it_diverged(tmp_path, error, count):
     folder = RunFolder(tmp_path)
     with pytest.raises(RunError), folder.lock():
         folder.record_start(CONFIG, 1, None)
-        raise RunError(error)
+        raise error
     with folder.lock():
         folder.record_start(CONFIG, 1, {"epoch": 1, "step": 0, "global_step": 9})
     assert len(former_attempts(tmp_path)) == count
-    assert error in (tmp_path / "attempts" / "1" / "failed.txt").read_text(), "its record is kept in any case"
+    assert str(error) in (tmp_path / "attempts" / "1" / "failed.txt").read_text(), "its record is kept in any case"
 
 
 def test_an_interrupted_run_is_one_attempt(tmp_path):
@@ -63,7 +64,13 @@ def test_epochs_whose_checkpoints_were_removed_are_kept_as_an_attempt(tmp_path):
     folder.record_start(CONFIG, 1, None)
     (tmp_path / "metrics.csv").write_text(METRICS)
     folder.record_start(CONFIG, 1, None)
-    assert former_attempts(tmp_path) == [{"folder": "attempts/1", "epochs": 2, "failure": None}]
+    (attempt,) = former_attempts(tmp_path)
+    assert (attempt["folder"], attempt["epochs"], attempt["kind"], attempt["failure"]) == (
+        "attempts/1",
+        2,
+        "stopped",
+        None,
+    )
     folder.record_start(CONFIG, 1, None)
     assert len(former_attempts(tmp_path)) == 1, "a start without epochs has left nothing to keep"
 
@@ -77,6 +84,23 @@ def test_a_start_that_was_killed_while_it_kept_an_attempt_does_not_double_it(tmp
     (tmp_path / "metrics.csv").write_text((kept / "metrics.csv").read_text())
     keep_attempt(tmp_path)
     assert len(former_attempts(tmp_path)) == 1 and not (tmp_path / "failed.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "text, kind", [("the loss became NaN or infinite at step 9 (epoch 2", "diverged"), ("x", "failed")]
+)
+def test_attempts_from_before_failed_json_count_alike(tmp_path, text, kind):
+    (tmp_path / "failed.txt").write_text(f"exit code 1\n{text}")
+    keep_attempt(tmp_path)
+    (attempt,) = former_attempts(tmp_path)
+    assert (attempt["kind"], attempt["failure"]) == (kind, text)
+
+
+def test_a_damaged_record_is_one_of_a_failure(tmp_path):
+    (tmp_path / "failed.json").write_text('{"kind": ')
+    keep_attempt(tmp_path)
+    (attempt,) = former_attempts(tmp_path)
+    assert (attempt["kind"], attempt["failure"]) == ("failed", "failed.json is damaged")
 
 
 def test_a_full_disk_loses_no_attempt(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from onlinenorm.errors import ConfigError, Interrupted, RunError
-from onlinenorm.training.run_folder import RunFolder, changed_keys, run_path
+from onlinenorm.records import run_path
+from onlinenorm.training.run_folder import RunFolder, changed_keys
 
 CONFIG = {"recipe": {"lr": 0.1}, "trainer": {"devices": 1, "precision": "32-true"}, "logger": {"_target_": "x"}}
 
