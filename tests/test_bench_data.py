@@ -3,7 +3,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from onlinenorm.data.gpu_cache import GpuCacheLoader
 from scripts.bench import jpeg_set, loaders
 from scripts.bench import loaders_table as report
 
@@ -38,6 +40,20 @@ def test_loaders_are_measured_beside_the_reference(tmp_path, capsys):
     assert page.split("\n\n")[1] in capsys.readouterr().out and f"{run['cores']} cores" in page
 
 
+def test_what_a_gpu_does_is_measured_apart(tmp_path):
+    """With the CPU as the device."""
+    device = torch.device("cpu")
+    jpeg_set.make_set(tmp_path, 4, 6, 6)
+    calls = {name: (call, images) for name, call, images in loaders.device_calls(tmp_path, 5, device)}
+    assert list(calls) == ["nvjpeg", "nvjpeg and crops", "crops alone"]
+    assert all(images == 5 for _, images in calls.values())
+    both, alone = (calls[name][0]() for name in ("nvjpeg and crops", "crops alone"))
+    assert both[0].shape == (5, 3, 224, 224) and torch.equal(both[0], alone)
+    cached = loaders.Ours(tmp_path, "torchvision", 2, 0, device, on_device=True, limit_train=4)
+    images, labels = next(iter(cached))
+    assert isinstance(cached.loader, GpuCacheLoader) and images.shape == (2, 3, 224, 224) and len(labels) == 2
+
+
 def test_the_page_names_what_is_short():
     def row(stage, provider, rate, **more):
         return {"stage": stage, "provider": provider, "workers": 2, "images_per_second": rate, "ratio": 2.0,
@@ -51,6 +67,7 @@ def test_the_page_names_what_is_short():
     }  # fmt: skip
     rates = [("batch", 1000.0), ("batch", 900.0), ("online_clamp", 1250.0)]
     training = {"device": "GPU", "rows": [{"normalizer": n, "images_per_second": rate} for n, rate in rates]}
+    run["rows"].append(row("loader", report.ON_DEVICE, 8e9))
     text = report.render({"runs": [run]}, training)
     start = "| GPU, 4 cores | nvjpeg | 1,300 | 2.00 | "
     assert f"{start}1,250 (resnet50, online_clamp) | 1.04 | short by 200 images/s |" in text

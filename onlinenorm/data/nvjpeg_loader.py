@@ -56,11 +56,11 @@ def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.de
     on_device = [n for n in range(len(labels)) if bounds[n + 1] > bounds[n]]
     if on_device:
         files = [encoded.data[bounds[n] : bounds[n + 1]] for n in on_device]
-        decoded, failed = _decode_all(files, device)
+        decoded, failed = decode_all(files, device)
         kept = [k for k in range(len(on_device)) if k not in failed]
         if kept:
             places = torch.tensor([on_device[k] for k in kept])
-            crops_NCHW = _crop_all([decoded[k] for k in kept], encoded.plans_N9[places], size)
+            crops_NCHW = crop_all([decoded[k] for k in kept], encoded.plans_N9[places], size)
             images_NCHW[to_device(places, device)] = crops_NCHW
         for k in failed:  # damaged, or a kind of JPEG that this GPU does not know: the CPU decoder has the last word
             n = on_device[k]
@@ -71,7 +71,7 @@ def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.de
     return (*batch, encoded.colour.to(device)) if len(encoded.colour) else batch
 
 
-def _decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor | None], set[int]]:
+def decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor | None], set[int]]:
     """Decoded images, 3 x H x W uint8, and the positions of those that could not be."""
     with warnings_lock, warnings.catch_warnings():
         # torchvision 0.29 announces a move to TorchCodec, whose decode_jpeg takes the same arguments
@@ -88,7 +88,7 @@ def _decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[t
     return decoded, {k for k, image in enumerate(decoded) if image is None}
 
 
-def _crop_all(images: list[torch.Tensor], plans_N9: torch.Tensor, size: int) -> torch.Tensor:
+def crop_all(images: list[torch.Tensor], plans_N9: torch.Tensor, size: int) -> torch.Tensor:
     """Each image's plan followed on its device, with the arithmetic of the CPU decoder: uint8, N x 3 x size x size."""
     sizes_N2 = np.array([image.shape[:0:-1] for image in images])
     starts = np.cumsum([0, *(image.numel() for image in images[:-1])])

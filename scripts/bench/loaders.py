@@ -33,9 +33,10 @@ from onlinenorm.data import ImageNet
 from onlinenorm.data.decoders import DECODERS
 from scripts.bench import loaders_table
 from scripts.bench.jpeg_set import make_set
-from scripts.bench.loaders_table import REFERENCE
+from scripts.bench.loaders_table import ON_DEVICE, REFERENCE
 
 RESULTS = ROOT / "results" / "bench_data.json"
+CACHED = 8192  # images on the device, some 5 GB
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -44,11 +45,11 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 class Ours:
     """This project's loader with a decoder: batches as training gets them, over and over the epochs."""
 
-    def __init__(self, root: Path, decoder: str, batch: int, workers: int, device: torch.device, share: float = 1.0):
+    def __init__(self, root: Path, decoder: str, batch: int, workers: int, device: torch.device, **arguments):
         self.device = device
         self.data = ImageNet(
-            root=str(root), decoder=decoder, device_fraction=share, batch_size=batch, num_workers=workers,
-            augmentation="random_resized_crop",
+            root=str(root), decoder=decoder, batch_size=batch, num_workers=workers, augmentation="random_resized_crop",
+            **arguments,
         )  # fmt: skip
         self.data.setup()
         self.loader = self.data.train_dataloader()
@@ -169,20 +170,39 @@ def decode_rows(root: Path, options: argparse.Namespace) -> list[dict]:
                 done += 1
             rates[name].append(done / (time.process_time() - start))
     if options.device.type == "cuda":
-        rates["nvjpeg"] = [_nvjpeg_rate(dataset, count, options) for _ in range(options.rounds)]
+        for _ in range(options.rounds):
+            for name, call, images in device_calls(root, options.batch, options.device):
+                rates.setdefault(name, []).append(_call_rate(call, images, options))
     return [_row("decode", name, found, found, rates[REFERENCE], workers=0) for name, found in rates.items()]
 
 
-def _nvjpeg_rate(dataset, count: int, options: argparse.Namespace) -> float:
-    from onlinenorm.data.nvjpeg_loader import _decode_all
+def device_calls(root: Path, batch: int, device: torch.device) -> Iterator[tuple[str, Callable[[], object], int]]:
+    """(name, work of a GPU on one batch whose files are read, images): decoding, decoding and crops, crops alone."""
+    from onlinenorm.data.nvjpeg_loader import crop_all, decode_all, decode_batch
 
-    files = [torch.frombuffer(bytearray(dataset.index.read(i)), dtype=torch.uint8).pin_memory() for i in range(count)]
-    _decode_all(files, options.device)
+    data = ImageNet(root=str(root), decoder="nvjpeg", augmentation="random_resized_crop", num_workers=0)
+    data.setup()
+    dataset = data._sets[0]
+    count = min(len(dataset), batch)
+    encoded = dataset.__getitems__([(0, i) for i in range(count)])
+    if device.type == "cuda":
+        encoded = encoded._replace(data=encoded.data.pin_memory())
+    bounds = encoded.bounds.tolist()
+    files = [encoded.data[first:end] for first, end in itertools.pairwise(bounds) if end > first]
+    plans_N9 = encoded.plans_N9[encoded.bounds.diff() > 0]
+    decoded, _ = decode_all(files, device)
+    yield "nvjpeg", lambda: decode_all(files, device), len(files)
+    yield "nvjpeg and crops", lambda: decode_batch(encoded, dataset, device), count
+    yield "crops alone", lambda: crop_all(decoded, plans_N9, dataset.crop_size), len(files)
+
+
+def _call_rate(call: Callable[[], object], images: int, options: argparse.Namespace) -> float:
+    call()
     _wait(options.device)
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < options.seconds / 2:
-        _decode_all(files, options.device)
-        done += count
+        call()
+        done += images
     _wait(options.device)
     return done / (time.perf_counter() - start)
 
@@ -194,7 +214,8 @@ def providers(root: Path, options: argparse.Namespace) -> dict[str, Callable[[],
     found |= {decoder: (lambda d=decoder: Ours(root, d, *rest)) for decoder in DECODERS}
     if options.device.type == "cuda":
         found["nvjpeg"] = lambda: Ours(root, "nvjpeg", *rest)
-        found["nvjpeg, 70 %"] = lambda: Ours(root, "nvjpeg", *rest, share=0.7)
+        found["nvjpeg, 70 %"] = lambda: Ours(root, "nvjpeg", *rest, device_fraction=0.7)
+        found[ON_DEVICE] = lambda: Ours(root, "torchvision", *rest, on_device=True, limit_train=CACHED)
     try:
         metadata.version("timm")
         found["timm"] = lambda: timm_loader(root, *rest)
