@@ -18,6 +18,7 @@ from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
 from onlinenorm.data.gpu_cache import GpuCacheLoader
 from onlinenorm.data.index import name_few
 from onlinenorm.data.limits import RULE, proportional
+from onlinenorm.data.network_input import NetworkInput
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.nvjpeg_loader import NvjpegLoader
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
@@ -73,7 +74,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     Attributes: name, scale, num_classes, in_channels, class_names, train_images, val_images, fingerprint, unreadable
     (paths of images that this process skipped, in order of appearance), replaced (paths of files that got another size
-    between two starts of a run); both are kept in checkpoints.
+    between two starts of a run); both are kept in checkpoints. raw_training: may be set where the training step itself
+    calls `network_input`; training batches then stay uint8.
     """
 
     root: str | None = None
@@ -119,7 +121,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._resumed = (0, 0)
         self._train_sampler: GlobalBatchSampler | None = None
         self._fits = False
-        self._statistics: dict[torch.device, list[torch.Tensor]] = {}
+        self.raw_training = False
 
     # what a kind of dataset provides
 
@@ -151,6 +153,11 @@ class ImageDataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     # description
+
+    @functools.cached_property
+    def network_input(self) -> NetworkInput:
+        """What makes the network's input of a batch's uint8 images."""
+        return NetworkInput(*self.mean_std, self.image_size, self.in_channels)
 
     @functools.cached_property
     def _sets(self) -> tuple[AnyDataset, AnyDataset]:
@@ -289,20 +296,10 @@ class ImageDataModule(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         """uint8 to normalised float32 of the network's size and channels, on the batch's device."""
+        if self.raw_training and self.trainer.training:
+            return batch
         images, labels, indices, *colour = batch
-        crops = images.shape[1] if images.dim() == 5 else None
-        x_NCHW = images.flatten(0, 1) if crops else images
-        mean_C11, std_C11, scale_C11, shift_C11 = self._statistics_on(images.device)
-        if colour:
-            shift_C11 = (colour[0][:, :, None, None] - mean_C11) / std_C11  # now of each image
-        x_NCHW = torch.addcmul(shift_C11, x_NCHW, scale_C11)  # (x / 255 + colour - mean) / std in one pass
-        if x_NCHW.shape[-1] != self.image_size:
-            x_NCHW = torch.nn.functional.interpolate(
-                x_NCHW, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
-            )
-        if x_NCHW.shape[1] != self.in_channels:
-            x_NCHW = x_NCHW.repeat(1, self.in_channels, 1, 1)
-        return (x_NCHW.unflatten(0, (-1, crops)) if crops else x_NCHW), labels, indices
+        return self.network_input(images, *colour), labels, indices
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: images found unreadable or replaced so far. Order and augmentation need no state."""
@@ -312,13 +309,6 @@ class ImageDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.unreadable = [str(path) for path in state_dict.get("unreadable", [])]
         self.replaced = [str(path) for path in state_dict.get("replaced", [])]
-
-    def _statistics_on(self, device: torch.device) -> list[torch.Tensor]:
-        # kept on the device: a copy from the host at every batch would wait for the GPU
-        if device not in self._statistics:
-            mean_C11, std_C11 = (torch.tensor(values, device=device)[:, None, None] for values in self.mean_std)
-            self._statistics[device] = [mean_C11, std_C11, 1.0 / (255.0 * std_C11), -mean_C11 / std_C11]
-        return self._statistics[device]
 
     def _process(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
