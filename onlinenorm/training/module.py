@@ -81,7 +81,17 @@ class ImageClassifier(pl.LightningModule):
 
     def graph_steps(self) -> None:
         """Has training steps replayed as CUDA graphs from the next one on."""
-        self.graph = GraphedStep(self, _step, self.trainer.accumulate_grad_batches > 1)
+        data, step = self.trainer.datamodule, _step
+        if data.augmentation != "scale_jitter":  # whose colours are another input
+            # a quarter of the bytes goes to the graph, which makes the network's input itself
+            data.raw_training = True
+
+            def step(forward, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+                with torch.autocast(images.device.type, enabled=False):
+                    ready = data.network_input(images)
+                return _step(forward, ready, labels)
+
+        self.graph = GraphedStep(self, step, self.trainer.accumulate_grad_batches > 1)
 
     def _watch(self, loss: Tensor) -> None:
         # the step of the first loss that is not finite, found without asking the device

@@ -3,19 +3,55 @@
 from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from tests_training import outcome
 
 from onlinenorm import models
+from onlinenorm.data import Synthetic
 from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import OnlineNorm2d
 from onlinenorm.training.cuda_graph import GraphedStep
-from onlinenorm.training.module import _step
+from onlinenorm.training.module import ImageClassifier, _step
+from onlinenorm.training.recipe import Recipe
+from onlinenorm.training.trainer import TrainingGraph
 
 
 def test_without_a_gpu_it_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"trainer\.cuda_graph: CUDA graphs need an NVIDIA GPU"):
         run(tmp_path, "trainer.cuda_graph=true")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice on loggers and numbers of workers
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("augmentation", ["pad_crop", "random_resized_crop", "scale_jitter"])
+def test_bytes_go_to_the_graph(monkeypatch, augmentation):
+    """What is captured makes the network's input itself, and the weights are those of a run without; on the CPU."""
+
+    class Eager:
+        def __init__(self, module, step, accumulates):
+            self.module, self.step = module, step
+
+        def __call__(self, images, labels):
+            dtypes.append(images.dtype)
+            return self.step(self.module, images, labels)
+
+    def train(callbacks):
+        torch.manual_seed(0)
+        data = Synthetic(num_train=32, num_val=16, batch_size=8, image_size=16, augmentation=augmentation)
+        module = ImageClassifier(models.cifar_resnet8(OnlineNorm2d), Recipe(epochs=2, batch_size=8))
+        pl.Trainer(
+            accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False, callbacks=callbacks,
+        ).fit(module, data)  # fmt: skip
+        return module.network.state_dict()
+
+    dtypes = []
+    plain = train([])
+    monkeypatch.setattr("onlinenorm.training.module.GraphedStep", Eager)
+    graphed = train([TrainingGraph()])
+    assert set(dtypes) == {torch.float32 if augmentation == "scale_jitter" else torch.uint8} and len(dtypes) == 8
+    assert all(torch.equal(graphed[name], value) for name, value in plain.items())
 
 
 @pytest.mark.gpu
