@@ -27,7 +27,7 @@ FILES = (
     "tests/ops/test_fused.py", "tests/ops/test_fused_single_read.py", "tests/ops/test_fused_max_pool.py",
     "tests/ops/test_fused_training.py", "tests/ops/test_range.py", "tests/training/test_cuda_graph.py",
     "tests/normalizers/test_loss_scale.py", "tests/data/test_nvjpeg.py", "tests/data/test_resize.py",
-    "tests/deploy/test_audit.py", "tests/deploy/test_predict.py",
+    "tests/data/test_gpu_cache.py", "tests/deploy/test_audit.py", "tests/deploy/test_predict.py",
     "tests/training/test_resume.py::test_deterministic_runs_on_a_gpu_continue_with_the_same_bits",
 )  # fmt: skip
 NOT_RUN = "not run"
