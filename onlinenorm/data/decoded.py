@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,8 @@ from onlinenorm.data.datasets import FolderDataset, InMemoryDataset
 from onlinenorm.data.decoders import decode_whole, named_warnings
 from onlinenorm.data.index_cache import Arrays, cached_arrays
 from onlinenorm.data.jpeg_header import read_frame
+from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
+from onlinenorm.data.nvjpeg_loader import decode_all
 from onlinenorm.data.sampler import Request, split_requests
 from onlinenorm.data.workers import worker_loader
 from onlinenorm.errors import ArgumentError, DataError
@@ -30,10 +32,15 @@ log = logging.getLogger(__name__)
 
 _FORMAT = "onlinenorm decoded 1"
 _TOGETHER = 4  # images that a worker sends at once
+_NVJPEG_TOGETHER = 64  # that a GPU decodes at once
 _SAMPLE = 1000  # images of which the space of all is judged before any is decoded
 _THREADS = 16  # that read headers
 _TELL_EVERY = 5.0  # seconds
 _PIECE = 1 << 26  # bytes copied at once
+
+
+Allocate = Callable[[int], torch.Tensor]
+Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pixels of some images, their sizes, whether of torch
 
 
 class DecodedImages(NamedTuple):
@@ -50,7 +57,7 @@ class DecodedImages(NamedTuple):
 
 
 class _WholeImages(Dataset):
-    """Images of a FolderDataset, decoded only: (pixels, sizes, whether of torch) of a list of requests."""
+    """Images of a FolderDataset, decoded only: a `Piece` of a list of requests."""
 
     def __init__(self, dataset: FolderDataset):
         self.dataset = dataset
@@ -58,7 +65,7 @@ class _WholeImages(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __getitems__(self, requests: list[Request]) -> Piece:
         pixels, sizes, of_torch = [], [], []
         for index in split_requests(requests)[1].tolist():
             try:
@@ -84,19 +91,24 @@ def in_memory_images(dataset: InMemoryDataset, device: torch.device) -> DecodedI
     return DecodedImages(images_NCHW.to(device).flatten(), starts_N, sizes_N2, np.ones(count, dtype=bool))
 
 
-def decode_images(dataset: FolderDataset, workers: int, allocate: Callable[[int], torch.Tensor]) -> DecodedImages:
+def decode_images(dataset: FolderDataset, workers: int, device: torch.device, allocate: Allocate) -> DecodedImages:
     """Decodes every image of a set once.
 
     Args:
         dataset: the files and the decoder.
         workers: processes that decode; 0: this one does.
+        device: the GPU that decodes where the decoder is nvjpeg.
         allocate: bytes -> the uint8 tensor to fill.
     """
     count = len(dataset)
     pixels_B = allocate(_bytes(header_sizes(dataset, np.arange(count))))
     requests = [[(0, i) for i in range(first, min(first + _TOGETHER, count))] for first in range(0, count, _TOGETHER)]
+    if isinstance(dataset, NvjpegDataset):
+        pieces = _nvjpeg_pieces(dataset, device)
+    else:
+        pieces = worker_loader(_WholeImages(dataset), requests, workers)
     sizes, of_torch, at, told = [], [], 0, time.monotonic()
-    for data, sizes_M2, of_torch_M in worker_loader(_WholeImages(dataset), requests, workers):
+    for data, sizes_M2, of_torch_M in pieces:
         pixels_B[at : at + len(data)].copy_(data, non_blocking=True)
         at += len(data)
         sizes += sizes_M2.tolist()
@@ -109,14 +121,37 @@ def decode_images(dataset: FolderDataset, workers: int, allocate: Callable[[int]
     return DecodedImages(pixels_B, starts_N, sizes_N2, np.array(of_torch))
 
 
-def kept_images(dataset: FolderDataset, workers: int) -> DecodedImages:
+def _nvjpeg_pieces(dataset: NvjpegDataset, device: torch.device) -> Iterator[Piece]:
+    """What the GPU decodes, some images at a time, and in its place what the workers would decode."""
+    on_cpu = _WholeImages(dataset)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for first in range(0, len(dataset), _NVJPEG_TOGETHER):
+            indices = range(first, min(first + _NVJPEG_TOGETHER, len(dataset)))
+            files = dict(zip(indices, pool.map(dataset.file_for_device, indices), strict=True))
+            sent = [i for i in indices if files[i]]
+            images: list[torch.Tensor | None] = []
+            if sent:
+                images, _ = decode_all([torch.frombuffer(bytearray(files[i]), dtype=torch.uint8) for i in sent], device)
+            by_index = dict(zip(sent, images, strict=True))
+            for i in indices:
+                image_CHW = by_index.get(i)
+                if image_CHW is None:
+                    yield on_cpu.__getitems__([(0, i)])
+                else:
+                    yield image_CHW.flatten(), torch.tensor([image_CHW.shape[:0:-1]]), torch.tensor([True])
+
+
+def kept_images(dataset: FolderDataset, workers: int, device: torch.device) -> DecodedImages:
     """`decode_images` into a file beside the index, in the user's cache folder, or from there if nothing has changed.
 
     Raises DataError where it cannot be written.
     """
     index, decoder = dataset.index, dataset.decoder
-    versions = torch.__version__, torchvision.__version__, PIL.__version__
-    digest = hashlib.sha256(repr((_FORMAT, decoder, versions, index.modified_ns)).encode())
+    what: tuple = _FORMAT, torch.__version__, torchvision.__version__, PIL.__version__, index.modified_ns
+    if isinstance(dataset, NvjpegDataset):
+        decoder = "nvjpeg"  # whose pixels are those of a kind of GPU
+        what += dataset.device_fraction, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    digest = hashlib.sha256(repr((*what, decoder)).encode())
     index.update_digest(digest)
     key, place = digest.hexdigest(), hashlib.sha256(os.fsencode(index.folder)).hexdigest()[:16]
     name = f"decoded-{index.folder.name}-{decoder}"
@@ -127,7 +162,7 @@ def kept_images(dataset: FolderDataset, workers: int) -> DecodedImages:
             former.unlink(missing_ok=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial:
-            made = decode_images(dataset, workers, lambda size: _mapped(partial, "w+", size))
+            made = decode_images(dataset, workers, device, lambda size: _mapped(partial, "w+", size))
         return {"starts": made.starts_N, "sizes": made.sizes_N2, "of_torch": made.of_torch_N}
 
     def holds(arrays: Arrays) -> bool:

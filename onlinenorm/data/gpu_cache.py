@@ -62,10 +62,10 @@ class GpuCacheLoader:
             self._crop_size = int(images.sizes_N2[0, 0])
         else:
             if self.keep:
-                images = decoded.on_device(decoded.kept_images(dataset, self.workers), device)
+                images = decoded.on_device(decoded.kept_images(dataset, self.workers, device), device)
             else:
                 images = decoded.decode_images(
-                    dataset, self.workers, lambda size: torch.empty(size, dtype=torch.uint8, device=device)
+                    dataset, self.workers, device, lambda size: torch.empty(size, dtype=torch.uint8, device=device)
                 )
             self._channels, self._crop_size = 3, dataset.crop_size
             shown_N = _readable(dataset, images)

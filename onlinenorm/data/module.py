@@ -255,7 +255,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.on_device and self.keep_decoded and folders:
             self._check_on_device()
             for dataset in folders:
-                kept_images(dataset, self._workers())
+                kept_images(dataset, self._workers(), self._device())
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the sets; may be called again at no cost, and before a Trainer exists."""
@@ -274,7 +274,9 @@ class ImageDataModule(pl.LightningDataModule):
             self.train_images, self.batch_size, self.seed, rank, world_size, accumulate, *self._resumed
         )
         loader = self._loader(self._sets[0], self._train_sampler)
-        return NvjpegLoader(loader, self._gpu()) if isinstance(self._sets[0], NvjpegDataset) else loader
+        if isinstance(loader, GpuCacheLoader) or not isinstance(self._sets[0], NvjpegDataset):
+            return loader
+        return NvjpegLoader(loader, self._gpu())
 
     def val_dataloader(self) -> DataLoader | GpuCacheLoader:
         rank, world_size = self._process()
@@ -339,17 +341,13 @@ class ImageDataModule(pl.LightningDataModule):
         return share_of_cores(getattr(self.trainer, "num_devices", 1)) if chosen is None else chosen
 
     def _check_on_device(self) -> None:
-        if isinstance(self._sets[0], NvjpegDataset):
-            raise ArgumentError(
-                "on_device",
-                "images are decoded once, by decoder pillow or torchvision, not nvjpeg; use "
-                "data.decoder=torchvision, or data.on_device=false",
-            )
         if not self._fits:
             check_fits(self._sets, self._device(), self.name)
             self._fits = True  # asked once: what is loaded by then is no longer free
 
     def _device(self) -> torch.device:
+        if isinstance(self._sets[0], NvjpegDataset):
+            return self._gpu()
         if self.trainer is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return self.trainer.strategy.root_device

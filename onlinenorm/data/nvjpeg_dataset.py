@@ -60,13 +60,12 @@ class NvjpegDataset(FolderDataset):
     def __getitems__(self, requests: list[Request]) -> EncodedBatch:
         epochs, indices = split_requests(requests)
         draws_NK = uniforms(self.seed, epochs, indices, DRAWS)
-        chosen_N = (hash64(0, CONTENT, indices) >> np.uint64(11)) * 2.0**-53 < self.device_fraction
         labels = self.index.labels[indices].astype(np.int64)
         reported = indices.copy()
         plans_N9 = np.zeros((len(indices), 9), dtype=np.int32)
         files, rows, crops = [], [], []
         for n, index in enumerate(indices.tolist()):
-            data = self._for_device(index) if chosen_N[n] else b""
+            data = self.file_for_device(index)
             files.append(data)
             if data:
                 frame = read_frame(data)
@@ -94,10 +93,16 @@ class NvjpegDataset(FolderDataset):
         draws_NK = uniforms(self.seed, epoch, np.array([index]), DRAWS)
         return self.readable(index, draws_NK[0])
 
-    def _for_device(self, index: int) -> bytes:
+    def file_for_device(self, index: int) -> bytes:
         """The file, or nothing where it cannot be read or is not for the GPU."""
+        if self.device_fraction < 1.0 and _fraction_of(index) >= self.device_fraction:
+            return b""
         try:
             data = self.index.read(index)
         except OSError:
             return b""
         return data if suits_device(read_frame(data)) else b""
+
+
+def _fraction_of(index: int) -> float:
+    return float(hash64(0, CONTENT, index)[0] >> np.uint64(11)) * 2.0**-53

@@ -210,9 +210,23 @@ def test_sizes_of_a_sample_stand_for_all(tree, monkeypatch):
         decoded.check_fits(data._sets, torch.device(DEVICE), "set")
 
 
-def test_nvjpeg_is_not_needed_to_decode_once(tree):
-    with pytest.raises(ValueError, match=r"^on_device: .* not nvjpeg; use data.decoder=torchvision"):
-        folders(tree, decoder="nvjpeg", on_device=True).train_dataloader()
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_nvjpeg_decodes_what_it_would_decode_in_training(tree, cache, monkeypatch, fraction):
+    break_files(tree)
+    monkeypatch.setattr(ImageNet, "_gpu", lambda self: torch.device(DEVICE))
+    arguments = {"decoder": "nvjpeg", "device_fraction": fraction, "augmentation": "random_resized_crop"}
+    ours = batches(folders(tree, **arguments, on_device=True))
+    for a, b in zip(ours, batches(folders(tree, **arguments)), strict=True):
+        assert all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(a, b, strict=True))
+    kept = batches(folders(tree, **arguments, on_device=True, keep_decoded=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(ours, kept, strict=True))
+    assert list(cache.glob("decoded-train-nvjpeg-*.u8"))
+
+
+def test_nvjpeg_needs_a_gpu_to_decode_once_too(tree):
+    if not ON_GPU:
+        with pytest.raises(ValueError, match=r"^decoder: nvjpeg decodes on an NVIDIA GPU"):
+            folders(tree, decoder="nvjpeg", on_device=True).train_dataloader()
 
 
 def test_long_decoding_is_told(tree, monkeypatch, caplog):

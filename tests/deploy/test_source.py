@@ -54,6 +54,14 @@ def test_backend_of_another_machine_does_not_matter(clamp_run, copied):
     assert {m.backend for m in trained.network.modules() if isinstance(m, OnlineNorm)} == {"auto"}
 
 
+def test_images_of_a_run_with_its_set_on_the_device_are_read_from_where_they_lie(clamp_run, copied):
+    folder = copied(clamp_run)
+    edit_config(folder, lambda config: config["data"].update(on_device=True))
+    ours, theirs = (validation_batches(load_trained(run), 6, torch.device("cpu")) for run in (folder, clamp_run))
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def test_dataset_may_be_elsewhere(clamp_run, copied, tmp_path):
     folder = copied(clamp_run)
     edit_config(folder, lambda config: config["data"].update(embedded=False))
