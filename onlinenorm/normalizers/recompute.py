@@ -4,7 +4,8 @@ A checkpointed region runs a first time without keeping its activations, and aga
 pass moves the statistics, as without checkpointing; a repetition starts from where the first pass started, on copies.
 What identifies a region is the object that torch keeps for it as long as its graph lives: the frame of non-reentrant
 checkpointing, found in the hooks on saved tensors that are active in both passes, or the ``ctx`` of an
-``autograd.Function`` that runs the layer in its forward and again in its backward, as reentrant checkpointing does.
+``autograd.Function`` that runs the layer in its forward and again in its backward, as reentrant checkpointing does. Of
+a Function with ``setup_context`` there is no ``ctx`` yet while its forward runs.
 """
 
 import inspect
@@ -12,15 +13,19 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import BackwardCFunction, Function
 
 from onlinenorm.normalizers.batch_sizes import Sizes
 
 _graph = torch._C._autograd
+_BACKWARD = {  # frames of these run the backward of the Function whose ``ctx`` they are given
+    method.__code__ for name in ("apply", "apply_boxed") if (method := getattr(BackwardCFunction, name, None))
+}
 
 
 class Start(NamedTuple):
@@ -56,7 +61,7 @@ def starting_point(layer: nn.Module, first: Callable[[], Start]) -> Start:
     """Where this pass of ``layer`` starts from: ``first()``, the layer's own statistics, or copies of earlier ones.
 
     Copies also under ``torch.no_grad()``, where nothing moves. Raises RuntimeError where a region is repeated in which
-    the layer had no training pass.
+    the layer had no training pass, or where it cannot be told which passes a region repeats.
     """
     learns, inside_backward = torch.is_grad_enabled(), torch._C._current_graph_task_id() != -1
     if learns and not inside_backward and _graph._top_saved_tensors_default_hooks(False) is None:
@@ -74,6 +79,18 @@ def starting_point(layer: nn.Module, first: Callable[[], Start]) -> Start:
         raise RuntimeError(
             f"{type(layer).__name__}: activation checkpointing repeats in training mode a region in which the layer "
             "had no training pass; call backward before train() or eval(), and compile all of a region or nothing"
+        )
+    elif learns and isinstance(repeated, BackwardCFunction) and _hides_its_context(repeated):
+        raise RuntimeError(
+            f"{type(layer).__name__}: the autograd.Function {repeated._forward_cls.__name__} runs the layer in its "
+            "backward, and as its forward has no ctx, from which statistics it should start cannot be told; define "
+            "forward(ctx, ...) in place of setup_context, or use torch.utils.checkpoint"
+        )
+    elif passes is not None and isinstance(repeated, BackwardCFunction):
+        raise RuntimeError(
+            f"{type(layer).__name__}: the layer runs under torch.no_grad() in a region that reentrant checkpointing "
+            "repeats, and whose first run, all under no_grad, has counted that batch too; use use_reentrant=False, or "
+            "take this call out of the region"
         )
     else:
         start = first()
@@ -107,16 +124,31 @@ def _hooked_regions() -> tuple[list[object], object | None]:
 
 def _functions_on_the_stack() -> tuple[list[object], object | None]:
     """``ctx`` of the autograd.Functions that run this call in their forward, and of the one that does in backward."""
-    entered: list[object] = []
+    contexts: list[BackwardCFunction] = []
     frame = sys._getframe()
     while frame is not None:
-        code = frame.f_code
-        if code.co_name in ("forward", "backward") and code.co_argcount:
-            ctx = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(ctx, BackwardCFunction):
-                if code.co_name == "backward":
-                    return entered, ctx
-                if ctx.next_functions:  # autograd will want the gradient
-                    entered.append(ctx)
+        ctx = _first_argument(frame)
+        if isinstance(ctx, BackwardCFunction):
+            if frame.f_code in _BACKWARD:
+                return _entered(contexts, ctx), ctx
+            contexts.append(ctx)
         frame = frame.f_back
-    return entered, None
+    return _entered(contexts), None
+
+
+def _first_argument(frame: FrameType) -> object:
+    code = frame.f_code
+    if code.co_argcount:
+        return frame.f_locals.get(code.co_varnames[0])
+    if code.co_flags & inspect.CO_VARARGS:
+        return next(iter(frame.f_locals.get(code.co_varnames[code.co_kwonlyargcount], ())), None)
+    return None
+
+
+def _entered(contexts: list[BackwardCFunction], repeated: BackwardCFunction | None = None) -> list[object]:
+    """Each once, but for the one repeated and those whose gradient autograd will not want."""
+    return [ctx for ctx in dict.fromkeys(contexts) if ctx is not repeated and ctx.next_functions]
+
+
+def _hides_its_context(ctx: BackwardCFunction) -> bool:
+    return ctx._forward_cls.setup_context is not Function.setup_context

@@ -126,6 +126,74 @@ def test_an_evaluation_through_a_region_learns_nothing():
     assert torch.equal(layer.running_mean, once.running_mean) and torch.equal(layer.control_u, once.control_u)
 
 
+class OfNamelessArguments(torch.autograd.Function):
+    """A checkpoint of one's own, as decorators leave them: no argument is called ctx."""
+
+    @staticmethod
+    def forward(*arguments):
+        ctx, x, run, *parameters = arguments
+        ctx.run, ctx.parameters = run, parameters
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    def backward(*arguments):
+        ctx, gradient = arguments
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        first, *others = torch.autograd.grad(y, (x, *ctx.parameters), gradient)
+        return first, None, *others
+
+
+class WithSetupContext(torch.autograd.Function):
+    @staticmethod
+    def forward(x, run, *parameters):
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.run, *ctx.parameters = inputs
+        ctx.save_for_backward(x)
+
+    backward = OfNamelessArguments.backward
+
+
+def two_passes(run, parameters):
+    generator = torch.Generator().manual_seed(2)
+    views = [torch.randn(4, 3, 3, 3, generator=generator).double().add(1).requires_grad_() for _ in range(2)]
+    sum((run(x) - 1).square().sum() for x in views).backward()
+    return [x.grad for x in views] + [p.grad for p in parameters]
+
+
+def test_functions_of_ones_own_that_repeat_a_pass():
+    plain = block(OnlineNorm2d(3, alpha_fwd=0.9, backend="torch"))
+    recomputed, refused = copy.deepcopy(plain), copy.deepcopy(plain)
+    expected = two_passes(plain, plain.parameters())
+    run = lambda x: OfNamelessArguments.apply(x, recomputed, *recomputed.parameters())  # noqa: E731
+    torch.testing.assert_close(two_passes(run, recomputed.parameters()), expected)
+    torch.testing.assert_close(recomputed.state_dict(), plain.state_dict())
+    before = copy.deepcopy(refused.state_dict())
+    run = lambda x: WithSetupContext.apply(x, refused, *refused.parameters())  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"^OnlineNorm2d: the autograd.Function WithSetupContext .* define forward"):
+        two_passes(run, refused.parameters())
+    torch.testing.assert_close(refused.state_dict(), before)
+
+
+def test_a_look_ahead_in_a_reentrant_region_is_told():
+    """Its first run is all under no_grad, in which the look cannot be told from the pass that learns."""
+    layer = OnlineNorm2d(3)
+
+    def looks_first(x):
+        with torch.no_grad():
+            ahead = layer(x)
+        return layer(x) + ahead
+
+    y = checkpoint(looks_first, torch.randn(4, 3, 2, 2, requires_grad=True), use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"^OnlineNorm2d: .* under torch.no_grad\(\) .* use use_reentrant=False"):
+        y.sum().backward()
+
+
 def test_a_region_of_another_mode_is_told():
     layer = OnlineNorm2d(3).eval()
     y = checkpoint(layer, torch.randn(4, 3, 2, 2, requires_grad=True), use_reentrant=False)
