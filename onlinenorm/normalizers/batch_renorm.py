@@ -10,13 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from onlinenorm.arguments import check_int
 from onlinenorm.errors import ArgumentError
 from onlinenorm.normalizers.precision import FullPrecision
-from onlinenorm.normalizers.transforms import traced_as_leaf
+from onlinenorm.normalizers.transforms import LeafOfGraphs
 
 # The schedule of the paper, which has momentum 0.01, in time constants of the moving statistics, 1 / momentum batches.
 WARMUP, R_MAX_REACHED, D_MAX_REACHED = 50, 400, 250
 
 
-class _BatchRenorm(FullPrecision, _BatchNorm):
+class _BatchRenorm(LeafOfGraphs, FullPrecision, _BatchNorm):
     def __init__(
         self,
         num_features: int,
@@ -60,9 +60,8 @@ class _BatchRenorm(FullPrecision, _BatchNorm):
         return ((steps - self.warmup_steps) / (last - self.warmup_steps)).clamp(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            return traced_as_leaf(self, x)
         self._check_input_dim(x)
+        self._check_state()
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:

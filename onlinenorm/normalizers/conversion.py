@@ -11,7 +11,6 @@ from onlinenorm.arguments import check_choice
 from onlinenorm.errors import ArgumentError
 from onlinenorm.normalizers.online_norm import OnlineNorm, OnlineNorm1d, OnlineNorm2d
 from onlinenorm.normalizers.sync_batch_norm import SyncBatchNorm2d
-from onlinenorm.normalizers.transforms import traced_as_leaf
 
 _FROM_THE_LAYER = ("num_features", "eps", "affine", "device", "dtype")
 _BUFFERS = {_BatchNorm: {"running_mean", "running_var", "num_batches_tracked"},
@@ -35,8 +34,6 @@ class OnlineNormAct2d(OnlineNorm2d):
     drop: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            return traced_as_leaf(self, x)
         if isinstance(self.act, nn.ReLU) and isinstance(self.drop, nn.Identity):
             return super().forward(x, relu=True)
         return self.act(self.drop(super().forward(x)))

@@ -16,23 +16,33 @@ from onlinenorm.normalizers.batch_sizes import Sizes, exchanged_sizes
 from onlinenorm.normalizers.dependence import PROCESSES
 from onlinenorm.normalizers.precision import FullPrecision
 from onlinenorm.normalizers.recompute import Start, starting_point
-from onlinenorm.normalizers.transforms import check_training_is_differentiated_once, traced_as_leaf
+from onlinenorm.normalizers.transforms import LeafOfGraphs, check_training_is_differentiated_once
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS, NormSpec, backend_module
 from onlinenorm.ops.repetition import with_known_start
 
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("global", "local")
+_CHOICES = {"error_compensation": ERROR_COMPENSATIONS, "backend": ("auto", *BACKENDS), "statistics": STATISTICS}
+_RANGES = {
+    "alpha_fwd": (0, 1),
+    "alpha_bkw": (0, 1),
+    "eps": (0, math.inf),
+    "clamp_value": (0, math.inf),
+    "layer_scaling_eps": (0, math.inf),
+    "gradient_scale": (0, math.inf),
+}
 
 
-def _inside(key: str, value: float, low: float, high: float) -> float:
+def _inside(key: str, value: float | Tensor, low: float, high: float) -> float:
     """``value`` as a float strictly between the bounds."""
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
         raise ArgumentError(key, f"{value!r} must be a number with {low:g} < {key} < {high:g}")
     return float(value)
 
 
-class OnlineNorm(FullPrecision):
+class OnlineNorm(LeafOfGraphs, FullPrecision):
     """What OnlineNorm1d and OnlineNorm2d share; use those."""
 
     fuses_residual = True
@@ -59,28 +69,17 @@ class OnlineNorm(FullPrecision):
         dtype=None,
     ):
         super().__init__()
-        infinity = float("inf")
         if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
             raise ArgumentError("num_features", f"{num_features!r} must be a whole number of channels, at least 1")
         self.num_features = num_features
-        self.alpha_fwd = _inside("alpha_fwd", alpha_fwd, 0, 1)
-        self.alpha_bkw = _inside("alpha_bkw", alpha_bkw, 0, 1)
-        self.eps = _inside("eps", eps, 0, infinity)
+        self.alpha_fwd, self.alpha_bkw = alpha_fwd, alpha_bkw
+        self.eps = eps
         self.affine = bool(affine)
-        check_choice("error_compensation", error_compensation, ERROR_COMPENSATIONS)
         self.error_compensation = error_compensation
-        self.clamp_value = _inside("clamp_value", clamp_value, 0, infinity)
-        self.layer_scaling_eps = _inside("layer_scaling_eps", layer_scaling_eps, 0, infinity)
-        group = layer_scaling_group_size
-        if group is not None and (not isinstance(group, int) or group < 1 or num_features % group):
-            raise ArgumentError(
-                "layer_scaling_group_size",
-                f"{group!r} must be a whole number that divides num_features={num_features}, or None for all channels",
-            )
-        self.layer_scaling_group_size = group
-        check_choice("backend", backend, ("auto", *BACKENDS))
+        self.clamp_value = clamp_value
+        self.layer_scaling_eps = layer_scaling_eps
+        self.layer_scaling_group_size = layer_scaling_group_size
         self.backend = backend
-        check_choice("statistics", statistics, STATISTICS)
         self.statistics = statistics
         self.process_group = process_group
         self.gradient_scale = 1.0
@@ -95,6 +94,19 @@ class OnlineNorm(FullPrecision):
         for name in ("running_mean", "running_var", "control_u", "control_v"):
             self.register_buffer(name, torch.empty(num_features, **state))
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value) -> None:
+        """Settings are checked wherever they are set. Raises ValueError for one outside its range."""
+        if name in _RANGES:
+            value = _inside(name, value, *_RANGES[name])
+        elif name in _CHOICES:
+            check_choice(name, value, _CHOICES[name])
+        elif name == "layer_scaling_group_size" and value is not None:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or value < 1 or self.num_features % value:
+                divides = f"must be a whole number that divides num_features={self.num_features}"
+                raise ArgumentError(name, f"{value!r} {divides}, or None for all channels")
+        super().__setattr__(name, value)
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, controls 0: the state before the first sample."""
@@ -158,9 +170,9 @@ class OnlineNorm(FullPrecision):
         return "fused" if device.type == "cuda" else "torch"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False, max_pool: bool = False) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            return traced_as_leaf(self, x, residual=residual, relu=relu, max_pool=max_pool)
         self._check_input(x, residual)
+        if max_pool and x.dim() != 4:
+            raise ArgumentError("max_pool", f"pools images (N, C, H, W), got an input of shape {tuple(x.shape)}")
         backend = self.resolve_backend(x.device)
         if not torch.compiler.is_compiling():
             self._announce(backend)
@@ -213,6 +225,8 @@ class OnlineNorm(FullPrecision):
 
     def _check_input(self, x: Tensor, residual: Tensor | None) -> None:
         name = type(self).__name__
+        if isinstance(x, torch.fx.Proxy):  # of a call of the layer there would be none here
+            raise ValueError(f"{name}: torch.fx traces networks that call the layer; put it into one, as nn.Sequential")
         if torch.jit.is_tracing():  # which records sizes, and warns of comparing them
             return
         if x.dim() not in self._dimensions:
@@ -226,6 +240,7 @@ class OnlineNorm(FullPrecision):
             raise ValueError(f"{name} takes floating point, got {x.dtype}; convert images with x.float()")
         if x.device != self.running_mean.device:
             raise ValueError(f"{name} is on {self.running_mean.device}, its input on {x.device}; move one with .to()")
+        self._check_state()
         if self.training and x.numel() == 0 and not (len(x) == 0 and self.spec.processes > 1):  # then all are told
             raise ValueError(f"{name} cannot take statistics from an empty input of shape {tuple(x.shape)}")
         if residual is not None and (residual.shape != x.shape or residual.device != x.device):

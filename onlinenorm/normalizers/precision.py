@@ -20,6 +20,15 @@ class FullPrecision(nn.Module):
 
         return super()._apply(keep_precision, recurse)
 
+    def _check_state(self) -> None:
+        """Raises RuntimeError for statistics in half precision, which some wrappers put in by ``buffer.data = ...``."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in HALF:
+                raise RuntimeError(
+                    f"{type(self).__name__}: {name} is in {buffer.dtype}, in which a decay like 0.999 rounds to 1; "
+                    "leave buffers in float32, in FullyShardedDataParallel by a MixedPrecision without buffer_dtype"
+                )
+
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         for name in (*self._parameters, *self._buffers):
             tensor = state_dict.get(prefix + name)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onlinenorm.normalizers.transforms import traced_as_leaf
+from onlinenorm.normalizers.transforms import LeafOfGraphs
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -24,7 +24,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
+class SyncBatchNorm2d(LeafOfGraphs, nn.BatchNorm2d):
     """BatchNorm2d with the statistics of all processes' batches, by two sums over processes; torch's is faster on GPUs.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
@@ -34,8 +34,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            return traced_as_leaf(self, x)
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if not self.training or alone:
             return super().forward(x)
@@ -52,8 +50,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 factor = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean_C, factor)
-                self.running_var.lerp_(var_C * (count / (count - 1)), factor)
+                for running, new_C in ((self.running_mean, mean_C), (self.running_var, var_C * (count / (count - 1)))):
+                    running.copy_(running.to(new_C.dtype).lerp(new_C, factor))  # as in half precision BatchNorm does
         y = centered * torch.rsqrt(var_C + self.eps).view(shape)
         return (y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y).to(dtype)
 

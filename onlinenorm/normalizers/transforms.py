@@ -1,5 +1,7 @@
 """Programs that look into a layer: torch.fx, torch.func, torch.export, torch.jit, torch.autograd.forward_ad."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -7,13 +9,18 @@ from torch.autograd import forward_ad
 from onlinenorm.ops.distributed import constant_when_compiled
 
 
-def traced_as_leaf(layer: nn.Module, *arguments, **keywords) -> torch.fx.Proxy:
-    """The call of ``layer`` as one node of the graph that torch.fx is tracing, like the layers of torch.nn."""
-    tracer = arguments[0].tracer
-    path = tracer.path_of_module(layer)
-    if not path:
-        raise ValueError(f"{type(layer).__name__}: torch.fx traces networks; put the layer into one, as nn.Sequential")
-    return tracer.create_proxy("call_module", path, arguments, keywords)
+class LeafOfGraphs(nn.Module):
+    """A layer whose call torch.fx takes as one node, hooks and subclasses included, like those of torch.nn."""
+
+    def __call__(self, *arguments, **keywords):
+        for argument in (*arguments, *keywords.values()):
+            if isinstance(argument, torch.fx.Proxy):
+                tracer = argument.tracer  # which may note whose call a node belongs to
+                return tracer.call_module(self, functools.partial(self._as_node, tracer), arguments, keywords)
+        return super().__call__(*arguments, **keywords)
+
+    def _as_node(self, tracer: torch.fx.Tracer, *arguments, **keywords) -> torch.fx.Proxy:
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, keywords)
 
 
 @constant_when_compiled

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from onlinenorm import OnlineNorm1d, OnlineNorm2d
-from onlinenorm.normalizers import OnlineNorm
+from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm
+from onlinenorm.normalizers.conversion import OnlineNormNd
 
 BACKENDS = ("reference", "torch")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -226,6 +227,49 @@ def test_arguments_out_of_range_are_named(arguments, message):
 def test_wrong_inputs_are_named(layer, x, message):
     with pytest.raises(ValueError, match=message):
         layer(x)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 9), (2, 4, 3, 3, 3)])
+def test_only_images_are_pooled(shape, training):
+    layer = OnlineNormNd(4) if len(shape) == 5 else OnlineNorm1d(4)
+    with pytest.raises(ValueError, match=r"max_pool: pools images \(N, C, H, W\), got an input of shape \(2, 4"):
+        layer.train(training)(torch.zeros(shape), relu=True, max_pool=True)
+    assert not layer.running_mean.any()
+
+
+def test_settings_are_checked_wherever_they_are_set():
+    layer = OnlineNorm2d(4)
+    for name, value, message in (
+        ("error_compensation", "Clamp", "did you mean clamp"),
+        ("statistics", "globl", "did you mean global"),
+        ("backend", "tourch", "did you mean torch"),
+        ("alpha_fwd", 1, "0 < alpha_fwd < 1"),
+        ("clamp_value", -1.0, "0 < clamp_value < inf"),
+        ("gradient_scale", 0, "0 < gradient_scale < inf"),
+        ("gradient_scale", float("nan"), "0 < gradient_scale < inf"),
+        ("gradient_scale", float("inf"), "0 < gradient_scale < inf"),
+        ("layer_scaling_group_size", 3, "divides num_features=4"),
+        ("layer_scaling_group_size", True, "must be a whole number"),
+    ):
+        before = getattr(layer, name)
+        with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+            setattr(layer, name, value)
+        assert getattr(layer, name) == before
+    layer.gradient_scale = torch.tensor(0.5)
+    assert layer.gradient_scale == 0.5 and isinstance(layer.gradient_scale, float)
+
+
+@pytest.mark.parametrize("layer", [OnlineNorm2d(3), BatchRenorm2d(3)])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_statistics_put_in_half_precision_are_refused(layer, training):
+    layer = copy.deepcopy(layer).train(training)
+    for buffer in layer.buffers():  # as FullyShardedDataParallel does with MixedPrecision(buffer_dtype=...)
+        buffer.data = buffer.to(torch.bfloat16) if buffer.is_floating_point() else buffer
+    with pytest.raises(
+        RuntimeError, match=r"Norm2d|Renorm2d: running_mean is in torch.bfloat16, .* without buffer_dty"
+    ):
+        layer(torch.randn(2, 3, 2, 2))
 
 
 def test_wrong_residual_is_named():

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from onlinenorm import OnlineNorm1d, OnlineNorm2d, convert
-from onlinenorm.normalizers import SyncBatchNorm2d
+from onlinenorm.normalizers import BatchRenorm2d, SyncBatchNorm2d
 
 BACKENDS = ("reference", "torch")
 
@@ -56,8 +56,31 @@ def test_fx_takes_other_layers_of_ours_as_leaves():
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
     mixed = nn.Sequential(OnlineNorm1d(3), nn.ReLU(), nn.Unflatten(1, (3, 1, 1)), SyncBatchNorm2d(3)).eval()
     assert torch.equal(torch.fx.symbolic_trace(mixed)(torch.ones(2, 3)), mixed(torch.ones(2, 3)))
-    with pytest.raises(ValueError, match="put the layer into one"):
+    with pytest.raises(ValueError, match="call the layer; put it into one"):
         torch.fx.symbolic_trace(OnlineNorm2d(3))
+
+
+class Doubling(OnlineNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_fx_runs_hooks_and_subclasses_once():
+    """As of BatchNorm, whose hooks are no part of the graph either."""
+    model, seen = nn.Sequential(nn.Conv2d(2, 3, 1), OnlineNorm2d(3), Doubling(3)).eval(), []
+    model[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    model[1].register_forward_hook(lambda module, inputs, output: output * 3)
+    model[2].register_forward_hook(lambda module, inputs, output: seen.append(float(output.detach().max())))
+    for kind in (SyncBatchNorm2d, BatchRenorm2d):
+        model.append(kind(3).eval())
+        model[-1].register_forward_hook(lambda module, inputs, output: output + 1)
+    x = images()
+    traced = torch.fx.symbolic_trace(model)
+    extractor = create_feature_extractor(model, {"2": "features"})
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", *["call_module"] * 5, "output"]
+    expected = model(x)
+    assert torch.equal(traced(x), expected)
+    assert torch.equal(extractor(x)["features"], model[:3](x)) and len(seen) == 4
 
 
 class Block(nn.Module):

@@ -38,6 +38,16 @@ def test_half_precision_keeps_its_dtype(two_processes):
     assert layer(x).dtype == torch.bfloat16 and layer.running_mean.dtype == torch.float32
 
 
+def test_half_precision_statistics_move_as_batch_norm_moves_its_own(two_processes):
+    x = torch.randn(4, 3, 5, 5).bfloat16() + 2
+    layer, plain = SyncBatchNorm2d(3).bfloat16(), nn.BatchNorm2d(3).bfloat16()
+    whole = torch.cat([x, x])
+    torch.testing.assert_close(layer(x), plain(whole)[:4], atol=0.02, rtol=0.016)  # a digit of bfloat16
+    for name, value in plain.state_dict().items():
+        assert layer.state_dict()[name].dtype == value.dtype
+        torch.testing.assert_close(layer.state_dict()[name], value)
+
+
 def test_replaces_layers_and_keeps_their_parameters():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)), nn.GroupNorm(2, 4)).eval()
     plain, weight = copy.deepcopy(model), model[1][0].weight
