@@ -14,7 +14,7 @@ python train.py -m KEY=VALUE,VALUE ...       a run for each combination; or scri
 python train.py --cfg job [KEY=VALUE ...]    prints the whole configuration and runs nothing
 python train.py --help [KEY=VALUE ...]       this page for other choices, as in --help normalizer=batch
 --config-dir DIR                             configurations of your own, in folders named as those of configs/; for
-                                             classes of your own see onlinenorm/normalizers/__init__.py
+                                             classes of your own see CONTRIBUTING.md
 
 A path may hold any character; quote for the shell alone. Another text with = [ ( , or spaces: 'KEY="TEXT"'.
 Exit code 0: done; 1: the run failed; 2: the configuration cannot be meant; 128 + signal: stopped and saved.

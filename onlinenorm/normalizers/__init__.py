@@ -1,22 +1,6 @@
-"""Normalizers as modules: OnlineNorm, clamp removal, and the baselines it is compared with.
+"""Normalizers as modules: OnlineNorm, clamp removal, and those it is compared with.
 
-One of your own is a class of your own package, or a function that makes its layers, which takes ``num_features``, and a
-file ``normalizer/NAME.yaml`` in configs/ or in the folder of ``--config-dir``: ``_target_: package.Class``,
-``_partial_: true`` and its other arguments. ``normalizer=NAME`` then trains with it, in a row of that name in tables;
-scripts/export.py and predict.py build it where ``--allow package.Class`` says so. A class may have the attributes
-
-- ``parameter_roles``: {name of a parameter: "norm_weight" (multiplies) or "norm_bias" (is added)}, which decide about
-  weight decay; ``weight`` and ``bias`` with a value a channel need none;
-- ``statistics_depend_on``: a tuple of "processes" and "accumulation", the divisions of a batch that change its
-  statistics; without it both do, and runs that divide batches otherwise are other runs (see ``dependence``);
-- ``statistics = "global"``: its buffers are the same on all processes. Without it they are averaged before validation
-  and in checkpoints, as are parameters that are not trained; of counts the largest is taken;
-- ``averages_statistics = False``: they cannot be, and a run on several processes is refused;
-- ``fuses_residual = True``: a call takes ``residual`` and ``relu`` and gives relu(norm(x) + residual).
-
-A network of your own (``model/NAME.yaml``) takes ``normalizer``, a callable of the number of channels that makes a new
-layer at each call, ``num_classes`` and ``in_channels``, and gives logits (N, num_classes). Images of your own
-(``data/NAME.yaml``) are a subclass of ``onlinenorm.data.ImageDataModule``.
+One of your own is a class and a file; CONTRIBUTING.md tells how, and which attributes the class may have.
 """
 
 from onlinenorm.normalizers.baselines import group_norm, identity, layer_norm

@@ -51,15 +51,17 @@ def interrupt(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("normalizer", ["online_clamp", "online_layer_scaling", "batch"])
+@pytest.mark.parametrize("normalizer", ["online_clamp", "online_layer_scaling", "batch", "batch_renorm"])
 def test_stopped_within_an_epoch(undisturbed, run, interrupt, tmp_path, normalizer):
+    steps = {"warmup_steps": 2, "r_max_steps": 9, "d_max_steps": 7} if normalizer == "batch_renorm" else {}
+    options = [f"normalizer.{key}={value}" for key, value in steps.items()]
     interrupt("training_step", 1 * STEPS + 2)
     with pytest.raises(Interrupted, match="saved at step 2 of epoch 2; the same command continues") as stopped:
-        run(tmp_path, f"normalizer={normalizer}")
+        run(tmp_path, f"normalizer={normalizer}", *options)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
-    results = run(tmp_path, f"normalizer={normalizer}")
+    results = run(tmp_path, f"normalizer={normalizer}", *options)
     assert results["resumed"] == 1
-    assert outcome(tmp_path) == outcome(undisturbed(normalizer))
+    assert outcome(tmp_path) == outcome(undisturbed(normalizer, *options))
 
 
 def test_a_changing_loss_scale_goes_on_where_it_was(undisturbed, run, interrupt, tmp_path, monkeypatch):
