@@ -91,6 +91,16 @@ def test_official_archives_train_the_same_in_every_layout(tmp_path):
     assert found["tree"]["dataset"]["decoder"] == "pillow" and found["tree"]["dataset"]["val_decoder"] == "pillow"
 
 
+def test_sets_on_the_device_train_the_same(tmp_path):
+    tree, found = write_tree(tmp_path / "set"), {}
+    for name, on_device in (("workers", "false"), ("device", "true"), ("kept", "true"), ("again", "true")):
+        kept = str(name in ("kept", "again")).lower()
+        found[name] = run(tmp_path / name, tree, f"data.on_device={on_device}", f"data.keep_decoded={kept}")
+    for results in found.values():
+        assert all(results[key] == found["workers"][key] for key in ("parameters_sha256", "last", "dataset"))
+    assert len(list((tmp_path / "cache").rglob("decoded-*.u8"))) == 2
+
+
 def write_photographs(root: Path, train_images: int, val_images: int) -> Path:
     """Fashion-MNIST as colour JPEG files of 96 x 80, class folders."""
     for split, count in (("train", train_images), ("val", val_images)):

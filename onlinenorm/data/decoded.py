@@ -115,7 +115,7 @@ def decode_images(dataset: FolderDataset, workers: int, device: torch.device, al
         of_torch += of_torch_M.tolist()
         if time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic()
-            log.warning("on_device: %s of %s images in %s decoded", f"{len(sizes):,}", f"{count:,}", _name(dataset))
+            log.warning("on_device: %s of %s images in %s decoded", f"{len(sizes):,}", f"{count:,}", _split(dataset))
     sizes_N2 = np.array(sizes, dtype=np.int64)
     starts_N = np.concatenate([[0], np.cumsum(3 * sizes_N2.prod(axis=1))[:-1]])
     return DecodedImages(pixels_B, starts_N, sizes_N2, np.array(of_torch))
@@ -154,7 +154,7 @@ def kept_images(dataset: FolderDataset, workers: int, device: torch.device) -> D
     digest = hashlib.sha256(repr((*what, decoder)).encode())
     index.update_digest(digest)
     key, place = digest.hexdigest(), hashlib.sha256(os.fsencode(index.folder)).hexdigest()[:16]
-    name = f"decoded-{index.folder.name}-{decoder}"
+    name = f"decoded-{_split(dataset)}-{decoder}"
     file = user_cache() / f"{name}-{place}-{key[:16]}.u8"
 
     def build() -> Arrays:
@@ -169,7 +169,7 @@ def kept_images(dataset: FolderDataset, workers: int, device: torch.device) -> D
         return file.is_file() and file.stat().st_size >= _bytes(arrays["sizes"])
 
     try:
-        arrays = cached_arrays(index.folder.parent, name, key, build, holds)
+        arrays = cached_arrays(index.folder, name, key, build, holds)
     except OSError as error:
         raise DataError(
             f"{file} cannot be written ({error.strerror or error}); make room there, let XDG_CACHE_HOME "
@@ -241,8 +241,8 @@ def _bytes(sizes_N2: np.ndarray) -> int:
     return 3 * int(sizes_N2.prod(axis=1).sum())
 
 
-def _name(dataset: FolderDataset) -> str:
-    return dataset.index.folder.name
+def _split(dataset: FolderDataset) -> str:
+    return "train" if dataset.training else "val"  # archives of both lie in one folder
 
 
 def _mapped(file: Path, mode: str, size: int) -> torch.Tensor:

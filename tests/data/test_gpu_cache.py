@@ -10,7 +10,9 @@ from image_folders import write_image, write_tree
 
 from onlinenorm.data import DataError, FashionMNIST, ImageNet, Synthetic, UnreadableImageError, decoded
 from onlinenorm.data.gpu_cache import GpuCacheLoader
+from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.prefetch import THREAD
+from onlinenorm.data.prepare import chosen_classes, pack
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -175,6 +177,21 @@ def test_decoded_files_are_kept_until_something_changes(tree, cache, monkeypatch
     assert len(kept()) == 2 and len(kept().keys() & written.keys()) == 1, "the former file is gone"
     for a, b in zip(changed, batches(folders(tree, augmentation="random_resized_crop")), strict=True):
         assert torch.equal(a[0].cpu(), b[0])
+
+
+def test_archives_of_both_splits_are_kept_side_by_side(tree, cache, tmp_path, monkeypatch):
+    packed = tmp_path / "packed"
+    splits = open_splits(str(tree))
+    for split, index in zip(("train", "val"), splits, strict=True):
+        pack(index, packed, split, chosen_classes(splits, None))
+    arguments = {"augmentation": "random_resized_crop", "on_device": True, "keep_decoded": True}
+    for again in (False, True):
+        if again:
+            monkeypatch.setattr(decoded, "decode_images", lambda *_: pytest.fail("decoded again"))
+        data = folders(packed, **arguments)
+        data.prepare_data()
+        assert_equal(batches(data), batches(folders(tree, augmentation="random_resized_crop")))
+        assert len(list(cache.glob("decoded-*.u8"))) == 2
 
 
 def test_a_file_that_cannot_be_kept_is_told(tree, cache, monkeypatch):
