@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -58,3 +59,15 @@ def test_without_an_environment_it_says_how_to_make_one(checkout):
 def test_a_program_that_imports_a_script_is_not_replaced(checkout):
     done = call(checkout, "-c", "import scripts._venv; print('goes on')")
     assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
+
+
+def test_every_command_has_its_line():
+    listed = set(re.findall(r"`([\w/]+\.(?:py|sh|sbatch))`", (ROOT / "scripts/README.md").read_text(encoding="utf-8")))
+    files = [path for path in (ROOT / "scripts").rglob("*.*") if path.suffix in (".py", ".sh", ".sbatch")]
+    names = {path.name if path.parent.name != "slurm" else f"slurm/{path.name}" for path in files}
+    assert names - listed == {"__init__.py", "_venv.py", "slurm/requeue.sh"} and listed <= names
+
+
+def test_entry_points_of_users_are_short():
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 130, path

@@ -208,7 +208,7 @@ class Sweep:
         if self.signum:
             self._pass_on(run)
         with run, open(row.folder / "output.log", "a", encoding="utf-8") as log:
-            for line in run.stdout:
+            for line in run.stdout or ():
                 print(f"{mark}{line}", end="", flush=True)
                 log.write(line)
                 last.append(line)

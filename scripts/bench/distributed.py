@@ -56,12 +56,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def build(name: str, model: str, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    model = getattr(models, model)(NORMALIZERS[name]).to(device, memory_format=torch.channels_last)
+    network = getattr(models, model)(NORMALIZERS[name]).to(device, memory_format=torch.channels_last)
     if name == "sync_batch" and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     elif name == "sync_batch":
-        model = synchronise_batch_norm(model)
-    return model.train()
+        network = synchronise_batch_norm(network)
+    return network.train()
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -139,7 +139,7 @@ class Loss(nn.Module):
     def __init__(self, network: nn.Module, mode: str):
         super().__init__()
         self.network = torch.compile(network, dynamic=False) if mode == "compile" else network
-        self.graphed = GraphedStep(self.network, self.step, accumulates=False) if mode == "graph" else None
+        self.graphed = GraphedStep(network, self.step, accumulates=False) if mode == "graph" else None
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return (self.graphed or partial(self.step, self.network))(images, labels)[0]
@@ -157,7 +157,7 @@ class Row:
         self.name, self.mode, self.processes, self.args, self.device = name, mode, processes, args, device
         self.rounds: list[float] = []
         self.model = build(name, args.model, device)
-        self.run = Loss(self.model, mode)
+        self.run: nn.Module = Loss(self.model, mode)
         if processes > 1:
             self.run = parallel(self.run, device)
         shape = (args.batch, 3, args.size, args.size)

@@ -56,7 +56,7 @@ def drawn(count: int, *shape: int) -> list[torch.Tensor]:
 class Use:
     """Context in which every launch takes one tuning."""
 
-    def __init__(self, tuning: Tuning):
+    def __init__(self, tuning: Tuning | None):
         self.tuning = tuning
 
     def __enter__(self):
@@ -112,8 +112,8 @@ def measure(site, batch: int, tunings: list[Tuning], spec: NormSpec, repeats: in
     channels, side, residual, relu = site
     size = 2 * batch * channels * side * side
     copies = max(1, min(6, int(norm_sites.ROTATE // size)))
-    sets = [drawn(4 if residual else 2, batch, channels, side, side) for _ in range(copies)]
-    sets = [(*tensors, *(() if residual else (None, None))) for tensors in sets]
+    absent = () if residual else (None, None)
+    sets = [(*drawn(4 if residual else 2, batch, channels, side, side), *absent) for _ in range(copies)]
     weight, bias = torch.ones(channels, device="cuda"), torch.zeros(channels, device="cuda")
     mean, var, u, v = (torch.full((channels,), float(k == 1), device="cuda") for k in range(4))
 

@@ -22,7 +22,9 @@ import tarfile
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -30,11 +32,13 @@ from scripts._venv import ROOT, run_main
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from onlinenorm.data import ImageNet, archives
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.index import pack_names
 from onlinenorm.data.index_cache import cached_arrays
+from onlinenorm.data.sampler import GlobalBatchSampler
 from onlinenorm.provenance import environment, hardware
 
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
@@ -69,7 +73,7 @@ def long_index(root: Path, train: int, val: int, classes: int) -> Path:
             "starts": np.full(count, 512),
             "class_names": np.array([f"n{label:08d}" for label in range(classes)]),
         }
-        cached_arrays(shard.parent, split, archives._key([shard]), lambda arrays=arrays: arrays)
+        cached_arrays(shard.parent, split, archives._key([shard]), partial(dict, arrays))
     return root
 
 
@@ -110,12 +114,18 @@ def measure(root: Path, epochs: int, workers: int) -> dict:
     ready = time.perf_counter() - start
     data._sets[0].__class__ = Sparing
     loader = data.train_dataloader()
-    prepare = loader.worker_init_fn
-    loader.worker_init_fn = lambda worker: (prepare(worker), signal.signal(signal.SIGUSR2, hand_back))
+    assert isinstance(loader, DataLoader) and isinstance(loader.batch_sampler, GlobalBatchSampler)
+    prepare = loader.worker_init_fn or (lambda worker: None)
+
+    def start_worker(worker: int) -> None:
+        prepare(worker)
+        signal.signal(signal.SIGUSR2, hand_back)
+
+    loader.worker_init_fn = start_worker
     found: dict = {"start_up_seconds": round(ready, 2), "images": data.train_images, "workers": workers, "epochs": []}
     for epoch in range(epochs):
         loader.batch_sampler.set_epoch(epoch)
-        iterator = iter(loader)
+        iterator: Any = iter(loader)  # whose workers are torch's own affair
         for number, _ in enumerate(iterator):
             if epoch == 0 and number == 0:
                 found["first_batch_seconds"] = round(time.perf_counter() - start, 2)

@@ -20,8 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -30,6 +32,7 @@ from scripts._venv import ROOT, run_main
 import torch
 
 from onlinenorm.data import ImageNet
+from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DECODERS
 from scripts.bench import loaders_table
 from scripts.bench.jpeg_set import make_set
@@ -52,7 +55,7 @@ class Ours:
             **arguments,
         )  # fmt: skip
         self.data.setup()
-        self.loader = self.data.train_dataloader()
+        self.loader: Any = self.data.train_dataloader()  # of one of several kinds
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for epoch in itertools.count():
@@ -148,6 +151,7 @@ def decode_rows(root: Path, options: argparse.Namespace) -> list[dict]:
     data = ImageNet(root=str(root), augmentation="random_resized_crop", num_workers=0)
     data.setup()
     dataset = data._sets[0]
+    assert isinstance(dataset, FolderDataset)
     count = min(len(dataset), 256)
     draws = torch.rand(count, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
     transform = reference_transform()
@@ -211,7 +215,7 @@ def providers(root: Path, options: argparse.Namespace) -> dict[str, Callable[[],
     """What there is to measure, each made when its turn comes."""
     rest = options.batch, options.workers, options.device
     found: dict[str, Callable[[], Batches]] = {REFERENCE: lambda: image_folder(root, *rest)}
-    found |= {decoder: (lambda d=decoder: Ours(root, d, *rest)) for decoder in DECODERS}
+    found |= {decoder: partial(Ours, root, decoder, *rest) for decoder in DECODERS}
     if options.device.type == "cuda":
         found["nvjpeg"] = lambda: Ours(root, "nvjpeg", *rest)
         found["nvjpeg, 70 %"] = lambda: Ours(root, "nvjpeg", *rest, device_fraction=0.7)

@@ -20,8 +20,10 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -37,13 +39,13 @@ from scripts.bench.training_table import fastest, over, smallest, workload
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("eager", "graph", "compile", "compile+graph")
-NORMALIZERS = {
+NORMALIZERS: dict[str, Callable[..., torch.nn.Module]] = {
     "batch": torch.nn.BatchNorm2d,
     "online_clamp": OnlineNorm2d,
     "online_layer_scaling": partial(OnlineNorm2d, error_compensation="layer_scaling"),
     "online_none": partial(OnlineNorm2d, error_compensation="none"),
 }
-COMPILERS = {
+COMPILERS: dict[str, dict[str, Any]] = {
     "default": {},
     "coordinate_descent": {"options": {"coordinate_descent_tuning": True}},
     "max_autotune": {"mode": "max-autotune-no-cudagraphs"},  # coordinate descent is part of it
@@ -170,6 +172,7 @@ def summary(rows: list[dict]) -> list[str]:
         step = "with optimizer" if optimizer else "forward and backward"
         for name in sorted({row["normalizer"] for row in of_size} - {"batch"}) if rival else ():
             best = fastest(of_size, normalizer=name)
+            assert best is not None  # the name is of one of these rows
             like = smallest(of_size, normalizer="batch", mode=best["mode"], dtype=best["dtype"])
             speed, memory = over(best, rival, "images_per_second"), over(best, like, "peak_memory_gib")
             lines.append(f"N = {batch}, {step}: {name} / batch = {speed} in speed, {memory} in peak memory")
@@ -190,8 +193,8 @@ def plot(results: dict, path: str) -> None:
     shown = {}
     for batch in batches:
         kinds = itertools.groupby(sorted((row for row in rows if row["batch"] == batch), key=_kind), key=_kind)
-        best = [fastest(list(group)) for _, group in kinds]
-        shown[batch] = sorted(best, key=lambda row: row["images_per_second"])
+        best = [max(group, key=_rate) for _, group in kinds]
+        shown[batch] = sorted(best, key=_rate)
     height = 1.6 + 0.42 * max(map(len, shown.values()))
     figure, axes = plt.subplots(1, len(batches), figsize=(8 * len(batches), height), squeeze=False)
     for ax, batch in zip(axes[0], batches, strict=True):
@@ -210,14 +213,19 @@ def plot(results: dict, path: str) -> None:
     plt.close(figure)
 
 
+def _rate(row: dict) -> float:
+    return row["images_per_second"]
+
+
 def _kind(row: dict) -> tuple[str, ...]:
     rival = row["normalizer"] == "batch" and row.get("compiler")
     return (row["normalizer"], row["stem"], row["compiler"]) if rival else (row["normalizer"],)
 
 
 def _settings(row: dict) -> str:
-    compiler = {None: "", "default": ""}.get(row.get("compiler"), f" ({str(row.get('compiler')).replace('_', ' ')})")
-    stem = {"conv7x7": "7x7 stem", "space_to_depth": "2x2 blocks"}.get(row.get("stem"), "")
+    name = row.get("compiler") or "default"
+    compiler = "" if name == "default" else f" ({name.replace('_', ' ')})"
+    stem = {"conv7x7": "7x7 stem", "space_to_depth": "2x2 blocks"}.get(row.get("stem", ""), "")
     return ", ".join(part for part in (row["mode"] + compiler, row["dtype"], stem) if part)
 
 
