@@ -100,5 +100,5 @@ def test_memory_of_workers_stays_flat(root, tmp_path):
     command = "scripts/bench/loader_memory.py", "--images", "200000", "--output", tmp_path / "found.json"
     subprocess.run([sys.executable, *command], cwd=root, check=True)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["growth"]["pss"] < 0.05 and found["start_up_seconds"] < 2
+    assert found["growth"]["pss"] < 0.05
     assert found["growth_since_first_batches"]["pss_in_use"] < 0.05

@@ -1,12 +1,15 @@
 """What an installation needs and holds, and what an image knows of its origin."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from string import Template
 
 import pytest
 import yaml
@@ -107,15 +110,36 @@ def test_type_checkers_read_the_annotations():
     assert "py.typed" in data["onlinenorm"]
 
 
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions in order, as docker splits them: (ARG, "GIT_COMMIT=unknown")."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines)]
+
+
+def test_what_a_container_runs_can_be_run():
+    commands = [shlex.split(rest) for word, rest in instructions() if word == "RUN"]
+    commands += [json.loads(rest) for word, rest in instructions() if word == "CMD"]
+    ours = [command[0] for command in commands if command[0].startswith("scripts/")]
+    assert ours == ["scripts/environment.sh", "scripts/quickstart.sh"]
+    assert all(os.access(ROOT / script, os.X_OK) for script in ours)
+
+
 def test_an_image_records_the_commit_that_it_was_built_from(tmp_path):
-    """The Dockerfile's argument, and what a run in a folder without a repository makes of it."""
-    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    assert "ARG GIT_COMMIT" in dockerfile and "ENV GIT_COMMIT=$GIT_COMMIT" in dockerfile
+    """The environment of an image, and what a run in a folder without a repository makes of it."""
+    given, environment = {"GIT_COMMIT": "abc123"}, {}
+    arguments: dict[str, str] = {}
+    for word, rest in instructions():
+        name, _, value = rest.partition("=")
+        if word == "ARG":
+            arguments[name] = given.get(name, value)
+        elif word == "ENV":
+            environment[name] = Template(value).substitute(arguments)
     assert ".git" in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     (tmp_path / "onlinenorm").symlink_to(ROOT / "onlinenorm")
     code = "import sys; from pathlib import Path; from onlinenorm import provenance; "
     code += "print(provenance.git_state(Path(sys.argv[1]))['commit'])"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GIT_COMMIT": "abc123"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
     assert done.stdout == "abc123\n", done.stderr
 

@@ -103,8 +103,3 @@ def test_tables_and_figures_that_are_not_what_the_data_give_are_found(tmp_path):
     ):  # fmt: skip
         assert line in checked.stderr, checked.stderr
     assert "results/study/findings.md: as recorded" in checked.stdout
-
-
-def test_the_scripts_that_the_container_runs_can_be_run():
-    named = re.findall(r"\bscripts/[\w./]+", (ROOT / "Dockerfile").read_text())
-    assert named and all(os.access(ROOT / script, os.X_OK) for script in named)

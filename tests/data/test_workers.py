@@ -41,6 +41,7 @@ def test_the_loader_itself_can_end_its_workers():
     loader = module().train_dataloader()
     iterator = iter(loader)
     next(iterator)
+    assert iterator._workers
     for worker in iterator._workers:
         worker.terminate()
         worker.join(30)

@@ -79,7 +79,8 @@ def test_norms_whose_backward_needs_their_output_train(build, size, normalizer):
     torch.manual_seed(0)
     model = build(normalizer, num_classes=2)
     model(torch.randn(2, 3, size, size)).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert gradients and all(gradient is not None and gradient.any() for gradient in gradients)
 
 
 def test_output_of_torchs_norms_is_overwritten():
@@ -111,10 +112,11 @@ def test_every_norm_site_offers_fusion(build, size):
     torch.manual_seed(0)
     model = build(FusingBatchNorm)
     model(torch.randn(2, 3, size, size))
-    for name, module in model.named_modules():
-        if isinstance(module, FusingBatchNorm):
-            shortcut, last_of_block = ".downsample." in name, name.startswith("layer") and name.endswith("bn2")
-            assert module.calls == [(last_of_block, not shortcut)], name
+    sites = {name: module for name, module in model.named_modules() if isinstance(module, FusingBatchNorm)}
+    assert len(sites) == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    for name, module in sites.items():
+        shortcut, last_of_block = ".downsample." in name, name.startswith("layer") and name.endswith("bn2")
+        assert module.calls == [(last_of_block, not shortcut)], name
 
 
 def test_fused_and_plain_calls_give_the_same_network():

@@ -120,6 +120,7 @@ def test_only_controls_are_rescaled():
     model(torch.randn(4, 3, 6, 6)).sum().backward()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rescale_controls(model, 0.25)
+    assert any("control" in name and value.any() for name, value in before.items())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name] * (0.25 if "control" in name else 1)), name
 

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -70,6 +70,8 @@ def test_swapping_the_rows_turns_the_sign_and_keeps_the_verdict(first, second, m
     assert there.difference.paired == (len(first) == len(second))
 
 
+@example([0.7, 0.701, 0.702], [0.7, 0.701, 0.7021], 0.1, 2.0).via("equivalent at both")
+@example([0.7, 0.701, 0.702], [0.2, 0.201, 0.2021], 0.1, 2.0).via("different at both")
 @given(samples, samples, margins, st.floats(1.0, 5.0))
 def test_a_wider_margin_never_undoes_an_equivalence(first, second, margin, factor):
     a, b = dict(enumerate(first)), dict(enumerate(second))

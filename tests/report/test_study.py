@@ -125,6 +125,7 @@ def test_findings_name_what_was_not_run_with_its_command(files, spec):
 
 
 def test_the_commands_of_the_studies_are_those_of_their_experiments(root, spec):
+    assert len(spec.studies) > 5
     for name, study in spec.studies.items():
         experiment = next(w for w in study.command.split() if w.startswith("experiment=")).partition("=")[2]
         assert (root / "configs" / "experiment" / f"{experiment}.yaml").exists(), name

@@ -86,15 +86,16 @@ def test_inside_a_normalizer_weight_and_bias_of_one_value_a_channel_are_those_of
         (lambda num_features: HoldingNorm(num_features, GreekNorm), "inner.gamma"),
         (lambda num_features: HoldingNorm(num_features, lambda n: nn.Linear(n, n)), "inner.weight"),
         (lambda num_features: HoldingNorm(num_features, lambda n: nn.ParameterList([torch.ones(n)])), "inner.0"),
-        (lambda num_features: HoldingNorm(num_features, lambda n: nn.ParameterDict({"bias": torch.ones(n)})), None),
     ],
 )
 def test_a_parameter_of_unknown_role_is_refused_before_training(kind, name):
-    if name is None:  # called as torch's are, with one value a channel
-        assert roles(kind) == {"inner.bias": "norm_bias"}
-        return
     with pytest.raises(ConfigError, match=rf"parameter {name} is not known; .*parameter_roles = .\"{name}\": \"norm"):
         probe_normalizer(factory(kind), {"_target_": "own.Norm"})
+
+
+def test_a_parameter_called_as_torchs_are_with_one_value_a_channel_is_one_of_a_norm():
+    held = lambda n: nn.ParameterDict({"bias": torch.ones(n)})  # noqa: E731
+    assert roles(HoldingNorm, held=held) == {"inner.bias": "norm_bias"}
 
 
 def test_what_a_class_says_of_parameters_further_down_is_heard():
