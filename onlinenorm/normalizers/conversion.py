@@ -1,6 +1,8 @@
 """Surgery between BatchNorm and OnlineNorm: in eval mode, and without a clamp, both compute the same."""
 
+import gc
 import warnings
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +69,9 @@ def convert(model: nn.Module, to: str = "online", **arguments) -> nn.Module:
     included. Training: statistics move by the new layer's own rule.
 
     A BatchNorm layer in half precision becomes OnlineNorm with float32 parameters, which it keeps them in, and gets its
-    dtype back with BatchNorm. SyncBatchNorm becomes OnlineNorm with global statistics over its process group, and comes
-    back as BatchNorm2d. timm's BatchNormAct2d keeps its activation and dropout.
+    dtype back with BatchNorm; what optimizers keep of these parameters follows. SyncBatchNorm becomes OnlineNorm with
+    global statistics over its process group, and comes back as BatchNorm2d. timm's BatchNormAct2d keeps its activation
+    and dropout.
 
     OnlineNorm layers also load what BatchNorm saved, with controls as before the first sample. BatchNorm refuses the
     controls in what OnlineNorm saved: convert the network and save that, or load with ``strict=False``.
@@ -83,8 +86,9 @@ def convert(model: nn.Module, to: str = "online", **arguments) -> nn.Module:
     Raises:
         ValueError: a layer that cannot be converted (its place is named, nothing is changed): BatchNorm without running
             statistics, or that does not update them; BatchNorm3d, an uninitialised lazy layer, a subclass that
-            overrides anything; parameters, buffers or modules beside its own, as pruning and parametrisation leave;
-            half precision tied to a layer that stays; layer scaling; an argument out of its range.
+            overrides anything; parameters, buffers or modules beside its own, as pruning, parametrisation and
+            quantisation leave; a layer compiled by its own ``compile()`` or by torch.jit; half precision tied to a
+            layer that stays; layer scaling; an argument out of its range.
 
     Warns when there is nothing to convert.
     """
@@ -96,9 +100,14 @@ def convert(model: nn.Module, to: str = "online", **arguments) -> nn.Module:
     kind, counterpart = (_BatchNorm, _to_online) if to == "online" else (OnlineNorm, _to_batch)
     converted: dict[nn.Module, nn.Module] = {}
     for path, layer in model.named_modules():  # all counterparts are built before the first layer is changed
+        if isinstance(layer, torch.jit.ScriptModule) and kind.__name__.strip("_") in layer.original_name:
+            raise ValueError(
+                f"{path or 'the layer'}: is a {layer.original_name} compiled by torch.jit, which cannot change any "
+                "more; convert the network before torch.jit.script or torch.jit.trace"
+            )
         if isinstance(layer, kind):
             try:
-                _check_holds_its_own_alone(layer, kind)
+                _check_tensors(layer, kind)
                 converted[layer] = counterpart(layer, arguments)
                 _check_attributes(layer, converted[layer])
             except TypeError as error:
@@ -109,8 +118,10 @@ def convert(model: nn.Module, to: str = "online", **arguments) -> nn.Module:
         warnings.warn(f"convert changed nothing: the model has no {kind.__name__.strip('_')} layer", stacklevel=2)
     _check_ties(model, converted)
     buffers: dict[int, Tensor] = {}
+    before = {parameter: parameter.dtype for layer in converted for parameter in layer.parameters(recurse=False)}
     for layer, new in converted.items():
         _become(layer, new, buffers)
+    _convert_optimizers({parameter: dtype for parameter, dtype in before.items() if parameter.dtype != dtype})
     return model
 
 
@@ -180,11 +191,10 @@ def _plain_base(cls: type, bases: tuple[type, ...]) -> type:
     return base
 
 
-def _check_holds_its_own_alone(layer: nn.Module, kind: type) -> None:
-    """Raises ValueError for tensors or modules that the layer's class does not have."""
-    fused = {"act", "drop"} if isinstance(layer, OnlineNormAct2d) or _timm_classes(type(layer)) else set()
+def _check_tensors(layer: nn.Module, kind: type) -> None:
+    """Raises ValueError for tensors that the layer's class does not have."""
     foreign = (layer._parameters.keys() - {"weight", "bias"}) | (layer._buffers.keys() - _BUFFERS[kind])
-    foreign |= layer._modules.keys() - fused
+    foreign |= layer._modules.keys() & {"parametrizations"}
     if foreign:
         raise ValueError(
             f"holds {', '.join(sorted(foreign))} beside the state of its class; where weight or bias are made from "
@@ -194,7 +204,16 @@ def _check_holds_its_own_alone(layer: nn.Module, kind: type) -> None:
 
 
 def _check_attributes(layer: nn.Module, new: nn.Module) -> None:
-    """Raises ValueError for attributes set on the layer that mean something else on its counterpart."""
+    """Raises ValueError for modules of the layer that its class does not have, and for attributes set on it that mean
+    something else on its counterpart."""
+    fused = {"act", "drop"} if isinstance(layer, OnlineNormAct2d) or isinstance(new, OnlineNormAct2d) else set()
+    if modules := layer._modules.keys() - fused:
+        raise ValueError(
+            f"holds {', '.join(sorted(modules))} beside the state of its class; convert first, then attach these, as "
+            "quantisation attaches its observers"
+        )
+    if layer._compiled_call_impl is not None:
+        raise ValueError("is compiled by its own compile(), as the layer that it was; convert first, then compile")
     clashes = [name for name in _attributes(layer) if name in vars(new) or hasattr(type(new), name)]
     if clashes:
         raise ValueError(
@@ -225,6 +244,19 @@ def _check_ties(model: nn.Module, converted: dict[nn.Module, nn.Module]) -> None
                     f"{places[changing[id(parameter)]]}: shares a parameter in {parameter.dtype} with {path}.{name}, "
                     "and OnlineNorm keeps its own in float32; call float() on the model first"
                 )
+
+
+def _convert_optimizers(before: dict[nn.Parameter, torch.dtype]) -> None:
+    """Give what optimizers keep of parameters their new dtype, as Optimizer.load_state_dict does."""
+    for holder in gc.get_referrers(*before) if before else ():
+        if type(holder) is defaultdict:  # the state of an optimizer, to which nothing else leads
+            for parameter, dtype in before.items():
+                state = holder.get(parameter, {})
+                state |= {
+                    key: value.to(parameter.dtype)
+                    for key, value in state.items()
+                    if isinstance(value, Tensor) and value.dtype == dtype
+                }
 
 
 def _become(layer: nn.Module, new: nn.Module, buffers: dict[int, Tensor]) -> None:

@@ -33,8 +33,10 @@ def average_statistics(model: nn.Module, process_group: dist.ProcessGroup | None
 
 
 def merged(table: Tensor) -> Tensor:
-    """One buffer for all processes from a row each: the mean of floating-point numbers, the largest of counts."""
-    return table.double().mean(0).to(table.dtype) if table.is_floating_point() else table.amax(0)
+    """One buffer for all processes from a row each: the mean of real or complex numbers, the largest of counts."""
+    if table.is_floating_point() or table.is_complex():
+        return table.to(torch.complex128 if table.is_complex() else torch.float64).mean(0).to(table.dtype)
+    return table.amax(0)
 
 
 @torch.no_grad()
@@ -46,11 +48,12 @@ def gather_statistics(model: nn.Module, process_group: dist.ProcessGroup | None 
     statistics = local_statistics(model, process_group)
     if not statistics:
         return {}
-    flat = torch.cat([tensor.double().flatten() for tensor in statistics.values()])
+    # as bytes, which leave every dtype as it is
+    rows = [tensor.contiguous().flatten().view(torch.uint8) for tensor in statistics.values()]
     processes, group = dist.get_world_size(process_group), group_key(process_group)[0]
-    tables = gather_samples(flat[None, None], processes, group)[0].split([t.numel() for t in statistics.values()], 1)
+    tables = gather_samples(torch.cat(rows)[None, None], processes, group)[0].split([len(row) for row in rows], 1)
     return {
-        name: table.to(own.dtype).view(processes, *own.shape)
+        name: table.clone(memory_format=torch.contiguous_format).view(own.dtype).view(processes, *own.shape)
         for (name, own), table in zip(statistics.items(), tables, strict=True)
     }
 

@@ -19,8 +19,11 @@ def update_statistics(model: nn.Module, batches: Iterable, device: torch.device 
 
     Args:
         model: the network, on its device.
-        batches: inputs, or sequences whose first element is the input, as loaders give them.
+        batches: input tensors, or sequences whose first element is one, as loaders give them.
         device: where inputs are moved to; None leaves them where they are.
+
+    Raises:
+        ValueError: a batch that is neither; nothing moves by it.
 
     Warns when the model has no OnlineNorm layer.
     """
@@ -32,8 +35,14 @@ def update_statistics(model: nn.Module, batches: Iterable, device: torch.device 
     model.train()
     try:
         for batch in batches:
-            x: Tensor = batch[0] if isinstance(batch, (list, tuple)) else batch
-            with torch.enable_grad():  # without, nothing moves
+            x = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+            if not isinstance(x, Tensor):
+                raise ValueError(
+                    f"batches: a batch is a {type(x).__name__}, where update_statistics takes an input tensor, or a "
+                    "sequence that begins with one; give it a generator, as (batch['image'] for batch in loader)"
+                )
+            with torch.inference_mode(False), torch.enable_grad():  # without, nothing moves
+                x = x.clone() if x.is_inference() else x  # autograd does not take it
                 model(x if device is None else x.to(device))
     finally:
         for module, mode in modes:

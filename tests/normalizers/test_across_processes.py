@@ -68,6 +68,9 @@ class OwnStatistics(torch.nn.Module):
         self.register_buffer("level", torch.zeros(2, 3))
         self.register_buffer("scalar", torch.zeros(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+        self.register_buffer("phase", torch.full((2,), 1 + 2j))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("halves", torch.zeros(3, dtype=torch.float16))
         if statistics:
             self.statistics = statistics
 
@@ -90,7 +93,10 @@ def own_statistics(rank, world_size, port, folder):
         for layer in (model[0], model[2]):
             layer.level[1] += rank
             layer.scalar += rank
-            layer.batches += 2**40 + rank
+            layer.batches += 2**53 + 1 + 2 * rank  # what float64 cannot hold
+            layer.phase[1] *= 1 + rank
+            layer.seen[rank] = True
+            layer.halves += 1 + rank
         model[1].running_mean += rank
         model[3].more += rank
     tables = gather_statistics(model)
@@ -104,8 +110,11 @@ def test_statistics_of_any_layer_are_averaged_and_counts_are_the_largest(tmp_pat
     for rank in range(2):
         tables, state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert state["0.level"].tolist() == [[0, 0, 0], [0.5, 0.5, 0.5]] and float(state["0.scalar"]) == 0.5
-        assert int(state["0.batches"]) == 2**40 + 1 and state["1.running_mean"].tolist() == [0.5, 0.5]
-        assert tables["0.level"].shape == (2, 2, 3) and tables["0.batches"].tolist() == [2**40, 2**40 + 1]
+        assert int(state["0.batches"]) == 2**53 + 3 and state["1.running_mean"].tolist() == [0.5, 0.5]
+        assert tables["0.level"].shape == (2, 2, 3) and tables["0.batches"].tolist() == [2**53 + 1, 2**53 + 3]
+        assert state["0.phase"].tolist() == [1 + 2j, 1.5 + 3j] and state["0.seen"].tolist() == [True, True]
+        assert state["0.halves"].tolist() == [1.5] * 3 and tables["0.halves"].dtype == torch.float16
+        assert tables["0.phase"].tolist() == [[1 + 2j, 1 + 2j], [1 + 2j, 2 + 4j]]
         assert float(state["2.scalar"]) == rank, "said to be the same everywhere"
         assert float(state["3.more"]) == 0.5 and "3.running_mean" not in tables
 

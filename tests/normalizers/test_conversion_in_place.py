@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -129,6 +130,23 @@ def with_buffer(cls):
     return norm
 
 
+def with_observer():
+    """As prepare_qat leaves it."""
+    norm = nn.BatchNorm2d(4)
+    norm.activation_post_process = nn.Identity()
+    return norm
+
+
+def compiled(cls):
+    norm = cls(4)
+    norm.compile(backend="eager")
+    return norm
+
+
+def synchronised_with_activation():
+    return convert_sync_batchnorm(BatchNormAct2d(4))
+
+
 class Louder(OnlineNorm2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -144,11 +162,15 @@ TO_ONLINE = {
     "another forward": (lambda: with_attribute(nn.BatchNorm2d, "forward"), "has an own forward set on it"),
     "not updated": (not_updated, "BatchNorm with track_running_stats=False .* keeps those it has"),
     "a buffer": (lambda: with_buffer(nn.BatchNorm2d), "holds calls beside"),
+    "with an observer": (with_observer, "holds activation_post_process beside .* convert first, then attach"),
+    "compiled": (lambda: compiled(nn.BatchNorm2d), r"is compiled by its own compile\(\), .* convert first"),
+    "timm's synchronised": (synchronised_with_activation, "SyncBatchNormAct has no counterpart: .* its own forward"),
 }
 TO_BATCH = {
     "a subclass": (lambda: Louder(4), "Louder has no counterpart: it is a OnlineNorm2d with its own forward"),
     "another forward": (lambda: with_attribute(OnlineNorm2d, "forward"), "has an own forward set on it"),
     "a buffer": (lambda: with_buffer(OnlineNorm2d), "holds calls beside"),
+    "compiled": (lambda: compiled(OnlineNorm2d), r"is compiled by its own compile\(\), .* convert first"),
 }
 
 
@@ -165,6 +187,45 @@ def test_what_would_be_lost_is_refused_by_name_and_nothing_changes(to, build, wo
         convert(network, to=to)
     assert [type(m) for m in network.modules()] == classes
     assert all(vars(m).items() >= state.items() for m, state in zip(network.modules(), states, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_partly_scripted_network_is_refused():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)))
+    network = nn.ModuleDict({"free": nn.BatchNorm2d(4), "trunk": scripted})
+    with pytest.raises(
+        ValueError, match=r"^trunk\.1: is a BatchNorm2d compiled by torch.jit, .* before torch.jit.script"
+    ):
+        convert(network)
+    assert type(network["free"]) is nn.BatchNorm2d
+    traced = torch.jit.trace(OnlineNorm2d(4).eval(), torch.zeros(2, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"^0: is a OnlineNorm2d compiled by torch.jit"):
+        convert(nn.Sequential(traced), to="batch")
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "Adagrad", "NAdam"])
+def test_optimizers_go_on_from_half_precision_and_back(kind):
+    """Their state follows the dtype of parameters, with its values."""
+    network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)).bfloat16()
+    optimizer = getattr(torch.optim, kind)(network.parameters(), lr=0.1, **{"momentum": 0.9} if kind == "SGD" else {})
+
+    def step():
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    step()
+    weight = network[1].weight
+    before = {key: torch.as_tensor(value).clone() for key, value in optimizer.state[weight].items()}
+    for to, dtype in (("online", torch.float32), ("batch", torch.bfloat16)):
+        convert(network, to=to)
+        kept = optimizer.state[weight]
+        assert any(value.dtype == dtype for value in kept.values())
+        if to == "online":
+            assert all(torch.equal(torch.as_tensor(value), before[key].to(value.dtype)) for key, value in kept.items())
+        step()
+        assert weight.dtype == dtype
+    assert optimizer.state[network[0].weight].keys() == before.keys()
 
 
 def test_tied_parameters_stay_tied_in_half_precision():

@@ -80,3 +80,20 @@ def test_statistics_of_averaged_weights():
     assert all(p.grad is None for p in averaged.parameters())
     with pytest.warns(UserWarning, match="no OnlineNorm layer"):
         assert update_statistics(nn.BatchNorm2d(3), batches) == 0
+
+
+def test_statistics_move_under_inference_mode_too():
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 1), OnlineNorm2d(3)), torch.randn(8, 2, 3, 3)
+    twin = copy.deepcopy(model)
+    update_statistics(model, [x, x * 2])
+    with torch.inference_mode():
+        update_statistics(twin, [x, x * 2])  # the second is an inference tensor
+    assert torch.equal(twin[1].running_mean, model[1].running_mean) and model[1].running_mean.any()
+
+
+@pytest.mark.parametrize("batch", [{"image": torch.zeros(2, 3, 2, 2)}, [{}], [], None])
+def test_batches_without_an_input_tensor_are_named(batch):
+    layer = OnlineNorm2d(3).eval()
+    with pytest.raises(ValueError, match=r"^batches: a batch is a \w+, .* give it a generator"):
+        update_statistics(layer, [batch])
+    assert not layer.training
