@@ -1,6 +1,8 @@
 """What ends a command on purpose, and how its user is told."""
 
 import contextlib
+import errno
+import io
 import json
 import os
 import select
@@ -44,6 +46,12 @@ class Diverged(RunError):
     def __init__(self, message: str, step: int | None = None, epoch: int | None = None):
         super().__init__(message)
         self.step, self.epoch = step, epoch
+
+
+class FolderInUse(RunError):
+    """Another run is writing to the run folder: nothing was begun, and nothing has failed."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class Interrupted(RunError):
@@ -98,6 +106,9 @@ def cli_errors(prefix: str = ""):
     Of several processes that end for the same reason one says so. A reader of the output that leaves early, as in
     `| head`, ends the command without a word. `prefix` goes before messages.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         try:
             yield
@@ -113,6 +124,8 @@ def cli_errors(prefix: str = ""):
     except Exception as error:
         if hasattr(error, "exit_code"):
             _end(f"{prefix}{error}", error.exit_code, isinstance(error, Interrupted))
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _end(f"{prefix}{error.filename}: {error.strerror}; choose a shorter path", ConfigError.exit_code)
         if not _out_of_memory(error):
             raise
         advice = (

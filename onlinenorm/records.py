@@ -1,14 +1,18 @@
-"""The records of a run folder: where it lies, what they are called and what each of them holds."""
+"""The records of a run folder: where it lies, what they are called and what each holds, read without trust."""
 
+import csv
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from onlinenorm.errors import Diverged, ReportError
+import yaml
+
+from onlinenorm.errors import Diverged, RunError
 from onlinenorm.scales import LABEL, is_label
 from onlinenorm.text import first_line
 
@@ -59,16 +63,110 @@ class Failure:
         return cls("failed", message=message)
 
 
-def read_failure(folder: Path) -> Failure | None:
-    """What ended the run of a folder, or None where nothing has. Raises OSError or ValueError where it is damaged."""
+def read_failure(folder: Path, error: type[Exception] = RunError) -> Failure | None:
+    """What ended the run of a folder, or None where nothing has. Raises `error` where it is damaged."""
     if (folder / FAILURE).exists():
-        record = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("kind") not in ("diverged", "failed"):
-            raise ValueError("it holds no failure")
-        return Failure(record["kind"], record.get("step"), record.get("epoch"), str(record.get("message", "")))
+        record = read_record(folder / FAILURE, error)
+        return Failure(record["kind"], record.get("step"), record.get("epoch"), record.get("message", ""))
     if (folder / FAILURE_TEXT).exists():
         return Failure.from_text((folder / FAILURE_TEXT).read_text(encoding="utf-8", errors="replace"))
     return None
+
+
+_AGAIN = "delete it{}, and the same command writes it again from the last checkpoint"
+CURES = {
+    "config.yaml": "nobody can tell whose checkpoints and figures lie beside it: put it back, or delete the folder to "
+    "start over",
+    "environment.json": "delete it, and the same command goes on without what it told of former starts",
+    "failed.json": "delete it, and failed.txt beside it counts",
+    "results.json": _AGAIN.format(""),
+    "metrics.csv": _AGAIN.format(" and results.json"),
+    "predictions.npz": _AGAIN.format(" and results.json"),
+}
+_ATTEMPT = {"folder": str, "epochs": int, "failure": (str, type(None))}
+_WORDS = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+_LARGEST = sys.float_info.max
+SHAPES: dict[str, Any] = {
+    "environment.json": {
+        "starts?": [dict],
+        "own_code?": {str: {str: str}},
+        "statistics?": {str: int},
+        "git?": dict,
+        "versions?": {str: str},
+        "world_size?": int,
+    },
+    "config.yaml": {"choices?": {str: (str, type(None))}},
+    "failed.json": {"kind": str, "step?": (int, type(None)), "epoch?": (int, type(None)), "message?": str},
+}
+
+
+def read_record(path: Path, error: type[Exception] = RunError) -> dict[str, Any]:
+    """The mapping that a .json or .yaml file of a run folder holds.
+
+    Raises `error` where it is missing or damaged, or holds something else than a run writes there.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {'nothing' if content is None else 'no mapping'}")
+        if problem := misfit(content, SHAPES.get(path.name, {})):
+            raise ValueError(problem)
+        if path.name == "results.json":
+            check_results(content)
+        if path.name == FAILURE and content["kind"] not in ("diverged", "failed"):
+            raise ValueError(f"kind is {content['kind']!r}")
+    except FileNotFoundError:
+        raise error(f"{path}: is missing; {CURES[path.name]}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as cause:  # RecursionError: 100,000 brackets
+        raise damaged(path, cause, error) from None
+    return content
+
+
+def read_rows(path: Path, error: type[Exception] = RunError) -> list[dict[str, float]]:
+    """The rows of a metrics.csv, without empty fields; [] where there is no file. Raises `error` if it is damaged."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, csv.Error) as cause:  # TypeError: more fields than columns
+        raise damaged(path, cause, error) from None
+
+
+def damaged(path: Path, cause: Exception, error: type[Exception]) -> Exception:
+    """The `error` for a file of a run folder that `cause` keeps from being read."""
+    return error(
+        f"{path}: is damaged ({' '.join(str(cause).split())}); {CURES.get(path.name, 'put a whole one there')}"
+    )
+
+
+def misfit(value: Any, shape: Any, key: str = "") -> str:
+    """What in a tree of plain values is not of a shape, by its dotted key; "" where all is.
+
+    Args:
+        value: the tree.
+        shape: of a leaf its type, or several; [shape] of a list; {str: shape} of a mapping; {"key": shape} of one with
+            these keys, those that end in ? may be missing, and others are not looked at.
+        key: of `value`.
+    """
+    kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
+        words = " or ".join(_WORDS.get(kind, "null") for kind in kinds)
+        return f"{key or 'it'} is {shown}, not {words}"
+    parts: list[tuple[Any, Any, Any]] = []
+    if isinstance(shape, list):
+        parts = [(index, item, shape[0]) for index, item in enumerate(value)]
+    elif isinstance(shape, dict):
+        for name, inner in shape.items():
+            if name is str:
+                parts += [(each, item, inner) for each, item in value.items()]
+            elif (bare := name.removesuffix("?")) in value:
+                parts.append((bare, value[bare], inner))
+            elif bare == name:
+                return f"{key}.{name} is missing".lstrip(".")
+    return next(filter(None, (misfit(item, inner, f"{key}.{name}".lstrip(".")) for name, item, inner in parts)), "")
 
 
 def lookup(tree: dict[str, Any], dotted: str, default: Any = None) -> Any:
@@ -80,25 +178,25 @@ def lookup(tree: dict[str, Any], dotted: str, default: Any = None) -> Any:
     return tree
 
 
-def check_results(results: dict[str, Any], path: Path) -> None:
-    """Types and ranges of every figure that the report prints."""
+def check_results(results: dict[str, Any]) -> None:
+    """Raises ValueError for a figure of results.json of another type, or out of its range."""
 
     def fail(key: str, problem: str) -> None:
-        raise ReportError(f"{path}: {key} {problem}")
+        raise ValueError(f"{key} {problem}")
 
     def number(key: str, low: float, high: float, kind: type | tuple = (int, float)) -> None:
         value = lookup(results, key)
         if value is None:
             fail(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, kind) or not -math.inf < value < math.inf:
             fail(key, f"is {value!r}, not a finite {'whole ' if kind is int else ''}number")
-        if not low <= value <= high:
+        if not low <= value <= min(high, _LARGEST):  # an int of 400 digits is finite, and no float
             fail(
                 key, f"is {value!r}, outside [{low}, {high}]" + (" (accuracies are fractions)" if "top" in key else "")
             )
 
     if results.get("schema") != 1:
-        fail("schema", f"is {results.get('schema')!r}; this report reads schema 1")
+        fail("schema", f"is {results.get('schema')!r}; this version reads schema 1")
     for key in ("experiment", "normalizer", "dataset.name"):
         if not isinstance(lookup(results, key), str):
             fail(key, "is missing or not a text")
@@ -112,9 +210,8 @@ def check_results(results: dict[str, Any], path: Path) -> None:
         number(key, 0, math.inf)
     for key in ("last.val_top1", "best_top1.val_top1"):
         number(key, 0, 1)
-    attempts = results.get("attempts", [])
-    if not isinstance(attempts, list) or not all(isinstance(attempt, dict) for attempt in attempts):
-        fail("attempts", "is not a list of objects")
+    if problem := misfit(results, {"attempts?": [_ATTEMPT], "parameters_sha256?": str}):
+        raise ValueError(problem)
     if results.get("clamping") is not None:
         for side in ("with", "without"):
             number(f"clamping.{side}.val_loss", 0, math.inf)

@@ -37,6 +37,8 @@ from onlinenorm.training.matrix import UNDONE, Row, Sweep, check_folders, plan_r
 
 def plan(overrides: list[str], runs: Path, config_dir: str | None = None) -> list[Row]:
     """The rows of the matrix, their configurations checked."""
+    if runs.exists() and not runs.is_dir():
+        raise ConfigError(f"--runs: {runs} is a file, not a folder; name another place")
     parsed = [parse_override(override) for override in literal(overrides, several=True)]
     if any(override.key_or_group == "run_dir" for override in parsed):
         raise ConfigError("run_dir: a sweep names its folders itself; --runs DIR moves them all")

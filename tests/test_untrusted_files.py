@@ -62,7 +62,7 @@ def test_an_index_with_a_pickle_is_built_anew(bomb, tmp_path, monkeypatch):
 def test_predictions_with_a_pickle_are_refused(bomb, tmp_path, column):
     arrays = {key: np.arange(3) for key in ("index", "label", "prediction")}
     np.savez(tmp_path / "predictions.npz", **arrays | {column: np.array([bomb] * 3, dtype=object)})
-    with pytest.raises(ReportError, match="cannot be read"):
+    with pytest.raises(ReportError, match="is damaged"):
         load_predictions(tmp_path / "predictions.npz")
 
 

@@ -1,19 +1,17 @@
 """A trained network from its run folder, of which nothing is trusted: what is named is checked before it is built."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from onlinenorm import data
 from onlinenorm.errors import ConfigError, DeployError, RunError
 from onlinenorm.normalizers import OnlineNorm
-from onlinenorm.text import first_line
+from onlinenorm.records import read_record
 from onlinenorm.training import targets
 from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
 from onlinenorm.training.config_check import build, check_config, made_by
@@ -181,12 +179,7 @@ def inside(folder: Path, file: Path) -> Path:
 
 def _read_config(folder: Path, allowed: Collection[str]) -> dict[str, Any]:
     path = inside(folder, folder / "config.yaml")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DeployError(f"{path}: cannot be read as plain YAML ({first_line(error)})") from error
-    if not isinstance(config, dict):
-        raise DeployError(f"{path}: does not hold a configuration")
+    config = read_record(path, DeployError)
     for key, target in targets.targets(config):
         # before anything is imported
         group = key.partition(".")[0]
@@ -230,12 +223,4 @@ def _load(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = inside(folder, folder / name)
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DeployError(f"{path}: cannot be read ({first_line(error)})") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(k, {}), dict) for k in ("git", "versions")):
-        raise DeployError(f"{path}: does not hold what a run writes there")
-    return content
+    return read_record(path, DeployError) if path.exists() else {}

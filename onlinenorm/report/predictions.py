@@ -1,12 +1,12 @@
 """predictions.npz: what a run's last weights say of each validation image."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from onlinenorm.errors import ReportError
+from onlinenorm.records import damaged
 
 COLUMNS = {"with": ("prediction", "with_clamp"), "without": ("prediction", "without_clamp")}
 
@@ -27,8 +27,8 @@ def load_predictions(path: Path, clamp: str = "with") -> Predictions:
     try:
         with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ReportError(f"{path}: cannot be read ({error})") from error
+    except Exception as error:  # what a damaged file makes numpy, zipfile and zlib raise
+        raise damaged(path, error, ReportError) from error
     column = next((name for name in COLUMNS[clamp] if name in arrays), None)
     if column is None or not {"index", "label"} <= arrays.keys():
         raise ReportError(f"{path}: holds {', '.join(sorted(arrays))}; index, label and a prediction are needed")

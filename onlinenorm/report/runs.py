@@ -1,7 +1,6 @@
 """Reads run folders (config.yaml, metrics.csv, results.json, ...) into `Run` and checks what they say."""
 
 import csv
-import json
 import math
 import os
 import re
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from onlinenorm.errors import ReportError
-from onlinenorm.records import Failure, check_results, lookup, read_failure
+from onlinenorm.records import Failure, lookup, read_failure, read_record
 from onlinenorm.report.checks import check_agreement, check_predictions
 
 REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
@@ -151,11 +150,10 @@ def find_run_folders(root: Path) -> Iterator[Path]:
 def load_run(folder: Path, read_yaml: Callable[[Path], Any], name: str | None = None) -> Run:
     """The run in `folder`; raises ReportError naming the file that is missing or damaged."""
     config = _read_config(folder / "config.yaml", read_yaml)
-    environment = _read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
+    environment = _read_environment(folder)
     results = None
     if (folder / "results.json").exists():
-        results = _read_json(folder / "results.json")
-        check_results(results, folder / "results.json")
+        results = read_record(folder / "results.json", ReportError)
     metrics = read_metrics(folder / "metrics.csv") if (folder / "metrics.csv").exists() or results else {}
     if results:
         check_agreement(results, metrics, folder)
@@ -172,7 +170,7 @@ def load_run(folder: Path, read_yaml: Callable[[Path], Any], name: str | None = 
     return Run(
         folder, name or folder.name, normalizer, seed, config, environment, metrics, results,
         clamping=read_metrics(clamping, CLAMPING_COLUMNS) if clamping.exists() else {},
-        failure=_read_failure(folder),
+        failure=read_failure(folder, ReportError),
         attempts=_read_attempts(folder, environment, (results or {}).get("attempts", []), planned),
     )  # fmt: skip
 
@@ -186,12 +184,12 @@ def _read_attempts(
     unless it diverged.
     """
     found, seen, starts = [], set(), environment.get("starts", [])
-    kept = [path for path in folder.glob("attempts/*") if path.name.isdigit()]
+    kept = [path for path in folder.glob("attempts/*") if re.fullmatch(r"[0-9]+", path.name, re.ASCII)]
     for path in sorted(kept, key=lambda path: int(path.name)):
         seen.add(f"attempts/{path.name}")
         metrics = read_metrics(path / "metrics.csv") if (path / "metrics.csv").exists() else {}
-        begun = _read_json(path / "environment.json").get("starts", []) if (path / "environment.json").exists() else []
-        attempt = Attempt(_status(_read_failure(path), metrics, planned, "stopped"))
+        begun = _read_environment(path).get("starts", [])
+        attempt = Attempt(_status(read_failure(path, ReportError), metrics, planned, "stopped"))
         continued = begun and len(begun) < len(starts) and starts[: len(begun)] == begun
         if attempt.diverged or not continued:
             found.append(attempt)
@@ -274,18 +272,6 @@ def _read_config(path: Path, read_yaml: Callable[[Path], Any]) -> dict[str, Any]
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ReportError(f"{path}: holds {type(content).__name__} where an object is expected")
-    return content
-
-
-def _read_failure(folder: Path) -> Failure | None:
-    try:
-        return read_failure(folder)
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{folder}: its record of a failure cannot be read: {error}") from error
+def _read_environment(folder: Path) -> dict[str, Any]:
+    path = folder / "environment.json"
+    return read_record(path, ReportError) if path.exists() else {}

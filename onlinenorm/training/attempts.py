@@ -1,7 +1,7 @@
 """Former attempts at a run: none vanishes when it is started again, so that tables can count all of them."""
 
 import filecmp
-import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from onlinenorm.records import (
     METRICS,
     Failure,
     read_failure,
+    read_record,
 )
 
 _ENDED = (FAILURE, FAILURE_TEXT, METRICS, CLAMPING)
@@ -60,7 +61,7 @@ def keep_epochs(folder: Path) -> None:
 
 def _move(folder: Path) -> None:
     # config.yaml and environment.json stay as well: the next attempt may continue from a checkpoint of this one
-    attempts, number = folder / ATTEMPTS, len(_kept(folder))
+    attempts, number = folder / ATTEMPTS, max((int(path.name) for path in _kept(folder)), default=0)
     partial = attempts / ".partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -74,27 +75,28 @@ def _move(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
-            f"{attempts}: the former attempt could not be kept ({error}); free some space and start again"
+            f"{attempts}: the former attempt could not be kept ({error}); free some space, or remove what is in its "
+            "way, and start again"
         ) from error
     shutil.rmtree(partial, ignore_errors=True)
 
 
 def _kept(folder: Path) -> list[Path]:
-    numbered = (path for path in (folder / ATTEMPTS).glob("*") if path.name.isdigit())
+    numbered = (path for path in (folder / ATTEMPTS).glob("*") if re.fullmatch(r"[0-9]+", path.name, re.ASCII))
     return sorted(numbered, key=lambda path: int(path.name))
 
 
 def _failure(folder: Path) -> Failure | None:
     try:
         return read_failure(folder)
-    except (OSError, ValueError):  # a damaged record is one of a failure
+    except RunError:  # a damaged record is one of a failure
         return Failure("failed", message=f"{FAILURE} is damaged")
 
 
 def _starts(folder: Path) -> list[Any]:
     """The starts of an attempt; a run that continues lists those before its own."""
     path = folder / ENVIRONMENT
-    return json.loads(path.read_text(encoding="utf-8")).get("starts", []) if path.exists() else []
+    return read_record(path).get("starts", []) if path.exists() else []
 
 
 def _lines(path: Path) -> list[str]:

@@ -15,14 +15,25 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from onlinenorm.errors import ArgumentError, ConfigError, RunError
-from onlinenorm.records import CONFIG
+from onlinenorm.records import CONFIG, misfit
 from onlinenorm.text import first_line
 from onlinenorm.training.run_folder import changed_keys
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-# What a run continues from; a checkpoint of an older version or of another program may lack some of it.
-REQUIRED = {"position", "best_top1", "state_dict", "optimizer_states", "callbacks", "schedule", "train_sums",
-            "local_statistics", "pytorch-lightning_version"}  # fmt: skip
+# What a run continues from, see `records.misfit`; one of an older version or of another program may lack some of it.
+SHAPE = {
+    "position": {"epoch": int, "step": int, "global_step": int},
+    "best_top1": (float, int),
+    "state_dict": dict,
+    "optimizer_states": [dict],
+    "callbacks": dict,
+    "schedule": dict,
+    "train_sums": list,
+    "local_statistics": {str: torch.Tensor},
+    "pytorch-lightning_version": str,
+    "config": dict,
+    "fingerprint": str,
+}
 
 
 def verify(path: Path) -> str:
@@ -30,8 +41,7 @@ def verify(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    # RuntimeError: flags of the archive that cannot be served
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as error:
+    except Exception as error:  # zipfile, and zlib below it, raise almost anything
         return f"{type(error).__name__}: {error}"
     return f"record {damaged} does not match its checksum" if damaged else ""
 
@@ -109,8 +119,8 @@ def resumable(
         if path.exists():
             try:
                 content = read(path)
-                if missing := sorted(REQUIRED - set(content if isinstance(content, dict) else ())):
-                    raise RunError(f"{path} was written by another program or version: it lacks {', '.join(missing)}")
+                if problem := misfit(content, SHAPE):
+                    raise RunError(f"{path} was written by another program or version: {problem}")
             except RunError as error:
                 unusable.append(str(error))
                 continue
@@ -127,9 +137,9 @@ def resumable(
 
 
 def _check_kinship(path: Path, content: dict[str, Any], config: dict[str, Any] | None, data: Any) -> None:
-    if config is not None and (changes := changed_keys(content.get("config", config), config)):
+    if config is not None and (changes := changed_keys(content["config"], config)):
         raise ConfigError(f"run_dir: {path} is a checkpoint of another configuration:\n  " + "\n  ".join(changes))
-    if data is None or content.get("fingerprint", data.fingerprint) == data.fingerprint:
+    if data is None or content["fingerprint"] == data.fingerprint:
         return
     if data.replaced_since(content.get("files")) is None:
         raise ConfigError(
@@ -251,6 +261,13 @@ class Checkpoints(Checkpoint):
         trainer.datamodule.resume(position["epoch"], position["step"])
         trainer.datamodule.note_replaced(checkpoint.get("files"))
         steps = trainer.datamodule.train_images // module.recipe.batch_size
+        epoch, step = position["epoch"], position["step"]
+        possible = 0 <= epoch <= module.recipe.epochs and 0 <= step <= steps
+        if not possible or epoch * steps + step != self._resumed_step:
+            raise RunError(
+                f"{trainer.ckpt_path}: step {step} of {steps} in epoch {epoch} cannot be step {self._resumed_step} of "
+                f"all; delete it to continue from {PREVIOUS}, or {self.folder} to start over"
+            )
         checkpoint["loops"] = {
             "fit_loop": loop_state(
                 trainer.fit_loop.state_dict(), trainer.accumulate_grad_batches, steps=steps, **position

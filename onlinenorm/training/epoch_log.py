@@ -34,15 +34,6 @@ def to_csv(rows: list[dict[str, float]], columns: tuple[str, ...] = COLUMNS) -> 
     return text.getvalue()
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, as text; [] where there is none."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []
-
-
 class EpochLog(pl.Callback):
     """Makes the rows. They live in the checkpoint and the file is written anew from it: none is doubled or lost.
 

@@ -134,7 +134,7 @@ def write_results(folder: Path, results: dict[str, Any], arrays: dict[str, np.nd
 
 def summary(results: dict[str, Any], folder: Path) -> str:
     """A finished run in a few lines."""
-    clamping = results["clamping"]
+    clamping = results.get("clamping")
     lines = [
         f"{results['experiment']} {results['normalizer']} seed {results['seed']} on {results['dataset']['name']} "
         f"({results['scale']}), {results['epochs']} epochs: done",

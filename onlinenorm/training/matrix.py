@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from onlinenorm.data.workers import STOP_SIGNALS
-from onlinenorm.errors import ConfigError
-from onlinenorm.records import FAILURE_TEXT, read_failure, run_path
+from onlinenorm.errors import ConfigError, FolderInUse, RunError
+from onlinenorm.records import FAILURE_TEXT, read_failure, read_record, read_rows, run_path
 from onlinenorm.text import duration
-from onlinenorm.training.attempts import former_attempts, keep_attempt
+from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.config_check import check_config
-from onlinenorm.training.epoch_log import read_rows
 from onlinenorm.training.run_folder import RunFolder
 
 # exit codes of runs that have saved themselves, or had not begun
@@ -49,7 +48,8 @@ class Row:
 
     def state(self, queue: dict[str, str]) -> str:
         """done | running | queued | diverged | failed | stopped (unfinished, to be continued) | missing"""
-        if (self.folder / "results.json").exists():
+        if (results := self.folder / "results.json").exists():
+            read_record(results)
             return "done"
         if RunFolder(self.folder).is_locked():
             return "running"
@@ -109,8 +109,7 @@ def seconds_left(rows: list[Row], states: list[str]) -> list[float | None]:
     Nothing where it is done or has failed.
     """
     spent = [
-        [float(epoch["seconds"]) for epoch in read_rows(row.folder / "metrics.csv") if epoch.get("seconds")]
-        for row in rows
+        [epoch["seconds"] for epoch in read_rows(row.folder / "metrics.csv") if "seconds" in epoch] for row in rows
     ]
 
     def mean(choose) -> float | None:
@@ -188,12 +187,16 @@ class Sweep:
                 row = waiting.popleft()
             except IndexError:
                 return
-            if row.state({}) in (*UNDONE, "diverged"):  # another sweep may have come first
-                self._take(row, slot)
+            try:
+                if row.state({}) in (*UNDONE, "diverged"):  # another sweep may have come first
+                    self._take(row, slot)
+            except FolderInUse:  # it has, just now
+                continue
+            except RunError as error:
+                print(error, file=sys.stderr)
 
     def _take(self, row: Row, slot: int) -> None:
-        row.folder.mkdir(parents=True, exist_ok=True)
-        keep_attempt(row.folder)
+        RunFolder(row.folder).keep_attempt()
         row.job.unlink(missing_ok=True)
         last: deque[str] = deque(maxlen=LINES_KEPT)
         mark = f"{row.folder}  " if self.parallel > 1 else "  "
@@ -202,7 +205,7 @@ class Sweep:
         # a session of its own: a terminal's Ctrl-C reaches the run as a signal that it saves itself on
         run = subprocess.Popen(
             [*self.program, *row.command(row.folder)], env={**os.environ, **gpu},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         self._runs.add(run)
         if self.signum:
@@ -213,7 +216,7 @@ class Sweep:
                 log.write(line)
                 last.append(line)
         self._runs.discard(run)
-        if run.returncode and run.returncode not in STOPPED:
+        if run.returncode and run.returncode not in (*STOPPED, FolderInUse.exit_code):
             row.failure.write_text(f"exit code {run.returncode}\n{''.join(last)}", encoding="utf-8")
 
 
@@ -226,8 +229,7 @@ def visible_gpus() -> list[str]:
 def submit(row: Row, script: Path, project: Path) -> None:
     """Hands a row to SLURM, to be run in the folder `project` by a batch script."""
     folder = row.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    keep_attempt(row.folder)
+    RunFolder(row.folder).keep_attempt()
     options = ["--parsable", f"--job-name={row.folder}", f"--chdir={project}", f"--output={folder / 'output.log'}"]
     sbatch = ["sbatch", *options, str(script.resolve()), *row.command(folder)]
     answer = subprocess.run(sbatch, capture_output=True, text=True, check=False)

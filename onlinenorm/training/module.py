@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from onlinenorm.errors import Diverged
+from onlinenorm.errors import Diverged, RunError
 from onlinenorm.normalizers import average_statistics, gather_statistics, merged
 from onlinenorm.training.accuracy import full_precision, predicted, rank
 from onlinenorm.training.clamping import ClampMeter
@@ -175,6 +175,16 @@ class ImageClassifier(pl.LightningModule):
         gathered = {name: table for name, table in gathered.items() if name in checkpoint["state_dict"]}
         checkpoint["local_statistics"] = gathered
         checkpoint["state_dict"] |= {name: merged(table) for name, table in gathered.items()}
+
+    def load_state_dict(self, *arguments, **options):
+        """As of any module; of a checkpoint that does not fit, a RunError names the file."""
+        try:
+            return super().load_state_dict(*arguments, **options)
+        except RuntimeError as error:
+            raise RunError(
+                f"{self.trainer.ckpt_path}: does not fit the network of config.yaml ({' '.join(str(error).split())}); "
+                "delete it to continue from previous.ckpt, or its folder to start over"
+            ) from error
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._schedule_state = checkpoint["schedule"]

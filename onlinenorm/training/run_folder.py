@@ -6,10 +6,10 @@ import fcntl
 import json
 import os
 import platform
+import stat
 import struct
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 
 from onlinenorm.arguments import flatten
-from onlinenorm.errors import ConfigError, Interrupted, RunError
+from onlinenorm.errors import ConfigError, FolderInUse, Interrupted, RunError
 from onlinenorm.files import write_atomically
 from onlinenorm.provenance import environment
-from onlinenorm.records import CONFIG, ENVIRONMENT, FAILURE, FAILURE_TEXT, Failure
-from onlinenorm.training.attempts import keep_attempt, keep_epochs
+from onlinenorm.records import CONFIG, ENVIRONMENT, FAILURE, FAILURE_TEXT, Failure, read_record
+from onlinenorm.training.attempts import former_attempts, keep_attempt, keep_epochs
 from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
 from onlinenorm.training.own_code import changed_code, own_code, own_files
@@ -84,7 +84,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self):
-        """Context in which no other run may write here; raises RunError where one does already.
+        """Context in which no other run may write here; raises FolderInUse where one does already.
 
         An error that ends it is left in failed.json and, for people, failed.txt; when the run is started again that
         attempt is kept (`attempts`). A run that was interrupted, or killed, has not failed.
@@ -92,6 +92,25 @@ class RunFolder:
         if not self.rank_zero:
             yield
             return
+        with self._locked():
+            keep_attempt(self.path)
+            former_attempts(self.path)  # read at the end of the run: what is damaged is told before it
+            try:
+                yield
+            except Exception as error:
+                if not isinstance(error, Interrupted):
+                    with contextlib.suppress(RunError):  # on a full disk
+                        write_atomically(self.path / FAILURE, json.dumps(asdict(Failure.of(error))) + "\n")
+                        write_atomically(self.path / FAILURE_TEXT, "".join(traceback.format_exception_only(error)))
+                raise
+
+    def keep_attempt(self) -> None:
+        """What `lock` does first, for those who start the run in a process of its own: see `attempts.keep_attempt`."""
+        with self._locked():
+            keep_attempt(self.path)
+
+    @contextlib.contextmanager
+    def _locked(self):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -108,7 +127,7 @@ class RunFolder:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
-                    raise RunError(
+                    raise FolderInUse(
                         f"{self.path}: another run is writing to this folder ({error.strerror}). "
                         "Wait for it or stop it, or choose another run_dir"
                     ) from None
@@ -117,15 +136,7 @@ class RunFolder:
                     "no other run writes there",
                     file=sys.stderr,
                 )
-            keep_attempt(self.path)
-            try:
-                yield
-            except Exception as error:
-                if not isinstance(error, Interrupted):
-                    with contextlib.suppress(RunError):  # on a full disk
-                        write_atomically(self.path / FAILURE, json.dumps(asdict(Failure.of(error))) + "\n")
-                        write_atomically(self.path / FAILURE_TEXT, "".join(traceback.format_exception_only(error)))
-                raise
+            yield
 
     def is_locked(self) -> bool:
         """Whether a run is known to be writing here now.
@@ -146,22 +157,20 @@ class RunFolder:
         path = self.path / "results.json"
         if not path.exists():
             return None
-        return _read(path, json.loads, "delete it, and the same command writes it again from the last checkpoint")
+        return read_record(path)
 
     def check_config(self, config: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
         """Raises ConfigError, naming keys or files, where the folder holds progress of a run of other settings or code.
 
         The parts of the configuration in `ignored` are not compared, see `changed_keys`; of code, the user's own is.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"run_dir: {self.path} is a file, not a folder; choose another run_dir=")
+        for folder in (self.path, self.checkpoints):
+            _check_folder(folder)
         path = self.path / CONFIG
         progress = [self.path / "results.json", *self.checkpoints.glob("*.ckpt")]
-        if not path.exists() or not any(file.exists() for file in progress):
+        if not any(file.exists() for file in progress):
             return
-        advice = "nobody can tell whose checkpoints lie beside it: put it back, or delete the folder to start over"
-        old = _read(path, yaml.safe_load, advice)
-        if changes := changed_keys(old, config, ignored):
+        if changes := changed_keys(read_record(path), config, ignored):
             raise ConfigError(
                 f"run_dir: {self.path} holds a run with another configuration:\n  "
                 + "\n  ".join(changes)
@@ -177,8 +186,7 @@ class RunFolder:
 
     def _environment(self) -> dict[str, Any]:
         path = self.path / ENVIRONMENT
-        advice = "delete it, and the same command goes on without what it told of former starts"
-        return _read(path, json.loads, advice) if path.exists() else {}
+        return read_record(path) if path.exists() else {}
 
     def record_start(self, config: dict[str, Any], world_size: int, resumed_from: dict[str, int] | None) -> int:
         """Writes config.yaml and environment.json for this start; returns how often the run has been resumed."""
@@ -196,12 +204,16 @@ class RunFolder:
         return sum(start["resumed_from"] is not None for start in starts)
 
 
-def _read(path: Path, parse: Callable[[str], Any], advice: str) -> dict[str, Any]:
-    """The mapping that a record of a run holds; RunError, with `advice`, where it is damaged."""
+def _check_folder(path: Path) -> None:
+    """Raises ConfigError where neither a folder is nor can be made."""
+    problem = ""
     try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: is damaged ({' '.join(str(error).split())}); {advice}") from None
-    if not isinstance(content, dict):
-        raise RunError(f"{path}: is damaged (it holds {'nothing' if content is None else 'no mapping'}); {advice}")
-    return content
+        if not stat.S_ISDIR(path.stat().st_mode):
+            problem = "is a file, not a folder"
+    except OSError as error:
+        if os.path.islink(path):
+            problem = f"is a link to {os.readlink(path)}, which does not exist"
+        elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            problem = f"cannot be used ({error.strerror})"
+    if problem:
+        raise ConfigError(f"run_dir: {path} {problem}; choose another run_dir=")

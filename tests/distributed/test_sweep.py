@@ -1,22 +1,34 @@
 """scripts/sweep.py: what is missing is run, what failed does not stop the rest, what is done stays."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from distributed_runs import TINY
-from tests_training import ROOT, load_train_module
+from tests_training import RESULTS, ROOT, load_train_module
 
 from onlinenorm.data.workers import STOP_SIGNALS
-from onlinenorm.errors import ConfigError
+from onlinenorm.errors import ConfigError, FolderInUse, RunError
 from onlinenorm.training import matrix
+from onlinenorm.training.run_folder import RunFolder
 from scripts import sweep
 
-FAKE_TRAIN = """
+FAKE_RESULTS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import yaml
+from onlinenorm.cli.compose import load_config
+(folder / "config.yaml").write_text(yaml.safe_dump(load_config(sys.argv[1:])))
+(folder / "results.json").write_text({json.dumps(RESULTS)!r})
+"""
+FAKE_TRAIN = (
+    """
 import os, signal, sys, time
 from pathlib import Path
 options = dict(argument.split("=", 1) for argument in sys.argv[1:])
@@ -35,11 +47,13 @@ if Path("slow").exists():
     Path("waiting").touch()
     time.sleep(60)
 (folder / "metrics.csv").write_text("epoch,seconds\\n1,2.0\\n2,2.0\\n3,2.0\\n")
-(folder / "results.json").write_text("{}")
 """
+    + FAKE_RESULTS
+)
 
 # ends only when two of its kind have met
-MEETING_TRAIN = """
+MEETING_TRAIN = (
+    """
 import os, sys, time
 from pathlib import Path
 folder = Path(dict(argument.split("=", 1) for argument in sys.argv[1:])["run_dir"])
@@ -47,8 +61,9 @@ folder = Path(dict(argument.split("=", 1) for argument in sys.argv[1:])["run_dir
 while len(list(Path("runs").rglob("gpu"))) < 2:
     time.sleep(0.02)
 print("met", flush=True)
-(folder / "results.json").write_text("{}")
 """
+    + FAKE_RESULTS
+)
 
 
 @pytest.fixture
@@ -99,7 +114,7 @@ def test_folders_of_another_configuration_are_not_called_done(run_sweep, tmp_pat
     config = load_train_module().load_config(list(row.overrides))
     row.folder.mkdir(parents=True)
     (row.folder / "config.yaml").write_text(yaml.safe_dump(config | {"trainer": {"accelerator": "gpu"}}))
-    (row.folder / "results.json").write_text("{}")
+    (row.folder / "results.json").write_text(json.dumps(RESULTS))
     assert run_sweep("normalizer=batch") == 0
     with pytest.raises(ConfigError, match=r"another configuration:\n  recipe.lr: 0.1 -> 0.7"):
         run_sweep("normalizer=batch", "recipe.lr=0.7")
@@ -248,3 +263,59 @@ def test_sweeps_that_mean_nothing_get_a_sentence(tmp_path, sweep_of):
         sweep.plan([*TINY, sweep_of], tmp_path)
     (row,) = sweep.plan([*TINY, "normalizer=glob(*scal*)"], tmp_path)
     assert row.normalizer == "online_layer_scaling"
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("results.json", '{"schema": 1'),
+        ("metrics.csv", "epoch,seconds\n1,abc\n"),
+        ("metrics.csv", b"\xff\xfe"),
+        ("attempts/1/environment.json", ""),
+        ("failed.json", "{}"),
+    ],
+)
+def test_damaged_records_are_told_by_name(run_sweep, tmp_path, name, content):
+    assert run_sweep("normalizer=batch") == 0
+    file = tmp_path / "runs" / "default" / "batch" / "seed0" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if name == "failed.json":
+        (file.parent / "results.json").unlink()
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RunError, match=rf"/{name}: is damaged \(.*; delete it"):
+        run_sweep("normalizer=batch", "--status")
+
+
+def test_a_run_that_another_sweep_has_begun_has_not_failed(run_sweep, tmp_path):
+    """Both found it missing; the lock refuses the second."""
+    (tmp_path / "train.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from onlinenorm.errors import FolderInUse, cli_errors\n"
+        "with cli_errors(): raise FolderInUse('another run is writing')"
+    )
+    assert run_sweep("normalizer=batch") == 1
+    folder = tmp_path / "runs" / "default" / "batch" / "seed0"
+    assert "another run is writing" in (folder / "output.log").read_text() and not (folder / "failed.txt").exists()
+    (folder / "failed.txt").write_text("exit code 1")
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(FolderInUse):
+            RunFolder(folder).keep_attempt()
+        other.communicate(b"\n")
+    assert (folder / "failed.txt").exists(), "its attempt is the other's"
+
+
+def test_a_place_for_runs_that_is_none_is_told(run_sweep, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--runs: .*file is a file, not a folder"):
+        run_sweep("normalizer=batch", "--runs", str(tmp_path / "file"))
+
+    def read_only(self, *_, **__):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", read_only)
+        assert run_sweep("normalizer=batch", "--runs", "elsewhere") == 1
+    assert re.search(r"run_dir: elsewhere/.* cannot be made \(Read-only file system\)", capsys.readouterr().err)

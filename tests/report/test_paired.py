@@ -110,7 +110,7 @@ def test_runs_of_other_images_or_labels_are_refused(main, tmp_path, capsys):
         (finished(tmp_path, "group", 1, index=np.arange(40) + 1), "different images"),
         (finished(tmp_path, "group", 2, label=np.arange(40) % 9), "disagree on labels, first on that of image 9"),
         (finished(tmp_path, "group", 3, prediction=np.arange(39)), "one an image"),
-        (finished(tmp_path, "group", 4, label=np.array([{}] * 40)), "cannot be read"),
+        (finished(tmp_path, "group", 4, label=np.array([{}] * 40)), "is damaged"),
     ]
     other = finished(tmp_path, "group", 5)
     results = json.loads((other / "results.json").read_text())
@@ -128,8 +128,14 @@ def test_missing_unfinished_and_damaged_runs_are_refused(main, tmp_path, capsys)
     (missing / "predictions.npz").unlink()
     damaged = finished(tmp_path, "group", 2)
     (damaged / "predictions.npz").write_bytes((a / "predictions.npz").read_bytes()[:100])
+    flipped = finished(tmp_path, "group", 4)
+    np.savez_compressed(flipped / "predictions.npz", **dict(np.load(a / "predictions.npz")))
+    content = bytearray((flipped / "predictions.npz").read_bytes())
+    content[60:66] = bytes(byte ^ 0xFF for byte in content[60:66])  # of the first compressed stream
+    (flipped / "predictions.npz").write_bytes(content)
     unfinished = write_run(tmp_path, "group", 3, finish=False)
-    cases = {missing: "predictions.npz: missing", damaged: "cannot be read", unfinished: "only finished runs",
+    cases = {missing: "predictions.npz: missing", damaged: "is damaged", flipped: "predictions.npz: is damaged",
+             unfinished: "only finished runs",
              tmp_path / "nowhere": "is no folder", tmp_path: "config.yaml: missing"}  # fmt: skip
     for b, words in cases.items():
         assert main(a, b) == 2

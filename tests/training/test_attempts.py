@@ -103,6 +103,14 @@ def test_a_damaged_record_is_one_of_a_failure(tmp_path):
     assert (attempt["kind"], attempt["failure"]) == ("failed", "failed.json is damaged")
 
 
+def test_a_gap_in_the_numbers_and_names_that_are_none_are_passed_over(tmp_path):
+    for name in ("2", "²", "٣", "1x"):
+        (tmp_path / "attempts" / name).mkdir(parents=True)
+    (tmp_path / "failed.txt").write_text("the loss became NaN\n")
+    keep_attempt(tmp_path)
+    assert [attempt["folder"] for attempt in former_attempts(tmp_path)] == ["attempts/2", "attempts/3"]
+
+
 def test_a_full_disk_loses_no_attempt(tmp_path, monkeypatch):
     (tmp_path / "failed.txt").write_text("the loss became NaN\n")
 

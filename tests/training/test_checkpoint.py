@@ -14,7 +14,11 @@ from onlinenorm.training.trainer import quiet_lightning
 
 def state(value):
     position = {"epoch": value, "step": 0, "global_step": value}
-    return dict.fromkeys(checkpoint.REQUIRED) | {"position": position, "weights": torch.full((1000,), float(value))}
+    parts = {
+        "best_top1": 0.5, "state_dict": {}, "optimizer_states": [], "callbacks": {}, "schedule": {}, "train_sums": [],
+        "local_statistics": {}, "pytorch-lightning_version": "2", "config": {}, "fingerprint": "x",
+    }  # fmt: skip
+    return parts | {"position": position, "weights": torch.full((1000,), float(value))}
 
 
 @pytest.fixture
@@ -103,12 +107,12 @@ def test_a_checkpoint_of_another_version_is_told_and_not_continued(folder, capsy
     old = state(3)
     del old["schedule"], old["local_statistics"]
     torch.save(old, folder / "last.ckpt")
-    told = r"last.ckpt was written by another program or version: it lacks local_statistics, schedule"
+    told = r"last.ckpt was written by another program or version: schedule is missing"
     assert checkpoint.resumable(folder) == (folder / "previous.ckpt", state(1)["position"])
     assert told in capsys.readouterr().err
     torch.save(torch.zeros(3), folder / "previous.ckpt")
     with pytest.raises(
-        RunError, match=f"{told}.*previous.ckpt was written.*lacks best_top1, .*delete .*another run_dir"
+        RunError, match=f"{told}.*previous.ckpt was written.*it is tensor.*, not a mapping.*delete .*another run_dir"
     ):
         checkpoint.resumable(folder)
 
@@ -116,7 +120,7 @@ def test_a_checkpoint_of_another_version_is_told_and_not_continued(folder, capsy
 def test_all_that_is_required_is_what_a_run_saves(run, tmp_path):
     run(tmp_path, "normalizer=batch", "recipe.epochs=1", "recipe.milestones=[]")
     saved = set(checkpoint.read(tmp_path / "checkpoints" / "last.ckpt"))
-    assert saved - checkpoint.REQUIRED == {"config", "epoch", "fingerprint", "global_step", "lr_schedulers"}
+    assert saved - set(checkpoint.SHAPE) == {"epoch", "global_step", "lr_schedulers"}
 
 
 def test_loop_state_has_every_counter_of_lightnings_loop():
@@ -162,3 +166,38 @@ def test_one_of_another_run_is_not_continued(folder):
         checkpoint.resumable(folder, {"seed": 0, "data": {"root": "a"}}, images("x"))
     with pytest.raises(ConfigError, match=r"^data.root: holds other images than those that .*last.ckpt was trained on"):
         checkpoint.resumable(folder, {"seed": 1, "data": {"root": "a"}}, images("y"))
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"position": [1]}, "position is [1], not a mapping"),
+        ({"position": {"epoch": 1, "step": 0}}, "position.global_step is missing"),
+        ({"position": {"epoch": 1, "step": 0, "global_step": "9"}}, "position.global_step is '9', not a whole number"),
+        ({"config": None}, "config is None, not a mapping"),
+        ({"optimizer_states": [1]}, "optimizer_states.0 is 1, not a mapping"),
+    ],
+)
+def test_one_of_another_shape_is_told_and_not_continued(folder, change, told, capsys):
+    torch.save(state(3) | change, folder / "last.ckpt")
+    assert checkpoint.resumable(folder)[0] == folder / "previous.ckpt"
+    assert f"last.ckpt was written by another program or version: {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda c: c["state_dict"].popitem(), r"last.ckpt: does not fit the network of config.yaml \(.*Missing key"),
+        (lambda c: c["position"].update(global_step=99999), r"last.ckpt: step 0 of 4 in epoch 1 cannot be step 99999"),
+        (lambda c: c["position"].update(epoch=7, global_step=28), r"last.ckpt: step 0 of 4 in epoch 7 cannot be"),
+    ],
+)
+def test_one_that_cannot_be_this_runs_is_refused_by_name(run, tmp_path, change, told):
+    run(tmp_path, "normalizer=batch", "recipe.epochs=1", "recipe.milestones=[]")
+    (tmp_path / "results.json").unlink()
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    content = checkpoint.read(path)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(RunError, match=told):
+        run(tmp_path, "normalizer=batch", "recipe.epochs=1", "recipe.milestones=[]")

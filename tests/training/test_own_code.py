@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from tests_training import RESULTS
 
 from onlinenorm.errors import ConfigError
 from onlinenorm.training.own_code import own_code, own_files
@@ -55,7 +56,7 @@ def finished(folder, tmp_path):
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     run.record_start(CONFIG, 1, None)
-    (run.path / "results.json").write_text('{"done": true}')
+    (run.path / "results.json").write_text(json.dumps(RESULTS))
     return run
 
 
@@ -73,15 +74,15 @@ def test_the_files_are_those_of_the_targets_and_all_that_they_import(folder):
 def test_an_edited_file_is_not_the_same_run(folder, finished, edited):
     recorded = json.loads((finished.path / "environment.json").read_text())["own_code"]
     assert recorded == own_code(CONFIG) and len(recorded["normalizer"]["my_helper"]) == 64
-    assert finished.results(CONFIG) == {"done": True}
+    assert finished.results(CONFIG) == RESULTS
     (folder / "my_layers" / "unused.py").write_text("x = 1")
-    assert finished.results(CONFIG) == {"done": True}
+    assert finished.results(CONFIG) == RESULTS
     (folder / edited).write_text(FILES[edited] + "\n# edited")
     group = "model" if edited == "my_model.py" else "normalizer"
     with pytest.raises(ConfigError, match=rf"(?s)run of other code:\n  {group}: {folder / edited} has changed\nChoose"):
         finished.results(CONFIG)
     (folder / edited).write_text(FILES[edited])
-    assert finished.results(CONFIG) == {"done": True}
+    assert finished.results(CONFIG) == RESULTS
 
 
 def test_a_checkpoint_is_not_continued_by_an_edited_file(folder, finished):
@@ -97,4 +98,4 @@ def test_runs_recorded_without_their_code_stay_readable(folder, finished):
     path = finished.path / "environment.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "own_code"}))
     (folder / "my_model.py").write_text("edited")
-    assert finished.results(CONFIG) == {"done": True}
+    assert finished.results(CONFIG) == RESULTS

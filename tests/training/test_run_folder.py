@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from tests_training import RESULTS
 
 from onlinenorm.errors import ConfigError, Interrupted, RunError
 from onlinenorm.records import run_path
@@ -117,6 +117,10 @@ def test_a_file_in_place_of_the_folder_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^run_dir: .*file is a file, not a folder"):
         RunFolder(tmp_path / "file").check_config({})
+    (tmp_path / "link").symlink_to("nowhere")
+    for path, told in (("link", "is a link to .*nowhere, which does not exist"), ("x" * 300, "File name too long")):
+        with pytest.raises(ConfigError, match=rf"^run_dir: .*{told}"):
+            RunFolder(tmp_path / path).check_config({})
     with pytest.raises(RunError, match=r"^run_dir: .*cannot be made"), RunFolder(tmp_path / "file" / "below").lock():
         pass
 
@@ -126,19 +130,49 @@ def test_how_unreadable_images_are_met_may_change():
     assert changed_keys(old, {"data": {"on_unreadable": "skip", "unreadable_limit": 0.1, "limit_val": 1}}) == []
 
 
-@pytest.mark.parametrize("content", ["", '{"a": 1', "[1]", "\x00"])
-def test_damaged_records_are_told_with_what_to_do(tmp_path, content):
+DAMAGED = ["", '{"a": 1', "[1]", "\x00", "[" * 100_000]
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        *((name, content, r"is damaged \(") for name in ("results.json", "config.yaml", "environment.json")
+          for content in DAMAGED),
+        ("config.yaml", None, "is missing"),
+        ("results.json", "{}", r"is damaged \(schema is None"),
+        ("results.json", '{"schema": 1}', r"is damaged \(experiment is missing"),
+        ("results.json", RESULTS | {"clamping": {}}, r".*clamping.with.val_loss is missing"),
+        ("results.json", RESULTS | {"epochs": 10**400}, r".*epochs is .*, outside"),
+        ("results.json", RESULTS | {"attempts": [{"folder": "a", "epochs": "x", "failure": None}]},
+         r".*attempts.0.epochs is 'x', not a whole number"),
+        ("environment.json", '{"starts": null}', r".*starts is None, not a list"),
+        ("environment.json", '{"own_code": [1]}', r".*own_code is \[1\], not a mapping"),
+        ("environment.json", '{"own_code": 3}', r".*own_code is 3, not a mapping"),
+    ],
+)  # fmt: skip
+def test_damaged_records_are_told_with_what_to_do(tmp_path, name, content, told):
     folder = RunFolder(tmp_path)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(RunError, match=r"results.json: is damaged \(.*\); delete it, and the same command writes it"):
+    for file, whole in (("config.yaml", CONFIG), ("results.json", RESULTS), ("environment.json", {})):
+        (tmp_path / file).write_text(json.dumps(whole))
+    assert folder.results(CONFIG) == RESULTS
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    cure = "put it back, or delete the folder" if name == "config.yaml" else "delete it, and the same command"
+    with pytest.raises(RunError, match=rf"(?s)/{name}: {told}.*{cure}"):
         folder.results(CONFIG)
-    (tmp_path / "config.yaml").write_text(content)
-    with pytest.raises(RunError, match=r"config.yaml: is damaged \(.*\); .*put it back, or delete the folder"):
-        folder.results(CONFIG)
-    (tmp_path / "environment.json").write_text(content)
-    with pytest.raises(RunError, match=r"environment.json: is damaged \(.*\); delete it"):
-        folder.record_start(CONFIG, 1, {"epoch": 1, "step": 0, "global_step": 9})
+    if name == "environment.json":
+        (tmp_path / "attempts" / "1").mkdir(parents=True)
+        (tmp_path / name).rename(tmp_path / "attempts" / "1" / name)
+        with pytest.raises(RunError, match=rf"(?s)attempts/1/{name}: {told}.*{cure}"), folder.lock():
+            pytest.fail("a run would train before it is told")
+
+
+def test_a_file_in_place_of_checkpoints_is_told_before_training(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ConfigError, match=r"^run_dir: .*/checkpoints is a file, not a folder"):
+        RunFolder(tmp_path).check_config(CONFIG)
 
 
 def test_the_folder_of_a_run(monkeypatch):

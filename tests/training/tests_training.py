@@ -24,6 +24,13 @@ TINY = (
     "recipe.batch_size=16",
     "trainer=cpu",
 )
+# a results.json that could be
+RESULTS = {
+    "schema": 1, "experiment": "e", "normalizer": "batch", "seed": 0, "scale": "synthetic", "epochs": 1,
+    "dataset": {"name": "d", "train_images": 4, "val_images": 2, "fingerprint": "x"},
+    "last": {"epoch": 1, "val_loss": 0.5, "val_top1": 0.5}, "best_loss": {"epoch": 1, "val_loss": 0.5},
+    "best_top1": {"epoch": 1, "val_top1": 0.5}, "clamping": None,
+}  # fmt: skip
 
 
 def load_train_module():
