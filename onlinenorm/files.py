@@ -40,7 +40,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces `path` by a file with `content`. Raises RunError where it cannot be written, as on a full disk."""
     try:
         with replacing(path) as partial:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     except OSError as error:
         raise RunError(
             f"{path}: could not be written ({error}); free some space and run the same command again"

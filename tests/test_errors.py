@@ -99,3 +99,22 @@ def test_errors_by_key_travel_between_processes(error):
     twin = pickle.loads(pickle.dumps(error))
     assert type(twin) is type(error) and str(twin) == str(error) and twin.key == error.key
     assert str(error).startswith(f"{error.key}: ")
+
+
+def test_names_that_are_no_text_or_too_long_end_in_their_own_error(root, tmp_path):
+    talker = (
+        "import os; from pathlib import Path; from onlinenorm.errors import RunError, cli_errors\n"
+        "from onlinenorm.files import write_atomically\n"
+        "with cli_errors():\n"
+        "    name = os.fsdecode(b'\\xe4pfel'); print(name)\n"
+        f"    write_atomically(Path({str(tmp_path)!r}, 'failed.txt'), name)\n"
+        "    raise {error}\n"
+    )
+    for error, code, told in (
+        ("RunError(name)", 1, r"\udce4pfel"),
+        ("OSError(36, 'File name too long', 'x' * 3)", 2, "xxx: File name too long; choose a shorter path"),
+    ):
+        command = [sys.executable, "-X", "utf8", "-c", talker.replace("{error}", error)]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "\\udce4pfel\n", f"{told}\n")
+    assert (tmp_path / "failed.txt").read_text() == r"\udce4pfel"

@@ -99,13 +99,13 @@ def export(
                 card = render_card(
                     trained, FORMS[row.form], row.file, kept, row.agreement, removal, command, made_with()
                 )
-                (work / row.file).with_suffix(".md").write_text(card, encoding="utf-8")
+                (work / row.file).with_suffix(".md").write_text(card, encoding="utf-8", errors="backslashreplace")
         result = Export(rows, latency_ms(trained.network, image, latency_runs) if latency_runs else None, removal)
         if len(names) > 1:
             content = facts(trained, result, command)
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
             (work / "exports.json").write_text(text, encoding="utf-8")
-            (work / "exports.md").write_text(page(content), encoding="utf-8")
+            (work / "exports.md").write_text(page(content), encoding="utf-8", errors="backslashreplace")
     return result
 
 
