@@ -77,6 +77,21 @@ def test_a_run_goes_on_after_a_damaged_file_was_replaced(tmp_path, caplog):
     assert "files of another size than before count as replaced (1): val/bee/1.JPEG" in caplog.text
 
 
+def test_a_finished_run_is_not_reprinted_for_other_images(tmp_path, capsys):
+    tree, folder = write_tree(tmp_path / "set"), tmp_path / "run"
+    found = run(folder, tree)
+    capsys.readouterr()
+    assert run(folder, write_tree(tmp_path / "copy")) == found
+    assert "not compared" not in capsys.readouterr().out
+    others = write_tree(tmp_path / "others", size=(64, 64))
+    told = r"^data.root: holds other images than those that .*results.json tells of \(set, 15 training and 6 validation"
+    with pytest.raises(ConfigError, match=told):
+        run(folder, others)
+    assert run(folder, tmp_path / "nowhere") == found
+    shown = capsys.readouterr().out
+    assert f"of set, 15 training and 6 validation images, those at data.root={tree} as it was then; not comp" in shown
+
+
 def test_official_archives_train_the_same_in_every_layout(tmp_path):
     official = write_official(tmp_path / "official")
     splits = open_splits(str(official))

@@ -1,12 +1,16 @@
 """A run from its configuration to its results."""
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from onlinenorm.arguments import flatten
+from onlinenorm.data import ImageDataModule
 from onlinenorm.data.workers import explain_worker_deaths
-from onlinenorm.records import run_path
+from onlinenorm.errors import ConfigError, DataError
+from onlinenorm.records import CONFIG, read_record, run_path
+from onlinenorm.text import first_line
 from onlinenorm.training import loggers
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
@@ -16,6 +20,7 @@ from onlinenorm.training.final_validation import build_results, final_validation
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import is_rank_zero
 from onlinenorm.training.probe import probe_batch, probe_data, probe_network, probe_normalizer
+from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.run_folder import RunFolder
 from onlinenorm.training.trainer import quiet_lightning, resolve
 
@@ -38,8 +43,9 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
     probe_normalizer(normalizer, config["normalizer"], where)
     names, seed, path = config["choices"], config["seed"], folder.path
     if results := folder.results(config):
+        told = _whose(results, config, recipe, path)
         if folder.rank_zero:
-            print(summary(results, path))
+            print(summary(results, path), *told, sep="\n")
         return results
     if folder.rank_zero:  # at once, for what follows may take long
         chosen = " ".join(f"{group}={name}" for group, name in names.items() if name and group != "logger")
@@ -49,8 +55,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
             flush=True,
         )
     with full_keys(config, "data", "recipe"):
-        transforms = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
-        data = build(config, "data", batch_size=recipe.batch_size, seed=seed, **transforms)
+        data = _data(config, recipe)
         data.prepare_data()
         data.setup("fit")
         probe_data(data, config)
@@ -81,3 +86,32 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
             if hint := loggers.upload_hint(path):
                 print(hint)
         return results
+
+
+def _data(config: dict[str, Any], recipe: Recipe) -> ImageDataModule:
+    transforms = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
+    return build(config, "data", batch_size=recipe.batch_size, seed=config["seed"], **transforms)
+
+
+def _whose(results: dict[str, Any], config: dict[str, Any], recipe: Recipe, folder: Path) -> list[str]:
+    """What to say of the images of a finished run where those of a configuration are not there to be compared.
+
+    Raises ConfigError where they are others.
+    """
+    recorded = results["dataset"]
+    images = f"{recorded['train_images']:,} training and {recorded['val_images']:,} validation images"
+    try:
+        data = _data(config, recipe)
+        data.setup()
+        same = recorded.get("fingerprint", data.fingerprint) == data.fingerprint
+    except (DataError, ConfigError, OSError) as error:
+        root = read_record(folder / CONFIG)["data"].get("root")
+        place = f"those at data.root={root} as it was then" if root else "no others than these"
+        return [f"  of {recorded['name']}, {images}, {place}; not compared: {first_line(error)}"]
+    if not same:
+        key = "data.root" if "root" in config["data"] else "data"
+        raise ConfigError(
+            f"{key}: holds other images than those that {folder / 'results.json'} tells of ({recorded['name']}, "
+            f"{images}); give back the former ones, or choose another run_dir= to start over"
+        )
+    return []
