@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from onlinenorm.training.targets import NAMED, OWN, is_installed
+from onlinenorm.training.targets import NAMED, OWN, is_users
 
 
 def own_files(config: dict[str, Any]) -> dict[str, dict[str, Path]]:
@@ -68,7 +68,7 @@ def _file(module: str) -> Path | None:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError, AttributeError):
         return None
-    if spec is None or not spec.has_location or not spec.origin or is_installed(spec.origin):
+    if spec is None or not spec.has_location or not spec.origin or not is_users(spec.origin):
         return None
     file = Path(spec.origin).resolve()
     return file if file.is_file() else None  # what is loaded already may be gone

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ OWN = {
     "data": "onlinenorm.data.ImageDataModule",
 }
 _INSTALLED = {"site-packages", "dist-packages"}
+# Python's own packages, of which sys.stdlib_module_names leaves out test, and this project's commands and tests.
+_OURS = (
+    *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")),
+    *(CONFIGS.parent / name for name in ("train.py", "scripts", "tests")),
+)
 
 
 def targets(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -104,12 +110,16 @@ def _is_own(package: str, group: str, name: str) -> bool:
             "pip install -e, or put the folder that holds it on PYTHONPATH"
         )
     places = [spec.origin] if spec.has_location else list(spec.submodule_search_locations or [])
-    return bool(places) and not any(map(is_installed, places))
+    return bool(places) and all(map(is_users, places))
 
 
-def is_installed(place: str) -> bool:
-    """Whether a file or folder is of an installed package (an editable install is the user's own folder)."""
-    return not _INSTALLED.isdisjoint(Path(place).resolve().parts)
+def is_users(place: str) -> bool:
+    """Whether a file or folder is neither Python's, nor of an installed package, nor a command or test of this project.
+
+    An editable install is the user's own folder.
+    """
+    path = Path(place).resolve()
+    return _INSTALLED.isdisjoint(path.parts) and not any(path.is_relative_to(ours) for ours in _OURS)
 
 
 def _check_own(group: str, name: str, found: Any) -> None:

@@ -1,5 +1,6 @@
 """What a `_target_` may name: code that stands in the list, or that the user's own package defines."""
 
+import importlib.util
 import os
 import sys
 
@@ -118,6 +119,10 @@ REFUSED = [
     "importlib.import_module",
     "pip._internal.main",
     "__main__.x",
+    *(["test.support.os_helper.rmtree"] if importlib.util.find_spec("test") else []),
+    "train.train",
+    "scripts.sweep.main",
+    "tests.conftest.root",
     "eval",
     ".x",
     "x.",
