@@ -105,4 +105,9 @@ def _literal(override: str, several: bool) -> str:
     if several and _SWEEP.fullmatch(value):
         return override
     pieces = _PIECE.findall(value) if several else [value]
-    return f"{key}=" + ",".join(p if p in ("", "null") or _QUOTED.fullmatch(p) else quoted(p) for p in pieces)
+    return f"{key}=" + ",".join(p if p in ("", "null") or _QUOTED.fullmatch(p) else quoted(_plain(p)) for p in pieces)
+
+
+def _plain(text: str) -> str:
+    """`text` as OmegaConf's grammar reads it back: ${ begins no interpolation."""
+    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)

@@ -140,3 +140,8 @@ def test_hydra_leaves_the_loggers_of_loaded_modules_alone():
         composed = hydra.compose("train", return_hydra_config=True).hydra
     for name in ("job_logging", "hydra_logging"):
         assert composed[name].root is None and not composed[name].disable_existing_loggers
+
+
+@pytest.mark.parametrize("path", ["/a${seed}b", "a${b}c", "${", "a$b", r"a\${seed}", r"a\\${seed}\b", "$${x}"])
+def test_paths_hold_no_interpolations(path):
+    assert load_config([f"run_dir={path}"])["run_dir"] == path
