@@ -1,7 +1,10 @@
 """From a run to verified files: every file is read back and held against the network it came from before it is kept."""
 
+import errno
 import json
+import os
 import platform
+import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +20,8 @@ from onlinenorm.errors import DeployError, VerificationError
 from onlinenorm.files import staging
 from onlinenorm.provenance import git_state, hardware
 from onlinenorm.text import first_line
+
+FULL = 1 << 16  # bytes left on a disk that is full: a writer that was refused has left a part of its last block
 
 
 @dataclass
@@ -121,6 +126,8 @@ def _stage(trained: Trained, form: Form, work: Path, keep_clamp: bool, alone: bo
         except DeployError:
             raise
         except Exception as error:  # exporters and full disks raise almost anything
+            if shutil.disk_usage(work).free < FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error  # told by `staging`
             raise DeployError(
                 f"--to {form.name}: could not be made ({type(error).__name__}: {first_line(error)})"
             ) from error

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -219,6 +221,10 @@ def test_an_exporter_that_fails_is_named(clamp_run, tmp_path, script, capsys, mo
     monkeypatch.setitem(FORMS, "folded", dataclasses.replace(FORMS["folded"], write=write))
     assert script("export")(clamp_run, "--to", "folded", "--output", tmp_path / "new") == 2
     assert "--to folded: could not be made (RuntimeError: no space" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("onlinenorm.deploy.export.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    assert script("export")(clamp_run, "--to", "all", "--output", tmp_path / "new") == 2
+    assert re.search(r"/new: could not be written \(.*No space left.*\); free some space", capsys.readouterr().err)
     assert not (tmp_path / "new").exists()
 
 
