@@ -100,26 +100,31 @@ SHAPES: dict[str, Any] = {
 }
 
 
-def read_record(path: Path, error: type[Exception] = RunError) -> dict[str, Any]:
-    """The mapping that a .json or .yaml file of a run folder holds.
+def read_record(path: Path, error: type[Exception] = RunError, shape: Any = None, cure: str = "") -> dict[str, Any]:
+    """The mapping that a .json or .yaml file holds.
 
-    Raises `error` where it is missing or damaged, or holds something else than a run writes there.
+    Args:
+        path: of the file.
+        error: what to raise where it is missing or damaged, or holds something else than it should.
+        shape: what it should hold (`misfit`); None for a record of a run folder, known by its name.
+        cure: what to do then; likewise.
     """
+    cure = cure or CURES.get(path.name, "put a whole one there")
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"it holds {'nothing' if content is None else 'no mapping'}")
-        if problem := misfit(content, SHAPES.get(path.name, {})):
+        if problem := misfit(content, SHAPES.get(path.name, {}) if shape is None else shape):
             raise ValueError(problem)
         if path.name == "results.json":
             check_results(content)
         if path.name == FAILURE and content["kind"] not in ("diverged", "failed"):
             raise ValueError(f"kind is {content['kind']!r}")
     except FileNotFoundError:
-        raise error(f"{path}: is missing; {CURES[path.name]}") from None
+        raise error(f"{path}: is missing; {cure}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as cause:  # RecursionError: 100,000 brackets
-        raise damaged(path, cause, error) from None
+        raise damaged(path, cause, error, cure) from None
     return content
 
 
@@ -134,11 +139,10 @@ def read_rows(path: Path, error: type[Exception] = RunError) -> list[dict[str, f
         raise damaged(path, cause, error) from None
 
 
-def damaged(path: Path, cause: Exception, error: type[Exception]) -> Exception:
-    """The `error` for a file of a run folder that `cause` keeps from being read."""
-    return error(
-        f"{path}: is damaged ({' '.join(str(cause).split())}); {CURES.get(path.name, 'put a whole one there')}"
-    )
+def damaged(path: Path, cause: Exception, error: type[Exception], cure: str = "") -> Exception:
+    """The `error` for a file that `cause` keeps from being read; `cure` as in `read_record`."""
+    cure = cure or CURES.get(path.name, "put a whole one there")
+    return error(f"{path}: is damaged ({' '.join(str(cause).split())}); {cure}")
 
 
 def misfit(value: Any, shape: Any, key: str = "") -> str:

@@ -117,6 +117,10 @@ def test_checksums(main, official, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "_md5", lambda path, report: taken.append(path.name) or md5(path, report))
     assert main(official, tmp_path / "root") == 0 and len(taken) == 3
     assert main(official, tmp_path / "root") == 0 and len(taken) == 3, "sums of unchanged files are kept"
+    for content in ("", "[1]", '{"x": 1}'):
+        (tmp_path / "root" / ".onlinenorm-checksums.json").write_text(content)
+        assert main(official, tmp_path / "root") == 1
+        assert "/.onlinenorm-checksums.json: is damaged" in (told := capsys.readouterr().err) and "delete it" in told
 
 
 def test_errors_are_told_without_a_trace(root, official, tmp_path):
@@ -197,7 +201,7 @@ def test_other_classes_and_other_forms_in_the_folder_are_told(main, tmp_path, ca
 
 
 @pytest.mark.parametrize("packed", [[], ["--packed"]])
-def test_a_file_overwritten_by_one_of_its_size_is_not_verified(main, tmp_path, packed):
+def test_a_file_overwritten_by_one_of_its_size_is_not_verified(main, tmp_path, packed, caplog):
     source, root = write_tree(tmp_path / "set"), tmp_path / "root"
     assert main(source, root, "--verify", *packed) == 0
 
@@ -211,6 +215,10 @@ def test_a_file_overwritten_by_one_of_its_size_is_not_verified(main, tmp_path, p
     os.utime(file, ns=(later, later))
     assert verified() is None
     assert main("--verify", root, "--decode", "0") == 0 and verified()["decoded"] == 0
+    for content in ("null", "[1]", '{"fingerprint": 1}', "["):
+        (root / ".onlinenorm-verified.json").write_text(content)
+        assert verified() is None and "verified.json: is damaged" in caplog.text
+        caplog.clear()
 
 
 def test_a_partial_shard_of_two_names_is_written_anew(main, tmp_path):

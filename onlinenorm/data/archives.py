@@ -134,6 +134,8 @@ def _files(members: Iterable[tarfile.TarInfo], archive: Path) -> dict[str, tarfi
         name = posixpath.normpath(member.name)
         if name.startswith(("/", "../")) or ".." in member.name.split("/"):
             raise DataError(f"{archive}: its member {member.name} points out of the folder; pack it again without it")
+        if member.size < 0:
+            raise tarfile.ReadError(f"its member {member.name} has {member.size} bytes")
         if member.isdev():
             raise DataError(f"{archive}: its member {member.name} is a device, no file; pack it again without it")
         if member.islnk():

@@ -20,7 +20,7 @@ from onlinenorm.data.transforms import Planner, cut_crops, follow_plan
 log = logging.getLogger(__name__)
 
 _JPEG_START = b"\xff\xd8\xff"
-_BITS_PER_SAMPLE = 258  # a tag of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
 warnings_lock = threading.RLock()  # catch_warnings mixes up the filters of threads that use it at a time
 
@@ -37,8 +37,11 @@ def open_rgb(data: bytes) -> Image.Image:
     with opened:
         opened.load()
         if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM")):
-            white = 2 ** min(getattr(opened, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))) - 1  # TIFF also has 12
+            tags = getattr(opened, "tag_v2", {})
+            white = 2 ** min(tags.get(_BITS_PER_SAMPLE, (16,))) - 1  # TIFF also has 12
             gray_HW = (np.asarray(opened).astype(np.uint32) * 255 + white // 2) // white
+            if tags.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow heeds in 8 bits alone
+                gray_HW = 255 - gray_HW
             return Image.fromarray(gray_HW.astype(np.uint8)).convert("RGB")
         if opened.mode in ("I", "F"):
             kind = "floating-point" if opened.mode == "F" else "32-bit"

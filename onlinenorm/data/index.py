@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -212,17 +213,18 @@ def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[st
         try:
             folders.append((os.path.relpath(parent, folder), _modified(parent)))
             found[parent] = []
-            for entry in os.scandir(parent):
-                if entry.is_dir():
-                    todo.append(entry.path)
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    found[parent].append(entry.name)
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        todo.append(entry.path)
+                    elif entry.name.lower().endswith(EXTENSIONS):
+                        found[parent].append(entry.name)
         except FileNotFoundError:  # there is none of this class
             continue
         except OSError as error:
-            raise DataError(
-                f"{parent} cannot be read ({error.strerror}); correct its permissions", key="root"
-            ) from None
+            loop = error.errno == errno.ELOOP
+            cure = "remove the link that leads back to a folder above it" if loop else "correct its permissions"
+            raise DataError(f"{parent} cannot be read ({error.strerror}); {cure}", key="root") from None
     paths = [os.path.join(parent, file) for parent in sorted(found) for file in sorted(found[parent])]
     return [(os.path.relpath(path, folder), _size(path)) for path in paths], folders
 

@@ -13,6 +13,7 @@ from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, silen
 from onlinenorm.data.devkit import NAME as DEVKIT
 from onlinenorm.data.index import FolderIndex, name_few, scan_class
 from onlinenorm.errors import DataError
+from onlinenorm.records import read_record
 
 # As torchvision.datasets.imagenet knows them, of the files that image-net.org hands out
 PUBLISHED_MD5 = {
@@ -30,7 +31,8 @@ def check_archives(folder: Path, record: Path, progress: Progress = silent) -> N
 
     Raises DataError naming the first archive that differs.
     """
-    known = json.loads(record.read_text()) if record.exists() else {}
+    shape = {str: {"state": [int], "md5": str}}
+    known = read_record(record, DataError, shape, "delete it, and sums are taken anew") if record.exists() else {}
     for name, published in PUBLISHED_MD5.items():
         path = folder / name
         if not path.is_file():

@@ -20,6 +20,7 @@ from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.randomness import CONTENT, hash64
 from onlinenorm.errors import DataError
 from onlinenorm.files import replacing, user_cache
+from onlinenorm.records import read_record
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _WHAT = "classes", "training images", "validation images"
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 _FILE = ".onlinenorm-verified.json"
+_VERIFIED = {"fingerprint": str, "modified_ns?": int, "date": str, "decoded": int, "problems": [str]}
 _TOGETHER = 512  # images handed to the threads at a time
 
 
@@ -101,9 +103,12 @@ def recorded(root: Path, splits: tuple[FolderIndex, FolderIndex]) -> dict[str, A
     """The verification of the dataset at `root`, if the fingerprint is the one verified and no file is newer."""
     digest = fingerprint(list(splits))
     for file in _files(root, digest):
+        if not file.exists():
+            continue
         try:
-            found = json.loads(file.read_text())
-        except (OSError, ValueError):
+            found = read_record(file, DataError, _VERIFIED, "run scripts/prepare_imagenet.py --verify again")
+        except DataError as error:
+            log.warning("%s", error)
             continue
         if found.get("fingerprint") == digest and max(s.modified_ns for s in splits) <= found.get(
             "modified_ns", math.inf

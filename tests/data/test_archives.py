@@ -243,6 +243,16 @@ def test_members_that_reach_out_are_refused(tmp_path, name, kind, target, messag
         load_shards([tmp_path / "train.tar"], "train")
 
 
+def test_a_member_of_less_than_nothing_is_damage(tmp_path):
+    header = bytearray(tarfile.TarInfo("ant/9.jpg").tobuf())
+    header[124:136] = b"\xff" * 11 + b"\0"  # a size in two's complement
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "train.tar").write_bytes(bytes(header) + bytes(2048))
+    with pytest.raises(DataError, match=r"train.tar is damaged .*ant/9.jpg has -\d+ bytes.*fetch it again"):
+        load_shards([tmp_path / "train.tar"], "train")
+
+
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
 def test_compressed_tars_are_named(tmp_path, kind):
     with tarfile.open(tmp_path / "train.tar", f"w:{kind}") as tar:

@@ -74,12 +74,12 @@ def test_damaged_files_raise(tmp_path, decoder, damage):
         DECODERS[decoder](data, lambda w, h: plan_center_crop(w, h, 32))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("TIFF", {}), ("TIFF", {"tiffinfo": {262: 0}}), ("PPM", {})])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_16_bit_gray_is_scaled(decoder, kind):
+def test_16_bit_gray_is_scaled(decoder, kind, options):
     gray_HW = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     content = io.BytesIO()
-    Image.fromarray(gray_HW).save(content, kind)
+    Image.fromarray(65535 - gray_HW if options else gray_HW).save(content, kind, **options)  # 262: 0 is white
     crops = DECODERS[decoder](content.getvalue(), lambda w, h: plan_center_crop(w, h, 56))
     expected = (gray_HW / 257).round().astype(np.uint8)
     near = np.asarray(Image.fromarray(expected).resize((64, 64)))[4:-4, 4:-4]

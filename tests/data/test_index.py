@@ -92,6 +92,12 @@ def test_of_very_large_sets_some_sizes_are_asked(tree, monkeypatch):
     assert len(asked) == 4
 
 
+def test_a_link_that_leads_back_is_told(tree):
+    (tree / "train" / "cat" / "loop").symlink_to(".")
+    with pytest.raises(DataError, match=r"loop cannot be read \(Too many levels.*\); remove the link that leads back"):
+        load_index(tree / "train")
+
+
 def test_a_folder_that_may_not_be_read_is_named(tree, monkeypatch):
     real = os.scandir
 
