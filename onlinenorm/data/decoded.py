@@ -247,7 +247,9 @@ def _split(dataset: FolderDataset) -> str:
 
 def _mapped(file: Path, mode: str, size: int) -> torch.Tensor:
     if mode == "w+":
-        with open(file, "wb") as stream:  # all of it now: writing to a map of a full disk would be a SIGBUS
-            os.posix_fallocate(stream.fileno(), 0, max(size, 1))
+        with open(file, "wb") as stream:
+            stream.truncate(max(size, 1))
+            if hasattr(os, "posix_fallocate"):  # all of it now: writing to a map of a full disk would be a SIGBUS
+                os.posix_fallocate(stream.fileno(), 0, max(size, 1))
         mode = "r+"
     return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode=mode, shape=(max(size, 1),)))

@@ -19,7 +19,7 @@ def embedded(**arguments):
 def pixels(data, epoch):
     loader = data.train_dataloader()
     loader.batch_sampler.set_epoch(epoch)
-    return {int(i): x for batch in loader for i, x in zip(batch[2], batch[0], strict=True)}
+    return {int(i): x.cpu() for batch in loader for i, x in zip(batch[2], batch[0], strict=True)}
 
 
 @pytest.mark.parametrize("kind", [embedded, functools.partial(Synthetic, batch_size=32)])
@@ -42,7 +42,7 @@ def test_resident_batches_are_those_of_the_loader():
         resident_batches = list(resident)
         assert len(resident_batches) == len(plain) > 1
         for a, b in zip(plain, resident_batches, strict=True):
-            assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+            assert all(torch.equal(x, y.cpu()) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
 
 
 def test_resident_chunks_hold_all_batches_in_order(monkeypatch):
