@@ -13,7 +13,8 @@ from onlinenorm.data.resize import crop_table, most_taps, resize_crops
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler, split_requests
 from onlinenorm.data.transforms import DRAWS, DRAWS_OF, colour_shifts, plan_rows
 
-_CHUNK = 1 << 26  # bytes of crops made at once: a few large kernels in place of some small ones a batch
+# made at once, a few large kernels in place of some small ones a batch: bytes of crops, and images
+_CHUNK, _IMAGES = 1 << 26, 8192
 
 
 class GpuCacheLoader:
@@ -79,7 +80,7 @@ class GpuCacheLoader:
     def _batches(self) -> Iterator[Batch]:
         batches = iter(self.batch_sampler)
         crops = 10 if self.dataset.plan == "ten_crop" else 1
-        images = max(1, _CHUNK // (crops * self._channels * self._crop_size**2))
+        images = min(_IMAGES, _CHUNK // (crops * self._channels * self._crop_size**2))
         while chunk := _take(batches, images):
             epochs, indices = split_requests([request for batch in chunk for request in batch])
             draws_NK = uniforms(self.dataset.seed, epochs, indices, DRAWS, DRAWS_OF.get(self.dataset.plan))
@@ -122,8 +123,8 @@ def _readable(dataset: FolderDataset, images: decoded.DecodedImages) -> np.ndarr
 
 
 def _take(batches: Iterator[list], images: int) -> list[list]:
-    """Batches until they hold `images` images, or all that are left."""
+    """Batches until they hold `images` images, one at least, or all that are left."""
     chunk: list[list] = []
-    while sum(map(len, chunk)) < images and (batch := next(batches, None)) is not None:
+    while sum(map(len, chunk)) < max(images, 1) and (batch := next(batches, None)) is not None:
         chunk.append(batch)
     return chunk
