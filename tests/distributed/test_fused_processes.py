@@ -13,11 +13,13 @@ STEPS, BATCH, SHAPE = 3, 6, (4, 9, 7)
 STATE = ("running_mean", "running_var", "control_u", "control_v")
 
 
-def steps(guard, processes, rank, scale):
+def steps(error_compensation, processes, rank, scale):
     """Outputs, gradients and state of this rank's part of a few global batches; the loss's gradient is ``scale`` w."""
     generator = torch.Generator().manual_seed(7)
     torch.manual_seed(1)
-    layer = OnlineNorm2d(SHAPE[0], backend="fused", error_compensation=guard, clamp_value=1.0, alpha_fwd=0.9)
+    layer = OnlineNorm2d(
+        SHAPE[0], backend="fused", error_compensation=error_compensation, clamp_value=1.0, alpha_fwd=0.9
+    )
     with torch.no_grad():
         layer.weight.uniform_(0.5, 1.5)
         layer.bias.normal_()
@@ -35,21 +37,21 @@ def steps(guard, processes, rank, scale):
     return found, state, {name: p.grad / scale for name, p in layer.named_parameters()}
 
 
-def worker(rank, guard):
+def worker(rank, error_compensation):
     # each process's loss is a mean over its own part: twice the gradient of its share of the global mean
     processes = int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     try:
-        return steps(guard, processes, rank, float(processes))
+        return steps(error_compensation, processes, rank, float(processes))
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 without a GPU")
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
-def test_gathered_moments_give_one_stream(guard):
-    one, state, gradients = steps(guard, 1, 0, 1.0)
-    ranks = process_groups.run(2, worker, guard)
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_gathered_moments_give_one_stream(error_compensation):
+    one, state, gradients = steps(error_compensation, 1, 0, 1.0)
+    ranks = process_groups.run(2, worker, error_compensation)
     for name, expected in one.items():
         torch.testing.assert_close(torch.cat([found[name] for found, _, _ in ranks]), expected, rtol=2e-5, atol=2e-5)
     for name, expected in state.items():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from onlinenorm import OnlineNorm2d
 from onlinenorm.ops.vectorized import linear_recurrence, moments
 
-GUARDS = ("clamp", "layer_scaling", "none")
+COMPENSATIONS = ("clamp", "layer_scaling", "none")
 STATE = ("running_mean", "running_var", "control_u", "control_v")
 
 
@@ -49,7 +49,7 @@ def assert_same(actual, expected, tolerance):
     channels=st.sampled_from([1, 2, 6]),
     height=st.integers(1, 5),
     width=st.integers(1, 5),
-    guard=st.sampled_from(GUARDS),
+    error_compensation=st.sampled_from(COMPENSATIONS),
     alpha_fwd=st.floats(0.01, 0.999),
     alpha_bkw=st.floats(0.01, 0.999),
     group=st.sampled_from([None, 1, 2]),
@@ -57,11 +57,11 @@ def assert_same(actual, expected, tolerance):
     seed=st.integers(0, 2**31),
 )
 def test_torch_backend_equals_sample_loop(
-    samples, channels, height, width, guard, alpha_fwd, alpha_bkw, group, relu, seed
+    samples, channels, height, width, error_compensation, alpha_fwd, alpha_bkw, group, relu, seed
 ):
     group = None if group is not None and channels % group else group
     arguments = dict(
-        error_compensation=guard,
+        error_compensation=error_compensation,
         alpha_fwd=alpha_fwd,
         alpha_bkw=alpha_bkw,
         clamp_value=1.5,
@@ -73,17 +73,17 @@ def test_torch_backend_equals_sample_loop(
     g, residual = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     loop, fast = pair(("reference", "torch"), channels, seed, **arguments)
     expected = run(loop, x, g, residual, relu)
-    if guard == "layer_scaling" and (group or channels) * height * width == 1:
+    if error_compensation == "layer_scaling" and (group or channels) * height * width == 1:
         # A value over its own magnitude is its sign: gradients vanish, and what is left of them is rounding.
         expected = {name: expected[name] for name in ("y", "running_mean", "running_var")}
     assert_same(run(fast, x, g, residual, relu), expected, 1e-9)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("guard", GUARDS)
-def test_batches_are_only_a_way_to_cut_the_stream(backend, guard):
+@pytest.mark.parametrize("error_compensation", COMPENSATIONS)
+def test_batches_are_only_a_way_to_cut_the_stream(backend, error_compensation):
     """One batch of 12 or batches of 5, 1 and 6: the same outputs, gradients and state."""
-    whole, cut = pair((backend, backend), 4, 0, error_compensation=guard)
+    whole, cut = pair((backend, backend), 4, 0, error_compensation=error_compensation)
     x, g = torch.randn(2, 12, 4, 3, 3, dtype=torch.float64) * 2 + 1
     expected = run(whole, [x], [g])
     assert_same(run(cut, x.split([5, 1, 6]), g.split([5, 1, 6])), expected, 1e-10)
@@ -99,10 +99,10 @@ def test_output_depends_on_earlier_samples_only(backend):
     assert not torch.equal(first(x)[6:], second(changed)[6:])
 
 
-@pytest.mark.parametrize("guard", GUARDS)
-def test_start_up_extremes_follow_the_loop(guard):
+@pytest.mark.parametrize("error_compensation", COMPENSATIONS)
+def test_start_up_extremes_follow_the_loop(error_compensation):
     """First batches with mean squares of 1e5, constant channels and large means."""
-    loop, fast = pair(("reference", "torch"), 4, 2, error_compensation=guard)
+    loop, fast = pair(("reference", "torch"), 4, 2, error_compensation=error_compensation)
     x = torch.randn(2, 32, 4, 5, 5, dtype=torch.float64)
     x[:, :, 0] *= 300
     x[:, :, 1] = 7

@@ -45,7 +45,8 @@ for turn in range(int(sys.argv[1])):
 
 
 def process(root, folder, turns=0):
-    env = os.environ | {"PYTORCH_KERNEL_CACHE_PATH": str(folder), "PYTHONPATH": str(root)}
+    cache = {"USE_PYTORCH_KERNEL_CACHE": "1", "PYTORCH_KERNEL_CACHE_PATH": str(folder)}
+    env = os.environ | cache | {"PYTHONPATH": str(root)}
     return subprocess.Popen([sys.executable, "-c", PROGRAM, str(turns)], env=env, stdout=subprocess.PIPE, text=True)
 
 
@@ -75,6 +76,7 @@ def compiled(monkeypatch, tmp_path):
         return b"\x7fELF" + repr(arguments).encode()
 
     monkeypatch.setattr(cubin_cache, "compile_source", compile_source)
+    monkeypatch.delenv("USE_PYTORCH_KERNEL_CACHE", raising=False)
     monkeypatch.setenv("PYTORCH_KERNEL_CACHE_PATH", str(tmp_path))
     return calls
 

@@ -109,10 +109,10 @@ def assert_near_reference(shape, dtype, layout="last", residual=True, relu=True,
         assert error(ours[name], value) <= 2 * error(theirs[name], value) + atol, name
 
 
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling", "none"])
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling", "none"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_training_follows_the_sample_loop(shape, guard):
-    assert_near_reference(shape, torch.float32, error_compensation=guard)
+def test_training_follows_the_sample_loop(shape, error_compensation):
+    assert_near_reference(shape, torch.float32, error_compensation=error_compensation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -140,13 +140,13 @@ def test_large_means_constant_channels_and_start_up_extremes():
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, in Triton's interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
 @pytest.mark.parametrize("backend", ["fused", "torch"])
-def test_bad_values_are_where_the_loop_has_them(backend, guard, bad):
+def test_bad_values_are_where_the_loop_has_them(backend, error_compensation, bad):
     """In their channel with clamping, in their sample and in what follows it with layer scaling."""
     (x, r, grad), *_ = batches((4, 3, 2, 2), torch.float32, steps=1)
     x[2, 1, 0, 0] = bad
-    layers = (layer_of(3, name, error_compensation=guard) for name in (backend, "reference"))
+    layers = (layer_of(3, name, error_compensation=error_compensation) for name in (backend, "reference"))
     ours, loop = (train(layer, [(x, r, grad)]) for layer in layers)
     for name, value in loop.items():
         assert torch.equal(ours[name].isfinite(), value.isfinite()), name
@@ -231,9 +231,9 @@ def test_reduce_overhead_of_inductor_equals_eager():
         assert error(dict(model.named_buffers())[name], value) <= 3e-2, name
 
 
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
-def test_evaluation_is_the_torch_backends_and_moves_nothing(guard):
-    layers = [layer_of(5, backend, error_compensation=guard).eval() for backend in ("fused", "torch")]
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_evaluation_is_the_torch_backends_and_moves_nothing(error_compensation):
+    layers = [layer_of(5, backend, error_compensation=error_compensation).eval() for backend in ("fused", "torch")]
     (x, r, _), *_ = batches((3, 5, 4, 6), torch.float32, steps=1)
     with torch.no_grad():
         outputs = [layer(x, residual=r, relu=True) for layer in layers]
@@ -315,17 +315,18 @@ def test_resnet50_is_one_graph():
         assert calls.count(operator) == 53
 
 
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
-def test_operators_keep_what_their_schemas_and_fakes_promise(guard):
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_operators_keep_what_their_schemas_and_fakes_promise(error_compensation):
     """On a GPU the single-read path too, where it takes the tensor."""
     x, residual, grad = next(batches((3, 64, 5, 5), torch.bfloat16 if DEVICE.type == "cuda" else torch.float32))
-    spec = NormSpec(error_compensation=guard)
+    spec = NormSpec(error_compensation=error_compensation)
     once, parameters = single_read.supports(x, spec), (torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE))
     mean, var, u, v = (torch.full((64,), float(k == 1), device=DEVICE) for k in range(4))
     state, constants = (mean, var), spec.as_arguments()
     inputs = (x, residual, *parameters, *state, once, True, *constants, 1)
-    y, tables, kept = operators.fused_forward(x, residual, *parameters, mean.clone(), var.clone(), *inputs[6:])
-    back = (grad, None, x, None if once else y, *parameters, tables, kept, u, v, True, once, True, *constants, 1)
+    y, tables, mask_or_rzeta = operators.fused_forward(x, residual, *parameters, mean.clone(), var.clone(), *inputs[6:])
+    out = None if once else y
+    back = (grad, None, x, out, *parameters, tables, mask_or_rzeta, u, v, True, once, True, *constants, 1)
     evaluated = (x, residual, *parameters, *state, True, *constants)
     checks = ("test_schema", "test_faketensor")
     for operator, arguments in (("forward", inputs), ("backward", back), ("evaluate", evaluated)):
@@ -356,8 +357,8 @@ def test_real_shapes_on_the_gpu(shape, layout, dtype):
     """Stem, tail, between, ragged, one sample, one pixel; residual and ReLU take turns, as compiling is slow."""
     turns = itertools.cycle([(True, True), (False, True), (True, False), (False, False)])
     turns = itertools.islice(turns, REAL.index(shape) + 2 * list(LAYOUTS).index(layout), None)
-    for guard, (residual, relu) in zip(("clamp", "layer_scaling", "none"), turns, strict=False):
-        assert_near_reference(shape, dtype, layout, residual, relu, error_compensation=guard)
+    for error_compensation, (residual, relu) in zip(("clamp", "layer_scaling", "none"), turns, strict=False):
+        assert_near_reference(shape, dtype, layout, residual, relu, error_compensation=error_compensation)
 
 
 @pytest.mark.gpu

@@ -94,7 +94,7 @@ def test_a_red_gate_stops_the_benchmark(script, monkeypatch):
 @pytest.mark.parametrize(
     "kernel, part",
     [
-        ("online_norm", "norm: single-read kernels"),
+        ("online_norm_forward", "norm: single-read kernels"),
         ("triton_poi_fused_add_max_pool2d_with_indices_backward_10", "max-pool"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16", "convolutions and matrix products"),
         ("triton_red_fused__native_batch_norm_legit_functional_8", "norm: Triton"),

@@ -45,14 +45,14 @@ def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("pool", [0, 1])
-@pytest.mark.parametrize("guard", ["CLAMP", "SCALED"])
+@pytest.mark.parametrize("error_compensation", ["CLAMP", "SCALED"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_cuda_compiles_without_a_gpu(direction, guard, pool):
+def test_cuda_compiles_without_a_gpu(direction, error_compensation, pool):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA carries no NVRTC")
     source = single_read.source_of(direction)
     flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1 - pool, "SKIP_GRAD": 1, "CLAMP": 0, "SCALED": 0, "POOL": pool}
-    flags |= {**TUNINGS[-1].defines, guard: 1}
+    flags |= {**TUNINGS[-1].defines, error_compensation: 1}
     code = nvrtc.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
     assert code[:4] == b"\x7fELF" and f"online_norm_{direction}".encode() in code
     with pytest.raises(RuntimeError, match="NVRTC failed"):
@@ -102,12 +102,12 @@ def without_gpu(monkeypatch):
     workspace._chunks.clear()
 
 
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
+def test_a_launch_passes_every_tensor(residual, error_compensation, without_gpu):
     x, other = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 5, 64, 30, 30).bfloat16())
     mean, var, weight, bias = torch.rand(4 * 64 + 1)[1:].view(4, 64)
-    spec, extra = NormSpec(alpha_fwd=0.75, error_compensation=guard), other if residual else None
+    spec, extra = NormSpec(alpha_fwd=0.75, error_compensation=error_compensation), other if residual else None
     y, tables, mask = single_read.forward(x, extra, weight, bias, mean, var, spec, True)
     ((ctas, stream, params, cooperative),) = FakeKernel.launched
     passed = {"out": y, "tables": tables, "moments": tables[0, 5:], "state_a": mean, "state_b": var}
@@ -121,7 +121,7 @@ def test_a_launch_passes_every_tensor(residual, guard, without_gpu):
     assert (params.samples, params.channels, params.pixels, stream) == (5, 64, 900, 7)
     assert (params.alpha_fwd, params.one_minus_alpha_fwd) == (0.75, 0.25)
     assert params.tiles > 1 and ctas == params.samples * params.tiles
-    scaled = guard == "layer_scaling"
+    scaled = error_compensation == "layer_scaling"
     assert cooperative == scaled and tables.shape == (1, 10 + scaled, 128)
     if scaled:
         assert params.rzeta == tables[0, 10].data_ptr()

@@ -15,7 +15,7 @@ from onlinenorm.models.blocks import norm_act_max_pool
 from onlinenorm.ops.fused import max_pool, single_read, tiling
 from onlinenorm.ops.spec import NormSpec
 
-GUARDS = ("clamp", "layer_scaling", "none")
+COMPENSATIONS = ("clamp", "layer_scaling", "none")
 STATE = ("running_mean", "running_var", "control_u", "control_v")
 
 
@@ -30,9 +30,9 @@ class Pooled(nn.Module):
         return norm_act_max_pool(self.norm, x, self.pool)
 
 
-def layer(guard, channels, **options):
+def layer(error_compensation, channels, **options):
     torch.manual_seed(channels)
-    norm = OnlineNorm2d(channels, 0.97, 0.9, error_compensation=guard, clamp_value=1.5, **options)
+    norm = OnlineNorm2d(channels, 0.97, 0.9, error_compensation=error_compensation, clamp_value=1.5, **options)
     with torch.no_grad():
         norm.weight.copy_(torch.rand(channels) + 0.5)
         norm.bias.copy_(torch.rand(channels) - 0.3)
@@ -75,18 +75,18 @@ def distances(found, exact):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("coarse", [False, True])
-@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("error_compensation", COMPENSATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "shape", [(5, 64, 112, 112), (9, 128, 28, 20), (3, 64, 2, 2), (7, 64, 6, 4), (2, 192, 50, 176)]
 )
-def test_kernels_agree_with_the_sample_loop(shape, dtype, guard, coarse):
+def test_kernels_agree_with_the_sample_loop(shape, dtype, error_compensation, coarse):
     images = [draw(shape, dtype, seed, coarse) for seed in range(3)]
     samples, channels, height, width = shape
     grads = [draw((samples, channels, height // 2, width // 2), dtype, 10 + seed) for seed in range(3)]
-    norm = layer(guard, channels).cuda()
-    exact = layer(guard, channels, backend="reference").double()
-    eager = layer(guard, channels, backend="torch").cuda()
+    norm = layer(error_compensation, channels).cuda()
+    exact = layer(error_compensation, channels, backend="reference").double()
+    eager = layer(error_compensation, channels, backend="torch").cuda()
     truth = steps(Pooled(exact), exact, [x.double() for x in images], [g.double() for g in grads], "cpu")
     ours = distances(steps(fused(norm), norm, images, grads, "cuda"), truth)
     theirs = distances(steps(Pooled(eager), eager, images, grads, "cuda"), truth)
@@ -96,11 +96,11 @@ def test_kernels_agree_with_the_sample_loop(shape, dtype, guard, coarse):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("guard", GUARDS)
-def test_values_that_are_not_finite_stay_where_torch_has_them(guard, bad):
+@pytest.mark.parametrize("error_compensation", COMPENSATIONS)
+def test_values_that_are_not_finite_stay_where_torch_has_them(error_compensation, bad):
     x = draw((4, 64, 8, 8), torch.bfloat16, 0)
     x[2, 5, 3, 3], x[1, 7, 0, 0] = bad, bad
-    norm = layer(guard, 64, backend="fused").cuda()
+    norm = layer(error_compensation, 64, backend="fused").cuda()
     with torch.no_grad():
         norm.weight[5] = 0
     twin = copy.deepcopy(norm)
@@ -111,12 +111,12 @@ def test_values_that_are_not_finite_stay_where_torch_has_them(guard, bad):
         torch.testing.assert_close(getattr(norm, name), getattr(twin, name), equal_nan=True)
 
 
-def one_step(norm, x, grad, extra):
+def one_step(norm, x, grad, skip_grad):
     """All that both operators give, from copies of the layer's state."""
     weight, bias, arguments = norm.weight.detach(), norm.bias.detach(), norm.spec.as_arguments()
     mean, var, u, v = (getattr(norm, name).clone() for name in STATE)
     y, tables, indices = max_pool.fused_max_pool_forward(x, weight, bias, mean, var, *arguments)
-    of_grad = max_pool.fused_max_pool_backward(grad, extra, x, weight, bias, tables, indices, u, v, *arguments)
+    of_grad = max_pool.fused_max_pool_backward(grad, skip_grad, x, weight, bias, tables, indices, u, v, *arguments)
     return [y, indices, mean, var, u, v, *of_grad]
 
 
@@ -125,35 +125,36 @@ def test_random_shapes_repeat_bit_for_bit_while_the_gpu_is_busy():
     rng, other_work = random.Random(0), torch.cuda.Stream()
     noise = torch.randn(2048, 2048, device="cuda")
     for trial in range(60):
-        guard, channels = GUARDS[trial % 3], 64 * rng.choice([1, 1, 2, 3])
+        error_compensation, channels = COMPENSATIONS[trial % 3], 64 * rng.choice([1, 1, 2, 3])
         height, width = 2 * rng.randint(1, 60), 2 * rng.randint(1, 88)
         samples = rng.randint(1, max(1, min(200, 6_000_000 // (channels * height * width))))
         x, other = (draw((samples, channels, height, width), torch.bfloat16, seed) for seed in (trial, 100 + trial))
         x = x.cuda().contiguous(memory_format=torch.channels_last)
-        grad, extra = (
+        grad, skip_grad = (
             F.max_pool2d(t, 2).cuda().contiguous(memory_format=torch.channels_last) for t in (x.cpu(), other)
         )
-        norm = layer(guard, channels).cuda()
+        norm = layer(error_compensation, channels).cuda()
         with torch.cuda.stream(other_work):
             for _ in range(5):
                 noise = torch.mm(noise, noise).tanh_()
 
-        tensors = norm, x, grad, extra
+        tensors = norm, x, grad, skip_grad
         first = one_step(*tensors)
         assert all(torch.isfinite(t).all() for t in first)
         for _ in range(10):
-            assert all(torch.equal(a, b) for a, b in zip(one_step(*tensors), first, strict=True)), (x.shape, guard)
+            equal = [torch.equal(a, b) for a, b in zip(one_step(*tensors), first, strict=True)]
+            assert all(equal), (x.shape, error_compensation)
         # Two gradients are added as torch adds them.
-        added = one_step(norm, x, grad + extra, None)
+        added = one_step(norm, x, grad + skip_grad, None)
         for a, b in zip(added, first, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("guard", GUARDS)
-def test_compiled_networks_take_the_kernels_and_agree_with_eager_ones(guard):
+@pytest.mark.parametrize("error_compensation", COMPENSATIONS)
+def test_compiled_networks_take_the_kernels_and_agree_with_eager_ones(error_compensation):
     torch.manual_seed(0)
-    norm = layer(guard, 64, backend="fused")
+    norm = layer(error_compensation, 64, backend="fused")
     network = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), Pooled(norm), TwoReaders()).cuda()
     network = network.to(memory_format=torch.channels_last)
     twin = copy.deepcopy(network)
@@ -204,12 +205,12 @@ def test_hooks_on_the_pooling_of_eager_networks_are_called():
     assert called == [(3, 4, 8, 6), "pool"]
 
 
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
-def test_everything_that_suits_fits_on_the_chip(guard, monkeypatch):
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_everything_that_suits_fits_on_the_chip(error_compensation, monkeypatch):
     chip = 132, 232_448
     monkeypatch.setattr(single_read, "supports_device", lambda device: True)
     monkeypatch.setattr(single_read, "_chip", lambda device: chip)
-    spec, rng, taken = NormSpec(error_compensation=guard), random.Random(0), 0
+    spec, rng, taken = NormSpec(error_compensation=error_compensation), random.Random(0), 0
     for _ in range(2000):
         shape = (rng.randint(1, 3), 64 * rng.randint(1, 4), rng.randint(1, 200), rng.randint(1, 200))
         x = torch.empty(shape, dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
@@ -217,7 +218,7 @@ def test_everything_that_suits_fits_on_the_chip(guard, monkeypatch):
         if not max_pool.supports(x, spec):
             continue
         taken += 1
-        scaled = guard == "layer_scaling"
+        scaled = error_compensation == "layer_scaling"
         for direction in ("forward", "backward"):
             tuning = tiling.POOLED_TUNINGS[direction, scaled]
             values = {"RESIDUAL": 0, "RELU": 1, "SKIP_GRAD": 1}

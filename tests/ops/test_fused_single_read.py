@@ -27,16 +27,16 @@ def test_a_new_thread_compiles_and_launches():
         assert torch.equal(pool.submit(layer, x).result(), expected)
 
 
-def one_step(path, tensors, weight, bias, state, residual, relu, extra, spec, **arguments):
+def one_step(path, tensors, weight, bias, state, residual, relu, skip_grad, spec, **arguments):
     x, r, grad, other = tensors
     mean, var, u, v = (t.clone() for t in state)
-    y, tables, kept = path.forward(x, r if residual else None, weight, bias, mean, var, spec, relu)
-    both = grad, other if extra else None
+    y, tables, mask_or_rzeta = path.forward(x, r if residual else None, weight, bias, mean, var, spec, relu)
+    both = grad, other if skip_grad else None
     if path is single_read:
-        found = path.backward(*both, x, kept, weight, bias, tables, u, v, spec, relu, **arguments)
+        found = path.backward(*both, x, mask_or_rzeta, weight, bias, tables, u, v, spec, relu, **arguments)
     else:
         out = y if residual and relu else None
-        found = path.backward(*both, x, out, weight, bias, tables, kept, u, v, spec, relu, residual and relu)
+        found = path.backward(*both, x, out, weight, bias, tables, mask_or_rzeta, u, v, spec, relu, residual and relu)
     names = "grad_x", "grad_residual", "grad_weight", "grad_bias"
     return {
         "y": y, "states": tables[-1][: len(x)].reshape(len(x), -1), "mean": mean, "var": var, "u": u, "v": v,
@@ -51,7 +51,7 @@ def test_random_shapes_agree_with_two_passes_while_the_gpu_is_busy():
     other_work, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
     variants = list(itertools.product([False, True], [False, True], [False, True], ["clamp", "none", "layer_scaling"]))
     for trial in range(150):
-        residual, relu, extra, guard = variants[trial % len(variants)]
+        residual, relu, skip_grad, error_compensation = variants[trial % len(variants)]
         channels, side = 64 * rng.choice([1, 2, 4, 16]), rng.choice([1, 2, 3, 7, 8, 14, 15, 28, 31, 56])
         samples = rng.randint(1, max(1, min(300, 4_000_000 // (channels * side * side))))
         dtype = rng.choice([torch.bfloat16, torch.float16])
@@ -60,7 +60,8 @@ def test_random_shapes_agree_with_two_passes_while_the_gpu_is_busy():
         tensors = [t.contiguous(memory_format=torch.channels_last) for t in (1.5 * drawn[0] - 0.5, *drawn[1:])]
         weight, bias = torch.rand((2, channels), device=device, generator=generator)
         state = [t.contiguous() for t in torch.rand((4, channels), device=device, generator=generator) * 0.1 + 0.05]
-        arguments = tensors, weight + 0.5, bias, state, residual, relu, extra, NormSpec(error_compensation=guard)
+        spec = NormSpec(error_compensation=error_compensation)
+        arguments = tensors, weight + 0.5, bias, state, residual, relu, skip_grad, spec
         with torch.cuda.stream(other_work):
             for _ in range(5):
                 noise = torch.mm(noise, noise).tanh_()
@@ -124,15 +125,17 @@ def test_thousands_of_random_shapes_against_float64():
         shape, dtype = (samples, channels, height, width), rng.choice([torch.bfloat16, torch.float16])
         draw = (torch.randn(shape, device="cuda") for _ in range(3))
         x, residual, grad = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in draw)
-        guard, alpha = rng.choice(["clamp", "none", "layer_scaling"]), rng.choice([0.9, 0.999, 0.9999])
-        layers = three_backends(channels, error_compensation=guard, clamp_value=1.5, alpha_fwd=alpha)
-        assert single_read.supports(x, layers[0].spec) or (guard == "layer_scaling" and x[0].nbytes > 2**21)
+        error_compensation, alpha = rng.choice(["clamp", "none", "layer_scaling"]), rng.choice([0.9, 0.999, 0.9999])
+        layers = three_backends(channels, error_compensation=error_compensation, clamp_value=1.5, alpha_fwd=alpha)
+        assert single_read.supports(x, layers[0].spec) or (
+            error_compensation == "layer_scaling" and x[0].nbytes > 2**21
+        )
         assert_as_near_as_eager(*layers, x, residual if rng.random() < 0.5 else None, grad, rng.random() < 0.5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("guard", ["clamp", "none", "layer_scaling"])
-def test_start_up_extremes_large_means_and_constant_channels(guard):
+@pytest.mark.parametrize("error_compensation", ["clamp", "none", "layer_scaling"])
+def test_start_up_extremes_large_means_and_constant_channels(error_compensation):
     """mean(y^2) of 10^4 to 10^5 on the first batch, channel means of 1000, new and known, no variance at all."""
     torch.manual_seed(0)
     x, residual, grad = torch.randn((3, 12, 64, 14, 14), device="cuda")
@@ -141,7 +144,7 @@ def test_start_up_extremes_large_means_and_constant_channels(guard):
     x[:, 2] = 7
     x[:, 3] += 1000
     inputs = [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x, residual, grad)]
-    layers = three_backends(64, error_compensation=guard)
+    layers = three_backends(64, error_compensation=error_compensation)
     for layer in layers:
         layer.running_mean[3] = 1000
     assert_as_near_as_eager(*layers, *inputs, True)
@@ -150,8 +153,8 @@ def test_start_up_extremes_large_means_and_constant_channels(guard):
 @pytest.mark.gpu
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("side", [3, 14, 56])
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
-def test_bad_values_are_where_the_sample_loops_are(bad, side, guard):
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_bad_values_are_where_the_sample_loops_are(bad, side, error_compensation):
     """What is not finite is so where the sample loop's is, and nowhere else; nothing waits for ever.
 
     With layer scaling that is a whole sample, and its channel from then on.
@@ -160,7 +163,7 @@ def test_bad_values_are_where_the_sample_loops_are(bad, side, guard):
     x, residual, grad = torch.randn((3, 6, 64, side, side), device="cuda").bfloat16()
     x[2, 5, 0, 0] = bad
     inputs = [t.contiguous(memory_format=torch.channels_last) for t in (x, residual, grad)]
-    fused, loop, _ = three_backends(64, error_compensation=guard)
+    fused, loop, _ = three_backends(64, error_compensation=error_compensation)
     loop.backend = "reference"
     ours, theirs = (run(layer, *inputs, True) for layer in (fused, loop))
     for name, value in theirs.items():
@@ -172,14 +175,14 @@ def relative(ours, theirs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("guard", ["clamp", "none", "layer_scaling"])
+@pytest.mark.parametrize("error_compensation", ["clamp", "none", "layer_scaling"])
 @pytest.mark.parametrize("alpha", [0.9, 0.99999, 1 - 1e-7])
-def test_controls_keep_their_digits_however_slowly_the_statistics_move(alpha, guard):
+def test_controls_keep_their_digits_however_slowly_the_statistics_move(alpha, error_compensation):
     """At a channel mean of 50, where the state before and after a sample tells little of its moments."""
     torch.manual_seed(0)
     x, grad = torch.randn((2, 70, 64, 14, 14), device="cuda")
     inputs = [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x + 50, grad)]
-    fused, _, exact = three_backends(64, error_compensation=guard, clamp_value=1.5, alpha_fwd=alpha)
+    fused, _, exact = three_backends(64, error_compensation=error_compensation, clamp_value=1.5, alpha_fwd=alpha)
     for layer in (fused, exact):
         layer.running_mean.fill_(49.5)
     assert single_read.supports(inputs[0], fused.spec)
@@ -191,15 +194,15 @@ def test_controls_keep_their_digits_however_slowly_the_statistics_move(alpha, gu
 @pytest.mark.gpu
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf"), 3e38])
 @pytest.mark.parametrize(("samples", "side"), [(70, 7), (21, 14), (6, 56)])
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
-def test_gradients_that_are_not_finite_are_passed_on_and_move_no_control(samples, side, guard, bad):
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_gradients_that_are_not_finite_are_passed_on_and_move_no_control(samples, side, error_compensation, bad):
     """First, inner and last sample; the sums of several values of 3e38 overflow."""
     torch.manual_seed(0)
     x, residual, grad = torch.randn((3, samples, 64, side, side), device="cuda").bfloat16()
     for sample, channel in ((0, 7), (samples // 2, 7), (samples // 2, 9), (samples - 1, 11)):
         grad[sample, channel] = bad
     inputs = [t.contiguous(memory_format=torch.channels_last) for t in (x, residual, grad)]
-    fused, loop, _ = three_backends(64, error_compensation=guard)
+    fused, loop, _ = three_backends(64, error_compensation=error_compensation)
     loop.backend = "reference"
     ours, theirs = (run(layer, *inputs, False) for layer in (fused, loop))
     for name, value in theirs.items():
@@ -211,13 +214,13 @@ def test_gradients_that_are_not_finite_are_passed_on_and_move_no_control(samples
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
-def test_the_workspace_survives_capture_beside_eager_launches_and_other_streams(guard):
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_the_workspace_survives_capture_beside_eager_launches_and_other_streams(error_compensation):
     """Chunks of the workspace: a graph replayed between eager steps gives what eager steps alone give, bit for bit."""
     torch.manual_seed(0)
     x, _, grad = torch.randn((3, 40, 256, 14, 14), device="cuda").bfloat16()
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    mixed = OnlineNorm2d(256, backend="fused", device="cuda", error_compensation=guard)
+    mixed = OnlineNorm2d(256, backend="fused", device="cuda", error_compensation=error_compensation)
     alone = copy.deepcopy(mixed)
     x.requires_grad_()
 
@@ -250,7 +253,7 @@ def test_launches_that_need_the_whole_gpu_take_turns():
     sites = [(32, 64, 56), (32, 256, 28), (32, 1024, 14), (32, 2048, 7)]
     inputs = [torch.randn(shape + shape[-1:], device="cuda").bfloat16() for shape in sites]
     inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-    guards = ("layer_scaling", "layer_scaling", "layer_scaling", "clamp")
+    compensations = ("layer_scaling", "layer_scaling", "layer_scaling", "clamp")
 
     def trained(layers, repeats=5):
         for _ in range(repeats):
@@ -258,7 +261,8 @@ def test_launches_that_need_the_whole_gpu_take_turns():
                 layer(x, relu=True).backward(x)
 
     layers = [
-        [OnlineNorm2d(c, backend="fused", device="cuda", error_compensation=g) for _, c, _ in sites] for g in guards
+        [OnlineNorm2d(c, backend="fused", device="cuda", error_compensation=g) for _, c, _ in sites]
+        for g in compensations
     ]
     alone = copy.deepcopy(layers)
     for column in alone:

@@ -65,11 +65,11 @@ def assert_near_the_loop(backend, channels, x, grad, prepare=lambda layer: None,
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, in Triton's interpreter
 @pytest.mark.parametrize("bad", [float("nan"), -INFINITE])
 @pytest.mark.parametrize("at", [0, 3, 8])
-@pytest.mark.parametrize("guard", ["clamp", "layer_scaling"])
-def test_a_gradient_that_is_not_finite_is_passed_on_and_moves_no_control(backend, guard, at, bad):
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_a_gradient_that_is_not_finite_is_passed_on_and_moves_no_control(backend, error_compensation, at, bad):
     """As if the sample had been seen without a backward pass; with layer scaling in all channels, else in its own."""
     x, grad = torch.randn(2, 9, 3, 2, 2, generator=torch.Generator().manual_seed(1))
-    layer, twin = (layer_of(3, backend, error_compensation=guard, clamp_value=50) for _ in range(2))
+    layer, twin = (layer_of(3, backend, error_compensation=error_compensation, clamp_value=50) for _ in range(2))
     spoilt = grad.clone()
     spoilt[at, 1, 0, 1] = bad
     found = train(layer, x, spoilt)
@@ -80,7 +80,7 @@ def test_a_gradient_that_is_not_finite_is_passed_on_and_moves_no_control(backend
     if at == 3:
         twin(x[at : at + 1].to(layer.running_mean.device))
         expected.append(train(twin, x[parts[1]], grad[parts[1]]))
-    channels = slice(None) if guard == "layer_scaling" else slice(1, 2)
+    channels = slice(None) if error_compensation == "layer_scaling" else slice(1, 2)
     for name in ("control_u", "control_v"):
         assert found[name].isfinite().all()
         torch.testing.assert_close(found[name][channels], getattr(twin, name)[channels], rtol=1e-4, atol=1e-5)
@@ -109,7 +109,7 @@ def test_an_update_that_overflows_is_left_out(backend, gradient):
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("samples", "alpha_fwd", "alpha_bkw", "guard"),
+    ("samples", "alpha_fwd", "alpha_bkw", "error_compensation"),
     [
         (128, 0.9995, 0.9, "clamp"),
         (64, 0.9999, 0.95, "clamp"),
@@ -117,7 +117,7 @@ def test_an_update_that_overflows_is_left_out(backend, gradient):
         (9, 0.9999, 0.9, "layer_scaling"),
     ],
 )
-def test_large_coefficients_of_the_controls_follow_the_loop(backend, samples, alpha_fwd, alpha_bkw, guard):
+def test_large_coefficients_of_the_controls_follow_the_loop(backend, samples, alpha_fwd, alpha_bkw, error_compensation):
     """A channel mean of 30 that is not known yet: 1 - k Q is -90 and more, while the clamp lets no gradient through."""
     x, grad = torch.randn(2, samples, 2, 3, 3, generator=torch.Generator().manual_seed(3))
 
@@ -125,7 +125,8 @@ def test_large_coefficients_of_the_controls_follow_the_loop(backend, samples, al
         layer.control_u.zero_()
         layer.control_v.zero_()
 
-    arguments = {"alpha_fwd": alpha_fwd, "alpha_bkw": alpha_bkw, "error_compensation": guard, "clamp_value": 5.0}
+    arguments = {"alpha_fwd": alpha_fwd, "alpha_bkw": alpha_bkw, "clamp_value": 5.0}
+    arguments |= {"error_compensation": error_compensation}
     assert_near_the_loop(backend, 2, x + 30, grad, start, **arguments)
 
 
