@@ -15,6 +15,7 @@ import PIL
 import torch
 import torchvision
 from PIL import Image
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import Dataset
 
 from onlinenorm.data.datasets import FolderDataset, InMemoryDataset
@@ -115,10 +116,18 @@ def decode_images(dataset: FolderDataset, workers: int, device: torch.device, al
         of_torch += of_torch_M.tolist()
         if time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic()
-            log.warning("on_device: %s of %s images in %s decoded", f"{len(sizes):,}", f"{count:,}", _split(dataset))
+            _tell(len(sizes), count, _split(dataset))
     sizes_N2 = np.array(sizes, dtype=np.int64)
     starts_N = np.concatenate([[0], np.cumsum(3 * sizes_N2.prod(axis=1))[:-1]])
     return DecodedImages(pixels_B, starts_N, sizes_N2, np.array(of_torch))
+
+
+@rank_zero_only
+def _tell(done: int, count: int, split: str) -> None:
+    log.warning(
+        "on_device: %s of %s images in %s/ decoded; data.keep_decoded=true keeps them for the next run",
+        f"{done:,}", f"{count:,}", split,
+    )  # fmt: skip
 
 
 def _nvjpeg_pieces(dataset: NvjpegDataset, device: torch.device) -> Iterator[Piece]:

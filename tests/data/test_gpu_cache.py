@@ -249,7 +249,7 @@ def test_nvjpeg_needs_a_gpu_to_decode_once_too(tree):
 def test_long_decoding_is_told(tree, monkeypatch, caplog):
     monkeypatch.setattr(decoded, "_TELL_EVERY", 0.0)
     batches(folders(tree, on_device=True))
-    assert "on_device: 16 of 18 images in train decoded" in caplog.text
+    assert "on_device: 16 of 18 images in train/ decoded; data.keep_decoded=true keeps" in caplog.text
 
 
 def test_leaving_early_ends_the_thread():

@@ -152,4 +152,6 @@ def test_the_gpu_gives_the_pixels_of_the_cpu(tmp_path, monkeypatch):
     ours, theirs = (next(iter(module(root, d, image_size=224, batch_size=60).train_dataloader()))
                     for d in ("nvjpeg", "torchvision"))  # fmt: skip
     assert ours[0].is_cuda and data.train_images == 60
-    assert np.abs(ours[0].cpu().numpy().astype(int) - theirs[0].numpy().astype(int)).mean() < 1
+    off = np.abs(ours[0].cpu().numpy().astype(int) - theirs[0].numpy().astype(int))
+    print(f"equal {(off == 0).mean():.1%}, at most one grey level off {(off <= 1).mean():.1%}, at most {off.max()}")
+    assert off.mean() < 1
