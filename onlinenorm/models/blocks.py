@@ -158,8 +158,9 @@ def zero_last_gammas(model: nn.Module) -> None:
         if isinstance(block, (BasicBlock, Bottleneck)):
             norm = block.last_norm
             roles = getattr(norm, "parameter_roles", {"weight": "norm_weight"})
-            gammas = [getattr(norm, name, None) for name, role in roles.items() if role == "norm_weight"]
-            if not gammas or None in gammas:
+            named = [getattr(norm, name, None) for name, role in roles.items() if role == "norm_weight"]
+            gammas = [gamma for gamma in named if gamma is not None]
+            if not gammas or len(gammas) < len(named):
                 raise ArgumentError(
                     "zero_init_last_gamma",
                     f"{type(norm).__name__} has no weight to set to 0; use "

@@ -54,7 +54,7 @@ class CifarResNet(ResNet, nn.Module):
             blocks = []
             for _ in range(blocks_per_stage):
                 stride = 1 if width == width_in else 2
-                downsample = None
+                downsample: nn.Module | None = None
                 if stride != 1 and shortcut == "A":
                     downsample = ZeroPadShortcut(width - width_in, stride)
                 elif stride != 1:

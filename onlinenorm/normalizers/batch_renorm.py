@@ -17,6 +17,11 @@ WARMUP, R_MAX_REACHED, D_MAX_REACHED = 50, 400, 250
 
 
 class _BatchRenorm(LeafOfGraphs, FullPrecision, _BatchNorm):
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(
         self,
         num_features: int,

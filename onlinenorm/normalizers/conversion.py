@@ -3,11 +3,13 @@
 import gc
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from onlinenorm.arguments import check_choice
 from onlinenorm.errors import ArgumentError
@@ -35,7 +37,7 @@ class OnlineNormAct2d(OnlineNorm2d):
     act: nn.Module
     drop: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as timm's
         if isinstance(self.act, nn.ReLU) and isinstance(self.drop, nn.Identity):
             return super().forward(x, relu=True)
         return self.act(self.drop(super().forward(x)))
@@ -97,7 +99,8 @@ def convert(model: nn.Module, to: str = "online", **arguments) -> nn.Module:
     for key in arguments:
         if key in _FROM_THE_LAYER or (to == "batch") != (key == "momentum"):
             raise ArgumentError(key, f"is no argument of a conversion to {to!r}; they are {allowed}")
-    kind, counterpart = (_BatchNorm, _to_online) if to == "online" else (OnlineNorm, _to_batch)
+    kind: type[nn.Module] = _BatchNorm if to == "online" else OnlineNorm
+    counterpart: Callable[[Any, dict], nn.Module] = _to_online if to == "online" else _to_batch
     converted: dict[nn.Module, nn.Module] = {}
     for path, layer in model.named_modules():  # all counterparts are built before the first layer is changed
         if isinstance(layer, torch.jit.ScriptModule) and kind.__name__.strip("_") in layer.original_name:
@@ -126,7 +129,7 @@ def convert(model: nn.Module, to: str = "online", **arguments) -> nn.Module:
 
 
 def _to_online(batch: _BatchNorm, arguments: dict) -> OnlineNorm:
-    if isinstance(batch.running_mean, UninitializedTensorMixin):
+    if batch.running_mean is not None and is_lazy(batch.running_mean):
         raise ValueError("is a lazy layer that has seen no data; run one batch through the network first")
     base = _plain_base(type(batch), (*_COUNTERPARTS, *_timm_classes(type(batch))))
     if batch.running_mean is None or not batch.track_running_stats:
@@ -261,7 +264,7 @@ def _convert_optimizers(before: dict[nn.Parameter, torch.dtype]) -> None:
 
 def _become(layer: nn.Module, new: nn.Module, buffers: dict[int, Tensor]) -> None:
     """Make ``layer`` what ``new`` is, with its own tensors, modules, hooks, attributes and training flag."""
-    dtype = new.running_mean.dtype
+    dtype = new.get_buffer("running_mean").dtype
     for name, parameter in layer._parameters.items():
         if parameter is not None and parameter.dtype != dtype:
             grad, parameter.grad = parameter.grad, None

@@ -45,6 +45,12 @@ def _inside(key: str, value: float | Tensor, low: float, high: float) -> float:
 class OnlineNorm(LeafOfGraphs, FullPrecision):
     """What OnlineNorm1d and OnlineNorm2d share; use those."""
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor
+    running_var: Tensor
+    control_u: Tensor
+    control_v: Tensor
     fuses_residual = True
     fuses_max_pool = True
     _dimensions: tuple[int, ...] = ()
@@ -119,7 +125,7 @@ class OnlineNorm(LeafOfGraphs, FullPrecision):
     def reset_parameters(self) -> None:
         """State as before the first sample, weight 1 and bias 0."""
         self.reset_running_stats()
-        if self.affine:
+        if self.weight is not None and self.bias is not None:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
@@ -195,8 +201,8 @@ class OnlineNorm(LeafOfGraphs, FullPrecision):
             repeats = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
             out = with_known_start(step, *arguments) if repeats else step(*arguments)
         else:
-            state = (self.running_mean, self.running_var)
-            out = ops.evaluate(x_NCHW, residual_NCHW, self.weight, self.bias, *state, self.spec, relu)
+            statistics = (self.running_mean, self.running_var)
+            out = ops.evaluate(x_NCHW, residual_NCHW, self.weight, self.bias, *statistics, self.spec, relu)
         if max_pool:
             return F.max_pool2d(out, 3, 2, 1)
         return out.reshape(x.shape) if out.dim() != x.dim() else out
@@ -347,5 +353,5 @@ class OnlineNorm1d(OnlineNorm):
 
 class OnlineNorm2d(OnlineNorm):
     __doc__ = _DOCUMENTATION.format(layout="(N, C, H, W)")
-    _dimensions = (4,)
+    _dimensions: tuple[int, ...] = (4,)
     _layout = "(N, C, H, W)"

@@ -82,7 +82,7 @@ def starting_point(layer: nn.Module, first: Callable[[], Start]) -> Start:
         )
     elif learns and isinstance(repeated, BackwardCFunction) and _hides_its_context(repeated):
         raise RuntimeError(
-            f"{type(layer).__name__}: the autograd.Function {repeated._forward_cls.__name__} runs the layer in its "
+            f"{type(layer).__name__}: the autograd.Function {_function_of(repeated).__name__} runs the layer in its "
             "backward, and as its forward has no ctx, from which statistics it should start cannot be told; define "
             "forward(ctx, ...) in place of setup_context, or use torch.utils.checkpoint"
         )
@@ -125,7 +125,7 @@ def _hooked_regions() -> tuple[list[object], object | None]:
 def _functions_on_the_stack() -> tuple[list[object], object | None]:
     """``ctx`` of the autograd.Functions that run this call in their forward, and of the one that does in backward."""
     contexts: list[BackwardCFunction] = []
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         ctx = _first_argument(frame)
         if isinstance(ctx, BackwardCFunction):
@@ -151,4 +151,8 @@ def _entered(contexts: list[BackwardCFunction], repeated: BackwardCFunction | No
 
 
 def _hides_its_context(ctx: BackwardCFunction) -> bool:
-    return ctx._forward_cls.setup_context is not Function.setup_context
+    return _function_of(ctx).setup_context is not Function.setup_context
+
+
+def _function_of(ctx: BackwardCFunction) -> type[Function]:
+    return ctx._forward_cls  # type: ignore[attr-defined]  # set by the metaclass of Function

@@ -33,6 +33,10 @@ class SyncBatchNorm2d(LeafOfGraphs, nn.BatchNorm2d):
     move by ``momentum``, the variance unbiased. Eval, and one process: as ``BatchNorm2d``.
     """
 
+    running_mean: Tensor  # None without track_running_stats, as are the next two
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if not self.training or alone:

@@ -10,7 +10,7 @@ from tests_training import outcome
 from onlinenorm import models
 from onlinenorm.data import Synthetic
 from onlinenorm.errors import ConfigError
-from onlinenorm.normalizers import OnlineNorm2d
+from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d
 from onlinenorm.training.cuda_graph import GraphedStep
 from onlinenorm.training.module import ImageClassifier, _step
 from onlinenorm.training.recipe import Recipe
@@ -55,12 +55,13 @@ def test_bytes_go_to_the_graph(monkeypatch, augmentation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("normalizer", ["online_clamp", "online_layer_scaling", "batch"])
+@pytest.mark.parametrize("normalizer", ["online_clamp", "online_layer_scaling", "batch", "batch_renorm"])
 def test_same_gradients_and_buffers_as_without(normalizer):
     makers = {
         "online_clamp": OnlineNorm2d,
         "online_layer_scaling": lambda c: OnlineNorm2d(c, error_compensation="layer_scaling"),
         "batch": torch.nn.BatchNorm2d,
+        "batch_renorm": partial(BatchRenorm2d, warmup_steps=1, r_max_steps=4, d_max_steps=3),
     }
     torch.backends.cudnn.benchmark, before = False, torch.backends.cudnn.benchmark
     found = []
