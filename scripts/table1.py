@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts._venv import run_main
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from onlinenorm.errors import ReportError
@@ -29,11 +28,7 @@ from onlinenorm.report.render import print_report, render_markdown, render_page
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.spec import load_spec
 from onlinenorm.report.table import build_report
-
-
-def read_yaml(path: Path):
-    """Plain Python content of a YAML file."""
-    return OmegaConf.to_container(OmegaConf.load(path))  # unresolved: ${oc.env:KEY} of a run that came from elsewhere
+from scripts.study import read_yaml
 
 
 def main(arguments: list[str] | None = None) -> int:

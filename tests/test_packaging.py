@@ -35,17 +35,31 @@ optimizer = torch.optim.SGD(network.parameters(), 0.1)
 for _ in range(2):
     network(torch.randn(4, 3, 8, 8)).square().mean().backward()
     optimizer.step()
-print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """
-# Packages that torch does not depend on are not found.
+# As if the packages that own these modules were not installed.
 WITHOUT = """
-import sys
+import importlib.metadata as metadata, sys
 from importlib.machinery import PathFinder
+absent = {absent!r}
 class Bare(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in {absent!r} else PathFinder.find_spec(name, path, target)
+        return None if name.partition(".")[0] in absent else PathFinder.find_spec(name, path, target)
 sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+hidden = {{owner for top, owners in metadata.packages_distributions().items() if top in absent for owner in owners}}
+hidden = {{owner.lower().replace("_", "-") for owner in hidden}}
+class Distribution(metadata.Distribution):
+    @classmethod
+    def from_name(cls, name):
+        if name.lower().replace("_", "-") in hidden:
+            raise metadata.PackageNotFoundError(name)
+        return metadata.Distribution.from_name(name)
+metadata.distribution = Distribution.from_name
+metadata.version = lambda name: Distribution.from_name(name).version
+"""
+PRINT = """
+import sys
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
 
 
@@ -75,19 +89,40 @@ def modules(code):
     return set(done.stdout.split())
 
 
+def absent(*extras):
+    """Modules of this environment that an installation of the library with `extras` would lack."""
+    wanted = list(names(PROJECT["dependencies"]))
+    for extra in extras:
+        wanted += names(EXTRAS[extra]) - {"onlinenorm"}
+        wanted += names(EXTRAS["train"]) if extra == "deploy" else set()
+    brought = {"onlinenorm"}.union(*map(closure, wanted))
+    return {
+        top for top, owners in metadata.packages_distributions().items()
+        if not {owner.lower().replace("_", "-") for owner in owners} & brought
+    }  # fmt: skip
+
+
 def test_the_library_needs_torch_alone():
     assert names(PROJECT["dependencies"]) == {"torch"}
-    brought = closure("torch")
-    providers = metadata.packages_distributions()
-    absent = {
-        top for top, owners in providers.items()
-        if not {owner.lower().replace("_", "-") for owner in owners} & (brought | {"onlinenorm"})
-    }  # fmt: skip
-    assert {"numpy", "torchvision", "hydra", "matplotlib", "pytorch_lightning"} <= absent
-    alone = modules(WITHOUT.format(absent=absent) + STEP.format(ours=True))
-    assert "onlinenorm" in alone and not alone & absent
-    more = modules(STEP.format(ours=True)) - modules(STEP.format(ours=False)) - {"onlinenorm"}
-    assert not more & absent, "packages that are there are not loaded either"
+    assert {"numpy", "torchvision", "hydra", "matplotlib", "pytorch_lightning"} <= absent()
+    alone = modules(WITHOUT.format(absent=absent()) + STEP.format(ours=True) + PRINT)
+    assert "onlinenorm" in alone and not alone & absent()
+    more = modules(STEP.format(ours=True) + PRINT) - modules(STEP.format(ours=False) + PRINT) - {"onlinenorm"}
+    assert not more & absent(), "packages that are there are not loaded either"
+
+
+@pytest.mark.parametrize(
+    "extra, programs",
+    [
+        ("train", ("train", "onlinenorm.training.run", "scripts.check", "scripts.sweep", "scripts.prepare_imagenet")),
+        ("report", ("scripts.table1", "scripts.study", "scripts.compare")),
+        ("deploy", ("scripts.export", "scripts.predict", "scripts.audit_clamping")),
+    ],
+)
+def test_an_extra_is_enough_for_its_programs(extra, programs):
+    """Each is imported without the packages that torch and the extra do not bring."""
+    code = WITHOUT.format(absent=absent(extra)) + "".join(f"import {program}\n" for program in programs)
+    assert not modules(code + PRINT) & absent(extra)
 
 
 def test_the_extras_are_what_the_tests_and_the_scripts_install():
