@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onlinenorm.arguments import check_choice
 from onlinenorm.errors import ArgumentError
 from onlinenorm.normalizers import data_parallel
-from onlinenorm.normalizers.batch_sizes import Sizes, exchanged_sizes
+from onlinenorm.normalizers.batch_sizes import Sizes, check_even_batches, exchanged_sizes
 from onlinenorm.normalizers.dependence import PROCESSES
 from onlinenorm.normalizers.precision import FullPrecision
 from onlinenorm.normalizers.recompute import Start, starting_point
@@ -221,6 +221,8 @@ class OnlineNorm(LeafOfGraphs, FullPrecision):
             return Start(self.running_mean, self.running_var, sizes)
 
         if torch.compiler.is_compiling():
+            if spec.processes > 1 and not x_NCHW.is_cuda:
+                check_even_batches(self.running_mean, len(x_NCHW), spec.group)
             start = Start(self.running_mean, self.running_var, Sizes())
             return start if torch.is_grad_enabled() else start.copy()
         return starting_point(self, first)
@@ -328,8 +330,10 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
             order; one small collective forward and one backward) or "local" (each process its own stream; no
             communication, to be averaged before validation and checkpoints, see ``average_statistics``). Batches may be
             of different sizes, each process's mean loss counting as much, as in DistributedDataParallel; in compiled
-            programs and captured CUDA graphs global statistics need batches of one size. DistributedDataParallel starts
-            local streams from that of rank 0 and then leaves them alone.
+            programs and captured CUDA graphs global statistics need batches of one size, and on GPUs a layer that once
+            had as many samples as the layer before it must go on so. DistributedDataParallel starts local streams from
+            that of rank 0, where it wraps the network and at its first forward pass, and then leaves them alone: load
+            statistics of a process's own after that pass.
         process_group: whose batches form the global stream, and by whose number gradients are taken to be averaged; a
             ``torch.distributed`` group that this process belongs to, or None for all processes.
         device, dtype: of parameters and state; float32, or float64 when asked for, never half precision.
