@@ -79,7 +79,7 @@ def test_operators_of_deep_networks_are_known_to_inductor_before_it_meets_them()
 def free_place():
     """Inductor without a custom pass, as in a program that has compiled nothing."""
     torch._dynamo.reset()
-    inductor_pass._tell_of_another.cache_clear()
+    inductor_pass._warn_of_another.cache_clear()
     with config.patch(post_grad_custom_pre_pass=None):
         yield
 

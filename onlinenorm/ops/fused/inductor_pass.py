@@ -107,13 +107,13 @@ def install() -> bool:
         config.post_grad_custom_pre_pass = FoldGradients()
         logger.info("torch.compile: OnlineNorm's FoldGradients is now Inductor's post_grad_custom_pre_pass")
     elif not isinstance(present, FoldGradients):
-        _tell_of_another(type(present).__name__)
+        _warn_of_another(type(present).__name__)
         return False
     return True
 
 
 @functools.cache
-def _tell_of_another(name: str) -> None:
+def _warn_of_another(name: str) -> None:
     logger.warning(
         "torch.compile: Inductor's post_grad_custom_pre_pass is %s already, so OnlineNorm's backward reads gradients "
         "that are added first, which is slower; make that pass a subclass of %s.FoldGradients",

@@ -159,17 +159,17 @@ def fused_backward(
     skip_grad, state = None if skip_grad is None else like(skip_grad, x), (control_u, control_v)
     with torch.cuda.device_of(x):
         if single_read:
-            found = single_read_path.backward(
+            gradients = single_read_path.backward(
                 grad, skip_grad, x, _or_none(mask_or_rzeta), weight, bias, tables, *state, spec, relu,
                 grad.data_ptr() != given,
             )  # fmt: skip
         else:
             tables = tables.unflatten(2, (-1, 2))
-            found = two_pass_path.backward(
+            gradients = two_pass_path.backward(
                 grad, skip_grad, x, out, weight, bias, tables, _or_none(mask_or_rzeta), *state, spec, relu,
                 residual_gradient,
             )  # fmt: skip
-    grad_x, grad_residual, grad_weight, grad_bias = found
+    grad_x, grad_residual, grad_weight, grad_bias = gradients
     return grad_x, _or_empty(grad_residual, x), grad_weight, grad_bias
 
 

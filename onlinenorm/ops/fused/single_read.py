@@ -47,7 +47,7 @@ def source_of(direction: str) -> str:
 @functools.cache
 def _kernel(device: int, direction: str, defines: tuple[str, ...]) -> Kernel:
     target = architecture(*torch.cuda.get_device_capability(device))
-    assert target is not None, "a device that `supports_device` does not let pass"
+    assert target is not None, "NVRTC knows no architecture for this device: `supports_device` is False for it"
     return Kernel(cubin(source_of(direction), target, ("--std=c++17", *defines)), f"online_norm_{direction}")
 
 
