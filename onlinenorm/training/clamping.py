@@ -1,5 +1,8 @@
 """How much the activation clamp does in a trained network."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +17,9 @@ def clamped_layers(network: nn.Module) -> list[OnlineNorm]:
 class ClampMeter:
     """Context that measures, in eval mode, what reaches the clamps of a network.
 
-    A hook on each layer evaluates it again without clamp, residual and ReLU: w = weight y + bias, which the clamp
-    limits to [-c, c]. `totals` then holds (activations with |w| > c, activations, max |w|).
+    Each call of a layer's `OnlineNorm.forward`, which a subclass makes within its own, is evaluated once more without
+    clamp, residual and ReLU: w = weight y + bias, which the clamp limits to [-c, c]. `totals` then holds (activations
+    with |w| > c, activations, max |w|).
     """
 
     def __init__(self, network: nn.Module):
@@ -23,19 +27,26 @@ class ClampMeter:
         self.clamped = self.count = self.largest = torch.zeros((), dtype=torch.float64)
 
     def __enter__(self) -> "ClampMeter":
-        self._hooks = [layer.register_forward_hook(self._measure) for layer in self.layers]
+        self._forward = forward = OnlineNorm.forward
+
+        @functools.wraps(forward)
+        def measured(layer: OnlineNorm, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            if layer in self.layers:
+                self._measure(layer, x)
+            return forward(layer, x, *arguments, **options)
+
+        OnlineNorm.forward = measured  # type: ignore[method-assign]
         return self
 
-    def __exit__(self, *_) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def __exit__(self, *_: object) -> None:
+        OnlineNorm.forward = self._forward  # type: ignore[method-assign]
 
     @torch.no_grad()
-    def _measure(self, layer: OnlineNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _measure(self, layer: OnlineNorm, x: Tensor) -> None:
         assert not layer.training, "measured where statistics stand still"
         layer.error_compensation = "none"
         try:
-            magnitude = layer.forward(inputs[0]).abs()
+            magnitude = self._forward(layer, x).abs()
         finally:
             layer.error_compensation = "clamp"
         device = magnitude.device

@@ -5,9 +5,11 @@ import csv
 import pytest
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from timm.layers import BatchNormAct2d
 from torch import nn
 
-from onlinenorm import OnlineNorm2d
+from onlinenorm import OnlineNorm2d, convert
+from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.training.clamping import ClampMeter, clamped_layers
 
 
@@ -27,6 +29,42 @@ def test_meter_counts_what_exceeds_the_clamp_and_leaves_the_layer_alone():
     assert count == before_clamp.numel() and clamped == (before_clamp.abs() > 1.5).sum()
     torch.testing.assert_close(largest, before_clamp.abs().max().item(), rtol=1e-6, atol=0)
     assert layer.error_compensation == "clamp" and not layer._forward_hooks
+
+
+class Shrinking(OnlineNorm2d):
+    """Does something of its own before and after."""
+
+    def forward(self, x, **options):
+        return torch.tanh(super().forward(2 * x, **options))
+
+
+class Caller(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x=x)
+
+
+@pytest.mark.parametrize(
+    "layer, scale",
+    [
+        (OnlineNorm2d(3), 1),
+        (Shrinking(3), 2),
+        (convert(nn.Sequential(BatchNormAct2d(3)))[0], 1),
+        (Caller(OnlineNorm2d(3)), 1),
+    ],
+)
+def test_what_reaches_the_clamp_is_measured_whatever_surrounds_it(layer, scale):
+    x = -20 * torch.rand(4, 3, 8, 8)
+    forward = OnlineNorm.forward
+    with ClampMeter(layer.eval()) as meter:
+        layer(x)
+    assert OnlineNorm.forward is forward
+    before_clamp = scale * x / (1 + 1e-5) ** 0.5
+    assert meter.clamped == (before_clamp.abs() > 5).sum() and meter.count == x.numel()
+    torch.testing.assert_close(float(meter.largest), float(before_clamp.abs().max()), rtol=1e-5, atol=0)
 
 
 def test_residual_and_relu_are_left_out():
