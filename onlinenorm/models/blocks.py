@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torchvision.models import resnet as torchvision_resnet
 
 from onlinenorm.errors import ArgumentError
@@ -32,7 +33,8 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: b
     if getattr(norm, "fuses_residual", False):
         return norm(x, residual=residual, relu=relu)
     out = norm(x)
-    inplace = type(norm) in OVERWRITABLE
+    # a hook may put its own output, or a view, in place of the norm's
+    inplace = type(norm) in OVERWRITABLE and not norm._forward_hooks and not norm._backward_hooks
     if residual is not None:
         out = out.add_(residual) if inplace else out + residual
     return F.relu(out, inplace=inplace or residual is not None) if relu else out
@@ -158,16 +160,31 @@ def zero_last_gammas(model: nn.Module) -> None:
         if isinstance(block, (BasicBlock, Bottleneck)):
             norm = block.last_norm
             roles = getattr(norm, "parameter_roles", {"weight": "norm_weight"})
-            named = [getattr(norm, name, None) for name, role in roles.items() if role == "norm_weight"]
-            gammas = [gamma for gamma in named if gamma is not None]
-            if not gammas or len(gammas) < len(named):
+            gammas = [name for name, role in roles.items() if role == "norm_weight"]
+            if not gammas or not all(_set_to_zero(norm, name) for name in gammas):
                 raise ArgumentError(
                     "zero_init_last_gamma",
-                    f"{type(norm).__name__} has no weight to set to 0; use "
+                    f"{type(norm).__name__} has no weight that can be set to 0; use "
                     "zero_init_last_gamma=false or an affine normalizer",
                 )
-            for gamma in gammas:
-                nn.init.zeros_(gamma)
+
+
+def _set_to_zero(norm: nn.Module, name: str) -> bool:
+    """Sets a weight, dotted where it lies further down, to 0; whether that can be done.
+
+    It cannot where there is none, or where its parametrisation makes no 0 of finite values, as an exponential.
+    """
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = norm.get_submodule(path)
+        weight = getattr(owner, leaf)
+        if not parametrize.is_parametrized(owner, leaf):
+            nn.init.zeros_(weight)
+            return True
+        setattr(owner, leaf, torch.zeros_like(weight))
+    except (AttributeError, RuntimeError, NotImplementedError):  # without an inverse
+        return False
+    return not getattr(owner, leaf).any() and all(torch.isfinite(p).all() for p in owner.parameters())
 
 
 def check_sizes(num_classes: int, in_channels: int) -> None:

@@ -1,3 +1,4 @@
+import operator
 from functools import partial
 from typing import ClassVar
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from onlinenorm.models import cifar_resnet8, resnet18
 from onlinenorm.models.blocks import norm_act
@@ -72,6 +74,8 @@ class SquashingBatchNorm(nn.BatchNorm2d):
         SquashingBatchNorm,
         partial(Squashing, last=torch.sigmoid),
         partial(Squashing, last=partial(F.softmax, dim=1)),
+        lambda num_features: _hooked(num_features, "forward"),
+        lambda num_features: _hooked(num_features, "backward"),
     ],
 )
 @pytest.mark.parametrize("build, size", [(resnet18, 64), (cifar_resnet8, 16)])
@@ -83,28 +87,95 @@ def test_norms_whose_backward_needs_their_output_train(build, size, normalizer):
     assert gradients and all(gradient is not None and gradient.any() for gradient in gradients)
 
 
-def test_output_of_torchs_norms_is_overwritten():
+def test_output_of_torchs_norms_is_overwritten(monkeypatch):
     """The ReLU of BatchNorm's output takes no memory of its own."""
-    norm = nn.BatchNorm2d(2)
-    outputs = []
-    norm.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
-    out = norm_act(norm, torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3))
+    outputs, batch_norm = [], F.batch_norm
+
+    def kept(*arguments):
+        outputs.append(batch_norm(*arguments))
+        return outputs[-1]
+
+    monkeypatch.setattr(F, "batch_norm", kept)
+    out = norm_act(nn.BatchNorm2d(2), torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3))
     assert out.data_ptr() == outputs[0].data_ptr()
 
 
-def test_last_gammas_of_ones_own_are_zeroed_by_their_role():
-    class Greek(nn.Module):
-        parameter_roles: ClassVar = {"gamma": "norm_weight"}
+def _hooked(num_features, kind):
+    norm = nn.BatchNorm2d(num_features)
+    if kind == "forward":
+        norm.register_forward_hook(lambda layer, inputs, output: torch.tanh(output))
+    else:
+        norm.register_full_backward_hook(lambda layer, grad_in, grad_out: None)
+    return norm
 
-        def __init__(self, num_features):
-            super().__init__()
-            self.gamma = nn.Parameter(torch.ones(num_features))
 
-        def forward(self, x):
-            return x * self.gamma.view(1, -1, 1, 1)
+class Greek(nn.Module):
+    parameter_roles: ClassVar = {"gamma": "norm_weight"}
 
-    model = cifar_resnet8(Greek, zero_init_last_gamma=True)
-    assert not model.layer1[0].bn2.gamma.any() and model.layer1[0].bn1.gamma.all()
+    def __init__(self, num_features):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(num_features))
+
+    def forward(self, x):
+        return x * self.gamma.view(1, -1, 1, 1)
+
+
+class Holding(nn.Module):
+    parameter_roles: ClassVar = {"inner.gamma": "norm_weight"}
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.inner = Greek(num_features)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+    def right_inverse(self, weight):
+        return weight / 2
+
+
+class Positive(nn.Module):
+    def forward(self, weight):
+        return weight.exp()
+
+    def right_inverse(self, weight):
+        return weight.log()
+
+
+class OneWay(nn.Module):
+    def forward(self, weight):
+        return weight + 1
+
+
+def _parametrised(num_features, by):
+    return parametrize.register_parametrization(nn.BatchNorm2d(num_features), "weight", by())
+
+
+@pytest.mark.parametrize(
+    "normalizer, gamma", [(Greek, "gamma"), (Holding, "inner.gamma"), (partial(_parametrised, by=Doubled), "weight")]
+)
+def test_last_gammas_are_zeroed_by_their_role(normalizer, gamma):
+    block = cifar_resnet8(normalizer, zero_init_last_gamma=True).layer1[0]
+    assert not operator.attrgetter(gamma)(block.bn2).any() and operator.attrgetter(gamma)(block.bn1).all()
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        partial(nn.BatchNorm2d, affine=False),
+        nn.Identity,
+        partial(_parametrised, by=Positive),
+        partial(_parametrised, by=OneWay),
+    ],
+)
+def test_gammas_that_cannot_be_zero_are_refused(normalizer):
+    with pytest.raises(ValueError, match=r"^zero_init_last_gamma: .* has no weight that can be set to 0"):
+        cifar_resnet8(normalizer, zero_init_last_gamma=True)
 
 
 @pytest.mark.parametrize("build, size", [(resnet18, 32), (cifar_resnet8, 16)])
