@@ -76,7 +76,11 @@ def prepare(trained: Trained, form: Form, keep_clamp: bool = False) -> nn.Module
     if guard == "clamp" and not keep_clamp:
         remove_clamping(network)
     if guard == "none" or (guard == "clamp" and not keep_clamp):
-        convert(network, to="batch")
+        try:
+            convert(network, to="batch")
+        except ValueError as error:  # of a class of the user's own, which those forms hold as it is
+            if not form.holds_guards:
+                raise DeployError(f"--to {form.name}: {error}") from error
     if not form.holds_guards and not any(isinstance(m, _BatchNorm) for m in network.modules()):
         normalizer = trained.config["normalizer"]["_target_"].rpartition(".")[2]
         raise DeployError(
