@@ -1,9 +1,11 @@
 """What each parameter of a network is for, which decides whether weight decay acts on it."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from onlinenorm.errors import ConfigError
@@ -42,6 +44,12 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     called: ``weight`` and ``bias`` of torch's norms and of a normalizer's layers, where they have a value a channel,
     are those of a norm; parameters of torch's other layers are ordinary. Raises ConfigError for any other.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"{_class(model.get_submodule(name.rpartition('.')[0]))}: has no shape before its first batch; use the "
+                "layer that is built with its number of channels"
+            )
     roles: dict[str, str] = {}
     seen = set()
     for path, module, above in _walk(model, "", ()):
@@ -51,8 +59,18 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
                 full, (own, owner) = f"{path}{name}", (name, module)
                 if isinstance(module, ParametrizationList):  # OWNER.parametrizations.NAME.original
                     own, owner = path.split(".")[-2], above[-3][1]
-                roles[full] = _declared(full, above) or _implied(own, parameter, owner, above) or _unknown(full, above)
+                own = _before_hooks(own, owner)
+                roles[full] = (
+                    _declared(full, above) or _implied(own, parameter, owner, above) or _unknown(full, parameter, above)
+                )
     return roles
+
+
+def _before_hooks(name: str, module: nn.Module) -> str:
+    """weight_orig, weight_g, weight_v as "weight" where a hook of torch's (spectral_norm, prune) makes that of them."""
+    bare = re.sub(r"_(orig|g|v)$", "", name)
+    made = (getattr(hook, "name", getattr(hook, "_tensor_name", "")) for hook in module._forward_pre_hooks.values())
+    return bare if bare in made else name
 
 
 def _walk(module: nn.Module, path: str, above: tuple) -> Iterator[tuple[str, nn.Module, tuple]]:
@@ -93,15 +111,19 @@ def _implied(name: str, parameter: nn.Parameter, module: nn.Module, above: tuple
     return name if of_torch and ordinary_name else None
 
 
-def _unknown(full: str, above: tuple) -> str:
+def _unknown(full: str, parameter: nn.Parameter, above: tuple) -> str:
     path, module = next(((p, m) for p, m in above if getattr(m, "is_normalizer", False)), above[-1])
     if type(module) in _CONTAINERS and len(above) > 1:
         path, module = above[-2]
     name = full.removeprefix(path)
-    roles = "norm_weight (multiplies) or norm_bias (is added)"
+    where = "say in the class"
+    if _class(module).startswith("torch."):
+        where = "derive a class of your own from it, or put it into one, and say there"
+    one_a_channel = parameter.numel() == max(parameter.shape, default=1)
     raise ConfigError(
-        f"{_class(module)}: whether weight decay acts on its parameter {name} is not known; say in the class what it "
-        f'is: parameter_roles = {{"{name}": "norm_weight"}}, with {roles} for a normalizer, weight or bias otherwise'
+        f"{_class(module)}: whether weight decay acts on its parameter {name} is not known; {where} what it is: "
+        f'parameter_roles = {{"{name}": "{"norm_weight" if one_a_channel else "weight"}"}}, with norm_weight '
+        "(multiplies) or norm_bias (is added) for what a normalizer has once a channel, weight or bias otherwise"
     )
 
 

@@ -89,7 +89,10 @@ def test_inside_a_normalizer_weight_and_bias_of_one_value_a_channel_are_those_of
     ],
 )
 def test_a_parameter_of_unknown_role_is_refused_before_training(kind, name):
-    with pytest.raises(ConfigError, match=rf"parameter {name} is not known; .*parameter_roles = .\"{name}\": \"norm"):
+    role = "weight" if name == "inner.weight" else "norm_weight"
+    with pytest.raises(
+        ConfigError, match=rf"parameter {name} is not known; .*parameter_roles = .\"{name}\": \"{role}\""
+    ):
         probe_normalizer(factory(kind), {"_target_": "own.Norm"})
 
 
@@ -125,6 +128,28 @@ def test_layers_of_ones_own_outside_of_normalizers():
             parameter_roles(nn.Sequential(layer))
     Scaled.parameter_roles = {"scale": "weight"}
     assert parameter_roles(Scaled()) == {"scale": "weight", "weight": "weight", "bias": "bias"}
+
+
+def test_a_parameter_that_a_hook_replaces_is_what_it_stands_for():
+    def hooked(num_features):
+        norm = nn.utils.spectral_norm(nn.BatchNorm2d(num_features))
+        return nn.utils.prune.l1_unstructured(norm, "bias", 0.5)
+
+    assert roles(hooked) == {"weight_orig": "norm_weight", "bias_orig": "norm_bias"}
+
+
+def test_torchs_own_classes_are_not_to_be_edited():
+    norm = nn.BatchNorm2d(2)
+    norm.gate = nn.Parameter(torch.ones(2))
+    with pytest.raises(ConfigError, match=r"BatchNorm2d: .* gate is not known; derive a class of your own from it"):
+        parameter_roles(norm)
+
+
+@pytest.mark.parametrize("layer", [nn.LazyBatchNorm2d(), nn.LazyBatchNorm2d(affine=False), nn.LazyLinear(3)])
+def test_lazy_layers_are_told_in_a_sentence(layer):
+    told = "Lazy.*: has no shape before its first batch; use the layer that is built with its number of channels$"
+    with pytest.raises(ConfigError, match=rf"^normalizer\._target_: torch.*{told}"):
+        probe_normalizer(factory(lambda num_features: layer), {"_target_": "own.lazy"})
 
 
 def test_a_parametrised_parameter_is_what_it_stands_for():
