@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         with staging(output, DeployError) as work:
             content = json.dumps({**about, **result.as_dict()}, indent=2, allow_nan=False) + "\n"
             (work / "clamping.json").write_text(content, encoding="utf-8")
-            (work / "clamping.md").write_text(tables, encoding="utf-8")
+            (work / "clamping.md").write_text(tables, encoding="utf-8", errors="backslashreplace")
             draw_audit(result, work / "clamping.png")
         print(tables)
         print(f"{output}: clamping.json, clamping.md, clamping.png")
