@@ -164,9 +164,3 @@ def test_statistics_that_cannot_be_averaged_are_for_one_process(folder):
     probe_normalizer(build(config, "normalizer"), config["normalizer"])
     with pytest.raises(ConfigError, match=r"Alone says that its statistics cannot be averaged .*trainer.devices=1"):
         probe_normalizer(build(config, "normalizer"), config["normalizer"], {"devices": 2})
-
-
-def test_a_sweep_takes_the_folder(folder, root, tmp_path):
-    words = ["normalizer=own", "model=own", "data=flowers", "seed=0,1", *SHORT]
-    rows = load(root, "sweep").plan(words, tmp_path, str(folder / "configs"))
-    assert [row.folder.parts[-2:] for row in rows] == [("own", "seed0"), ("own", "seed1")]

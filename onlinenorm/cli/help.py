@@ -47,16 +47,24 @@ def settings(file: Path) -> dict[str, Setting]:
     found, path = {}, []
     for line in file.read_text(encoding="utf-8").splitlines():
         if path == ["defaults"] and (base := _INHERITED.fullmatch(line)):
-            places = [folder / f"{base['file']}.yaml" for folder in (file.parent, CONFIGS / file.parent.name)]
-            found |= next((settings(place) for place in places if place.is_file()), {})
+            found |= _inherited(file, base["file"])
             continue
         match = _LINE.fullmatch(line)
         if match is None:
             continue
         path = [*path[: len(match["indent"]) // 2], match["key"]]
+        if path == ["defaults"]:  # [base, _self_] in a line
+            for name in re.findall(r"[\w/]+", match["value"] or ""):
+                found |= _inherited(file, name)
         if match["value"] is not None and path[0] not in ("defaults", "hydra") and not match["key"].startswith("_"):
             found[".".join(path)] = Setting(match["value"], match["comment"] or "")
     return found
+
+
+def _inherited(file: Path, name: str) -> dict[str, Setting]:
+    """The settings of another file of a group, which may be one of configs/; {} of what is none, as _self_."""
+    places = [folder / f"{name}.yaml" for folder in (file.parent, CONFIGS / file.parent.name)]
+    return next((settings(place) for place in places if place.is_file()), {})
 
 
 def key_names() -> list[str]:

@@ -95,7 +95,7 @@ class ReportSpec:
     def with_rows_of(self, runs: Iterable[Any]) -> "ReportSpec":
         """With the rows that the normalizers' own files describe (``_label_``, ``_colour_``), where this one does not.
 
-        A label that another row has is told apart by the normalizer's name.
+        A label that another row has is told apart by the normalizer's name; spare colours are given once.
         """
         rows = {**self.further_rows}
         for run in sorted(runs, key=lambda run: run.name):
@@ -106,7 +106,9 @@ class ReportSpec:
             label, colour = node.get("_label_"), node.get("_colour_")
             label = label if is_label(label) else row.label
             label = f"{label} ({name})" if label in labels else label
-            rows[name] = replace(row, label=label, colour=colour if is_colour(colour) else row.colour)
+            used = {known.colour for known in (*self.rows.values(), *rows.values())}
+            spare = next((spare for spare in (row.colour, *_SPARE_COLOURS) if spare not in used), row.colour)
+            rows[name] = replace(row, label=label, colour=colour if is_colour(colour) else spare)
         return replace(self, further_rows=rows)
 
     def scale(self, name: str) -> Scale:

@@ -24,10 +24,11 @@ def test_every_key_has_its_value_and_a_meaning(overrides):
             assert f" {name} " in page
 
 
-def test_what_a_file_inherits_is_told_too(tmp_path):
+@pytest.mark.parametrize("defaults", ["defaults:\n  - online_none\n  - _self_", "defaults: [online_none, _self_]"])
+def test_what_a_file_inherits_is_told_too(tmp_path, defaults):
     own = tmp_path / "normalizer" / "own.yaml"
     own.parent.mkdir()
-    own.write_text("defaults:\n  - online_none\n  - _self_\n\nclamp_value: 3.0 # mine\n")
+    own.write_text(f"{defaults}\n\nclamp_value: 3.0 # mine\n")
     found = help.settings(own)
     assert found["clamp_value"] == help.Setting("3.0", "mine") and found["error_compensation"].value == "none"
     assert found.keys() == help.settings(help.CONFIGS / "normalizer" / "online_clamp.yaml").keys()

@@ -79,6 +79,7 @@ def test_a_row_is_called_and_drawn_as_its_normalizers_file_says(tmp_path, spec):
     assert (rows["moving"].label, rows["moving"].colour) == shown["moving"]
     assert rows["other"].label == "BatchNorm (other)" and rows["other"].colour == spec.row("other").colour
     assert rows["third"].label == "third"
+    assert len({row.colour for row in rows.values()}) == len(rows)
     assert rows["batch"].label == "BatchNorm" and rows["batch"].seeds == [0, 1]
 
 
