@@ -11,6 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+if not torch.cuda.is_available() and "triton" not in sys.modules:  # which the imports below may import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.resize import axis_weights, crop_table, most_taps, resize_crops
 from onlinenorm.data.transforms import DRAWS, PLANS, Plan, cut_crops, follow_plan, plan_rows, rows_of_plan
@@ -113,8 +116,6 @@ def interpreted(pixels_B, table_MC, taps, crop_size, channels):
 @pytest.fixture
 def interpreter():
     pytest.importorskip("triton.language")
-    if "triton" not in sys.modules:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     from onlinenorm.data.resize_triton import crops_kernel
 
     if "Interpreted" not in type(crops_kernel).__name__:
