@@ -34,6 +34,7 @@ import torch
 from onlinenorm.data import ImageNet
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DECODERS
+from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from scripts.bench import loaders_table
 from scripts.bench.jpeg_set import make_set
 from scripts.bench.loaders_table import ON_DEVICE, REFERENCE
@@ -175,8 +176,8 @@ def decode_rows(root: Path, options: argparse.Namespace) -> list[dict]:
             rates[name].append(done / (time.process_time() - start))
     if options.device.type == "cuda":
         for _ in range(options.rounds):
-            for name, call, images in device_calls(root, options.batch, options.device):
-                rates.setdefault(name, []).append(_call_rate(call, images, options))
+            for name, work, images in device_calls(root, options.batch, options.device):
+                rates.setdefault(name, []).append(_call_rate(work, images, options))
     return [_row("decode", name, found, found, rates[REFERENCE], workers=0) for name, found in rates.items()]
 
 
@@ -187,6 +188,7 @@ def device_calls(root: Path, batch: int, device: torch.device) -> Iterator[tuple
     data = ImageNet(root=str(root), decoder="nvjpeg", augmentation="random_resized_crop", num_workers=0)
     data.setup()
     dataset = data._sets[0]
+    assert isinstance(dataset, NvjpegDataset)
     count = min(len(dataset), batch)
     encoded = dataset.__getitems__([(0, i) for i in range(count)])
     if device.type == "cuda":
@@ -194,7 +196,7 @@ def device_calls(root: Path, batch: int, device: torch.device) -> Iterator[tuple
     bounds = encoded.bounds.tolist()
     files = [encoded.data[first:end] for first, end in itertools.pairwise(bounds) if end > first]
     plans_N9 = encoded.plans_N9[encoded.bounds.diff() > 0]
-    decoded, _ = decode_all(files, device)
+    decoded = [image for image in decode_all(files, device)[0] if image is not None]
     yield "nvjpeg", lambda: decode_all(files, device), len(files)
     yield "nvjpeg and crops", lambda: decode_batch(encoded, dataset, device), count
     yield "crops alone", lambda: crop_all(decoded, plans_N9, dataset.crop_size), len(files)
