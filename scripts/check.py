@@ -29,9 +29,7 @@ from scripts._venv import run_main
 from onlinenorm.cli.arguments import parse_script
 from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import ConfigError, RunError
-from onlinenorm.report.runs import Run
-from onlinenorm.report.settings import departures
-from onlinenorm.report.spec import load_spec
+from onlinenorm.report.settings import departures, load_spec
 from onlinenorm.training.preflight import FAIL, OK, WARN, Finding, finding, preflight
 from onlinenorm.training.trainer import quiet_lightning, resolve
 
@@ -49,8 +47,7 @@ def check_recipe(config: dict[str, Any]) -> Iterator[Finding]:
     """Where the settings depart from those behind the published table."""
     spec = load_spec()
     normalizer = config["choices"]["normalizer"]
-    run = Run(Path(), "this", normalizer, config["seed"], config, {}, {}, None)
-    found = departures([run], spec.published_setting)
+    found = list(departures([(normalizer, config)], spec.published_setting).itertuples())
     lines = [f"{d.name} is {d.actual}, published {d.published}{' (decisive)' if d.decisive else ''}" for d in found]
     text = "; ".join(lines) or "the published setting"
     status = WARN if any(d.decisive for d in found) else OK

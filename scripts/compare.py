@@ -11,25 +11,27 @@ unfinished or damaged, or the two did not see the same images.
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts._venv import run_main
 
-import yaml
+import pandas as pd
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.paired import check_same_images, pair, read_predictions, render_pairing
-from onlinenorm.report.runs import Run, load_run
-from onlinenorm.report.tally import former_attempts
+from onlinenorm.report.paired import check_same_images, pair, read_predictions
+from onlinenorm.report.render import render_pairing
+from onlinenorm.report.runs import load_run
+from onlinenorm.report.tables import former_attempts
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> pd.DataFrame:
     """The run in `folder`; ReportError where there is none."""
     if not folder.is_dir():
         raise ReportError(f"{folder}: is no folder; name a run such as runs/quickstart/batch/seed0")
-    return load_run(folder, lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
+    return load_run(folder).runs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     try:
-        run_a, run_b = read_run(options.run_a), read_run(options.run_b)
+        runs = [read_run(folder) for folder in (options.run_a, options.run_b)]
+        run_a, run_b = (next(run.itertuples()) for run in runs)
         a, b = (read_predictions(run, options.clamp) for run in (run_a, run_b))
         check_same_images(run_a, run_b, a, b)
         pairing = pair(a, b, options.level)
@@ -52,11 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     names = [
-        f"{run.folder} ({'; '.join([f'{run.normalizer}, seed {run.seed}', *former_attempts([run])])})"
-        for run in (run_a, run_b)
+        f"{run.folder} ({'; '.join([f'{run.normalizer}, seed {run.seed}', *former_attempts(frame)])})"
+        for run, frame in zip((run_a, run_b), runs, strict=True)
     ]
     if options.json:
-        print(json.dumps({"a": str(run_a.folder), "b": str(run_b.folder), **pairing.as_dict()}, indent=2))
+        print(json.dumps({"a": str(run_a.folder), "b": str(run_b.folder), **asdict(pairing)}, indent=2))
         return 0
     print(render_pairing(pairing, *names), end="")
     if run_a.seed != run_b.seed:

@@ -19,20 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts._venv import ROOT, run_main
 
-import yaml
-
 from onlinenorm.errors import ReportError
 from onlinenorm.files import write_together
 from onlinenorm.report.ablation import build_ablation
+from onlinenorm.report.build import ablation_files, load_studies, study_files
 from onlinenorm.report.runs import find_run_folders, load_runs
-from onlinenorm.report.spec import load_spec
-from onlinenorm.report.study import ablation_files, load_studies, study_files
+from onlinenorm.report.settings import load_spec
 from onlinenorm.report.words import ablation_table
-
-
-def read_yaml(path: Path):
-    """Plain Python content of a YAML file."""
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,12 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         spec = load_spec()
         if any(find_run_folders(options.folder)) and not any(options.folder.glob("*/runs")):
-            ablation = build_ablation(load_runs(options.folder, read_yaml), spec)
+            ablation = build_ablation(load_runs(options.folder).runs, spec)
             files = {".": ablation_files(ablation)}
             print(ablation_table(ablation))
         else:
             benchmark = json.loads(options.benchmark.read_text()) if options.benchmark.exists() else None
-            files = study_files(load_studies(options.folder, read_yaml, spec), benchmark, spec)
+            files = study_files(load_studies(options.folder, spec), benchmark, spec)
         for folder, contents in files.items():
             write_together(output / folder, contents, ReportError)
             print(f"{output / folder}: {', '.join(contents)}")

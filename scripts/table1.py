@@ -11,7 +11,6 @@ missing, damaged or of different settings (nothing is written, the message names
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -23,12 +22,11 @@ from rich.console import Console
 
 from onlinenorm.errors import ReportError
 from onlinenorm.files import write_together
-from onlinenorm.report.curves import draw_curves
-from onlinenorm.report.render import print_report, render_markdown, render_page
+from onlinenorm.report.build import table_files
+from onlinenorm.report.render import print_report
 from onlinenorm.report.runs import load_runs
-from onlinenorm.report.spec import load_spec
-from onlinenorm.report.table import build_report
-from scripts.study import read_yaml
+from onlinenorm.report.settings import load_spec
+from onlinenorm.report.tables import build_report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,15 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output or options.runs
     try:
         spec = load_spec()
-        runs = load_runs(options.runs, read_yaml, options.without)
-        report = build_report(runs, spec)
-        picture = draw_curves(runs, report)
-        files = {
-            "table1.md": render_markdown(report).encode(),
-            "table1.json": (json.dumps(report.as_dict(), indent=2, allow_nan=False, default=str) + "\n").encode(),
-            "curves.png": picture,
-            "index.html": render_page(report, picture, draw_curves(runs, report, narrow=True)).encode(),
-        }
+        found = load_runs(options.runs, options.without)
+        report = build_report(found.runs, spec)
+        files = table_files(report, found, page=True)
         write_together(output, files, ReportError)
     except ReportError as error:
         print(f"table1.py: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ from run_folders import write_run
 from onlinenorm.data.index import load_index
 from onlinenorm.deploy.forms import load_folded
 from onlinenorm.errors import DeployError, ReportError, RunError
-from onlinenorm.report.predictions import load_predictions
+from onlinenorm.report.runs import load_predictions, read_yaml
 from onlinenorm.training.checkpoint import resumable
 
 
@@ -90,7 +90,7 @@ def test_a_report_reads_no_environment_for_a_run(root, tmp_path, monkeypatch, ca
     spec = importlib.util.spec_from_file_location("table1_of_untrusted", root / "scripts" / "table1.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.read_yaml(folder / "config.yaml")["normalizer"]["eps"] == "${oc.env:A_SECRET}"
+    assert read_yaml(folder / "config.yaml")["normalizer"]["eps"] == "${oc.env:A_SECRET}"
     module.main([str(tmp_path), "--output", str(tmp_path / "report")])
     printed = capsys.readouterr()
     written = [file.read_bytes() for file in (tmp_path / "report").glob("*")]

@@ -1,23 +1,22 @@
-"""Runs of one swept key: value x normalizer -> figures over seeds, and what diverged, as a table.
+"""Swept keys and clamps: frames with a row a value, and what clamps did over training and when they were removed.
 
-scripts/sweep.py names the folders `<key>=<value>[,<key>=<value>]/<normalizer>/seed<k>`. A run without such a part takes
-its value from its configuration; a network that does not clamp stands at "off" when the clamp value is swept.
+scripts/sweep.py names the folders <key>=<value>[,<key>=<value>]/<normalizer>/seed<k>. A run without such a part takes
+its value from its configuration; a network that does not clamp stands at OFF when the clamp value is swept.
 """
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import pandas as pd
 
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
-from onlinenorm.report.runs import Run
-from onlinenorm.report.settings import NOT_SET, check_one_point, differences
-from onlinenorm.report.spec import ReportSpec
-from onlinenorm.report.statistics import Summary, summarize
-from onlinenorm.report.table import METRICS, Provenance, provenance, scale_labels
-from onlinenorm.report.tally import Tally, former_attempts, tally
+from onlinenorm.report.runs import Runs, frame, milestones
+from onlinenorm.report.settings import NOT_SET, ReportSpec, check_one_point, differences
+from onlinenorm.report.tables import over_seeds, provenance, scale_labels, tally
 
 OFF = "off"
 CLAMP_KEY = "normalizer.clamp_value"
@@ -25,52 +24,29 @@ _NEXT_PAIR = re.compile(r",(?=[+~]*[\w.@]+=)")
 
 
 @dataclass(frozen=True)
-class Point:
-    """The runs of one value in one series: summaries over finished seeds by metric, and what the others came to."""
-
-    value: str
-    series: str
-    colour: str
-    seeds: list[int]
-    figures: dict[str, list[float]]
-    summaries: dict[str, Summary | None]
-    diverged: list[str]
-    unfinished: list[str]
-    attempts: list[str]
-    tally: Tally
-
-    @property
-    def n(self) -> int:
-        return len(self.seeds)
-
-
-@dataclass(frozen=True)
 class Ablation:
     """A swept key with its values in order; `published` is its value in the published setting, `notes` what else
-    differs between the runs and so has a share in what they show."""
+    differs between the runs and so has a share in what they show. points: `value`, `series`, `colour` and the columns
+    of `over_seeds`, of which `unfinished` leaves out what diverged."""
 
     key: str
     name: str
     scale_label: str
     values: list[str]
     published: str | None
-    points: list[Point]
+    points: pd.DataFrame
     notes: list[str]
-    provenance: list[Provenance]
+    provenance: pd.DataFrame
     note: str = ""  # by hand: what the data of the runs do not tell
 
     @property
     def heading(self) -> str:
         return f"{self.name[0].upper()}{self.name[1:]} on {self.scale_label}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain content of ablation.json."""
-        return {"schema": 1, "heading": self.heading, **asdict(self)}
 
-
-def swept(run: Run) -> dict[str, str]:
+def swept(name: str) -> dict[str, str]:
     """Keys and values in the folder names above a run, e.g. {"normalizer.clamp_value": "3"}."""
-    pairs = [pair for part in run.name.split("/")[:-2] if "=" in part for pair in _NEXT_PAIR.split(part)]
+    pairs = [pair for part in name.split("/")[:-2] if "=" in part for pair in _NEXT_PAIR.split(part)]
     return {key.lstrip("+~"): plain_value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
@@ -82,47 +58,52 @@ def plain_value(value: Any) -> str:
         return str(value)
 
 
-def build_ablation(runs: Sequence[Run], spec: ReportSpec) -> Ablation:
+def build_ablation(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Ablation:
     """The ablation of the key that takes most values in the folder names; other swept keys make series of their own.
 
     Raises ReportError where no folder names a key, or one seed would count twice.
     """
     taken: dict[str, set[str]] = {}
-    for run in runs:
-        for key, value in swept(run).items():
+    for pairs in runs["name"].map(swept):
+        for key, value in pairs.items():
             taken.setdefault(key, set()).add(value)
     if not taken:
         raise ReportError(
             "no folder is named <key>=<value>: an ablation needs runs of scripts/sweep.py with a key of several "
             "values; normalizers and seeds are compared by scripts/table1.py"
         )
-    for run in runs:
+    for run in runs.itertuples():
         _check_folder(run)
     key = max(taken, key=lambda name: (len(taken[name]), name))
     others = sorted(name for name in taken if name != key)
-    groups: dict[tuple[str, str], list[Run]] = {}
     spec = spec.with_rows_of(runs)
     order = [*spec.rows, *spec.further_rows]
-    for run in sorted(runs, key=lambda r: (order.index(r.normalizer) if r.normalizer in order else 99, r.name)):
-        groups.setdefault((value_of(run, key), _series(run, others, spec)), []).append(run)
+    rank = [order.index(name) if name in order else len(order) for name in runs["normalizer"]]
+    ordered = runs.assign(
+        rank=rank,
+        value=[value_of(run, key) for run in runs.itertuples()],
+        series=[_series(run, others, spec) for run in runs.itertuples()],
+    ).sort_values(["rank", "name"])
+    values = in_order(ordered["value"])
+    ordered = ordered.assign(place=ordered["value"].map(values.index)).sort_values("place", kind="stable")
+    points = [_point(*name, mine, spec) for name, mine in ordered.groupby(["value", "series"], sort=False)]
     setting = next((entry for entry in spec.published_setting if key in entry.key), None)
-    values = in_order(value for value, _ in groups)
-    rank = {value: place for place, value in enumerate(values)}
     return Ablation(
         key=key,
         name=setting.name if setting else key,
         scale_label=scale_labels(runs, spec)[1],
         values=values,
         published=plain_value(setting.value) if setting else None,
-        points=[_point(*group, spec) for group in sorted(groups.items(), key=lambda group: rank[group[0][0]])],
-        notes=differences(runs, taken),
-        provenance=[provenance(run) for run in runs],
+        points=frame(points, points[0]),
+        notes=differences(runs, list(taken)),
+        provenance=provenance(runs),
+        note=note,
     )
 
 
-def _check_folder(run: Run) -> None:
+def _check_folder(run: Any) -> None:
     """Raises ReportError where a number in the run's folder names is not that of its configuration."""
-    for key, value in swept(run).items():
+    for key, value in swept(run.name).items():
         said = plain_value(lookup(run.config, key, NOT_SET))
         if number(value) is not None and number(said) is not None and said != plain_value(value):
             raise ReportError(
@@ -130,14 +111,14 @@ def _check_folder(run: Run) -> None:
             )
 
 
-def value_of(run: Run, key: str) -> str:
+def value_of(run: Any, key: str) -> str:
     """Value of a key in a run, in one spelling; OFF for the clamp value of a network that does not clamp."""
     if key == CLAMP_KEY and lookup(run.config, "normalizer.error_compensation", "clamp") != "clamp":
         return OFF
-    return swept(run).get(key) or plain_value(lookup(run.config, key, NOT_SET))
+    return swept(run.name).get(key) or plain_value(lookup(run.config, key, NOT_SET))
 
 
-def in_order(values) -> list[str]:
+def in_order(values: Iterable[str]) -> list[str]:
     """Numbers by size, then words."""
     return sorted(set(values), key=lambda value: (number(value) is None, number(value) or 0.0, value))
 
@@ -151,29 +132,78 @@ def number(value: str) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def _series(run: Run, others: Sequence[str], spec: ReportSpec) -> str:
-    return ", ".join(
-        [spec.row(run.normalizer).label, *(f"{name.split('.')[-1]} {value_of(run, name)}" for name in others)]
-    )
+def _series(run: Any, others: Sequence[str], spec: ReportSpec) -> str:
+    settings = [f"{name.split('.')[-1]} {value_of(run, name)}" for name in others]
+    return ", ".join([spec.row(run.normalizer).label, *settings])
 
 
-def _point(name: tuple[str, str], runs: Sequence[Run], spec: ReportSpec) -> Point:
-    finished = sorted((run for run in runs if run.finished), key=lambda run: run.seed)
-    seeds = [run.seed for run in runs]
-    if doubled := {seed for seed in seeds if seeds.count(seed) > 1}:
-        names = ", ".join(run.name for run in runs if run.seed in doubled)
-        raise ReportError(f"{names}: the same seed of {name[1]} at {name[0]} cannot count twice; remove all but one")
-    check_one_point(runs, f"{name[1]} at {name[0]}")
-    figures = {metric: [run.value(metric) for run in finished] for metric in METRICS}
-    return Point(
-        value=name[0],
-        series=name[1],
-        colour=spec.row(runs[0].normalizer).colour,
-        seeds=[run.seed for run in finished],
-        figures=figures,
-        summaries={metric: summarize(values, spec.confidence) for metric, values in figures.items()},
-        diverged=[f"seed {run.seed} {run.status}" for run in runs if run.diverged],
-        unfinished=[f"seed {run.seed} {run.status}" for run in runs if not run.finished and not run.diverged],
-        attempts=former_attempts(runs),
-        tally=tally(runs),
-    )
+def _point(value: str, series: str, runs: pd.DataFrame, spec: ReportSpec) -> dict[str, Any]:
+    doubled = runs[runs["seed"].duplicated(keep=False)]
+    if not doubled.empty:
+        names = ", ".join(doubled["name"])
+        raise ReportError(f"{names}: the same seed of {series} at {value} cannot count twice; remove all but one")
+    check_one_point(runs, f"{series} at {value}")
+    found = over_seeds(runs, spec.confidence)
+    found["unfinished"] = [line for line in found["unfinished"] if line not in found["diverged"]]
+    columns = ("seeds", "figures", "summaries", "diverged", "unfinished", "attempts", "tally")
+    colour = spec.row(runs.iloc[0]["normalizer"]).colour
+    return {"value": value, "series": series, "colour": colour, **{key: found[key] for key in columns}}
+
+
+def _studies(studies: Mapping[str, Runs]) -> pd.DataFrame:
+    """The runs of all studies, `study` telling which."""
+    parts = [study.runs.assign(study=name) for name, study in studies.items()]
+    return pd.concat(parts, ignore_index=True) if parts else frame([], ("study", "finished", "results"))
+
+
+def clamp_removals(studies: Mapping[str, Runs]) -> pd.DataFrame:
+    """A row a finished run that had clamps: what changed when they were removed; `loss`, `top1` without minus with."""
+    rows = []
+    for run in _studies(studies).itertuples():
+        if run.finished and (figures := run.results["clamping"]):
+            change = {key: figures["without"][f"val_{key}"] - figures["with"][f"val_{key}"] for key in ("loss", "top1")}
+            images = run.results["dataset"]["val_images"]
+            rows.append({"study": run.study, "run": run.name, "images": images, **figures, **change})
+    return frame(rows, rows[0] if rows else ("study", "images", "changed_predictions", "top1"))
+
+
+def courses(studies: Mapping[str, Runs]) -> pd.DataFrame:
+    """A row a run with clamps: the clamped fraction after the first epoch, before the learning rate first drops, and
+    after the last epoch, NaN where it has no such; and the largest activation there."""
+    rows = []
+    for name, study in studies.items():
+        clamped = study.epochs.dropna(subset="clamped_fraction")
+        for run in study.runs.itertuples():
+            said = lookup(run.config, "normalizer.error_compensation")
+            mine = clamped[clamped["folder"] == run.folder]
+            if mine.empty and not (said == "clamp" or (said is None and run.normalizer == "online_clamp")):
+                continue
+            row = {"study": name, "run": run.name, "clamp_value": value_of(run, CLAMP_KEY), "finished": run.finished}
+            if not mine.empty:
+                drops = [m for m in milestones(run) if m < mine["epoch"].iloc[-1]]
+                before = mine[mine["epoch"] <= drops[0]] if drops else mine[:0]
+                row |= {"first": mine["clamped_fraction"].iloc[0], "last": mine["clamped_fraction"].iloc[-1]}
+                row |= {"largest": mine["max_abs_activation"].iloc[-1]}
+                row |= {} if before.empty else {"before_drop": before["clamped_fraction"].iloc[-1]}
+            rows.append(row)
+    columns = ["study", "run", "clamp_value", "finished", "first", "before_drop", "last", "largest"]
+    return pd.DataFrame(rows, columns=columns).astype({"finished": bool})
+
+
+def of_clamped(studies: Mapping[str, Runs]) -> pd.DataFrame:
+    """The runs of `courses`."""
+    clamped, runs = courses(studies), _studies(studies)
+    return runs.merge(clamped[["study", "run"]].rename(columns={"run": "name"}), on=["study", "name"])
+
+
+def clamp_courses(studies: Mapping[str, Runs]) -> pd.DataFrame:
+    """A row a study and clamp value: lists of the figures of `courses` of finished runs, and what those leave out."""
+    clamped, runs = courses(studies), of_clamped(studies)
+    rows = []
+    for (study, value), mine in clamped.groupby(["study", "clamp_value"], sort=False):
+        found = mine[mine["finished"]].dropna(subset="last")
+        if not found.empty:
+            mark = tally(runs[(runs["study"] == study) & runs["name"].isin(mine["run"])]).mark
+            figures = {key: found[key].dropna().tolist() for key in ("first", "before_drop", "last", "largest")}
+            rows.append({"study": study, "clamp_value": value, "mark": mark, **figures})
+    return pd.DataFrame(rows)

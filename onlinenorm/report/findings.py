@@ -6,19 +6,16 @@ from statistics import median
 from typing import Any
 
 from onlinenorm.report import words
-from onlinenorm.report.ablation import Ablation, Point
-from onlinenorm.report.clamps import clamped_runs, clamps, course
-from onlinenorm.report.pooled import Pooled
-from onlinenorm.report.runs import Run
-from onlinenorm.report.spec import ReportSpec, StudySpec
+from onlinenorm.report.ablation import Ablation, clamp_removals, courses, of_clamped
+from onlinenorm.report.runs import Runs
+from onlinenorm.report.settings import ReportSpec, StudySpec
 from onlinenorm.report.statistics import EQUIVALENT, INCONCLUSIVE, NOT_RUN, excludes_zero
-from onlinenorm.report.table import Comparison, Report, Row, recount
-from onlinenorm.report.tally import Tally, tally
+from onlinenorm.report.tables import Report, Tally, recount, tally
 
-Found = Mapping[str, tuple[Report | Ablation, Sequence[Run], Sequence[Pooled]]]
+Found = Mapping[str, tuple[Report | Ablation, Runs, Any]]
 
 
-def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec, side_by_side: int = 1) -> list[str]:
+def table_lines(report: Report, runs: Runs, spec: ReportSpec, side_by_side: int = 1) -> list[str]:
     """Rows over seeds, and the verdicts between them; `side_by_side` runs shared a machine."""
     main, others = _parted(report)
     lines = [f"best val accuracy and loss {_rows(main)}."] if main else []
@@ -34,7 +31,7 @@ def table_lines(report: Report, runs: Sequence[Run], spec: ReportSpec, side_by_s
             allowed.append(f"{number} {unit}")
         told = "; ".join(f"{name}: {', '.join(map(_verdict, group))}" for name, group in judged.items())
         lines.append(f"Verdicts by the margins fixed before the runs ({' and '.join(allowed)}): {told}.")
-    elif rates := [f"{_rate(row, runs)} ({row.label})" for row in report.rows if row.n]:
+    elif rates := [f"{_rate(row, runs)} ({row.label})" for row in report.rows.itertuples() if row.seeds]:
         shared = f", {side_by_side} runs side by side" if side_by_side > 1 else ""
         lines.append(
             f"One seed a row gives no verdict ({INCONCLUSIVE}). Training ran at {', '.join(rates)} images/s{shared}."
@@ -65,15 +62,15 @@ def _outcomes(report: Report) -> list[str]:
     return told
 
 
-def _parted(report: Report) -> tuple[list[Row], list[Row]]:
+def _parted(report: Report) -> tuple[list[Any], list[Any]]:
     """Rows with published values that have runs, and the others."""
-    main = [row for row in report.rows if row.published and (row.n or row.unfinished)]
-    return main, [row for row in report.rows if not row.published]
+    main = [row for row in report.rows.itertuples() if row.published and (row.seeds or row.unfinished)]
+    return main, [row for row in report.rows.itertuples() if not row.published]
 
 
-def _judged(report: Report) -> dict[str, list[Comparison]]:
-    """Comparisons between rows by name, where one of the two has several seeds and neither was left out."""
-    n = {row.normalizer: row.n for row in report.rows}
+def _judged(report: Report) -> dict[str, list[Any]]:
+    """Anys between rows by name, where one of the two has several seeds and neither was left out."""
+    n = {row.normalizer: len(row.seeds) for row in report.rows.itertuples()}
     groups = words.comparison_groups(report, published=False)
     told = {
         name: [c for c in group if c.verdict.outcome != NOT_RUN and max(n.get(c.first, 0), n.get(c.second, 0)) > 1]
@@ -84,8 +81,9 @@ def _judged(report: Report) -> dict[str, list[Comparison]]:
 
 def recount_line(found: Found) -> str | None:
     """What accuracies of runs recorded by two rules are by one."""
-    recounts = [recount(run) for _, runs, _ in found.values() for run in runs]
-    top1 = [[c for c in each if c.figure.endswith("top1")] for each in recounts if each]
+    recounts = [recount(study.runs) for _, study, _ in found.values()]
+    each_run = [list(of.itertuples()) for each in recounts for _, of in each.groupby("run", sort=False)]
+    top1 = [[c for c in each if c.figure.endswith("top1")] for each in each_run]
     apart = [[abs(c.recorded - c.counted) for c in each if c.recorded != c.counted] for each in top1]
     if not any(apart):
         return None
@@ -104,19 +102,19 @@ def _details(scale_label: str, brief: bool) -> str:
     return f"{network}, {epochs}" if brief else details
 
 
-def _rows(rows: Sequence[Row]) -> str:
+def _rows(rows: Sequence[Any]) -> str:
     told = []
     for row in rows:
-        figures = _figure(row, "best_top1", "best_loss") if row.n else "no figures"
-        mark = [row.tally.mark] if row.n and row.tally.mark else []
-        seeds = "; ".join([f"n = {row.n}", *mark, *row.unfinished, *row.attempts])
+        figures = _figure(row, "best_top1", "best_loss") if row.seeds else "no figures"
+        mark = [row.tally.mark] if row.seeds and row.tally.mark else []
+        seeds = "; ".join([f"n = {len(row.seeds)}", *mark, *row.unfinished, *row.attempts])
         told.append(f"{row.label} {figures} ({seeds})")
     return ", ".join(told)
 
 
-def _figure(row: Row, *metrics: str) -> str:
+def _figure(row: Any, *metrics: str) -> str:
     """Mean and spread of each metric, else how the runs ended."""
-    if not row.n:
+    if not row.seeds:
         return "; ".join(row.unfinished)
     return " and ".join(words.mean_and_spread(row.summaries[metric], metric) for metric in metrics)
 
@@ -125,7 +123,7 @@ def _mark(counts: Tally) -> str:
     return f" ({counts.mark})" if counts.finished and counts.mark else ""
 
 
-def _verdict(comparison: Comparison) -> str:
+def _verdict(comparison: Any) -> str:
     found, metric = comparison.verdict.difference, comparison.metric
     name = "accuracy" if words.is_accuracy(metric) else "loss"
     if found is None:
@@ -135,7 +133,7 @@ def _verdict(comparison: Comparison) -> str:
     return f"{name} **{comparison.verdict.outcome}** ({_difference(comparison, bare=True)}, {interval}{diverged})"
 
 
-def _difference(comparison: Comparison, bare: bool = False) -> str:
+def _difference(comparison: Any, bare: bool = False) -> str:
     """ "-0.41 points", "+0.0138 nats"; unless bare, with what keeps "equivalent" from being read as "equal"."""
     found, unit = comparison.verdict.difference, "points" if words.is_accuracy(comparison.metric) else "nats"
     if found is None:
@@ -144,16 +142,17 @@ def _difference(comparison: Comparison, bare: bool = False) -> str:
     return f"{words.difference(found.mean, comparison.metric)} {unit}" + ", interval excludes 0" * apart
 
 
-def _rate(row: Row, runs: Sequence[Run]) -> str:
-    rates = [run.results["images_per_second"] for run in runs if run.finished and run.normalizer == row.normalizer]
+def _rate(row: Any, runs: Runs) -> str:
+    mine = runs.runs[runs.runs["finished"] & (runs.runs["normalizer"] == row.normalizer)]
+    rates = [results["images_per_second"] for results in mine["results"]]
     return f"{median(rates):,.0f}"
 
 
-def paired_line(pooled: Sequence[Pooled], spec: ReportSpec) -> str | None:
+def paired_line(pooled: Any, spec: ReportSpec) -> str | None:
     """Agreement of networks image by image, beside that of two seeds; None for single seeds."""
     parts = []
-    for p in pooled:
-        same = [f"{share:.1%}" for share in p.same_within if share is not None]
+    for p in pooled.itertuples():
+        same = [f"{share:.1%}" for share in (p.same_first, p.same_second) if share is not None]
         if same:
             first, second = spec.row(p.first).label, spec.row(p.second).label
             parts.append(
@@ -162,50 +161,45 @@ def paired_line(pooled: Sequence[Pooled], spec: ReportSpec) -> str | None:
     return f"The same class at the last epoch: {'; '.join(parts)}." if parts else None
 
 
-def removal_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> str | None:
+def removal_line(studies: Mapping[str, Runs], brief: bool = False) -> str | None:
     """The claim: removing the clamp leaves validation identical; by study, or, if brief, over all runs."""
-    every = [run.results for _, run in clamped_runs(studies)]
-    if not every:
+    every = clamp_removals(studies)
+    if every.empty:
         return None
-    changed = [results["clamping"]["changed_predictions"] for results in every]
+    changed = every["changed_predictions"].tolist()
     exact, total = changed.count(0), len(every)
     claim = (
         "**Removing the clamp** after training ([table](clamping.md)), claimed to leave validation identical, changed"
     )
     if brief:
-        images = [results["dataset"]["val_images"] for results in every]
+        images = every["images"].tolist()
         percent = words.span([100 * count / of for count, of in zip(changed, images, strict=True)], "{:.1f}".format)
         return f"{claim} {percent} % of the predictions, and none in {exact} of {total} runs{_of_clamped(studies)}."
     parts = []
-    for study in studies:
-        found = [run.results for _, run in clamped_runs({study: studies[study]})]
-        if found:
-            points = [r["clamping"]["without"]["val_top1"] - r["clamping"]["with"]["val_top1"] for r in found]
-            images = found[0]["dataset"]["val_images"]
-            counts = words.span([r["clamping"]["changed_predictions"] for r in found], "{:,}".format)
-            worst = words.difference(max(points, key=abs), "top1")
-            parts.append(
-                f"{study}: {counts} of {images:,} predictions in {len(found)} run{'s' * (len(found) > 1)}, accuracy "
-                f"{worst} points at most"
-            )
+    for study, found in every.groupby("study", sort=False):
+        counts = words.span(found["changed_predictions"].tolist(), "{:,}".format)
+        worst = words.difference(max(found["top1"], key=abs), "top1")
+        parts.append(
+            f"{study}: {counts} of {found['images'].iloc[0]:,} predictions in {len(found)} "
+            f"run{'s' * (len(found) > 1)}, accuracy {worst} points at most"
+        )
     return f"{claim} no prediction in {exact} of {total} runs{_of_clamped(studies)} ({'; '.join(parts)})."
 
 
-def _of_clamped(studies: Mapping[str, Sequence[Run]]) -> str:
+def _of_clamped(studies: Mapping[str, Runs]) -> str:
     """What runs with clamps came to, where not all of them finished at once."""
-    return _mark(tally([run for runs in studies.values() for run in runs if clamps(run)]))
+    return _mark(tally(of_clamped(studies)))
 
 
-def course_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> str | None:
+def course_line(studies: Mapping[str, Runs], brief: bool = False) -> str | None:
     """Does the clamped fraction go to 0 as the learning rate is annealed? By study, or, if brief, over all runs."""
     parts, total, ends, fallen, compared = [], 0, 0, 0, 0
-    for study, runs in studies.items():
-        found = [c for run in runs if run.finished and (c := course(run))]
-        if not found:
-            continue
+    ended = courses(studies)
+    for study, mine in ended[ended["finished"]].dropna(subset="last").groupby("study", sort=False):
+        found = list(mine.itertuples())
         total += len(found)
         ends += sum(c.last == 0 for c in found)
-        before = [c for c in found if c.before_drop is not None]
+        before = [c for c in found if c.before_drop == c.before_drop]
         compared += len(before)
         fallen += sum(c.last < c.before_drop for c in before)
         drop, last = (
@@ -229,12 +223,12 @@ def course_line(studies: Mapping[str, Sequence[Run]], brief: bool = False) -> st
 
 def ablation_line(ablation: Ablation, brief: bool = False) -> str:
     """Range of the last accuracy over the values, beside the spread of seeds unless brief; what diverged."""
-    series: dict[str, list[Point]] = {}
-    for point in ablation.points:
+    series: dict[str, list[Any]] = {}
+    for point in ablation.points.itertuples():
         series.setdefault(point.series, []).append(point)
     parts = []
     for name, points in series.items():
-        reached = [p for p in points if p.n]
+        reached = [p for p in points if p.seeds]
         if not reached:
             parts.append(f"{name} finished nowhere")
             continue
@@ -249,9 +243,13 @@ def ablation_line(ablation: Ablation, brief: bool = False) -> str:
         one = f"{words.figure(low.summaries['last_top1'].mean, 'top1')} at {where}{_mark(low.tally)}"
         parts.append(f"{name} {one}" if low is high else f"{name} {at[0]} to {at[1]}{seeds}")
     diverged = [
-        f"{p.tally.diverged} of {p.tally.tries} ({p.value}, {p.series})" for p in ablation.points if p.tally.diverged
+        f"{p.tally.diverged} of {p.tally.tries} ({p.value}, {p.series})"
+        for p in ablation.points.itertuples()
+        if p.tally.diverged
     ]
-    unfinished = [f"{p.value}, {p.series}: {'; '.join(p.unfinished)}" for p in ablation.points if p.unfinished]
+    unfinished = [
+        f"{p.value}, {p.series}: {'; '.join(p.unfinished)}" for p in ablation.points.itertuples() if p.unfinished
+    ]
     ends = [
         f"diverged: {', '.join(diverged) or 'none'}",
         *(["not finished: " + ", ".join(unfinished)] if unfinished else []),

@@ -1,14 +1,28 @@
-"""Two runs image by image: who is right where, McNemar's exact test, and an interval of the accuracy difference."""
+"""Two networks, or two normalizers over all seeds that both have, compared image by image.
 
-from dataclasses import asdict, dataclass
+Networks of the same seed saw the same images in the same order with the same augmentation, so they are paired. What one
+image adds to the difference is averaged over seeds first: counting an image once a seed would take the answers of five
+networks to one image for independent, and make the interval too narrow. Two things vary and each gets its interval:
+the images (other test images, these networks) and the seeds (other seeds, these test images). No test is pooled for the
+same reason; McNemar's test stands beside each pair.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import bdtr
+import pandas as pd
+from scipy import stats
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.predictions import Predictions, load_predictions
-from onlinenorm.report.runs import Run
+from onlinenorm.report.runs import frame, load_predictions
+from onlinenorm.report.settings import ReportSpec
+from onlinenorm.report.statistics import MIN_SEEDS, Difference, one_sample_difference
+from onlinenorm.report.tables import tally
 
 
 @dataclass(frozen=True)
@@ -32,35 +46,31 @@ class Pairing:
     level: float
     p_value: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def read_predictions(run: Run, clamp: str = "with") -> Predictions:
+def read_predictions(run: Any, clamp: str = "with") -> pd.DataFrame:
     """predictions.npz of a finished run; `clamp` is "with" or "without" and matters only to networks that have one.
 
     Raises ReportError for a run that has not finished and for a file that is missing, damaged or incomplete.
     """
     if not run.finished:
         raise ReportError(f"{run.folder}: {run.status}; only finished runs can be compared")
-    return load_predictions(run.folder / "predictions.npz", clamp)
+    return load_predictions(Path(run.folder) / "predictions.npz", clamp)
 
 
-def check_same_images(run_a: Run, run_b: Run, a: Predictions, b: Predictions) -> None:
+def check_same_images(run_a: Any, run_b: Any, a: pd.DataFrame, b: pd.DataFrame) -> None:
     """Raises ReportError unless both validated the same images with the same labels in the same dataset."""
     where = f"{run_a.folder} and {run_b.folder}"
-    prints = [run.results["dataset"].get("fingerprint") for run in (run_a, run_b)]
-    if prints[0] != prints[1]:
-        names = [run.results["dataset"]["name"] for run in (run_a, run_b)]
-        raise ReportError(f"{where}: were made with different data ({names[0]} and {names[1]}, fingerprints differ)")
-    if not np.array_equal(a.index, b.index):
-        raise ReportError(f"{where}: were validated on different images ({len(a.index)} and {len(b.index)})")
-    if not np.array_equal(a.label, b.label):
-        image = a.index[np.flatnonzero(a.label != b.label)[0]]
-        raise ReportError(f"{where}: disagree on labels, first on that of image {image}")
+    data_a, data_b = (run.results["dataset"] for run in (run_a, run_b))
+    if data_a.get("fingerprint") != data_b.get("fingerprint"):
+        names = f"{data_a['name']} and {data_b['name']}"
+        raise ReportError(f"{where}: were made with different data ({names}, fingerprints differ)")
+    if not np.array_equal(a["index"], b["index"]):
+        raise ReportError(f"{where}: were validated on different images ({len(a)} and {len(b)})")
+    if (other := a["label"] != b["label"]).any():
+        raise ReportError(f"{where}: disagree on labels, first on that of image {a['index'][other].iloc[0]}")
 
 
-def pair(a: Predictions, b: Predictions, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Pairing:
+def pair(a: pd.DataFrame, b: pd.DataFrame, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Pairing:
     """Compares two sets of predictions of the same images; images without a label (-1) are left out.
 
     McNemar: given n images on which exactly one is right, the smaller count k is binomial(n, 1/2) if neither network is
@@ -71,11 +81,11 @@ def pair(a: Predictions, b: Predictions, level: float = 0.95, resamples: int = 1
     """
     if not 0 < level < 1:
         raise ValueError(f"level: {level!r} must lie between 0 and 1")
-    known = a.label >= 0
+    known = a["label"] >= 0
     images = int(known.sum())
     if not images:
         raise ValueError("no image has a label")
-    right_a, right_b = ((p.prediction == p.label)[known] for p in (a, b))
+    right_a, right_b = ((side["prediction"] == side["label"])[known] for side in (a, b))
     both, only_a = int((right_a & right_b).sum()), int((right_a & ~right_b).sum())
     only_b = int((~right_a & right_b).sum())
     shares = np.array([only_a, only_b, images - only_a - only_b]) / images
@@ -87,7 +97,7 @@ def pair(a: Predictions, b: Predictions, level: float = 0.95, resamples: int = 1
         only_a=only_a,
         only_b=only_b,
         both_wrong=images - both - only_a - only_b,
-        same_prediction=int((a.prediction == b.prediction)[known].sum()),
+        same_prediction=int((a["prediction"] == b["prediction"])[known].sum()),
         top1_a=(both + only_a) / images,
         top1_b=(both + only_b) / images,
         difference=(only_b - only_a) / images,
@@ -100,21 +110,67 @@ def pair(a: Predictions, b: Predictions, level: float = 0.95, resamples: int = 1
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Two-sided exact p-value of McNemar's test for the two counts of images on which one network alone is right."""
-    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))) if only_a + only_b else 1.0
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def render_pairing(pairing: Pairing, name_a: str, name_b: str) -> str:
-    """The comparison in words and a table (Markdown)."""
-    p, n = pairing, pairing.images
-    sides = "includes 0" if p.low <= 0 <= p.high else "excludes 0"
-    return (
-        f"A: {name_a}\nB: {name_b}\n\n"
-        f"| of {n} images | B right | B wrong |\n|---|---|---|\n"
-        f"| A right | {p.both_right} ({p.both_right / n:.2%}) | {p.only_a} ({p.only_a / n:.2%}) |\n"
-        f"| A wrong | {p.only_b} ({p.only_b / n:.2%}) | {p.both_wrong} ({p.both_wrong / n:.2%}) |\n\n"
-        f"Top-1: A {p.top1_a:.2%}, B {p.top1_b:.2%}; the same class on {p.same_prediction / n:.2%} of the images.\n"
-        f"B - A: {100 * p.difference:+.2f} points, {p.level:.0%} interval [{100 * p.low:+.2f}, {100 * p.high:+.2f}] "
-        f"(bootstrap over images), which {sides}.\n"
-        f"McNemar's exact test on the {p.only_a + p.only_b} images that one alone gets right: p = {p.p_value:.3g}.\n"
-        "The interval and the test speak of these two networks on other images like these, not of other seeds.\n"
-    )
+def pool(
+    first: Mapping[int, pd.DataFrame], second: Mapping[int, pd.DataFrame], names: tuple[str, str], level: float
+) -> dict[str, Any]:
+    """A row of `pool_runs`: predictions by seed compared; both must hold the same images, and share a seed."""
+    seeds = sorted(first.keys() & second.keys())
+    known = (first[seeds[0]]["label"] >= 0).to_numpy()
+    sides = [{seed: side["prediction"].to_numpy()[known] for seed, side in of.items()} for of in (first, second)]
+    label = first[seeds[0]]["label"].to_numpy()[known]
+    right = np.array([[side[seed] == label for seed in seeds] for side in sides])
+    only_first, only_second = (right[0] & ~right[1]).sum(axis=1), (right[1] & ~right[0]).sum(axis=1)
+    per_image = (right[0].astype(float) - right[1]).mean(axis=0)
+    images = len(per_image)
+    mean = int((only_first - only_second).sum()) / (len(seeds) * images)  # of whole numbers: no -0.00
+    half = float(stats.norm.ppf((1 + level) / 2) * stats.sem(per_image)) if images > 1 else math.inf
+    by_seed = [float(a - b) / images for a, b in zip(only_first, only_second, strict=True)]
+    within = []
+    for side in sides:
+        shares = [_same(side[a], side[b]) for a, b in itertools.combinations(sorted(side), 2)]
+        within.append(float(np.mean(shares)) if shares else None)
+    return {
+        "first": names[0],
+        "second": names[1],
+        "seeds": seeds,
+        "images": images,
+        "only_first": float(only_first.mean()),
+        "only_second": float(only_second.mean()),
+        "same": float(np.mean([_same(sides[0][seed], sides[1][seed]) for seed in seeds])),
+        "same_first": within[0],
+        "same_second": within[1],
+        "over_images": Difference(mean, mean - half, mean + half, level, True, images),
+        "over_seeds": one_sample_difference(by_seed, 0.0, level, paired=True) if len(seeds) >= MIN_SEEDS else None,
+        "p_values": [mcnemar(int(a), int(b)) for a, b in zip(only_first, only_second, strict=True)],
+    }
+
+
+def pool_runs(runs: pd.DataFrame, spec: ReportSpec) -> pd.DataFrame:
+    """A row a comparison of the spec of which finished runs with predictions.npz share a seed: first minus second.
+
+    Counts `only_first` and `only_second` are means a seed; `same` is the share of images on which the two of a seed say
+    the same, `same_first` and `same_second` that of two seeds of one side (None for a single seed). `over_seeds` is
+    None for fewer than MIN_SEEDS. `marks` say what either side leaves out.
+    """
+    told = runs[runs["finished"]]
+    told = told[told["folder"].map(lambda folder: (Path(folder) / "predictions.npz").exists()).astype(bool)]
+    pooled = []
+    for names in spec.comparisons:
+        sides = [list(told[told["normalizer"] == name].itertuples()) for name in names]
+        if not {run.seed for run in sides[0]} & {run.seed for run in sides[1]}:
+            continue
+        predictions = [{run.seed: read_predictions(run) for run in side} for side in sides]
+        every = [(run, predictions[i][run.seed]) for i, side in enumerate(sides) for run in side]
+        for run, mine in every[1:]:
+            check_same_images(every[0][0], run, every[0][1], mine)
+        marks = {name: tally(runs[runs["normalizer"] == name]).mark for name in names}
+        left_out = [f"{spec.row(name).label}: {mark}" for name, mark in marks.items() if mark]
+        pooled.append({**pool(predictions[0], predictions[1], names, spec.confidence), "marks": left_out})
+    return frame(pooled, pooled[0] if pooled else ("first", "second"))
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a == b).mean())

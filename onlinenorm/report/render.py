@@ -1,22 +1,22 @@
 """Pages from templates/, and a report in a terminal."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from onlinenorm.report import benchmarks, words
-from onlinenorm.report.ablation import Ablation
-from onlinenorm.report.clamps import clamp_courses, clamp_removals
-from onlinenorm.report.pooled import Pooled
-from onlinenorm.report.runs import Run
-from onlinenorm.report.spec import ReportSpec
-from onlinenorm.report.table import Report
+from onlinenorm.report.ablation import Ablation, clamp_courses, clamp_removals
+from onlinenorm.report.paired import Pairing
+from onlinenorm.report.runs import Runs
+from onlinenorm.report.settings import ReportSpec
+from onlinenorm.report.tables import Report
 
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -48,16 +48,18 @@ def render_ablation(ablation: Ablation) -> str:
         "ablation.md.j2",
         ablation=ablation,
         table=words.ablation_table(ablation),
-        left_out=[(point, line) for point in ablation.points for line in (*point.diverged, *point.attempts)],
+        left_out=[
+            (point, line) for point in ablation.points.itertuples() for line in (*point.diverged, *point.attempts)
+        ],
     )
 
 
-def render_pooled(pooled: Sequence[Pooled], spec: ReportSpec, scale_label: str) -> str:
+def render_pooled(pooled: pd.DataFrame, spec: ReportSpec, scale_label: str) -> str:
     """The comparisons as Markdown, with how they were made."""
     return render("paired.md.j2", table=words.table(words.pooled_columns(spec), pooled), scale_label=scale_label)
 
 
-def render_clamping(studies: Mapping[str, Sequence[Run]], picture: str | None) -> str:
+def render_clamping(studies: Mapping[str, Runs], picture: str | None) -> str:
     """What clamps did as Markdown; `picture` is the file name of the figure, if there is one."""
     courses = clamp_courses(studies)
     return render(
@@ -102,16 +104,15 @@ def print_report(report: Report, console: Console) -> None:
         shown.add_column(f"{name}\npublished:\nImageNet", style="dim")
         shown.add_column(escape(f"{name}\nhere:\n{report.scale_short}"))
     shown.add_column("last epoch\nval loss\nval accuracy")
-    for row in report.rows:
-        label, *before, loss, top1 = words.cells(words.main_columns(report), [row])[0]
+    for label, *before, loss, top1 in words.cells(words.main_columns(report), report.rows):
         last = dict.fromkeys(cell.split("<br>")[0] for cell in (loss, top1))
         shown.add_row(*(escape(cell.replace("<br>", "\n")) for cell in (label, *before, "\n".join(last))))
     console.print(shown)
     console.print("[bold]Clamping removed before the final validation[/bold]")
-    for removal in report.removals:
+    for removal in report.removals.itertuples():
         told = removal.sentence
         if removal.figures:
-            cell = dict(zip(words.REMOVALS, words.cells(words.REMOVALS, [removal])[0], strict=True))
+            cell = {name: show(removal) for name, show in words.REMOVALS.items()}
             told = (
                 f"with clamp {cell['val accuracy with']} (loss {cell['val loss with']}), "
                 f"without {cell['val accuracy without']} (loss {cell['val loss without']}); {told}; "
@@ -131,3 +132,8 @@ def print_report(report: Report, console: Console) -> None:
                 said = f"{name}, {words.METRIC_NAMES[comparison.metric]}: {words.verdict_text(comparison)}"
                 detail = words.verdict_detail(comparison)
                 console.print(f"  {escape(said + f': {detail}' * bool(detail))}", highlight=False)
+
+
+def render_pairing(pairing: Pairing, name_a: str, name_b: str) -> str:
+    """The comparison in words and a table (Markdown)."""
+    return render("pairing.md.j2", p=pairing, name_a=name_a, name_b=name_b)

@@ -1,124 +1,68 @@
-"""Reads run folders (config.yaml, metrics.csv, results.json, ...) into `Run` and checks what they say."""
+"""Run folders (config.yaml, metrics.csv, results.json, ...) as two frames, checked: of runs, and of their epochs."""
 
 import csv
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import pandas as pd
+import yaml
 
 from onlinenorm.errors import ReportError
-from onlinenorm.records import Failure, lookup, read_failure, read_record
-from onlinenorm.report.checks import check_agreement, check_predictions
+from onlinenorm.records import Failure, damaged, lookup, read_failure, read_record
 
+METRICS = ("best_loss", "best_top1", "last_loss", "last_top1")  # nats; fractions
 REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
 CLAMPING_COLUMNS = ("epoch", "step", "clamped_fraction", "max_abs_activation")
+PREDICTIONS = {"with": ("prediction", "with_clamp"), "without": ("prediction", "without_clamp")}
 _NOT_RUN_FOLDERS = {"attempts", "checkpoints", "wandb", "tensorboard", "lightning_logs", "node_modules"}
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """An attempt at a run that was not the last one, and what it came to."""
+class Runs(NamedTuple):
+    """A frame with a row a run, and one with a row an epoch of a run (`folder` tells which).
 
-    status: str
+    runs: `folder`, `name` (below the folder that was asked for), `normalizer`, `seed`, `config`, `environment`,
+    `results` (None until it is done), `epochs` done and `planned` (None: not said), `status`, of which `finished`,
+    `diverged` and `failed` are parts, `attempts` (what those before this one came to, the first first), and METRICS,
+    NaN until it is done.
 
-    @property
-    def diverged(self) -> bool:
-        return self.status.startswith("diverged")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run as its folder tells it; `results` is None until the run is done.
-
-    `metrics` maps a column of metrics.csv to float64 values, one an epoch (counted from 1), NaN where a field is empty;
-    `clamping` the same of clamping.csv, {} for a run without clamps. `failure` is what ended it, if anything.
-    `attempts` are those before this one, the first first.
+    epochs: `folder`, `epoch` (from 1), columns of metrics.csv, those of clamping.csv, NaN where a field is empty;
+    `recorded` is False where only clamping.csv has the epoch.
     """
 
-    folder: Path
-    name: str
-    normalizer: str
-    seed: int
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    metrics: dict[str, np.ndarray]
-    results: dict[str, Any] | None
-    clamping: dict[str, np.ndarray] = field(default_factory=dict)
-    failure: Failure | None = None
-    attempts: list[Attempt] = field(default_factory=list)
+    runs: pd.DataFrame
+    epochs: pd.DataFrame
 
-    @property
-    def finished(self) -> bool:
-        return self.results is not None
-
-    @property
-    def epochs_done(self) -> int:
-        return _epochs_done(self.metrics)
-
-    @property
-    def epochs_planned(self) -> int | None:
-        """Epochs the configuration asks for, or None when it does not say."""
-        if self.results:
-            return self.results["epochs"]
-        epochs = lookup(self.config, "recipe.epochs")
-        return epochs if isinstance(epochs, int) else None
-
-    @property
-    def status(self) -> str:
-        """ "finished", "diverged: step s, epoch e of E", "failed: epoch e of E", or "running: epoch e of E".
-
-        Diverged are runs that a NaN or infinity ended, as failed.json or the last line of metrics.csv says; an
-        interrupted run cannot be told from a running one.
-        """
-        if self.finished:
-            return "finished"
-        return _status(self.failure, self.metrics, self.epochs_planned, "running")
-
-    @property
-    def diverged(self) -> bool:
-        return self.status.startswith("diverged")
-
-    @property
-    def divided(self) -> dict[str, int]:
-        """How batches are divided, as far as the normalizer's statistics see it: parts by processes and accumulation.
-
-        As the run recorded it. Of runs from before that, BatchNorm's statistics see both divisions (with
-        `sync_batchnorm` only the latter), and local statistics the former.
-        """
-        if isinstance(recorded := self.environment.get("statistics"), dict):
-            return {key: recorded.get(key, 1) for key in ("processes", "accumulation")} if recorded else {}
-        trainer = self.config.get("trainer") or {}
-        processes = self.environment.get("world_size", trainer.get("devices", 1))
-        if "BatchNorm" in str(lookup(self.config, "normalizer._target_", "")):
-            processes = 1 if trainer.get("sync_batchnorm") else processes
-            return {"processes": processes, "accumulation": trainer.get("accumulate_grad_batches", 1)}
-        local = lookup(self.config, "normalizer.statistics") == "local"
-        return {"processes": processes, "accumulation": 1} if local else {}
-
-    def value(self, metric: str) -> float:
-        """A figure of a finished run: "best_loss", "best_top1", "last_loss" or "last_top1" (nats; fractions)."""
-        assert self.results is not None, "only finished runs have figures"
-        part, kind = metric.split("_")
-        entry = self.results["last" if part == "last" else metric]
-        return float(entry[f"val_{kind}"])
+    def of(self, chosen: pd.Series) -> "Runs":
+        """The runs for which `chosen` is True."""
+        runs = self.runs[chosen]
+        return Runs(runs, self.epochs[self.epochs["folder"].isin(runs["folder"])])
 
 
-def milestones(run: Run) -> list[int]:
+def frame(records: Sequence[Any], columns: Sequence[str]) -> pd.DataFrame:
+    """A frame of these records whose cells stay as they are: no None becomes NaN, no whole number a float."""
+    return pd.DataFrame(list(records), columns=list(columns), dtype=object)
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain content of a YAML file; ${...} of a configuration that came from elsewhere stays as it is written."""
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def milestones(run: Any) -> list[int]:
     """Epochs after which the learning rate drops."""
     step = lookup(run.config, "recipe.schedule", "step") == "step"
     return list(lookup(run.config, "recipe.milestones", None) or []) if step else []
 
 
-def load_runs(root: str | Path, read_yaml: Callable[[Path], Any], without: Sequence[str] = ()) -> list[Run]:
+def load_runs(root: str | Path, without: Sequence[str] = ()) -> Runs:
     """All runs in or below `root`, sorted by folder, but for those named in `without`, or in folders named there.
 
-    `read_yaml` turns a YAML file into plain Python values. Raises ReportError when `root` holds no run or a file of one
-    is damaged.
+    Raises ReportError when `root` holds no run or a file of one is damaged.
     """
     root = Path(root)
     if not root.is_dir():
@@ -128,13 +72,24 @@ def load_runs(root: str | Path, read_yaml: Callable[[Path], Any], without: Seque
         if not any(folder.is_relative_to(root / name) for folder in folders):
             raise ReportError(f"--without {name}: there is no such run below {root}")
     left = [folder for folder in folders if not any(folder.is_relative_to(root / name) for name in without)]
-    runs = [load_run(folder, read_yaml, name=_name(folder, root)) for folder in left]
-    if not runs:
+    if not left:
         raise ReportError(
             f"{root}: holds no run. A run is a folder <normalizer>/seed<k>/ with config.yaml and metrics.csv; "
             "scripts/quickstart.sh or `python train.py experiment=table1` make some"
         )
-    return runs
+    return _frames([_read_run(folder, _name(folder, root)) for folder in left])
+
+
+def load_run(folder: Path) -> Runs:
+    """The run in `folder`; raises ReportError naming the file that is missing or damaged."""
+    return _frames([_read_run(folder, folder.name)])
+
+
+def _frames(read: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> Runs:
+    records, epochs = zip(*read, strict=True)
+    kinds = {"seed": int, "epochs": int, "finished": bool, "diverged": bool, "failed": bool}
+    runs = frame(records, records[0]).astype(kinds | dict.fromkeys(METRICS, float))
+    return Runs(runs, pd.concat(epochs, ignore_index=True))
 
 
 def find_run_folders(root: Path) -> Iterator[Path]:
@@ -147,38 +102,51 @@ def find_run_folders(root: Path) -> Iterator[Path]:
         children[:] = sorted(c for c in children if not c.startswith(".") and c not in _NOT_RUN_FOLDERS)
 
 
-def load_run(folder: Path, read_yaml: Callable[[Path], Any], name: str | None = None) -> Run:
-    """The run in `folder`; raises ReportError naming the file that is missing or damaged."""
-    config = _read_config(folder / "config.yaml", read_yaml)
+def _read_run(folder: Path, name: str) -> tuple[dict[str, Any], pd.DataFrame]:
+    config = _read_config(folder / "config.yaml")
     environment = _read_environment(folder)
-    results = None
-    if (folder / "results.json").exists():
-        results = read_record(folder / "results.json", ReportError)
-    metrics = read_metrics(folder / "metrics.csv") if (folder / "metrics.csv").exists() or results else {}
+    results = read_record(folder / "results.json", ReportError) if (folder / "results.json").exists() else None
+    metrics = read_epochs(folder / "metrics.csv") if (folder / "metrics.csv").exists() or results else _no_epochs()
     if results:
-        check_agreement(results, metrics, folder)
-        check_predictions(results, folder)
+        _check_agreement(results, metrics, folder)
+        _check_predictions(results, folder)
     seed_in_name = re.fullmatch(r"seed(\d+)", folder.name)
     seed = results["seed"] if results else config.get("seed", seed_in_name and int(seed_in_name[1]))
     if not isinstance(seed, int):
         raise ReportError(f"{folder / 'config.yaml'}: key seed is missing")
-    normalizer = (
-        results["normalizer"] if results else lookup(config, "choices.normalizer", folder.resolve().parent.name)
-    )
-    clamping = folder / "clamping.csv"
     planned = results["epochs"] if results else lookup(config, "recipe.epochs")
-    return Run(
-        folder, name or folder.name, normalizer, seed, config, environment, metrics, results,
-        clamping=read_metrics(clamping, CLAMPING_COLUMNS) if clamping.exists() else {},
-        failure=read_failure(folder, ReportError),
-        attempts=_read_attempts(folder, environment, (results or {}).get("attempts", []), planned),
-    )  # fmt: skip
+    planned = planned if isinstance(planned, int) else None
+    status = "finished" if results else _status(read_failure(folder, ReportError), metrics, planned, "running")
+    run = {
+        "folder": str(folder),
+        "name": name,
+        "normalizer": (results or {}).get("normalizer")
+        or lookup(config, "choices.normalizer", folder.resolve().parent.name),
+        "seed": seed,
+        "config": config,
+        "environment": environment,
+        "results": results,
+        "epochs": _epochs_done(metrics),
+        "planned": planned,
+        "status": status,
+        "finished": results is not None,
+        "diverged": status.startswith("diverged"),
+        "failed": status.startswith("failed"),
+        "attempts": _read_attempts(folder, environment, (results or {}).get("attempts", []), planned),
+    }
+    for metric in METRICS:
+        part, kind = metric.split("_")
+        run[metric] = float(results["last" if part == "last" else metric][f"val_{kind}"]) if results else math.nan
+    clamping = folder / "clamping.csv"
+    clamped = read_epochs(clamping, CLAMPING_COLUMNS) if clamping.exists() else _no_epochs(CLAMPING_COLUMNS)
+    epochs = metrics.merge(clamped.drop(columns="step"), on="epoch", how="outer", indicator="recorded")
+    return run, epochs.assign(folder=str(folder), recorded=epochs["recorded"] != "right_only")
 
 
 def _read_attempts(
     folder: Path, environment: dict[str, Any], recorded: list[dict[str, Any]], planned: Any
-) -> list[Attempt]:
-    """The attempts before the present one: those in attempts/, and of those in results.json what is no longer there.
+) -> list[str]:
+    """What the attempts before the present one came to: those in attempts/, and of those in results.json what is gone.
 
     One that failed and was continued from a checkpoint, as `starts` of environment.json tells, is no other attempt
     unless it diverged.
@@ -187,17 +155,16 @@ def _read_attempts(
     kept = [path for path in folder.glob("attempts/*") if re.fullmatch(r"[0-9]+", path.name, re.ASCII)]
     for path in sorted(kept, key=lambda path: int(path.name)):
         seen.add(f"attempts/{path.name}")
-        metrics = read_metrics(path / "metrics.csv") if (path / "metrics.csv").exists() else {}
+        metrics = read_epochs(path / "metrics.csv") if (path / "metrics.csv").exists() else _no_epochs()
         begun = _read_environment(path).get("starts", [])
-        attempt = Attempt(_status(read_failure(path, ReportError), metrics, planned, "stopped"))
+        status = _status(read_failure(path, ReportError), metrics, planned, "stopped")
         continued = begun and len(begun) < len(starts) and starts[: len(begun)] == begun
-        if attempt.diverged or not continued:
-            found.append(attempt)
+        if status.startswith("diverged") or not continued:
+            found.append(status)
     for entry in recorded:
         if entry.get("folder") not in seen:
-            failure = _recorded_failure(entry)
-            status = _status(failure, {"epoch": np.array([entry.get("epochs", 0)])}, planned, "stopped")
-            found.append(Attempt(f"{status}; its data no longer exist"))
+            done = pd.DataFrame({"epoch": [entry.get("epochs", 0)]})
+            found.append(f"{_status(_recorded_failure(entry), done, planned, 'stopped')}; its data no longer exist")
     return found
 
 
@@ -208,24 +175,31 @@ def _recorded_failure(entry: dict[str, Any]) -> Failure | None:
     return Failure.from_text(entry["failure"]) if entry.get("failure") else None
 
 
-def _status(failure: Failure | None, metrics: dict[str, np.ndarray], planned: Any, unfinished: str) -> str:
-    """What a run that is not done came to; `unfinished` is the word for one that nothing has ended."""
+def _status(failure: Failure | None, metrics: pd.DataFrame, planned: Any, unfinished: str) -> str:
+    """What a run that is not done came to: "diverged: step s, epoch e of E", "failed: epoch e of E", or `unfinished`.
+
+    Diverged are runs that a NaN or infinity ended, as failed.json or the last line of metrics.csv says; an interrupted
+    run cannot be told from a running one.
+    """
     planned, done = planned or "unknown", _epochs_done(metrics)
     if failure is not None and failure.kind == "diverged" and failure.step is not None:
         return f"diverged: step {failure.step}, epoch {failure.epoch or done + 1} of {planned}"
-    losses = [metrics[key][-1] for key in ("train_loss", "val_loss") if done and key in metrics]
+    losses = [metrics[key].iloc[-1] for key in ("train_loss", "val_loss") if done and key in metrics]
     word = "failed" if failure is not None else unfinished
-    word = "diverged" if any(math.isinf(x) or math.isnan(x) for x in losses) else word
+    word = "diverged" if not np.isfinite(losses).all() else word
     return f"{word}: epoch {done} of {planned}"
 
 
-def _epochs_done(metrics: dict[str, np.ndarray]) -> int:
-    epochs = metrics.get("epoch", np.empty(0))
-    return int(epochs[-1]) if epochs.size else 0
+def _epochs_done(metrics: pd.DataFrame) -> int:
+    return 0 if metrics.empty else int(metrics["epoch"].iloc[-1])
 
 
-def read_metrics(path: Path, required: tuple[str, ...] = REQUIRED_COLUMNS) -> dict[str, np.ndarray]:
-    """Columns of a metrics.csv (or another file with a line an epoch) as float64 arrays; empty fields are NaN."""
+def _no_epochs(columns: Sequence[str] = REQUIRED_COLUMNS) -> pd.DataFrame:
+    return pd.DataFrame(columns=list(columns), dtype=float)
+
+
+def read_epochs(path: Path, required: Sequence[str] = REQUIRED_COLUMNS) -> pd.DataFrame:
+    """Columns of a metrics.csv (or another file with a line an epoch) as float64; empty fields are NaN."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
@@ -234,7 +208,7 @@ def read_metrics(path: Path, required: tuple[str, ...] = REQUIRED_COLUMNS) -> di
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ReportError(f"{path}: cannot be read: {error}") from error
     if not rows:
-        return {}
+        return _no_epochs(required)
     header, body = rows[0], rows[1:]
     if missing := [column for column in required if column not in header]:
         raise ReportError(f"{path}: column {', '.join(missing)} is missing from its first line")
@@ -247,7 +221,7 @@ def read_metrics(path: Path, required: tuple[str, ...] = REQUIRED_COLUMNS) -> di
             table[index] = [float(field) if field.strip() else math.nan for field in fields]
         except ValueError as error:
             raise ReportError(f"{line}: {error}") from None
-    metrics = {column: table[:, i] for i, column in enumerate(header)}
+    metrics = pd.DataFrame(table, columns=header)
     epochs = metrics["epoch"]
     whole = np.isfinite(epochs).all() and (epochs == np.floor(epochs)).all() and (epochs >= 1).all()
     if not whole or (np.diff(epochs) <= 0).any():
@@ -260,12 +234,12 @@ def _name(folder: Path, root: Path) -> str:
     return relative.as_posix() if relative.parts else f"{folder.resolve().parent.name}/{folder.resolve().name}"
 
 
-def _read_config(path: Path, read_yaml: Callable[[Path], Any]) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ReportError(f"{path}: missing. A run folder without its configuration cannot be reported")
     try:
         config = read_yaml(path)
-    except Exception as error:  # the reader is the caller's, so its errors are unknown here
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ReportError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ReportError(f"{path}: does not hold a configuration")
@@ -275,3 +249,96 @@ def _read_config(path: Path, read_yaml: Callable[[Path], Any]) -> dict[str, Any]
 def _read_environment(folder: Path) -> dict[str, Any]:
     path = folder / "environment.json"
     return read_record(path, ReportError) if path.exists() else {}
+
+
+# Whether the files of a finished run tell one story
+
+
+def _check_agreement(results: dict[str, Any], metrics: pd.DataFrame, folder: Path) -> None:
+    """The last epoch of results.json must be that of metrics.csv, and its best epochs the best there."""
+    if metrics.empty:
+        raise ReportError(f"{folder / 'metrics.csv'}: holds no epoch, although the run is marked as done")
+    metrics = metrics.set_index("epoch")
+    best = {"last": lambda values: values.iloc[-1], "best_loss": pd.Series.min, "best_top1": pd.Series.max}
+    entries = (("last", "val_loss"), ("last", "val_top1"), ("best_loss", "val_loss"), ("best_top1", "val_top1"))
+    for entry, column in entries:
+        values, said = metrics[column], results[entry]
+        if values.isna().all():
+            raise ReportError(f"{folder / 'metrics.csv'}: column {column} is empty")
+        seen = float(best[entry](values))
+        if not _same(said[column], seen):
+            _contradiction(folder, f"{entry}.{column}", said[column], seen)
+        named = float(values.get(said["epoch"], math.nan))  # of equally good epochs any
+        if not _same(named, seen) or (entry == "last" and said["epoch"] != values.index[-1]):
+            _contradiction(folder, f"{entry}.epoch", said["epoch"], int(values.index[values == seen][-1]))
+
+
+def _same(first: float, second: float) -> bool:
+    return abs(first - second) <= 1e-9 * max(1.0, abs(second))  # figures are written with all their digits
+
+
+def _contradiction(folder: Path, key: str, said: float, seen: float, file: str = "metrics.csv") -> NoReturn:
+    raise ReportError(
+        f"{folder / 'results.json'}: {key} is {said}, but {file} shows {seen}; "
+        "one of the two files belongs to another run"
+    )
+
+
+def counted(results: dict[str, Any], folder: Path) -> pd.DataFrame:
+    """Figures of results.json that predictions.npz tells too, in images: `figure`, `recorded`, `counted` there.
+
+    No rows where there is no such file, or one of other images. Raises ReportError where it is damaged.
+    """
+    columns = ("figure", "recorded", "counted")
+    if not (folder / "predictions.npz").is_file():
+        return frame([], columns)
+    before = load_predictions(folder / "predictions.npz", "with")
+    known = before["label"] >= 0
+    if len(before) != results["dataset"]["val_images"] or not known.any():
+        return frame([], columns)
+
+    def right(key: str, predictions: pd.DataFrame) -> tuple[str, int, int]:
+        found = (predictions["prediction"] == predictions["label"])[known]
+        return key, round(lookup(results, key) * int(known.sum())), int(found.sum())
+
+    rows = [right("last.val_top1", before)]
+    if clamping := results.get("clamping"):
+        after = load_predictions(folder / "predictions.npz", "without")
+        rows += [right("clamping.with.val_top1", before), right("clamping.without.val_top1", after)]
+        changed = int((before["prediction"] != after["prediction"]).sum())
+        rows.append(("clamping.changed_predictions", clamping["changed_predictions"], changed))
+    return frame(rows, columns)
+
+
+def _check_predictions(results: dict[str, Any], folder: Path) -> None:
+    """predictions.npz must give the accuracies of results.json, if that names the rule by which both were counted.
+
+    Runs from before that counted ties in two ways; what differs there is told in their table.
+    """
+    for found in counted(results, folder).itertuples() if results.get("top1_rule") else ():
+        if found.recorded != found.counted:
+            _contradiction(folder, found.figure, found.recorded, found.counted, "predictions.npz")
+
+
+def load_predictions(path: Path, clamp: str = "with") -> pd.DataFrame:
+    """The final validation: `index`, `label` and `prediction`, "with" or "without" the clamp, of each image.
+
+    Raises ReportError where the file is missing, damaged or incomplete.
+    """
+    if not path.is_file():
+        raise ReportError(f"{path}: missing; it is written at the end of a run")
+    try:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # what a damaged file makes numpy, zipfile and zlib raise
+        raise damaged(path, error, ReportError) from error
+    column = next((name for name in PREDICTIONS[clamp] if name in arrays), None)
+    if column is None or not {"index", "label"} <= arrays.keys():
+        raise ReportError(f"{path}: holds {', '.join(sorted(arrays))}; index, label and a prediction are needed")
+    parts = {"index": arrays["index"], "label": arrays["label"], "prediction": arrays[column]}
+    images = arrays["index"].shape
+    if any(part.ndim != 1 or part.dtype.kind not in "iu" or part.shape != images for part in parts.values()):
+        raise ReportError(f"{path}: index, label and {column} must be whole numbers, one an image")
+    if not len(parts["index"]):
+        raise ReportError(f"{path}: holds no images")
+    return pd.DataFrame(parts)

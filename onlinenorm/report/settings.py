@@ -1,18 +1,23 @@
-"""Which settings a set of runs shares, and where it departs from the published one."""
+"""What runs are held against (published.yaml), what they share, and where they depart from the published setting."""
 
+import itertools
 import math
+import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from onlinenorm.arguments import flatten
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
-from onlinenorm.report.runs import Run
-from onlinenorm.report.spec import SettingSpec
-from onlinenorm.scales import UNKNOWN
+from onlinenorm.report.runs import frame, read_yaml
+from onlinenorm.scales import UNKNOWN, is_colour, is_label
 
+PUBLISHED = Path(__file__).with_name("published.yaml")
 # Where files lie, how many workers read them and how fast a step runs does not change what is computed.
 _IRRELEVANT = {
     "data.root", "data.num_workers", "data.on_device", "data.keep_decoded", "data.val_batch_size",
@@ -21,28 +26,160 @@ _IRRELEVANT = {
 }  # fmt: skip
 _COMPARED_GROUPS = ("model", "data", "recipe")
 NOT_SET = "not set"
+# Okabe-Ito and neighbours, for normalizers that published.yaml does not name; distinct for the colour-blind.
+_SPARE_COLOURS = ("#882255", "#44AA99", "#332288", "#999933", "#AA4499", "#117733")
 
 
 @dataclass(frozen=True)
-class Departure:
-    """A point where runs differ from the published setting; `normalizers` is empty when it holds for all rows."""
+class Published:
+    """A published row: losses in nats, accuracies as fractions; `epochs` says in words where they were reached."""
+
+    best_loss: float
+    best_top1: float
+    source: str
+    epochs: str = ""
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One normalizer's row: label, colour, published values if any, and why no clamp is removed if none is."""
+
+    label: str
+    colour: str
+    published: Published | None = None
+    removal: str | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Name of an image set as printed: in full, and short for a column head."""
+
+    label: str
+    short: str
+
+
+@dataclass(frozen=True)
+class SettingSpec:
+    """One entry of the published setting, looked up at `key` (dotted paths, first hit wins) in a run's config."""
 
     name: str
-    published: Any
-    actual: Any
-    decisive: bool
-    normalizers: list[str]
+    key: list[str]
+    value: Any
+    decisive: bool = False
+    only: list[str] = field(default_factory=list)
     note: str = ""
 
 
-def check_one_table(runs: Sequence[Run]) -> None:
+@dataclass(frozen=True)
+class StudySpec:
+    """A study in a folder of studies: its title, the command that makes its runs, and what their data do not tell."""
+
+    title: str
+    command: str
+    note: str = ""
+
+    @property
+    def side_by_side(self) -> int:
+        """How many of its runs shared a machine, by --parallel in the command."""
+        found = re.search(r"--parallel (\d+)", self.command)
+        return int(found[1]) if found else 1
+
+
+@dataclass(frozen=True)
+class ReportSpec:
+    """Everything that is fixed before runs are looked at; `margins` maps scale -> metric -> margin."""
+
+    title: str
+    rows: dict[str, RowSpec]
+    further_rows: dict[str, RowSpec]
+    comparisons: list[tuple[str, str]]
+    alpha: float
+    confidence: float
+    margins: dict[str, dict[str, float]]
+    scales: dict[str, Scale]
+    published_setting: list[SettingSpec]
+    studies: dict[str, StudySpec]
+
+    def row(self, normalizer: str) -> RowSpec:
+        """The row of a normalizer; one that the file does not name gets its own name as label and a spare colour."""
+        known = {**self.further_rows, **self.rows}
+        spare = _SPARE_COLOURS[sum(map(ord, normalizer)) % len(_SPARE_COLOURS)]
+        return known.get(normalizer) or RowSpec(label=normalizer, colour=spare)
+
+    def with_rows_of(self, runs: pd.DataFrame) -> "ReportSpec":
+        """With the rows that the normalizers' own files describe (``_label_``, ``_colour_``), where this one does not.
+
+        A label that another row has is told apart by the normalizer's name; spare colours are given once.
+        """
+        rows = {**self.further_rows}
+        for run in runs.sort_values("name").itertuples():
+            node, name = run.config.get("normalizer"), run.normalizer
+            if name in self.rows or name in rows or not isinstance(node, dict):
+                continue
+            row, labels = self.row(name), {known.label for known in (*self.rows.values(), *rows.values())}
+            label, colour = node.get("_label_"), node.get("_colour_")
+            label = label if is_label(label) else row.label
+            label = f"{label} ({name})" if label in labels else label
+            used = {known.colour for known in (*self.rows.values(), *rows.values())}
+            spare = next((spare for spare in (row.colour, *_SPARE_COLOURS) if spare not in used), row.colour)
+            rows[name] = replace(row, label=label, colour=colour if is_colour(colour) else spare)
+        return replace(self, further_rows=rows)
+
+    def scale(self, name: str) -> Scale:
+        """A scale's printed names: those of the file, else of a data set of the user's own its label.
+
+        "unknown" stands for no run that is done, and a configuration that cannot tell.
+        """
+        if name == UNKNOWN:
+            return Scale(label="images not known before a run is done", short="unknown images")
+        return self.scales.get(name) or Scale(label=f"{name}, not ImageNet", short=name)
+
+
+def load_spec() -> ReportSpec:
+    """What the package's published.yaml says."""
+    return parse_spec(read_yaml(PUBLISHED))
+
+
+def parse_spec(content: Mapping[str, Any]) -> ReportSpec:
+    """ReportSpec from the plain content of published.yaml; ReportError on keys that it lacks or does not know."""
+    try:
+        equivalence = dict(content["equivalence"])
+        spec = ReportSpec(
+            title=content["title"],
+            rows={name: _row(row) for name, row in content["rows"].items()},
+            further_rows={name: _row(row) for name, row in content.get("further_rows", {}).items()},
+            comparisons=[(first, second) for first, second in content["comparisons"]],
+            alpha=equivalence["alpha"],
+            confidence=equivalence["confidence"],
+            margins=equivalence["margins"],
+            scales={name: Scale(**scale) for name, scale in content["scales"].items()},
+            published_setting=[SettingSpec(**entry) for entry in content["published_setting"]],
+            studies={name: StudySpec(**study) for name, study in content.get("studies", {}).items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(f"{PUBLISHED}: {type(error).__name__}: {error}") from error
+    if not 0 < spec.alpha < 0.5 or not 0 < spec.confidence < 1:
+        raise ReportError(f"{PUBLISHED}: alpha must lie in (0, 0.5) and confidence in (0, 1)")
+    for scale in spec.scales:
+        margins = spec.margins.get(scale, {})
+        if set(margins) != {"best_top1", "best_loss"} or min(margins.values()) <= 0:
+            raise ReportError(f"{PUBLISHED}: margins of {scale} must be positive: best_top1 and best_loss")
+    return spec
+
+
+def _row(content: Mapping[str, Any]) -> RowSpec:
+    content = dict(content)
+    published = content.pop("published", None)
+    return RowSpec(**content, published=Published(**published) if published else None)
+
+
+def check_one_table(runs: pd.DataFrame) -> None:
     """Raises ReportError if runs differ in scale, data, model or recipe, or a row in its normalizer's arguments."""
-    _refuse_mixture({run.name: _setting(run) for run in runs}, "all rows")
-    for normalizer in sorted({run.normalizer for run in runs}):
-        row = [run for run in runs if run.normalizer == normalizer]
-        _refuse_mixture({run.name: _normalizer_setting(run) for run in row}, f"the row of {normalizer}")
+    _refuse_mixture({run.name: _setting(run) for run in runs.itertuples()}, "all rows")
+    for normalizer, row in runs.groupby("normalizer"):
+        _refuse_mixture({run.name: _normalizer_setting(run) for run in row.itertuples()}, f"the row of {normalizer}")
         seen: dict[int, str] = {}
-        for run in row:
+        for run in row.itertuples():
             if run.seed in seen:
                 raise ReportError(
                     f"{seen[run.seed]} and {run.name} are both seed {run.seed} of {normalizer}: the same seed "
@@ -51,22 +188,23 @@ def check_one_table(runs: Sequence[Run]) -> None:
             seen[run.seed] = run.name
 
 
-def check_one_point(runs: Sequence[Run], where: str) -> None:
+def check_one_point(runs: pd.DataFrame, where: str) -> None:
     """Raises ReportError if runs that are averaged differ in anything but the seed."""
-    _refuse_mixture({run.name: _setting(run) | _normalizer_setting(run) for run in runs}, where)
+    _refuse_mixture({run.name: _setting(run) | _normalizer_setting(run) for run in runs.itertuples()}, where)
 
 
-def differences(runs: Sequence[Run], besides: Sequence[str]) -> list[str]:
+def differences(runs: pd.DataFrame, besides: Sequence[str]) -> list[str]:
     """Lines "key: value (runs) | value (runs)" where runs differ in more than the keys `besides` and the experiment."""
     keep = {*besides, "experiment"}
-    lines = _mixture({run.name: {k: v for k, v in _setting(run).items() if k not in keep} for run in runs})
-    for normalizer in sorted({run.normalizer for run in runs}):
-        row = [run for run in runs if run.normalizer == normalizer]
-        lines += _mixture({r.name: {k: v for k, v in _normalizer_setting(r).items() if k not in keep} for r in row})
-    return lines
+
+    def mixture(of: Callable[[Any], dict[str, Any]], runs: pd.DataFrame) -> list[str]:
+        return _mixture({r.name: {k: v for k, v in of(r).items() if k not in keep} for r in runs.itertuples()})
+
+    rows = [mixture(_normalizer_setting, row) for _, row in runs.groupby("normalizer")]
+    return [*mixture(_setting, runs), *itertools.chain(*rows)]
 
 
-def planned_scale(run: Run) -> str | None:
+def planned_scale(run: Any) -> str | None:
     """Scale of a run that is not done, where its configuration tells it; a folder of ImageNet's layout does not."""
     target = lookup(run.config, "data._target_", "")
     if target == "onlinenorm.data.FashionMNIST":
@@ -74,24 +212,26 @@ def planned_scale(run: Run) -> str | None:
     return "synthetic" if target == "onlinenorm.data.Synthetic" else None
 
 
-def departures(runs: Sequence[Run], setting: Sequence[SettingSpec]) -> list[Departure]:
-    """Entries of the published setting that the runs do not share, in the file's order; not set counts as differing."""
-    found = []
+def departures(configs: Iterable[tuple[str, Mapping[str, Any]]], setting: Sequence[SettingSpec]) -> pd.DataFrame:
+    """Entries of the published setting that runs, each a normalizer and its configuration, do not share.
+
+    In the file's order; not set counts as differing. `normalizers` is empty where it holds for all rows.
+    """
+    configs, found = list(configs), []
     for entry in setting:
         actual: dict[str, tuple[Any, list[str]]] = {}
-        for run in runs:
-            if entry.only and run.normalizer not in entry.only:
+        for normalizer, config in configs:
+            if entry.only and normalizer not in entry.only:
                 continue
-            value = next((v for key in entry.key if (v := lookup(run.config, key, NOT_SET)) != NOT_SET), NOT_SET)
+            value = next((v for key in entry.key if (v := lookup(config, key, NOT_SET)) != NOT_SET), NOT_SET)
             if not same(value, entry.value):
                 names = actual.setdefault(repr(value), (value, []))[1]
-                if run.normalizer not in names:
-                    names.append(run.normalizer)
+                if normalizer not in names:
+                    names.append(normalizer)
         for value, names in actual.values():
-            found.append(
-                Departure(entry.name, entry.value, value, entry.decisive, names if entry.only else [], entry.note)
-            )
-    return found
+            rows = names if entry.only else []
+            found.append((entry.name, entry.value, value, entry.decisive, rows, entry.note))
+    return frame(found, ("name", "published", "actual", "decisive", "normalizers", "note"))
 
 
 def same(first: Any, second: Any) -> bool:
@@ -105,7 +245,7 @@ def same(first: Any, second: Any) -> bool:
     return first == second
 
 
-def _setting(run: Run) -> dict[str, Any]:
+def _setting(run: Any) -> dict[str, Any]:
     chosen = {group: run.config[group] for group in _COMPARED_GROUPS if group in run.config}
     flat = {key: value for key, value in flatten(chosen).items() if key not in _IRRELEVANT}
     flat["experiment"] = lookup(run.config, "choices.experiment", UNKNOWN)
@@ -119,18 +259,35 @@ def _setting(run: Run) -> dict[str, Any]:
     return flat
 
 
-def _normalizer_setting(run: Run) -> dict[str, Any]:
+def _normalizer_setting(run: Any) -> dict[str, Any]:
     flat = flatten({"normalizer": run.config.get("normalizer", UNKNOWN)})
-    divided = {f"{name} (divides the images that a statistic sees)": count for name, count in run.divided.items()}
-    return (
-        {key: value for key, value in flat.items() if key not in _IRRELEVANT} | divided | _own_code(run, "normalizer")
-    )
+    flat = {key: value for key, value in flat.items() if key not in _IRRELEVANT}
+    divided = {f"{name} (divides the images that a statistic sees)": count for name, count in _divided(run).items()}
+    return flat | divided | _own_code(run, "normalizer")
 
 
-def _own_code(run: Run, *groups: str) -> dict[str, Any]:
+def _divided(run: Any) -> dict[str, int]:
+    """How batches are divided, as far as the normalizer's statistics see it: parts by processes and accumulation.
+
+    As the run recorded it. Of runs from before that, BatchNorm's statistics see both divisions (with `sync_batchnorm`
+    only the latter), and local statistics the former.
+    """
+    if isinstance(recorded := run.environment.get("statistics"), dict):
+        return {key: recorded.get(key, 1) for key in ("processes", "accumulation")} if recorded else {}
+    trainer = run.config.get("trainer") or {}
+    processes = run.environment.get("world_size", trainer.get("devices", 1))
+    if "BatchNorm" in str(lookup(run.config, "normalizer._target_", "")):
+        processes = 1 if trainer.get("sync_batchnorm") else processes
+        return {"processes": processes, "accumulation": trainer.get("accumulate_grad_batches", 1)}
+    local = lookup(run.config, "normalizer.statistics") == "local"
+    return {"processes": processes, "accumulation": 1} if local else {}
+
+
+def _own_code(run: Any, *groups: str) -> dict[str, Any]:
     """SHA-256 of the files of the user's own that made these parts of a run."""
     recorded = run.environment.get("own_code", {})
-    return flatten({"own_code": {group: recorded[group] for group in groups if group in recorded}})
+    mine = {group: recorded[group] for group in groups if group in recorded}
+    return flatten({"own_code": mine}) if mine else {}
 
 
 def _refuse_mixture(settings: dict[str, dict[str, Any]], where: str) -> None:

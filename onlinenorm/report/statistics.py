@@ -9,10 +9,12 @@ Nor are rows equivalent of which a run diverged: means over the runs that surviv
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
-from scipy.special import stdtrit
+from scipy import stats
 
 EQUIVALENT = "equivalent"
 DIFFERENT = "different"
@@ -56,20 +58,6 @@ class Verdict:
     difference: Difference | None = None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
-def _half_width(standard_error: float, freedom: float, level: float) -> float:
-    """Half of a two-sided Student t interval: t_{(1 + level) / 2, freedom} times the standard error."""
-    return float(stdtrit(freedom, (1 + level) / 2)) * standard_error if standard_error > 0 else 0.0
-
-
 def summarize(values: Iterable[float], confidence: float = 0.95) -> Summary | None:
     """Mean, sample standard deviation, smallest and largest, Student t interval of the mean from MIN_SEEDS values on.
 
@@ -78,18 +66,19 @@ def summarize(values: Iterable[float], confidence: float = 0.95) -> Summary | No
     Raises ValueError when a value is not finite or confidence lies outside (0, 1).
     """
     values = [float(value) for value in values]
-    _check_level(confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"level of an interval must lie between 0 and 1, got {confidence}")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"cannot summarise values that are not finite: {values}")
     if not values:
         return None
-    _check_finite(values)
-    n, mean = len(values), _mean(values)
-    if n == 1:
-        return Summary(1, mean, None, None, None, mean, mean)
-    sd = math.sqrt(_variance(values))
-    if n < MIN_SEEDS:
-        return Summary(n, mean, sd, None, None, min(values), max(values))
-    half = _half_width(sd / math.sqrt(n), n - 1, confidence)
-    return Summary(n, mean, sd, mean - half, mean + half, min(values), max(values))
+    n, mean = len(values), fmean(values)
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else None
+    low = high = None
+    if sd is not None and n >= MIN_SEEDS:
+        half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * (sd / math.sqrt(n))
+        low, high = mean - half, mean + half
+    return Summary(n, mean, sd, low, high, min(values), max(values))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], level: float) -> Difference:
@@ -104,27 +93,26 @@ def paired_difference(first: Sequence[float], second: Sequence[float], level: fl
 def one_sample_difference(values: Sequence[float], target: float, level: float, paired: bool = False) -> Difference:
     """Mean of `values` minus a fixed target with its t interval; needs MIN_SEEDS values or more."""
     summary = summarize((value - target for value in values), level)
-    if summary is None or summary.n < MIN_SEEDS:
+    if summary is None or summary.low is None or summary.high is None:
         raise ValueError(f"an interval needs {MIN_SEEDS} or more values, got {len(values)}")
     return Difference(summary.mean, summary.low, summary.high, level, paired, summary.n)
 
 
 def welch_difference(first: Sequence[float], second: Sequence[float], level: float) -> Difference:
     """Difference of two means with unequal variances; degrees of freedom by Welch and Satterthwaite."""
-    _check_level(level)
-    if min(len(first), len(second)) < MIN_SEEDS:
+    sides = summarize(first, level), summarize(second, level)
+    n = min(len(first), len(second))
+    if n < MIN_SEEDS or sides[0] is None or sides[1] is None:
         raise ValueError(
             f"Welch's interval needs {MIN_SEEDS} or more values a side, got {len(first)} and {len(second)}"
         )
-    _check_finite([*first, *second])
-    share_a, share_b = _variance(first) / len(first), _variance(second) / len(second)
-    total, mean = share_a + share_b, _mean(first) - _mean(second)
-    half = 0.0
-    if total > 0:
-        weight = share_a / total
-        freedom = 1 / (weight**2 / (len(first) - 1) + (1 - weight) ** 2 / (len(second) - 1))
-        half = _half_width(math.sqrt(total), freedom, level)
-    return Difference(mean, mean - half, mean + half, level, False, min(len(first), len(second)))
+    mean = sides[0].mean - sides[1].mean
+    if not (sides[0].sd or sides[1].sd):
+        return Difference(mean, mean, mean, level, False, n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of one side without spread, which this interval allows
+        interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval(level)
+    return Difference(mean, float(interval.low), float(interval.high), level, False, n)
 
 
 def decide(difference: Difference, margin: float) -> str:
@@ -228,11 +216,16 @@ def _check_margin(margin: float) -> None:
         raise ValueError(f"margin must be positive and finite, got {margin}")
 
 
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level of an interval must lie between 0 and 1, got {level}")
-
-
-def _check_finite(values: Sequence[float]) -> None:
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError(f"cannot summarise values that are not finite: {values}")
+def rule(alpha: float) -> str:
+    """How verdicts are reached, in words."""
+    level, each = f"{100 * (1 - 2 * alpha):g} %", f"{100 * alpha:g} %"
+    return (
+        f"Two rows are equivalent when the {level} Student t interval of their difference lies wholly inside the "
+        f"margin (two one-sided tests at {each}), different when it lies wholly outside, and inconclusive otherwise. "
+        f"Inconclusive too are fewer than {MIN_SEEDS} seeds, seeds that show no spread, and instead of equivalent rows "
+        "of which a run or a former attempt diverged: added after the runs recorded so far, this only takes verdicts "
+        "away. "
+        "Differences are paired by seed when both rows have the same seeds. The published values are single runs and "
+        "are taken as fixed. Margins and the rest of the rule were fixed in onlinenorm/report/published.yaml before "
+        "the runs."
+    )

@@ -8,9 +8,9 @@ import pandas as pd
 
 from onlinenorm.report import benchmarks
 from onlinenorm.report.ablation import Ablation
-from onlinenorm.report.spec import ReportSpec
+from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.statistics import Difference, Summary, excludes_zero, spreads
-from onlinenorm.report.table import COMPARED_METRICS, Comparison, Provenance, Report, Row, plain
+from onlinenorm.report.tables import COMPARED_METRICS, Report, plain
 from onlinenorm.text import duration
 
 METRIC_NAMES = {
@@ -102,12 +102,11 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[object]]) -> str
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def cells(columns: Columns, rows: pd.DataFrame | Sequence[Any]) -> list[list[str]]:
-    rows = list(rows.itertuples()) if isinstance(rows, pd.DataFrame) else rows
-    return [[str(show(row)) for show in columns.values()] for row in rows]
+def cells(columns: Columns, rows: pd.DataFrame) -> list[list[str]]:
+    return [[str(show(row)) for show in columns.values()] for row in rows.itertuples()]
 
 
-def table(columns: Columns, rows: pd.DataFrame | Sequence[Any]) -> str:
+def table(columns: Columns, rows: pd.DataFrame) -> str:
     """A Markdown table of these rows."""
     return markdown_table(list(columns), cells(columns, rows))
 
@@ -115,14 +114,14 @@ def table(columns: Columns, rows: pd.DataFrame | Sequence[Any]) -> str:
 # A table over normalizers
 
 
-def published_cell(row: Row, metric: str) -> Cell:
+def published_cell(row: Any, metric: str) -> Cell:
     """Published value with the digits it was printed with."""
     if row.published is None:
         return Cell(DASH)
     return Cell(figure(getattr(row.published, metric), metric, digits=1 if is_accuracy(metric) else 2))
 
 
-def reproduced_cell(row: Row, metric: str, confidence: float = 0.95) -> Cell:
+def reproduced_cell(row: Any, metric: str, confidence: float = 0.95) -> Cell:
     """Mean +- sd with interval and range; for n = 1 the value and its epoch; for n = 0 "not run" or the progress.
 
     Each says of how many attempts it is, where some are left out.
@@ -139,9 +138,9 @@ def reproduced_cell(row: Row, metric: str, confidence: float = 0.95) -> Cell:
     return Cell(mean_and_spread(summary, metric), "; ".join([*spread, *mark]))
 
 
-def seeds_cell(row: Row) -> Cell:
+def seeds_cell(row: Any) -> Cell:
     """n, and what became of the runs and attempts that are not among the finished ones."""
-    return Cell(str(row.n), "; ".join([*row.unfinished, *row.attempts]) if row.n else row.tally.mark)
+    return Cell(str(len(row.seeds)), "; ".join([*row.unfinished, *row.attempts]) if row.seeds else row.tally.mark)
 
 
 def main_columns(report: Report) -> Columns:
@@ -149,7 +148,7 @@ def main_columns(report: Report) -> Columns:
     here = f"here: {report.scale_short}"
     columns = {"Normalizer (error compensation)": lambda row: row.label, "n": seeds_cell}
 
-    def reproduced(metric: str) -> Callable[[Row], Cell]:
+    def reproduced(metric: str) -> Callable[[Any], Cell]:
         return lambda row: reproduced_cell(row, metric, report.confidence)
 
     for metric in ("best_loss", "best_top1"):
@@ -169,37 +168,38 @@ def verdict_table(report: Report, published: bool, title: str) -> str:
     return markdown_table([title, *COMPARED], body)
 
 
-def comparison_name(comparison: Comparison, report: Report) -> str:
-    """The two sides of a comparison, in the order of the subtraction."""
-    labels = {row.normalizer: row.label for row in report.rows}
-    first = labels.get(comparison.first, comparison.first)
-    second = "published" if comparison.second is None else labels.get(comparison.second, comparison.second)
-    return f"{first} − {second}"
+def labels(report: Report) -> dict[str, str]:
+    return dict(zip(report.rows["normalizer"], report.rows["label"], strict=True))
 
 
-def comparison_groups(report: Report, published: bool) -> dict[str, list[Comparison]]:
-    """Comparisons with published values, or those between rows, by name; each name has one entry a metric."""
-    groups: dict[str, list[Comparison]] = {}
-    for comparison in report.comparisons:
-        if (comparison.second is None) == published:
-            groups.setdefault(comparison_name(comparison, report), []).append(comparison)
+def comparison_groups(report: Report, published: bool) -> dict[str, list[Any]]:
+    """Comparisons with published values, or those between rows, by name; each name has one entry a metric.
+
+    A name has the two sides in the order of the subtraction.
+    """
+    groups: dict[str, list[Any]] = {}
+    known = labels(report) | {None: "published"}
+    for comparison in report.comparisons[report.comparisons["second"].isna() == published].itertuples():
+        name = " − ".join(known.get(side, side) for side in (comparison.first, comparison.second))
+        groups.setdefault(name, []).append(comparison)
     return groups
 
 
 def shared_verdict(report: Report) -> str | None:
     """The sentence that holds for all comparisons with published values, when none of them was possible."""
-    texts = {verdict_text(c) for c in report.comparisons if c.second is None and c.verdict.outcome != "not run"}
+    against = [c for group in comparison_groups(report, published=True).values() for c in group]
+    texts = {verdict_text(c) for c in against if c.verdict.outcome != "not run"}
     return texts.pop() if len(texts) == 1 and next(iter(texts)).startswith("not comparable") else None
 
 
-def verdict_text(comparison: Comparison) -> str:
+def verdict_text(comparison: Any) -> str:
     """ "equivalent", "not comparable: scale ...", "inconclusive: n = 1", "not run"."""
     verdict = comparison.verdict
     plain = verdict.difference or verdict.outcome == "not run"
     return verdict.outcome if plain else f"{verdict.outcome}: {verdict.reason}"
 
 
-def verdict_detail(comparison: Comparison) -> str:
+def verdict_detail(comparison: Any) -> str:
     """Difference, its interval, the margin and how the difference was taken; empty where there is none."""
     found, metric = comparison.verdict.difference, comparison.metric
     if found is None:
@@ -241,10 +241,10 @@ RUNS_IN_MARKDOWN = {**RUNS, "command": lambda run: f"`{run.command}`"}
 
 def departure_columns(report: Report) -> Columns:
     """Setting, published value, this run's value; says for which rows and what the note adds."""
-    labels = {row.normalizer: row.label for row in report.rows}
+    known = labels(report)
 
     def rows(departure) -> str:
-        return f" ({', '.join(labels.get(n, n) for n in departure.normalizers)})" if departure.normalizers else ""
+        return f" ({', '.join(known.get(n, n) for n in departure.normalizers)})" if departure.normalizers else ""
 
     return {
         "setting": lambda departure: departure.name + rows(departure),
@@ -253,10 +253,10 @@ def departure_columns(report: Report) -> Columns:
     }
 
 
-def environments(provenance: Sequence[Provenance]) -> list[tuple[list[str], dict[str, str]]]:
+def environments(provenance: pd.DataFrame) -> list[tuple[list[str], dict[str, str]]]:
     """Runs that share commit, software and hardware, with these as words."""
     groups: dict[tuple[str, ...], list[str]] = {}
-    for run in provenance:
+    for run in provenance.itertuples():
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items()) or "unknown"
         groups.setdefault((run.commit, versions, run.hardware, run.world_size), []).append(run.run)
     names = ("commit", "versions", "hardware", "processes")
@@ -271,7 +271,7 @@ def ablation_columns(ablation: Ablation) -> Columns:
     columns: dict[str, Callable[[Any], object]] = {
         ablation.name: lambda point: point.value + (" (published)" if point.value == ablation.published else ""),
         "normalizer": lambda point: point.series,
-        "n": lambda point: "; ".join([str(point.n), *point.unfinished]),
+        "n": lambda point: "; ".join([str(len(point.seeds)), *point.unfinished]),
         "diverged": lambda point: point.tally.mark if point.tally.attempts else point.tally.diverged,
     }
     for metric in ("last_top1", "last_loss", "best_top1", "best_loss"):
@@ -305,8 +305,8 @@ def pooled_columns(spec: ReportSpec) -> Columns:
         f"{level} CI over seeds": lambda p: interval(p.over_seeds, len(p.seeds)),
         f"{level} CI over images": lambda p: interval(p.over_images, p.images),
         "same class": lambda p: share(p.same),
-        "same class, two seeds of the first": lambda p: share(p.same_within[0]),
-        "two seeds of the second": lambda p: share(p.same_within[1]),
+        "same class, two seeds of the first": lambda p: share(p.same_first),
+        "two seeds of the second": lambda p: share(p.same_second),
         "McNemar's p, seed by seed": lambda p: ", ".join(f"{value:.2g}" for value in p.p_values),
     }
 

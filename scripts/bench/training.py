@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from onlinenorm import OnlineNorm2d, models
-from onlinenorm.report.spec import load_spec
+from onlinenorm.report.settings import load_spec
 from scripts.bench import common
 from scripts.bench.training_table import fastest, over, smallest, workload
 

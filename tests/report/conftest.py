@@ -2,7 +2,7 @@
 
 import pytest
 
-from onlinenorm.report.spec import ReportSpec, load_spec
+from onlinenorm.report.settings import ReportSpec, load_spec
 
 
 @pytest.fixture(scope="session")

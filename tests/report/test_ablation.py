@@ -1,19 +1,19 @@
 """One swept key: grouping, order, table and figure."""
 
 import pytest
-from run_folders import read_yaml, write_run
+from run_folders import write_run
 from study_folders import NAN, course
 
 from onlinenorm.errors import ReportError
 from onlinenorm.report.ablation import build_ablation, in_order
-from onlinenorm.report.pictures import draw_ablation, positions
+from onlinenorm.report.figures import draw_ablation, positions
 from onlinenorm.report.render import render_ablation
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.words import ablation_table
 
 
 def ablation_of(folder, spec):
-    return build_ablation(load_runs(folder, read_yaml), spec)
+    return build_ablation(load_runs(folder).runs, spec)
 
 
 def clamps(value, compensation="clamp"):
@@ -58,7 +58,7 @@ def test_a_second_key_makes_series(tmp_path, spec):
             folder = tmp_path / f"recipe.batch_size={size},recipe.lr={rate}"
             write_run(folder, "batch", recipe={"batch_size": size, "lr": rate})
     found = ablation_of(tmp_path, spec)
-    assert found.key == "recipe.batch_size" and {p.series for p in found.points} == {
+    assert found.key == "recipe.batch_size" and {p.series for p in found.points.itertuples()} == {
         "BatchNorm, lr 0.1",
         "BatchNorm, lr 0.2",
     }
@@ -82,7 +82,8 @@ def test_a_seed_counts_once_and_plain_runs_are_no_ablation(tmp_path, spec):
     for value in ("5", "5.0"):
         write_run(tmp_path / f"normalizer.clamp_value={value}", "online_clamp", normalizer_config=clamps(5.0))
     with pytest.raises(ReportError, match=r"clamp_value=5\.0/online_clamp/seed0.*clamp_value=5/online_clamp/seed0"):
-        build_ablation([run for run in load_runs(tmp_path, read_yaml) if "plain" not in run.name], spec)
+        runs = load_runs(tmp_path).runs
+        build_ablation(runs[~runs["name"].str.contains("plain")], spec)
 
 
 def test_a_folder_must_not_say_another_value_than_the_run(tmp_path, spec):

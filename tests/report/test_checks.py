@@ -10,7 +10,7 @@ from onlinenorm.errors import ReportError
 from onlinenorm.report.render import render_markdown, render_page
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.settings import check_one_table
-from onlinenorm.report.table import build_report
+from onlinenorm.report.tables import build_report
 
 RULE = "argmax of float32 logits, the lowest class of equal ones"
 
@@ -50,7 +50,7 @@ def test_results_that_exceed_their_metrics_are_refused(tmp_path, change, message
     folder = write_run(tmp_path, "batch")
     edit(folder / "results.json", change)
     with pytest.raises(ReportError, match=rf"results\.json: {message}"):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)
 
 
 def marked(folder, right, without=None):
@@ -76,8 +76,7 @@ def marked(folder, right, without=None):
 def test_predictions_must_give_the_accuracies_of_results(tmp_path):
     folder = write_run(tmp_path, "online_clamp")
     marked(folder, 1700, 1690)
-    (run,) = load_runs(tmp_path, read_yaml)
-    assert run.value("last_top1") == 0.85
+    assert load_runs(tmp_path).runs["last_top1"].tolist() == [0.85]
     for change, message in (
         (lambda r: r["clamping"].update(changed_predictions=9), "clamping.changed_predictions is 9.*shows 10"),
         (lambda r: r["clamping"]["without"].update(val_top1=0.8455), "clamping.without.val_top1 is 1691.*shows 1690"),
@@ -86,11 +85,11 @@ def test_predictions_must_give_the_accuracies_of_results(tmp_path):
         before = (folder / "results.json").read_text()
         edit(folder / "results.json", change)
         with pytest.raises(ReportError, match=message):
-            load_runs(tmp_path, read_yaml)
+            load_runs(tmp_path)
         (folder / "results.json").write_text(before)
     write_predictions(folder, 1704, 1694)
     with pytest.raises(ReportError, match=r"last.val_top1 is 1700, but predictions\.npz shows 1704"):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)
 
 
 def test_runs_from_before_the_one_rule_are_counted_again_and_told(tmp_path, spec):
@@ -100,10 +99,10 @@ def test_runs_from_before_the_one_rule_are_counted_again_and_told(tmp_path, spec
     marked(clamped, 1700, 1690)
     for folder in (plain, clamped):
         edit(folder / "results.json", lambda r: r.pop("top1_rule"))
-    assert build_report(load_runs(tmp_path, read_yaml), spec).recounts == []
+    assert build_report(load_runs(tmp_path).runs, spec).recounts.empty
     write_predictions(plain, 1696)
     write_predictions(clamped, 1700, 1693)
-    report = build_report(load_runs(tmp_path, read_yaml), spec)
+    report = build_report(load_runs(tmp_path).runs, spec)
     page = render_markdown(report)
     assert "## Accuracies by one rule" in page and "| batch/seed0 | last.val_top1 | 1,700 | 1,696 | 2,000 |" in page
     assert "| online_clamp/seed0 | clamping.without.val_top1 | 1,690 | 1,693 | 2,000 |" in page
@@ -125,8 +124,9 @@ def test_batch_norm_of_other_statistics_does_not_share_a_row(tmp_path):
         divide(write_run(tmp_path, "batch", seed), accumulate_grad_batches=parts)
         divide(write_run(tmp_path, "online_clamp", seed), accumulate_grad_batches=parts)
     with pytest.raises(ReportError, match=r"the row of batch[\s\S]*accumulation .*: 1.0 .* \| 8.0 .* \| 32.0"):
-        check_one_table(load_runs(tmp_path, read_yaml))
-    check_one_table([run for run in load_runs(tmp_path, read_yaml) if run.normalizer == "online_clamp"])
+        check_one_table(load_runs(tmp_path).runs)
+    runs = load_runs(tmp_path).runs
+    check_one_table(runs[runs["normalizer"] == "online_clamp"])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_processes_divide_what_a_statistic_sees(tmp_path, normalizer, settings, 
         if recorded is not None:
             environment["statistics"] = recorded and {**recorded, "processes": processes}
         (folder / "environment.json").write_text(json.dumps(environment))
-    runs = load_runs(tmp_path, read_yaml)
+    runs = load_runs(tmp_path).runs
     if refused:
         with pytest.raises(ReportError, match="processes"):
             check_one_table(runs)
@@ -166,4 +166,4 @@ def test_local_statistics_and_synchronised_ones_do_not_mix(tmp_path):
         divide(folder, sync_batchnorm=processes == 2)
     for part in "ab":
         with pytest.raises(ReportError, match="processes"):
-            check_one_table(load_runs(tmp_path / part, read_yaml))
+            check_one_table(load_runs(tmp_path / part).runs)

@@ -5,17 +5,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from run_folders import write_run
 from scipy.stats import binomtest
 
-from onlinenorm.report.paired import Predictions, mcnemar, pair
+from onlinenorm.report.paired import mcnemar, pair
 
 
 def predictions(right, label=None):
     right = np.asarray(right, dtype=bool)
     label = np.zeros(len(right), dtype=np.int64) if label is None else label
-    return Predictions(np.arange(len(right)), label, np.where(right, label, label + 1))
+    return pd.DataFrame(
+        {"index": np.arange(len(right)), "label": label, "prediction": np.where(right, label, label + 1)}
+    )
 
 
 def sides(both, only_a, only_b, neither):
@@ -42,7 +45,7 @@ def test_mcnemar_is_the_exact_binomial_test(only_a, only_b):
 def test_interval_is_that_of_a_bootstrap_over_images():
     a, b = sides(500, 60, 100, 340)
     result = pair(a, b, seed=1)
-    per_image = (b.prediction == b.label).astype(float) - (a.prediction == a.label)
+    per_image = ((b.prediction == b.label).astype(float) - (a.prediction == a.label)).to_numpy()
     random = np.random.default_rng(0)
     means = [per_image[random.integers(0, 1000, 1000)].mean() for _ in range(4000)]
     low, high = np.quantile(means, [0.025, 0.975])

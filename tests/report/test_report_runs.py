@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from run_folders import read_yaml, write_run
+from run_folders import write_run
 
 from onlinenorm.errors import ReportError
 from onlinenorm.report.runs import load_runs
@@ -16,11 +16,12 @@ def edit(path, change):
 
 def test_a_finished_run(tmp_path):
     write_run(tmp_path, "online_clamp", 3, top1=0.8812, loss=0.321)
-    (run,) = load_runs(tmp_path, read_yaml)
+    runs, epochs = load_runs(tmp_path)
+    (run,) = runs.itertuples()
     assert (run.name, run.normalizer, run.seed, run.status) == ("online_clamp/seed3", "online_clamp", 3, "finished")
-    assert (run.value("best_top1"), run.value("best_loss")) == (0.8812, 0.321)
-    assert run.value("last_loss") == pytest.approx(run.metrics["val_loss"][-1])
-    assert run.metrics["epoch"].tolist() == [1, 2, 3, 4, 5]
+    assert (run.best_top1, run.best_loss) == (0.8812, 0.321)
+    assert run.last_loss == pytest.approx(epochs["val_loss"].iloc[-1])
+    assert epochs["epoch"].tolist() == [1, 2, 3, 4, 5] and set(epochs["folder"]) == {run.folder}
     assert run.config["recipe"]["epochs"] == 5 and run.environment["world_size"] == 1
 
 
@@ -32,28 +33,28 @@ def test_runs_are_found_at_any_depth_and_only_runs(tmp_path):
     (inside / "config.yaml").write_text("x: 1\n")
     (tmp_path / "c").mkdir()
     (tmp_path / "c/config.yaml").write_text("not: a run\n")
-    assert [run.name for run in load_runs(tmp_path, read_yaml)] == ["a/deep/batch/seed0", "b/batch/seed0"]
-    (run,) = load_runs(tmp_path / "b/batch/seed0", read_yaml)
+    assert load_runs(tmp_path).runs["name"].tolist() == ["a/deep/batch/seed0", "b/batch/seed0"]
+    (run,) = load_runs(tmp_path / "b/batch/seed0").runs.itertuples()
     assert run.name == "batch/seed0"
 
 
 @pytest.mark.parametrize("done", [0, 1, 3])
 def test_an_unfinished_run_says_how_far_it_is(tmp_path, done):
     write_run(tmp_path, "batch", done=done)
-    (run,) = load_runs(tmp_path, read_yaml)
+    run = next(load_runs(tmp_path).runs.itertuples())
     assert (run.finished, run.status, run.normalizer) == (False, f"running: epoch {done} of 5", "batch")
 
 
 def test_a_run_that_has_just_begun_has_no_metrics(tmp_path):
     (write_run(tmp_path, "batch", done=0) / "metrics.csv").unlink()
-    (run,) = load_runs(tmp_path, read_yaml)
+    run = next(load_runs(tmp_path).runs.itertuples())
     assert run.status == "running: epoch 0 of 5"
 
 
 def test_a_run_that_ended_in_nan_is_called_diverged(tmp_path):
     path = write_run(tmp_path, "none", done=2) / "metrics.csv"
     path.write_text(path.read_text() + "3,300,0.1,nan,0.1,nan,0.1,0.5,800,19\n")
-    assert load_runs(tmp_path, read_yaml)[0].status == "diverged: epoch 3 of 5"
+    assert next(load_runs(tmp_path).runs.itertuples()).status == "diverged: epoch 3 of 5"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_what_ended_a_run_is_told_from_running(tmp_path, failure, status, metric
     if metrics != "kept":
         path.write_text(path.read_text().splitlines()[0] + "\n" if metrics == "header" else "")
         status = status.replace("epoch 1 of", "epoch 0 of") if "failed" in status else status
-    (run,) = load_runs(tmp_path, read_yaml)
+    run = next(load_runs(tmp_path).runs.itertuples())
     assert (run.status.split(", ")[0], run.diverged) == (status.split(", ")[0], "NaN" in failure)
     if "(epoch" in failure or metrics == "kept":
         assert run.status == status
@@ -84,48 +85,55 @@ def test_what_ended_a_run_is_told_from_running(tmp_path, failure, status, metric
 
 def test_a_finished_run_has_not_failed(tmp_path):
     write_run(tmp_path, "batch", failure="exit code 1")
-    assert load_runs(tmp_path, read_yaml)[0].status == "finished"
+    assert next(load_runs(tmp_path).runs.itertuples()).status == "finished"
 
 
 def test_clamping_over_training_is_read_and_checked(tmp_path):
     folder = write_run(tmp_path, "online_clamp", clamped=[(1e-3, 9.5), (0.0, 4.0)])
-    (run,) = load_runs(tmp_path, read_yaml)
-    assert run.clamping["clamped_fraction"].tolist() == [1e-3, 0.0]
-    assert run.clamping["max_abs_activation"].tolist() == [9.5, 4.0]
+    epochs = load_runs(tmp_path).epochs
+    assert epochs["clamped_fraction"].dropna().tolist() == [1e-3, 0.0] and epochs["recorded"].all()
+    assert epochs["max_abs_activation"].dropna().tolist() == [9.5, 4.0] and len(epochs) == 5
     (folder / "clamping.csv").write_text("epoch,step\n1,10\n")
     with pytest.raises(ReportError, match=r"clamping\.csv: column clamped_fraction, max_abs_activation is missing"):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)
 
 
 def test_empty_fields_are_nan(tmp_path):
     path = write_run(tmp_path, "batch", done=1) / "metrics.csv"
     path.write_text(path.read_text() + "2,200,0.1,0.5,0.8,0.5,0.8,,,\n")
-    (run,) = load_runs(tmp_path, read_yaml)
-    assert np.isnan(run.metrics["val_top5"][1]) and run.metrics["val_top1"][1] == 0.8
+    epochs = load_runs(tmp_path).epochs
+    assert np.isnan(epochs["val_top5"][1]) and epochs["val_top1"][1] == 0.8
+
+
+def test_an_epoch_of_which_only_the_clamps_are_recorded_is_no_epoch_of_a_curve(tmp_path):
+    write_run(tmp_path, "online_clamp", done=1, clamped=[(1e-3, 9.5), (0.0, 4.0)])
+    runs, epochs = load_runs(tmp_path)
+    assert epochs["epoch"].tolist() == [1, 2] and epochs["recorded"].tolist() == [True, False]
+    assert runs["epochs"].tolist() == [1]
 
 
 def test_folders_without_runs(tmp_path):
     with pytest.raises(ReportError, match=r"nowhere: no such folder"):
-        load_runs(tmp_path / "nowhere", read_yaml)
+        load_runs(tmp_path / "nowhere")
     with pytest.raises(ReportError, match=r"holds no run.*quickstart"):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)
 
 
 def test_a_missing_or_broken_config_is_named(tmp_path):
     folder = write_run(tmp_path, "batch")
     (folder / "config.yaml").write_text("recipe: [unclosed\n")
     with pytest.raises(ReportError, match=r"seed0/config\.yaml: cannot be read"):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)
     (folder / "config.yaml").unlink()
     with pytest.raises(ReportError, match=r"seed0/config\.yaml: missing"):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1, "experiment": "x"', "\x00\x01"])
 def test_a_damaged_results_file_is_named(tmp_path, content):
     (write_run(tmp_path, "batch") / "results.json").write_text(content)
     with pytest.raises(ReportError, match=r"batch/seed0/results\.json"):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +153,7 @@ def test_a_damaged_results_file_is_named(tmp_path, content):
 def test_results_that_cannot_be_true_are_refused(tmp_path, change, message):
     edit(write_run(tmp_path, "online_clamp") / "results.json", change)
     with pytest.raises(ReportError, match=message):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +171,10 @@ def test_damaged_metrics_are_refused_by_file_and_line(tmp_path, change, message)
     path = write_run(tmp_path, "batch") / "metrics.csv"
     path.write_text(change(path.read_text()))
     with pytest.raises(ReportError, match=rf"batch/seed0/metrics\.csv.*{message}"):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)
 
 
 def test_results_without_metrics_are_refused(tmp_path):
     (write_run(tmp_path, "batch") / "metrics.csv").unlink()
     with pytest.raises(ReportError, match=r"metrics\.csv: missing"):
-        load_runs(tmp_path, read_yaml)
+        load_runs(tmp_path)

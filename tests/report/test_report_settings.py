@@ -1,5 +1,5 @@
 import pytest
-from run_folders import read_yaml, write_run
+from run_folders import write_run
 
 from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import ReportError
@@ -7,12 +7,16 @@ from onlinenorm.report.runs import load_runs
 from onlinenorm.report.settings import check_one_table, departures, same
 
 
+def departing(runs, spec):
+    return list(departures(zip(runs["normalizer"], runs["config"], strict=True), spec.published_setting).itertuples())
+
+
 def test_rows_of_one_study_share_a_table(tmp_path):
     for normalizer in ("online_clamp", "online_layer_scaling", "batch"):
         for seed in range(2):
             write_run(tmp_path, normalizer, seed)
     write_run(tmp_path, "group", done=2)
-    check_one_table(load_runs(tmp_path, read_yaml))
+    check_one_table(load_runs(tmp_path).runs)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +33,7 @@ def test_a_mixture_is_refused_with_what_differs_and_where(tmp_path, other, named
     write_run(tmp_path / "a", "batch")
     write_run(tmp_path / "b", "online_clamp", 1, **other)
     with pytest.raises(ReportError, match="differ in what all rows of one table must share") as caught:
-        check_one_table(load_runs(tmp_path, read_yaml))
+        check_one_table(load_runs(tmp_path).runs)
     for part in named:
         assert part in str(caught.value)
 
@@ -38,7 +42,7 @@ def test_one_row_with_two_clamp_values_is_refused(tmp_path):
     write_run(tmp_path, "online_clamp", 0)
     write_run(tmp_path, "online_clamp", 1, normalizer_config={"_target_": "x", "clamp_value": 3.0})
     with pytest.raises(ReportError, match=r"the row of online_clamp[\s\S]*normalizer.clamp_value"):
-        check_one_table(load_runs(tmp_path, read_yaml))
+        check_one_table(load_runs(tmp_path).runs)
 
 
 def test_edited_code_of_ones_own_is_another_setting(tmp_path):
@@ -46,14 +50,14 @@ def test_edited_code_of_ones_own_is_another_setting(tmp_path):
         for seed, digest in enumerate(("aa", "bb")):
             write_run(tmp_path / group, "mine", seed, environment={"own_code": {group: {"my_norms": digest}}})
         with pytest.raises(ReportError, match=rf"own_code.{group}.my_norms: 'aa' .* 'bb'"):
-            check_one_table(load_runs(tmp_path / group, read_yaml))
+            check_one_table(load_runs(tmp_path / group).runs)
 
 
 def test_a_seed_counts_once(tmp_path):
     for part in ("a", "b"):
         write_run(tmp_path / part, "batch", 4)
     with pytest.raises(ReportError, match="a/batch/seed4 and b/batch/seed4 are both seed 4 of batch"):
-        check_one_table(load_runs(tmp_path, read_yaml))
+        check_one_table(load_runs(tmp_path).runs)
 
 
 def test_the_published_setting_has_no_departures(tmp_path, spec):
@@ -66,13 +70,13 @@ def test_the_published_setting_has_no_departures(tmp_path, spec):
             epochs=100,
             recipe={"milestones": [30, 60, 80, 90]},
         )
-    assert departures(load_runs(tmp_path, read_yaml), spec.published_setting) == []
+    assert departing(load_runs(tmp_path).runs, spec) == []
 
 
 def test_departures_name_setting_values_and_rows(tmp_path, spec):
     write_run(tmp_path, "online_clamp", normalizer_config={"alpha_fwd": 0.99, "alpha_bkw": 0.99, "clamp_value": 3})
     write_run(tmp_path, "batch")
-    found = {d.name: d for d in departures(load_runs(tmp_path, read_yaml), spec.published_setting)}
+    found = {d.name: d for d in departing(load_runs(tmp_path).runs, spec)}
     assert (found["network"].published, found["network"].actual) == (
         "onlinenorm.models.resnet50",
         "onlinenorm.models.cifar_resnet8",

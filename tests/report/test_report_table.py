@@ -1,16 +1,18 @@
 import json
 import re
 
+import numpy as np
 import pytest
-from run_folders import read_yaml, write_run
+from run_folders import write_run
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.curves import draw_curves, mean_curve
+from onlinenorm.report.build import as_json
+from onlinenorm.report.figures import draw_curves, over_runs
 from onlinenorm.report.render import render_markdown, render_page
-from onlinenorm.report.runs import load_runs
-from onlinenorm.report.spec import PUBLISHED as FILE
-from onlinenorm.report.spec import parse_spec
-from onlinenorm.report.table import build_report
+from onlinenorm.report.runs import load_runs, read_yaml
+from onlinenorm.report.settings import PUBLISHED as FILE
+from onlinenorm.report.settings import parse_spec
+from onlinenorm.report.tables import build_report
 from onlinenorm.report.words import main_table
 
 THREE = ("online_clamp", "online_layer_scaling", "batch")
@@ -18,16 +20,16 @@ PUBLISHED = {"scale": "imagenet", "model": "resnet50", "epochs": 100, "recipe": 
 
 
 def report_on(folder, spec):
-    return build_report(load_runs(folder, read_yaml), spec)
+    return build_report(load_runs(folder).runs, spec)
 
 
 def verdicts(report, metric="best_top1"):
-    return {(c.first, c.second): c.verdict for c in report.comparisons if c.metric == metric}
+    return {(c.first, c.second): c.verdict for c in report.comparisons.itertuples() if c.metric == metric}
 
 
-def test_without_runs_every_row_says_not_run(spec):
-    report = build_report([], spec)
-    assert [row.label for row in report.rows] == [
+def test_without_runs_every_row_says_not_run(tmp_path, spec):
+    report = build_report(load_runs(write_run(tmp_path, "batch").parents[1]).runs[:0], spec)
+    assert report.rows["label"].tolist() == [
         "OnlineNorm (activation clamping)",
         "OnlineNorm (layer scaling)",
         "BatchNorm",
@@ -41,9 +43,9 @@ def test_without_runs_every_row_says_not_run(spec):
 def test_five_seeds_are_summarised(tmp_path, spec):
     for seed, top1 in enumerate((0.880, 0.882, 0.884, 0.881, 0.883)):
         write_run(tmp_path, "batch", seed, top1=top1)
-    batch = report_on(tmp_path, spec).rows[2]
+    batch = report_on(tmp_path, spec).rows.iloc[2]
     summary = batch.summaries["best_top1"]
-    assert (batch.n, batch.seeds) == (5, [0, 1, 2, 3, 4])
+    assert batch.seeds == [0, 1, 2, 3, 4]
     assert (summary.mean, summary.minimum, summary.maximum) == pytest.approx((0.882, 0.880, 0.884))
     assert summary.sd == pytest.approx(0.00158114, abs=1e-8)
     assert "88.20 ± 0.16 %<br>95 % CI 88.00 to 88.40; min–max 88.00–88.40" in main_table(report_on(tmp_path, spec))
@@ -53,10 +55,10 @@ def test_unfinished_runs_are_shown_and_never_averaged(tmp_path, spec):
     write_run(tmp_path, "batch", 0, top1=0.88)
     write_run(tmp_path, "batch", 1, top1=0.50, done=3)
     write_run(tmp_path, "online_clamp", 0, done=2)
-    clamp, _, batch = report_on(tmp_path, spec).rows
-    assert (batch.n, batch.summaries["best_top1"].mean) == (1, 0.88)
+    clamp, _, batch = report_on(tmp_path, spec).rows.itertuples()
+    assert (batch.seeds, batch.summaries["best_top1"].mean) == ([0], 0.88)
     assert batch.unfinished == ["seed 1 running: epoch 3 of 5"]
-    assert (clamp.n, clamp.summaries["best_top1"]) == (0, None)
+    assert (clamp.seeds, clamp.summaries["best_top1"]) == ([], None)
     lines = main_table(report_on(tmp_path, spec)).splitlines()[2:]
     assert "seed 0 running: epoch 2 of 5" in lines[0] and "not run" in lines[1] and "88.00 %<br>epoch 4" in lines[2]
 
@@ -65,8 +67,8 @@ def test_further_normalizers_follow_without_published_values(tmp_path, spec):
     for normalizer in ("zeta", "layer", "online_clamp", "group"):
         write_run(tmp_path, normalizer)
     rows = report_on(tmp_path, spec).rows
-    assert [row.normalizer for row in rows] == [*THREE, "group", "layer", "zeta"]
-    assert all(row.published is None for row in rows[3:])
+    assert rows["normalizer"].tolist() == [*THREE, "group", "layer", "zeta"]
+    assert all(published is None for published in rows["published"][3:])
 
 
 def test_a_row_is_called_and_drawn_as_its_normalizers_file_says(tmp_path, spec):
@@ -75,7 +77,7 @@ def test_a_row_is_called_and_drawn_as_its_normalizers_file_says(tmp_path, spec):
         write_run(tmp_path, name, normalizer_config={"_target_": "x", "_label_": label, "_colour_": colour})
     for seed, label in enumerate(("mine", "called otherwise later")):
         write_run(tmp_path, "batch", seed, normalizer_config={"_target_": "x", "_label_": label})
-    rows = {row.normalizer: row for row in report_on(tmp_path, spec).rows}
+    rows = {row.normalizer: row for row in report_on(tmp_path, spec).rows.itertuples()}
     assert (rows["moving"].label, rows["moving"].colour) == shown["moving"]
     assert rows["other"].label == "BatchNorm (other)" and rows["other"].colour == spec.row("other").colour
     assert rows["third"].label == "third"
@@ -122,7 +124,7 @@ def test_another_batch_size_is_listed_but_comparable(tmp_path, spec):
         recipe = {**PUBLISHED["recipe"], "batch_size": 256}
         write_run(tmp_path, "batch", seed, top1=0.764 + 1e-4 * seed, loss=0.97, **{**PUBLISHED, "recipe": recipe})
     report = report_on(tmp_path, spec)
-    assert [d.name for d in report.departures] == ["global batch size"]
+    assert report.departures["name"].tolist() == ["global batch size"]
     assert verdicts(report)["batch", None].outcome == "equivalent"
 
 
@@ -143,13 +145,13 @@ def test_clamp_removal_is_told_for_every_row(tmp_path, spec):
 
 def test_missing_provenance_is_unknown(tmp_path, spec):
     write_run(tmp_path, "batch", environment={})
-    (provenance,) = report_on(tmp_path, spec).provenance
+    (provenance,) = report_on(tmp_path, spec).provenance.itertuples()
     assert (provenance.command, provenance.commit, provenance.hardware, provenance.world_size) == ("unknown",) * 4
 
 
 def test_uncommitted_changes_are_told(tmp_path, spec):
     write_run(tmp_path, "batch", environment={"git": {"commit": "abc", "dirty": True}})
-    assert report_on(tmp_path, spec).provenance[0].commit == "abc with uncommitted changes"
+    assert report_on(tmp_path, spec).provenance["commit"][0] == "abc with uncommitted changes"
 
 
 def test_the_page_needs_nothing_beside_it_and_escapes_what_it_shows(tmp_path, spec):
@@ -162,7 +164,7 @@ def test_the_page_needs_nothing_beside_it_and_escapes_what_it_shows(tmp_path, sp
 def test_the_report_is_plain_json_and_does_not_vary(tmp_path, spec):
     for normalizer in THREE:
         write_run(tmp_path, normalizer, done=3 if normalizer == "batch" else None)
-    texts = [json.dumps(report_on(tmp_path, spec).as_dict(), allow_nan=False) for _ in range(2)]
+    texts = [as_json(report_on(tmp_path, spec)) for _ in range(2)]
     assert texts[0] == texts[1] and json.loads(texts[0])["scale"] == "embedded"
 
 
@@ -176,24 +178,26 @@ def test_curves_are_drawn(tmp_path, spec, normalizers, seeds, epochs, narrow):
             write_run(
                 tmp_path, normalizer, seed, epochs=epochs, done=4 if (normalizer, epochs) == ("none", 30) else None
             )
-    runs = load_runs(tmp_path, read_yaml)
-    picture = draw_curves(runs, build_report(runs, spec), narrow)
+    runs = load_runs(tmp_path)
+    picture = draw_curves(runs, build_report(runs.runs, spec), narrow)
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
 def test_curves_without_an_epoch(tmp_path, spec):
     write_run(tmp_path, "batch", done=0)
-    runs = load_runs(tmp_path, read_yaml)
-    assert draw_curves(runs, build_report(runs, spec)).startswith(b"\x89PNG")
+    runs = load_runs(tmp_path)
+    assert draw_curves(runs, build_report(runs.runs, spec)).startswith(b"\x89PNG")
 
 
 def test_the_bold_curve_is_the_mean(tmp_path):
     for seed in range(3):
         write_run(tmp_path, "batch", seed)
-    runs = load_runs(tmp_path, read_yaml)
-    epochs, values = mean_curve(runs, "val_loss")
-    assert epochs.tolist() == [1, 2, 3, 4, 5]
-    assert values[0] == pytest.approx(sum(run.metrics["val_loss"][0] for run in runs) / 3)
+    epochs = load_runs(tmp_path).epochs
+    curves = [of.set_index("epoch")["val_loss"] for _, of in epochs.groupby("folder")]
+    mean = over_runs(curves, np.mean)
+    assert mean.index.tolist() == [1, 2, 3, 4, 5]
+    assert mean[1] == pytest.approx(epochs[epochs["epoch"] == 1]["val_loss"].mean())
+    assert over_runs([curves[0], curves[1][2:]], np.max).index.tolist() == [3, 4, 5]
 
 
 def test_a_spec_with_an_unknown_key_or_a_margin_of_zero_is_refused():
@@ -213,6 +217,6 @@ def test_images_of_ones_own_have_a_table_and_no_verdict(tmp_path, spec):
             write_run(tmp_path, normalizer, seed, scale="moths", top1=0.8 + 0.01 * seed)
     report = report_on(tmp_path, spec)
     assert report.scale == report.scale_short == "moths" and report.scale_label.startswith("moths")
-    told = [c.verdict for c in report.comparisons if c.verdict.outcome != "not run"]
+    told = [c.verdict for c in report.comparisons.itertuples() if c.verdict.outcome != "not run"]
     assert told and {verdict.outcome for verdict in told} == {"not comparable"}
     assert "onlinenorm/report/published.yaml has no margin for moths" in {verdict.reason for verdict in told}

@@ -5,22 +5,23 @@ import json
 from dataclasses import replace
 
 import pytest
-from run_folders import read_yaml, write_run
+from run_folders import write_run
 from study_folders import NAN, benchmark, write_studies
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report import benchmarks, clamps, render, words
-from onlinenorm.report.pictures import draw_clamping
+from onlinenorm.report import benchmarks, render, words
+from onlinenorm.report.ablation import courses
+from onlinenorm.report.build import load_studies, study_files
+from onlinenorm.report.figures import draw_clamping
 from onlinenorm.report.runs import load_runs
-from onlinenorm.report.spec import StudySpec
-from onlinenorm.report.study import load_studies, study_files
+from onlinenorm.report.settings import StudySpec
 
 ALL = ("online_none", "online_clamp", "online_layer_scaling", "batch")
 
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory, spec):
-    return load_studies(write_studies(tmp_path_factory.mktemp("study")), read_yaml, spec)
+    return load_studies(write_studies(tmp_path_factory.mktemp("study")), spec)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,10 @@ def test_every_study_has_its_files(studies, files):
 
 def test_findings_have_the_numbers_of_the_tables(studies, files):
     text = files["."]["findings.md"].decode()
-    for row in studies["fashion_mnist"].made.rows:
+    for row in studies["fashion_mnist"].made.rows.itertuples():
         mean, sd = row.summaries["best_top1"].mean, row.summaries["best_top1"].sd
         assert f"{row.label} {100 * mean:.2f} ± {100 * sd:.2f} % and " in text
-    verdicts = [c.verdict for c in studies["fashion_mnist"].made.comparisons if c.second]
+    verdicts = [c.verdict for c in studies["fashion_mnist"].made.comparisons.itertuples() if c.second]
     assert len(verdicts) == 6 and all(f"**{verdict.outcome}**" in text for verdict in verdicts)
     assert "(0.5 points and 0.01 nats)" in text
     assert "One seed a row gives no verdict" in text
@@ -72,7 +73,7 @@ def test_the_summary_is_a_line_a_study(studies, files):
     told = [line for line in lines if line.startswith("- **") and "not run here" not in line]
     assert len(told) == len(studies) + 3  # removal of the clamp, its course, and cost
     (main,) = (line for line in told if "(fashion_mnist/table1.md)" in line)
-    for comparison in studies["fashion_mnist"].made.comparisons:
+    for comparison in studies["fashion_mnist"].made.comparisons.itertuples():
         if comparison.second and comparison.metric == "best_top1":
             verdict = comparison.verdict
             assert f"{verdict.outcome} ({100 * verdict.difference.mean:+.2f} points" in main
@@ -84,7 +85,7 @@ def test_runs_side_by_side_are_told_so_and_set_no_expectation(tmp_path, spec):
     write_run(
         tmp_path / "resnet50" / "runs", "batch", scale="fashion_mnist", model="resnet50", data={"image_size": 224}
     )
-    studies = load_studies(tmp_path, read_yaml, spec)
+    studies = load_studies(tmp_path, spec)
     for command, shared in (("sweep.py", False), ("sweep.py --parallel 3", True)):
         told = replace(spec, studies={"resnet50": StudySpec("ResNet-50", command)})
         files = study_files(studies, benchmark("batch"), told)["."]
@@ -94,7 +95,7 @@ def test_runs_side_by_side_are_told_so_and_set_no_expectation(tmp_path, spec):
 
 def test_a_study_of_other_normalizers_alone_is_told(tmp_path, spec):
     write_run(tmp_path / "own" / "runs", "online_none", 1, failure=NAN, finish=False, done=0)
-    files = study_files(load_studies(tmp_path, read_yaml, spec), None, spec)["."]
+    files = study_files(load_studies(tmp_path, spec), None, spec)["."]
     for name in ("findings.md", "summary.md"):
         (line,) = (line for line in files[name].decode().splitlines() if line.startswith("- **own**"))
         assert "no compensation" in line and "seed 1 diverged: step" in line
@@ -102,9 +103,7 @@ def test_a_study_of_other_normalizers_alone_is_told(tmp_path, spec):
 
 
 def test_many_studies_of_clamps_take_several_rows(tmp_path):
-    runs = [
-        run for run in load_runs(write_run(tmp_path, "online_clamp", clamped=[(1e-3, 9.0)] * 5).parents[1], read_yaml)
-    ]
+    runs = load_runs(write_run(tmp_path, "online_clamp", clamped=[(1e-3, 9.0)] * 5).parents[1])
     few, many = (draw_clamping({str(k): runs for k in range(count)}, {}) for count in (4, 5))
     sizes = [[int.from_bytes(png[at : at + 4], "big") for at in (16, 20)] for png in (few, many)]
     assert sizes[0][0] == sizes[1][0] and 2 * sizes[0][1] == sizes[1][1]
@@ -135,7 +134,7 @@ def test_margins_are_told_as_they_were_fixed(tmp_path, spec):
     for name in ("online_clamp", "batch"):
         for seed in range(2):
             write_run(tmp_path / "own" / "runs", name, seed)
-    text = study_files(load_studies(tmp_path, read_yaml, spec), None, spec)["."]["findings.md"].decode()
+    text = study_files(load_studies(tmp_path, spec), None, spec)["."]["findings.md"].decode()
     assert "Verdicts by the margins fixed before the runs (1 point and 0.03 nats): " in text
 
 
@@ -150,7 +149,7 @@ def test_removal_that_changes_something_is_told(tmp_path, spec):
         runs, "online_clamp", 0, scale="fashion_mnist", clamping=clamping, clamped=[(1e-3, 9.0)] * 4 + [(2e-3, 8.0)]
     )
     write_run(runs, "online_clamp", 1, scale="fashion_mnist", clamped=[(1e-3, 9.0)] * 4 + [(0.0, 4.0)])
-    files = study_files(load_studies(tmp_path, read_yaml, spec), None, spec)
+    files = study_files(load_studies(tmp_path, spec), None, spec)
     row = "| fashion_mnist | online_clamp/seed0 | 19 | 5 | 30 of 10,000 | +4.0e-04 | -0.05 | 2.0e-05 | 8.25 |"
     assert row in files["."]["clamping.md"].decode()
     course = "| fashion_mnist | 5 | 2 | 1.0e-03 | 1.0e-03 | 0 to 2.0e-03 | 1 of 2 | 4 to 8 |"
@@ -166,16 +165,16 @@ def test_removal_that_changes_something_is_told(tmp_path, spec):
 def test_courses_of_clamps(tmp_path):
     write_run(tmp_path, "online_clamp", epochs=6, clamped=[(0.1 / (i + 1), 7.0 - i) for i in range(6)])
     write_run(tmp_path, "batch")
-    (with_clamp,) = [run for run in load_runs(tmp_path, read_yaml) if run.clamping]
-    found = clamps.course(with_clamp)  # the first milestone is 2
+    runs = load_runs(tmp_path)
+    (found,) = courses({"x": runs}).itertuples()  # the first milestone is 2
     assert (found.first, found.before_drop, found.last, found.largest) == (0.1, 0.05, pytest.approx(0.1 / 6), 2.0)
-    assert draw_clamping({"x": [run for run in load_runs(tmp_path, read_yaml) if not run.clamping]}, {}) is None
+    assert draw_clamping({"x": runs.of(runs.runs["normalizer"] == "batch")}, {}) is None
 
 
 @pytest.mark.parametrize("fractions", [[0.0] * 5, [0.3] * 5, [1e-3, 0.0, 1e-5, 0.0, 0.0]])
 def test_the_clamp_figure_draws_zeros(tmp_path, fractions):
     write_run(tmp_path, "online_clamp", clamped=[(value, 3.0) for value in fractions])
-    assert draw_clamping({"x": load_runs(tmp_path, read_yaml)}, {}).startswith(b"\x89PNG")
+    assert draw_clamping({"x": load_runs(tmp_path)}, {}).startswith(b"\x89PNG")
 
 
 def test_cost_is_told_against_no_compensation(spec):
@@ -269,7 +268,7 @@ def test_runs_that_ended_before_they_began_are_not_passed_over(tmp_path, spec):
     with pytest.raises(
         ReportError, match=r"recipe.batch_size=1/batch/seed0/failed.txt: this run ended before it began"
     ):
-        load_studies(tmp_path, read_yaml, spec)
+        load_studies(tmp_path, spec)
 
 
 def test_the_script_writes_studies_or_one_sweep(main, tmp_path, capsys):

@@ -7,19 +7,17 @@ import shutil
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from run_folders import read_yaml, write_run
+from run_folders import write_run
 from study_folders import NAN
 
 from onlinenorm.report import words
 from onlinenorm.report.ablation import build_ablation
-from onlinenorm.report.curves import draw_curves
+from onlinenorm.report.build import load_studies, study_files
+from onlinenorm.report.figures import accuracy_panel, draw_curves, draw_overview
 from onlinenorm.report.findings import summary_line, table_lines
-from onlinenorm.report.pictures import draw_overview
 from onlinenorm.report.render import render_ablation, render_markdown, render_page
 from onlinenorm.report.runs import load_runs
-from onlinenorm.report.study import load_studies, study_files
-from onlinenorm.report.table import build_report
-from onlinenorm.report.tally import tally
+from onlinenorm.report.tables import build_report, tally
 from onlinenorm.report.words import ablation_table, main_table
 
 ENDS = {"diverged": NAN, "failed": "exit code 1\nNo space left on device", "stopped": None}
@@ -48,7 +46,7 @@ def write_row(folder, normalizer, ends, **options):
 
 
 def verdicts(report):
-    return {(c.first, c.second, c.metric): c.verdict for c in report.comparisons}
+    return {(c.first, c.second, c.metric): c.verdict for c in report.comparisons.itertuples()}
 
 
 ends = st.lists(
@@ -66,19 +64,19 @@ def test_every_attempt_that_is_put_in_is_counted_in_the_table(tmp_path_factory, 
     folder = tmp_path_factory.mktemp("runs")
     write_row(folder, "online_clamp", clamp)
     write_row(folder, "batch", batch)
-    report = build_report(load_runs(folder, read_yaml), spec)
+    report = build_report(load_runs(folder).runs, spec)
     table = main_table(report)
-    for row, put_in in ((report.rows[0], clamp), (report.rows[2], batch)):
+    for row, put_in in ((report.rows.iloc[0], clamp), (report.rows.iloc[2], batch)):
         flat = [end for run in put_in for end in run]
         found = row.tally
         assert found.tries == len(flat) == found.finished + found.diverged + found.failed + found.running
         assert (found.finished, found.diverged) == (flat.count("finished"), flat.count("diverged"))
-        assert len(row.attempts) == len(flat) - len(put_in) and row.n == found.finished
+        assert len(row.attempts) == len(flat) - len(put_in) and len(row.seeds) == found.finished
         for told in (*row.unfinished, *row.attempts):
             assert told in table
-        if row.n and found.diverged:
+        if row.seeds and found.diverged:
             assert table.count(found.mark) >= 4, "beside each mean"
-    diverged = any(row.tally.diverged for row in report.rows)
+    diverged = any(counts.diverged for counts in report.rows["tally"])
     assert not diverged or all(v.outcome != "equivalent" for v in verdicts(report).values())
 
 
@@ -89,15 +87,15 @@ def test_rows_with_diverged_seeds_are_not_equivalent(tmp_path, spec):
         write_run(tmp_path, "online_clamp", seed, top1=alike, loss=0.3 + 0.0001 * seed)
         ended = {"done": 0, "failure": NAN} if seed > 1 else {}
         write_run(tmp_path, "batch", seed, top1=alike, loss=0.3, **ended)
-    runs = load_runs(tmp_path, read_yaml)
-    report = build_report(runs, spec)
+    runs = load_runs(tmp_path)
+    report = build_report(runs.runs, spec)
     verdict = verdicts(report)["online_clamp", "batch", "best_top1"]
     assert (verdict.outcome, verdict.difference) == ("inconclusive", None) and "3 of 5 diverged" in verdict.reason
     for seed in (5, 6):
         write_run(tmp_path, "batch", seed, top1=0.8802 + 0.0001 * seed, loss=0.3)
         write_run(tmp_path, "online_clamp", seed, top1=0.8802, loss=0.3 + 0.0001 * seed)
-    runs = load_runs(tmp_path, read_yaml)
-    report = build_report(runs, spec)
+    runs = load_runs(tmp_path)
+    report = build_report(runs.runs, spec)
     verdict = verdicts(report)["online_clamp", "batch", "best_top1"]
     assert verdict.outcome == "inconclusive" and verdict.difference is not None
     assert "BatchNorm: 4 of 7 finished, 3 of 7 diverged" in verdict.reason
@@ -111,14 +109,14 @@ def test_an_attempt_that_diverged_before_it_was_run_again_is_counted(tmp_path, s
         write_run(tmp_path / "own" / "runs", "batch", seed, top1=0.88 + 0.0001 * seed, wrong=[1])
         write_run(tmp_path / "own" / "runs", "online_clamp", seed, top1=0.88, wrong=[2])
         write_run(tmp_path / "own" / "runs", "online_none", seed)
-    equivalent = build_report(load_runs(tmp_path, read_yaml), spec)
+    equivalent = build_report(load_runs(tmp_path).runs, spec)
     assert verdicts(equivalent)["online_clamp", "batch", "best_top1"].outcome == "equivalent"
     add_attempt(tmp_path / "own" / "runs" / "batch" / "seed1", 1)
     add_attempt(tmp_path / "own" / "runs" / "online_none" / "seed0", 1)
-    studies = load_studies(tmp_path, read_yaml, spec)
+    studies = load_studies(tmp_path, spec)
     report = studies["own"].made
     assert verdicts(report)["online_clamp", "batch", "best_top1"].outcome == "inconclusive"
-    assert report.rows[2].attempts == ["seed 1, attempt 1 of 2 diverged: step 40, epoch 1 of 5"]
+    assert report.rows.iloc[2].attempts == ["seed 1, attempt 1 of 2 diverged: step 40, epoch 1 of 5"]
     files = study_files(studies, None, spec)
     for folder, name in (("own", "table1.md"), ("own", "paired.md"), (".", "findings.md"), (".", "summary.md")):
         assert "4 of 5 attempts finished, 1 of 5 attempts diverged" in files[folder][name].decode(), name
@@ -130,10 +128,10 @@ def test_a_continued_run_is_one_attempt_unless_it_diverged(tmp_path):
     first, second = ({"time": f"2026-01-0{day}"} for day in (1, 2))
     folder = write_run(tmp_path, "batch", environment={"starts": [first, second]})
     add_attempt(folder, 1, "failed", starts=[first])
-    assert load_runs(tmp_path, read_yaml)[0].attempts == []
+    assert load_runs(tmp_path).runs["attempts"].tolist() == [[]]
     add_attempt(folder, 2, "diverged", starts=[first])
     add_attempt(folder, 10, "failed", epochs=2, starts=[{"time": "2026-01-03"}])
-    statuses = [attempt.status for attempt in load_runs(tmp_path, read_yaml)[0].attempts]
+    statuses = load_runs(tmp_path).runs["attempts"][0]
     assert statuses == ["diverged: step 40, epoch 1 of 5", "failed: epoch 2 of 5"]
 
 
@@ -146,9 +144,9 @@ def test_attempts_whose_data_are_gone_are_told(tmp_path, spec):
     ]
     (folder / "results.json").write_text(json.dumps(results))
     add_attempt(folder, 2, "stopped", epochs=3)
-    (run,) = load_runs(tmp_path, read_yaml)
-    assert tally([run]).tries == 3
-    told = main_table(build_report([run], spec))
+    runs = load_runs(tmp_path).runs
+    assert tally(runs).tries == 3
+    told = main_table(build_report(runs, spec))
     assert "attempt 2 of 3 diverged: step 40, epoch 1 of 5; its data no longer exist" in told
     assert "attempt 1 of 3 stopped: epoch 3 of 5" in told
 
@@ -161,8 +159,8 @@ def test_swept_values_count_their_attempts(tmp_path, spec):
             [["diverged", "finished"], ["finished"], ["diverged"]],
             recipe={"batch_size": size},
         )
-    ablation = build_ablation(load_runs(tmp_path, read_yaml), spec)
-    assert [point.tally.tries for point in ablation.points] == [4, 4]
+    ablation = build_ablation(load_runs(tmp_path).runs, spec)
+    assert [counts.tries for counts in ablation.points["tally"]] == [4, 4]
     assert ablation_table(ablation).count("| 2 | 2 of 4 attempts finished, 2 of 4 attempts diverged |") == 2
     text = render_ablation(ablation)
     assert text.count("seed 0, attempt 1 of 2 diverged") == 2 and text.count("seed 2 diverged") == 2
@@ -174,13 +172,13 @@ def test_runs_of_one_swept_value_must_agree_in_all_else(tmp_path, spec):
     for seed, rate in enumerate((0.1, 0.2)):
         write_run(tmp_path / "recipe.batch_size=8", "batch", seed, recipe={"batch_size": 8, "lr": rate})
     with pytest.raises(ReportError, match=r"BatchNorm at 8[\s\S]*recipe.lr"):
-        build_ablation(load_runs(tmp_path, read_yaml), spec)
+        build_ablation(load_runs(tmp_path).runs, spec)
 
 
 def test_an_attempt_that_ended_before_it_began_does_not_stop_a_report(tmp_path, spec):
     folder = write_run(tmp_path / "own" / "runs", "batch")
     (add_attempt(folder, 1, "failed") / "config.yaml").unlink()
-    (row,) = (row for row in load_studies(tmp_path, read_yaml, spec)["own"].made.rows if row.n)
+    (row,) = (row for row in load_studies(tmp_path, spec)["own"].made.rows.itertuples() if row.seeds)
     assert row.attempts == ["seed 0, attempt 1 of 2 failed: epoch 0 of 5"]
 
 
@@ -196,20 +194,18 @@ def test_two_runs_side_by_side_tell_their_attempts(tmp_path, root, capsys):
     assert "(online_none, seed 0; seed 0, attempt 1 of 2 diverged: step 40, epoch 1 of 5)" in shown
 
 
-def test_pictures_name_what_they_leave_out(tmp_path, spec, monkeypatch):
-    from onlinenorm.report import pictures
-
+def test_pictures_name_what_they_leave_out(tmp_path, spec):
     write_row(tmp_path, "batch", [["finished"], ["diverged"]])
     write_row(tmp_path, "online_clamp", [["diverged"]])
-    runs = load_runs(tmp_path, read_yaml)
-    report = build_report(runs, spec)
+    runs = load_runs(tmp_path)
+    report = build_report(runs.runs, spec)
     seen = []
 
     def panel(axis):
-        pictures.accuracy_panel(axis, report, runs)
+        accuracy_panel(axis, report, runs.runs)
         seen.extend(label.get_text() for label in axis.get_yticklabels())
 
     assert draw_overview({"accuracy": panel}).startswith(b"\x89PNG")
     assert any("1 of 2 diverged" in label for label in seen) and any("1 of 1 diverged" in label for label in seen)
     assert draw_curves(runs, report).startswith(b"\x89PNG")
-    assert words.seeds_cell(report.rows[0]).detail == "0 of 1 finished, 1 of 1 diverged"
+    assert words.seeds_cell(report.rows.iloc[0]).detail == "0 of 1 finished, 1 of 1 diverged"

@@ -1,30 +1,22 @@
-"""A folder of studies (`<study>/runs/...`) in, all its tables, figures and findings out."""
+"""Which files come of which frames: a table over normalizers, a sweep, or a folder of studies (`<study>/runs/...`)."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
-from onlinenorm.report import benchmarks, pictures
-from onlinenorm.report.ablation import Ablation, build_ablation, swept
-from onlinenorm.report.clamps import clamped_runs
-from onlinenorm.report.curves import draw_curves
+from onlinenorm.report import benchmarks, figures, render
+from onlinenorm.report.ablation import Ablation, build_ablation, clamp_removals, swept
 from onlinenorm.report.findings import render_findings
-from onlinenorm.report.pooled import Pooled, pool_runs
-from onlinenorm.report.render import (
-    render_ablation,
-    render_clamping,
-    render_cost,
-    render_imagenet,
-    render_markdown,
-    render_pooled,
-)
-from onlinenorm.report.runs import Run, find_run_folders, load_runs
-from onlinenorm.report.spec import ReportSpec
-from onlinenorm.report.table import Report, build_report
+from onlinenorm.report.paired import pool_runs
+from onlinenorm.report.runs import Runs, find_run_folders, load_runs
+from onlinenorm.report.settings import ReportSpec
+from onlinenorm.report.tables import Report, build_report
 
 MAIN = ("fashion_mnist", "embedded")  # the first with runs is drawn in the summary figure
 BATCHES, IMAGENET_NETWORK = "batch_size", "resnet50"
@@ -34,12 +26,12 @@ BATCHES, IMAGENET_NETWORK = "batch_size", "resnet50"
 class Study:
     """One study: its runs, and the table or ablation made of them."""
 
-    runs: list[Run]
+    runs: Runs
     made: Report | Ablation
-    pooled: list[Pooled]
+    pooled: pd.DataFrame | None = None
 
 
-def load_studies(root: Path, read_yaml: Callable[[Path], Any], spec: ReportSpec) -> dict[str, Study]:
+def load_studies(root: Path, spec: ReportSpec) -> dict[str, Study]:
     """Studies below `root` by folder name, those that the spec names first; an empty `runs` folder is none.
 
     Raises ReportError, naming the study, where runs are damaged or cannot share a table.
@@ -54,38 +46,47 @@ def load_studies(root: Path, read_yaml: Callable[[Path], Any], spec: ReportSpec)
     names = [name for name in spec.studies if name in folders]
     studies = {}
     for name in [*names, *(name for name in folders if name not in names)]:
-        runs = load_runs(folders[name], read_yaml)
+        found = load_runs(folders[name])
         try:
             note = spec.studies[name].note if name in spec.studies else ""
-            if any(swept(run) for run in runs):
-                studies[name] = Study(runs, replace(build_ablation(runs, spec), note=note), [])
+            if any(map(swept, found.runs["name"])):
+                studies[name] = Study(found, build_ablation(found.runs, spec, note))
             else:
-                studies[name] = Study(runs, replace(build_report(runs, spec), note=note), pool_runs(runs, spec))
+                studies[name] = Study(found, build_report(found.runs, spec, note), pool_runs(found.runs, spec))
         except ReportError as error:
             raise ReportError(f"{folders[name]}: {error}") from error
     return studies
 
 
-def table_files(report: Report, runs: Sequence[Run]) -> dict[str, bytes]:
-    """table1.md, table1.json and curves.png."""
-    return {
-        "table1.md": render_markdown(report).encode(),
-        "table1.json": plain_json(report.as_dict()),
-        "curves.png": draw_curves(runs, report),
-    }
+def table_files(report: Report, study: Runs, page: bool = False) -> dict[str, bytes]:
+    """table1.md, table1.json and curves.png, with `page` index.html too."""
+    curves = figures.draw_curves(study, report)
+    files = {"table1.md": render.render_markdown(report).encode(), "table1.json": as_json(report), "curves.png": curves}
+    if page:
+        narrow = figures.draw_curves(study, report, narrow=True)
+        files["index.html"] = render.render_page(report, curves, narrow).encode()
+    return files
 
 
 def ablation_files(ablation: Ablation) -> dict[str, bytes]:
     """ablation.md, ablation.json and ablation.png."""
     return {
-        "ablation.md": render_ablation(ablation).encode(),
-        "ablation.json": plain_json(ablation.as_dict()),
-        "ablation.png": pictures.draw_ablation(ablation),
+        "ablation.md": render.render_ablation(ablation).encode(),
+        "ablation.json": as_json(ablation),
+        "ablation.png": figures.draw_ablation(ablation),
     }
 
 
-def plain_json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, allow_nan=False, default=str) + "\n").encode()
+def as_json(made: Report | Ablation) -> bytes:
+    """All that a report shows, as plain JSON."""
+
+    def plain(thing: Any) -> Any:
+        if isinstance(thing, pd.DataFrame):
+            return thing.to_dict("records")
+        return asdict(thing) if is_dataclass(thing) and not isinstance(thing, type) else str(thing)
+
+    content = {"schema": 1, "heading": made.heading, **vars(made)}
+    return (json.dumps(content, indent=2, allow_nan=False, default=plain) + "\n").encode()
 
 
 def study_files(
@@ -98,21 +99,21 @@ def study_files(
             files[name] = ablation_files(study.made)
             continue
         files[name] = table_files(study.made, study.runs)
-        if study.pooled:
-            files[name]["paired.md"] = render_pooled(study.pooled, spec, study.made.scale_label).encode()
+        if study.pooled is not None and not study.pooled.empty:
+            files[name]["paired.md"] = render.render_pooled(study.pooled, spec, study.made.scale_label).encode()
     runs = {name: study.runs for name, study in studies.items()}
     titles = {name: study.title for name, study in spec.studies.items()}
     together: dict[str, bytes] = {}
-    if clamping := pictures.draw_clamping(runs, titles):
+    if clamping := figures.draw_clamping(runs, titles):
         together["clamping.png"] = clamping
-    if clamped_runs(runs) or clamping:
-        together["clamping.md"] = render_clamping(runs, "clamping.png" if clamping else None).encode()
+    if clamping or not clamp_removals(runs).empty:
+        together["clamping.md"] = render.render_clamping(runs, "clamping.png" if clamping else None).encode()
     if benchmark:
-        together["cost.md"] = render_cost(benchmark, spec).encode()
-        together["imagenet.md"] = render_imagenet(benchmark, _trained(studies, spec), spec).encode()
+        together["cost.md"] = render.render_cost(benchmark, spec).encode()
+        together["imagenet.md"] = render.render_imagenet(benchmark, _trained(studies, spec), spec).encode()
     panels = _panels(studies, benchmark, spec)
     if panels:
-        together["overview.png"] = pictures.draw_overview(panels)
+        together["overview.png"] = figures.draw_overview(panels)
     found = {name: (study.made, study.runs, study.pooled) for name, study in studies.items()}
     picture = "overview.png" if panels else None
     for file, brief in (("findings.md", False), ("summary.md", True)):
@@ -126,7 +127,7 @@ def _trained(studies: Mapping[str, Study], spec: ReportSpec) -> dict[str, tuple[
     found: dict[str, tuple[float, int]] = {}
     if told and told.side_by_side > 1:
         return found
-    for run in study.runs if study else ():
+    for run in study.runs.runs.itertuples() if study else ():
         if run.finished and lookup(run.config, "data.image_size") == 224:
             found[run.normalizer] = (run.results["images_per_second"], lookup(run.config, "recipe.batch_size"))
     return found
@@ -136,19 +137,21 @@ def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, s
     """Panels of the summary figure by title, as far as there are data."""
     panels: dict[str, Callable] = {}
     main, batches = next((studies[name] for name in MAIN if name in studies), None), studies.get(BATCHES)
-    if main and isinstance(main.made, Report) and any(row.n for row in main.made.rows):
-        panels[f"{main.made.scale_short}: a point a seed"] = lambda axis: pictures.accuracy_panel(
-            axis, main.made, main.runs
+    if main and isinstance(main.made, Report) and main.made.rows["seeds"].map(len).any():
+        panels[f"{main.made.scale_short}: a point a seed"] = lambda axis: figures.accuracy_panel(
+            axis, main.made, main.runs.runs
         )
-        if clamped := [run for run in main.runs if run.clamping and run.clamping["epoch"].size]:
-            panels["activations beyond the clamp, a line a seed"] = lambda axis: pictures.fraction_panel(axis, clamped)
+        if clamped := figures.clamp_panels({"main": main.runs}):
+            panels["activations beyond the clamp, a line a seed"] = lambda axis: figures.fraction_panel(
+                axis, clamped["main"]
+            )
     if batches and isinstance(batches.made, Ablation):
 
         def draw(axis):
-            pictures.ablation_panel(axis, batches.made, "last_top1")
+            figures.ablation_panel(axis, batches.made, "last_top1")
             axis.legend(frameon=False, fontsize=9)
 
         panels[f"{batches.made.name}, rates by the horizon rule"] = draw
     if studies and benchmark and len(rows := benchmarks.headline(benchmarks.steps(benchmark))):
-        panels["cost of a training step"] = lambda axis: pictures.cost_panel(axis, rows, spec)
+        panels["cost of a training step"] = lambda axis: figures.cost_panel(axis, rows, spec)
     return panels

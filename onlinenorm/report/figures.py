@@ -1,0 +1,409 @@
+"""All drawing: curves in the layout of the published Figure 3, swept keys, clamps over training, and the summary."""
+
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from onlinenorm.report import words
+from onlinenorm.report.ablation import CLAMP_KEY, Ablation, number, swept, value_of
+from onlinenorm.report.runs import Runs, milestones
+from onlinenorm.report.settings import ReportSpec
+from onlinenorm.report.tables import Report
+
+STYLE = {
+    "font.size": 11,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+}
+_FACTOR = {"loss": 1.0, "top1": 100.0}
+_AXIS = {"loss": "loss (nats)", "top1": "top-1 accuracy (%)"}
+_NESTED = 3  # rows whose curves are drawn in different widths
+_CROWDED = 4  # more normalizers than this get train and val in panels of their own
+_DECADE = 0.25  # zeros on a logarithmic axis are drawn this many decades above its lower end
+COLUMNS = 4  # of studies side by side in one figure
+
+
+def draw_curves(study: Runs, report: Report, narrow: bool = False) -> bytes:
+    """PNG of loss and accuracy: train dashed, val solid, a colour a normalizer; thin seeds and bold mean for n > 1.
+
+    Many normalizers have a band from the lowest to the highest seed in place of thin lines. Runs of ten epochs or more
+    are shown again from the first drop of the learning rate on, where they differ least. Two columns of panels, or
+    with `narrow` one column for small screens.
+    """
+    runs, epochs = study.runs, study.epochs[study.epochs["recorded"]]
+    begun = runs[runs["epochs"] > 0]
+    shown = list(report.rows[report.rows["normalizer"].isin(begun["normalizer"])].itertuples())
+    crowded = len(shown) > _CROWDED
+    splits = [(("train",), 0), (("val",), 0)] if crowded else [(("train", "val"), 0)]
+    done = max(runs["epochs"], default=0)
+    if done >= 10 and (drops := [m for m in report.milestones if m < done - 1]):
+        splits.append((("val",), drops[0]))
+    panels = [(split, start, kind) for split, start in splits for kind in ("loss", "top1")]
+    across, legend_columns = (1, 1) if narrow else (2, 3)
+    entries = _legend(shown, report.milestones, legend_columns)
+    size = (12 / (2 if narrow else 1), 4.2 * len(panels) / across + 0.9 + 0.23 * len(entries) / legend_columns)
+    last = max((run.planned or run.epochs for run in runs.itertuples()), default=1)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(len(panels) // across, across, figsize=size, squeeze=False, layout="constrained")
+        for axis, (split, start, kind) in zip(axes.flat, panels, strict=True):
+            for place, row in enumerate(shown):
+                mine = begun[begun["normalizer"] == row.normalizer]
+                for part in split:
+                    curves = _curves(mine, epochs, f"{part}_{kind}")
+                    _draw_row(axis, mine, curves, _FACTOR[kind], row.colour, part == "train", place, crowded)
+            late = epochs[epochs["epoch"] > start]
+            pool = np.concatenate([_FACTOR[kind] * late[f"{part}_{kind}"].to_numpy() for part in split])
+            _dress(axis, pool, last, split, kind, report.milestones, start)
+        label = "\n(".join(report.scale_label.rsplit(" (", 1))
+        label = textwrap.fill(report.scale_label, 52) if narrow else label
+        figure.suptitle(f"{report.title}: training curves\n{label}", fontsize=11 if narrow else 13, fontweight="bold")
+        figure.legend(handles=entries, loc="outside lower center", ncols=legend_columns, frameon=False)
+        return _png(figure, dpi=130)
+
+
+def _curves(runs: pd.DataFrame, epochs: pd.DataFrame, column: str) -> dict[str, pd.Series]:
+    """Of each run, by folder, the column by epoch."""
+    mine = epochs[epochs["folder"].isin(runs["folder"])]
+    return {folder: of.set_index("epoch")[column] for folder, of in mine.groupby("folder", sort=False)}
+
+
+def over_runs(curves: Sequence[pd.Series], how: Callable[..., np.ndarray]) -> pd.Series:
+    """np.mean, np.min or np.max over curves at the epochs that all share."""
+    shared = pd.concat(curves, axis=1, join="inner")
+    return pd.Series(how(list(shared.to_numpy().T), axis=0), index=shared.index)
+
+
+def _draw_row(
+    axis: Axes, runs: pd.DataFrame, curves: Mapping[str, pd.Series], factor: float, colour: str, dashed: bool,
+    place: int, crowded: bool,
+) -> None:  # fmt: skip
+    """All seeds of a normalizer; later rows are drawn wider and underneath, so that equal curves stay visible."""
+    finished = [curves[folder] for folder in runs[runs["finished"]]["folder"]]
+    several = len(finished) > 1
+    look = {"color": colour, "linestyle": (0, (4, 2)) if dashed else "-", "markersize": 5}
+    look["markerfacecolor"] = "white" if dashed else colour
+    bold = look | {"linewidth": 1.6 + 0.7 * (place if place < _NESTED else 0), "zorder": 4 - 0.1 * place}
+    thin = look | {"linewidth": 0.8, "alpha": 0.45, "zorder": 2}
+    band = crowded and several
+    for run in runs.itertuples():
+        if band and run.finished:
+            continue
+        curve, light = factor * curves[run.folder], several or not run.finished
+        few = len(curve) == 1 or (len(curve) <= 5 and not light)
+        axis.plot(curve, marker="o" if few else None, **(thin if light else bold))
+    if several:
+        mean = factor * over_runs(finished, np.mean)
+        if band:
+            low, high = (factor * over_runs(finished, how) for how in (np.min, np.max))
+            axis.fill_between(mean.index, low, high, color=colour, alpha=0.15, linewidth=0, zorder=2)
+        axis.plot(mean, marker="o" if len(mean) <= 5 else None, **bold)
+
+
+def _dress(
+    axis: Axes, pool: np.ndarray, last: int, splits: tuple[str, ...], kind: str, milestones: Sequence[int], start: int
+) -> None:
+    """Ranges, ticks and names of a panel that shows the epochs after `start`; `pool` has all values drawn."""
+    low, high = _limits(pool[np.isfinite(pool)], kind)
+    axis.set_ylim(low, high)
+    margin = max(0.25, 0.02 * last)
+    axis.set_xlim(start if start else 1 - margin if last < 20 else 0, last + margin)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    axis.set_xlabel("epoch")
+    name = " and ".join({"train": "train", "val": "validation"}[split] for split in splits)
+    axis.set_ylabel(_AXIS[kind])
+    after = f", from epoch {start + 1} on" if start else ""
+    axis.set_title(f"{name} {'loss' if kind == 'loss' else 'accuracy'}{after}", fontsize=12)
+    for milestone in (m for m in milestones if m < last):
+        axis.axvline(milestone, color="#a8a8a8", linewidth=0.9, linestyle=":", zorder=1)
+
+
+def _limits(values: np.ndarray, kind: str) -> tuple[float, float]:
+    """Axis range with room around the curves; a loss that blew up leaves the picture rather than flatten the others."""
+    if not values.size:
+        return (0.0, 1.0) if kind == "loss" else (0.0, 100.0)
+    low, high = float(values.min()), float(values.max())
+    if kind == "loss":
+        high = min(high, 10 * float(np.median(values)))
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    return max(0.0, low - room), high + room if kind == "loss" else min(101.0, high + room)
+
+
+def _legend(rows: Sequence[Any], milestones: Sequence[int], columns: int) -> list[Line2D]:
+    """Handles for colours, then for line styles, ordered so that a legend filled by columns reads line by line."""
+    colours = []
+    for row in rows:
+        seeds = len(row.seeds)
+        n = f"n = {seeds}" if seeds > 1 else "" if seeds else row.unfinished[0].split(" ", 2)[-1]
+        n = "; ".join(filter(None, [n, row.tally.mark if seeds else ""]))
+        n = f" ({n})" if n else ""
+        colours.append(Line2D([], [], color=row.colour, linewidth=3, label=row.label + n))
+    styles = [("train", {"linestyle": (0, (4, 2)), "linewidth": 1.8}), ("validation", {"linewidth": 1.8})]
+    if any(len(row.seeds) > 1 for row in rows):
+        one = "lowest to highest seed (mean: bold)" if len(rows) > _CROWDED else "one seed (mean: bold)"
+        styles.append(
+            (one, {"linewidth": 6 if len(rows) > _CROWDED else 0.8, "alpha": 0.2 if len(rows) > _CROWDED else 0.6})
+        )
+    if milestones:
+        styles.append(("learning rate drops", {"linestyle": ":", "linewidth": 1.2}))
+    lines = [colours, [Line2D([], [], color="#444444", label=label, **style) for label, style in styles]]
+    blank = Line2D([], [], linestyle="none", label=" ")
+    padded = [handle for line in lines for handle in line + [blank] * (-len(line) % columns)]
+    return [padded[i] for column in range(columns) for i in range(column, len(padded), columns)]
+
+
+def draw_ablation(ablation: Ablation) -> bytes:
+    """PNG: last accuracy and loss against the swept value: a point a seed, lines through means, diverged runs."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+        for axis, metric in zip(axes, ("last_top1", "last_loss"), strict=True):
+            ablation_panel(axis, ablation, metric)
+        figure.suptitle("\n(".join(ablation.heading.rsplit(" (", 1)), fontsize=12, fontweight="bold")
+        handles, labels = _unique(axes)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        return _png(figure)
+
+
+def ablation_panel(axis: Axes, ablation: Ablation, metric: str) -> None:
+    """One metric against the swept value."""
+    places, label = positions(ablation.values, ablation.key)
+    factor = 100 if words.is_accuracy(metric) else 1
+    series = dict(list(ablation.points.groupby("series", sort=False)))
+    colours = [points["colour"].iloc[0] for points in series.values()]
+    axis.set_ylim(*_ablation_limits(ablation, metric))
+    for place, (name, of_series) in enumerate(series.items()):
+        points = sorted(of_series.itertuples(), key=lambda p: places[p.value])
+        look = {"color": points[0].colour, "zorder": 3 + place}
+        reached = [p for p in points if p.seeds]
+        means = [factor * p.summaries[metric].mean for p in reached]
+        # series of one normalizer share its colour
+        style = {"linestyle": ("-", "--", "-.", ":")[colours[:place].count(points[0].colour) % 4]}
+        axis.plot([places[p.value] for p in reached], means, marker="o", label=name, linewidth=1.8, **style, **look)
+        for p in reached:
+            values = [factor * value for value in p.figures[metric]]
+            axis.plot([places[p.value]] * len(values), values, ".", markersize=5, alpha=0.5, **look)
+        for p in points:
+            if p.tally.diverged:
+                x = places[p.value] + 0.06 * (place - (len(series) - 1) / 2) * _step(places)
+                where = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+                end = 0.05 if words.is_accuracy(metric) else 0.95
+                axis.plot([x], [end], "x", markersize=9, markeredgewidth=2.2, color=p.colour, **where, label="diverged")
+    axis.set_xticks(list(places.values()), list(places))
+    axis.set_xlabel(f"{ablation.name}{label}")
+    axis.set_ylabel(f"{words.METRIC_NAMES[metric]} ({'%' if factor == 100 else 'nats'})")
+    if ablation.published in places:
+        axis.axvline(
+            places[ablation.published], color="#a8a8a8", linewidth=1.2, linestyle=":", zorder=1, label="published"
+        )
+
+
+def positions(values: Sequence[str], key: str) -> tuple[dict[str, float], str]:
+    """Where values stand on the axis, and words about its scale; what is no number stands to the right of the numbers.
+
+    Decay factors stand by 1 / (1 - alpha), the number of samples they remember; positive numbers that span a factor of
+    four or more stand by their logarithm.
+    """
+    numbers = {value: found for value in values if (found := number(value)) is not None}
+    size, scale = dict(numbers), ""
+    if numbers and "alpha" in key and all(0 <= v < 1 for v in numbers.values()):
+        size, scale = {k: -np.log10(1 - v) for k, v in numbers.items()}, ", by 1/(1 − value) on a log scale"
+    elif numbers and min(numbers.values()) > 0 and max(numbers.values()) >= 4 * min(numbers.values()):
+        size, scale = {k: np.log10(v) for k, v in numbers.items()}, ", log scale"
+    step = _step(size)
+    right = max(size.values(), default=0.0)
+    others = [value for value in values if value not in numbers]
+    return {
+        **{k: float(v) for k, v in size.items()},
+        **{w: float(right + step * (i + 1)) for i, w in enumerate(others)},
+    }, scale
+
+
+def _step(places: Mapping[str, float]) -> float:
+    ordered = sorted(places.values())
+    return float(np.mean(np.diff(ordered))) if len(ordered) > 1 else 1.0
+
+
+def _ablation_limits(ablation: Ablation, metric: str) -> tuple[float, float]:
+    """Axis range around all points, with a strip for the crosses of diverged runs.
+
+    A loss beyond four times the median is left out, rather than flatten the others.
+    """
+    factor = 100 if words.is_accuracy(metric) else 1
+    values = [factor * value for figures in ablation.points["figures"] for value in figures[metric]]
+    if not values:
+        return 0.0, 1.0
+    low, high = min(values), max(values)
+    if not words.is_accuracy(metric):
+        high = min(high, 4 * float(np.median(values)))
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    strip = 2 * room if any(tally.diverged for tally in ablation.points["tally"]) else 0.0
+    return (low - room - strip, high + room) if words.is_accuracy(metric) else (low - room, high + room + strip)
+
+
+def clamp_panels(studies: Mapping[str, Runs]) -> dict[str, Runs]:
+    """Studies whose clamps are drawn, runs with clamps alone: those over normalizers, and one of the clamp value."""
+    shown = {}
+    for name, study in studies.items():
+        clamped = set(study.epochs.dropna(subset="clamped_fraction")["folder"])
+        keys = {key for run in study.runs["name"] for key in swept(run)}
+        if clamped and (not keys or keys == {CLAMP_KEY}):
+            shown[name] = study.of(study.runs["folder"].isin(clamped))
+    return shown
+
+
+def draw_clamping(studies: Mapping[str, Runs], titles: Mapping[str, str]) -> bytes | None:
+    """PNG: clamped fraction above largest activation against epoch, a study a pair, a line a run; None without data."""
+    shown = clamp_panels(studies)
+    if not shown:
+        return None
+    columns = min(len(shown), COLUMNS)
+    bands = -(-len(shown) // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            2 * bands, columns, figsize=(max(7.0, 5.2 * columns), 8.2 * bands), squeeze=False, layout="constrained"
+        )
+        for axis in axes[-2:, len(shown) - columns * (bands - 1) :].flat:
+            axis.set_visible(False)
+        for i, (name, study) in enumerate(shown.items()):
+            band, column = divmod(i, columns)
+            fraction_panel(axes[2 * band, column], study)
+            largest_panel(axes[2 * band + 1, column], study)
+            axes[2 * band, column].set_title(titles.get(name, name), fontsize=11)
+        figure.suptitle(
+            "Activation clamps over training (dotted: the learning rate drops)", fontsize=13, fontweight="bold"
+        )
+        return _png(figure)
+
+
+def _coloured(study: Runs) -> list[tuple[pd.DataFrame, str, Any]]:
+    """(epochs, clamp value, colour) of each run, a colour a clamp value."""
+    clamped = study.epochs.dropna(subset="clamped_fraction")
+    found = [(clamped[clamped["folder"] == run.folder], value_of(run, CLAMP_KEY)) for run in study.runs.itertuples()]
+    values = sorted({value for _, value in found}, key=lambda v: number(v) or 0.0)
+    colours = ["#0072B2"] if len(values) == 1 else plt.get_cmap("plasma")(np.linspace(0, 0.85, len(values)))
+    return [(run, v, colours[values.index(v)]) for run, v in sorted(found, key=lambda pair: values.index(pair[1]))]
+
+
+def fraction_panel(axis: Axes, study: Runs) -> None:
+    """Clamped fraction against epoch on a logarithmic axis, zeros at its foot."""
+    everything = study.epochs["clamped_fraction"].dropna()
+    positive = everything[everything > 0]
+    floor = 10 ** np.floor(np.log10(positive.min()) - 0.5) if positive.size else 1e-9
+    foot = floor * 10 ** (-1 + _DECADE)
+    labelled = set()
+    for epochs, value, colour in _coloured(study):
+        curve = epochs.set_index("epoch")["clamped_fraction"]
+        label = None if value in labelled else f"clamp value {value}"
+        labelled.add(value)
+        drawn = curve.mask(curve == 0, foot)
+        axis.plot(drawn, color=colour, linewidth=1.3, alpha=0.85, label=label, zorder=3)
+        axis.plot(drawn[curve == 0], "o", color=colour, markersize=4, zorder=4)
+    axis.set_yscale("log")
+    top = positive.max() * 3 if positive.size else 1.0
+    if (everything == 0).any():
+        axis.set_ylim(floor / 10, top)
+        ticks = [t for t in 10.0 ** np.arange(np.log10(floor), 1) if t <= top]
+        axis.set_yticks([foot, *ticks], ["0", *(f"$10^{{{round(np.log10(t))}}}$" for t in ticks)])
+        axis.axhline(floor, color="#c8c8c8", linewidth=0.9, zorder=1)
+    axis.minorticks_off()
+    axis.set_ylabel("clamped fraction of activations")
+    _epochs(axis, study.runs)
+    if labelled:
+        axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+
+
+def largest_panel(axis: Axes, study: Runs) -> None:
+    """Largest activation before the clamp against epoch, with the clamp values."""
+    for epochs, value, colour in _coloured(study):
+        axis.plot(epochs.set_index("epoch")["max_abs_activation"], color=colour, linewidth=1.3, alpha=0.85)
+        axis.axhline(float(value), color=colour, linewidth=1.0, linestyle="--", alpha=0.7)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.minorticks_off()
+    axis.set_ylabel("largest |activation| (dashed: clamp value)")
+    _epochs(axis, study.runs)
+
+
+def _epochs(axis: Axes, runs: pd.DataFrame) -> None:
+    axis.set_xlabel("epoch")
+    last = max(planned or 1 for planned in runs["planned"])
+    axis.set_xlim(0, last + 0.4)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
+    for milestone in {m for run in runs.itertuples() for m in milestones(run) if m < last}:
+        axis.axvline(milestone, color="#a8a8a8", linewidth=0.9, linestyle=":", zorder=1)
+
+
+def accuracy_panel(axis: Axes, report: Report, runs: pd.DataFrame) -> None:
+    """Best validation accuracy by normalizer: a point a seed, a bar at the mean."""
+    rows = [row for row in report.rows.itertuples() if row.tally.runs]
+    for place, row in enumerate(reversed(rows)):
+        values = 100 * runs[runs["finished"] & (runs["normalizer"] == row.normalizer)]["best_top1"]
+        axis.plot(values, [place] * len(values), "o", color=row.colour, alpha=0.6, markersize=6, zorder=3)
+        if len(values):
+            axis.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=row.colour, linewidth=2.5, zorder=4)
+    labels = []
+    for row in reversed(rows):
+        name = f"{row.label} (n = {len(row.seeds)})".replace(" (", "\n(", 1)
+        labels.append("\n".join(filter(None, [name, *row.tally.mark.split(", ")])))
+    axis.set_yticks(range(len(rows)), labels)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.set_xlabel("best val accuracy (%)")
+
+
+def cost_panel(axis: Axes, rows: pd.DataFrame, spec: ReportSpec) -> None:
+    """Milliseconds a step by normalizer in one setting."""
+    rows = rows[::-1]
+    shown = [spec.row(name) for name in rows["normalizer"]]
+    bars = axis.barh(range(len(rows)), rows["milliseconds"], color=[row.colour for row in shown], height=0.6)
+    axis.bar_label(bars, fmt="%.2f", padding=3)
+    axis.set_yticks(range(len(rows)), [row.label.replace(" (", "\n(") for row in shown])
+    axis.margins(x=0.15)
+    axis.set_xlabel(f"ms a step, ResNet-50, 224 px\n{words.describe(next(rows.itertuples()))}", fontsize=9)
+
+
+def draw_overview(panels: Mapping[str, Callable[[Axes], Any]]) -> bytes:
+    """PNG of up to four panels by title, two in a row."""
+    lines = (len(panels) + 1) // 2
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            lines, min(2, len(panels)), figsize=(13, 4.6 * lines), squeeze=False, layout="constrained"
+        )
+        for axis, (title, draw) in zip(axes.flat, panels.items(), strict=False):
+            draw(axis)
+            axis.set_title(title, fontsize=12)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        return _png(figure)
+
+
+def _unique(axes: Sequence[Axes]) -> tuple[list, list[str]]:
+    seen: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            seen.setdefault(label, handle)
+    return list(seen.values()), list(seen)
+
+
+def _png(figure: Figure, dpi: int = 120) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
