@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import yaml
 
@@ -185,14 +185,15 @@ def lookup(tree: dict[str, Any], dotted: str, default: Any = None) -> Any:
 def check_results(results: dict[str, Any]) -> None:
     """Raises ValueError for a figure of results.json of another type, or out of its range."""
 
-    def fail(key: str, problem: str) -> None:
+    def fail(key: str, problem: str) -> NoReturn:
         raise ValueError(f"{key} {problem}")
 
     def number(key: str, low: float, high: float, kind: type | tuple = (int, float)) -> None:
         value = lookup(results, key)
+        of_kind = isinstance(value, kind) and not isinstance(value, bool)
         if value is None:
             fail(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, kind) or not -math.inf < value < math.inf:
+        if not of_kind or not -math.inf < value < math.inf:
             fail(key, f"is {value!r}, not a finite {'whole ' if kind is int else ''}number")
         if not low <= value <= min(high, _LARGEST):  # an int of 400 digits is finite, and no float
             fail(

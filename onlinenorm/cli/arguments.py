@@ -40,7 +40,9 @@ def parse(words: Iterable[str]) -> Arguments:
     for word in rest:
         name, equals, value = word.partition("=")
         if name in _WITH_VALUE:
-            if not equals and (value := next(rest, None)) is None:
+            if not equals:
+                value = next(rest, "")
+            if not value:
                 raise ConfigError(f"{name}: needs a value")
             flags += [name, value]
             config_dir = value if name in ("--config-dir", "-cd") else config_dir

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
             raise _several_values(override, options)
         if key in GROUPS and not override.is_delete() and override.value() not in options[key]:
             raise unknown_option(key, override.value(), options[key])
-    groups = [override.input_line for override in parsed if override.key_or_group in GROUPS]
+    groups = [override.input_line or "" for override in parsed if override.key_or_group in GROUPS]
     keys = [override.key_or_group for override in parsed if not override.is_hydra_override()]
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -87,10 +88,10 @@ def parse_override(text: str) -> Override:
         ) from None
 
 
-def to_plain(config: DictConfig, choices: DictConfig, overrides: list[str]) -> dict[str, Any]:
+def to_plain(config: DictConfig, choices: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A composed configuration as plain values, with `choices`; `overrides` are those that it was composed with."""
-    keys = [key for key in config if key != "hydra" and not (key in GROUPS and config[key] is None)]
-    values = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True, throw_on_missing=True)
+    keys = [str(key) for key in config if key != "hydra" and not (key in GROUPS and config[key] is None)]
+    values: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True, throw_on_missing=True)
     names = {group: choices.get(group) for group in GROUPS} | {"experiment": choices.get("experiment") or "default"}
     experiment = limited_experiment(names, overrides)
     if not values["run_dir"] and experiment != names["experiment"]:
@@ -140,7 +141,7 @@ def _check_code(written: DictConfig, config: DictConfig, values: dict[str, Any])
                 f"{key}: {target!r} is refused: code is named in files alone, as it stands; write "
                 f"configs/{group}/NAME.yaml, or {group}/NAME.yaml in the folder of --config-dir, and use {group}=NAME"
             )
-    hydras = OmegaConf.to_container(config.hydra, resolve=False)
+    hydras: Any = OmegaConf.to_container(config.hydra, resolve=False)
     launcher = [target for _, target in targets(hydras["launcher"])]
     for key, value in _hydras_code().items():
         if hydras.get(key) != value and not (key == "launcher" and launcher in LAUNCHERS):
@@ -156,7 +157,7 @@ def _hydras_code() -> dict[str, Any]:
 
 
 def _several_values(override: Override, options: dict[str, list[str]]) -> ConfigError:
-    key, value = override.key_or_group, override.input_line.partition("=")[2]
+    key, value = override.key_or_group, (override.input_line or "").partition("=")[2]
     if key == "logger":
         return ConfigError(f"logger: {value!r}: a run has one logger, one of {', '.join(options[key])}")
     if key not in GROUPS and _is_list(key):
@@ -176,7 +177,7 @@ def _values(override: Override, config_dir: str | None) -> list[str]:
     """The overrides, one value each, that one of a sweep stands for."""
     key, value = override.key_or_group, override.value()
     if not override.is_sweep_override():
-        return [override.input_line]
+        return [override.input_line or ""]
     if isinstance(value, Glob):
         if key not in GROUPS:
             raise ConfigError(
@@ -191,7 +192,7 @@ def _values(override: Override, config_dir: str | None) -> list[str]:
         found = list(itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
     if not found or len(found) > MOST_VALUES:
         count = "no value" if not found else f"more than {MOST_VALUES:,} values"
-        raise ConfigError(f"{key}: {override.input_line.partition('=')[2]} gives {count}")
+        raise ConfigError(f"{key}: {(override.input_line or '').partition('=')[2]} gives {count}")
     return [f"{override.get_key_element()}={each}" for each in found]
 
 

@@ -44,7 +44,8 @@ def about(file: Path) -> str:
 
 def settings(file: Path) -> dict[str, Setting]:
     """Dotted key -> `Setting` of a configuration file and those it inherits, but for Hydra's and what names code."""
-    found, path = {}, []
+    found: dict[str, Setting] = {}
+    path: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if path == ["defaults"] and (base := _INHERITED.fullmatch(line)):
             found |= _inherited(file, base["file"])
@@ -78,7 +79,8 @@ def key_names() -> list[str]:
 
 def defaults(experiment: str | None = None) -> tuple[dict[str, str], dict[str, str]]:
     """(group -> choice, key -> value) of train.yaml, changed by an experiment."""
-    choices, values = {}, {}
+    choices: dict[str, str] = {}
+    values: dict[str, str] = {}
     file = CONFIGS / "experiment" / f"{experiment}.yaml" if experiment else CONFIGS / "train.yaml"
     for entry, choice in re.findall(r"^  - (?:override /)?(\w+)(?:: (\w+))?", file.read_text("utf-8"), re.MULTILINE):
         if choice:

@@ -6,6 +6,7 @@ Arrow would give the same through a library in every worker; a tar needs Python'
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import posixpath
@@ -110,9 +111,13 @@ def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveInd
                 f"{archive} is missing; download it from https://image-net.org, or link it there", key="root"
             )
         key = _key([archive, devkit_path])
-        arrays = cached_arrays(folder, name, key, lambda a=archive, m=members: _arrays(m(), [a]))
+        arrays = cached_arrays(folder, name, key, functools.partial(_build, members, archive))
         found.append(ArchiveIndex([archive], **arrays))
     return found[0], found[1]
+
+
+def _build(members: Callable[[], Iterable[Member]], archive: Path) -> Arrays:
+    return _arrays(members(), [archive])
 
 
 def _scan(archive: Path, place: int) -> Iterator[Member]:
@@ -187,7 +192,7 @@ def _scan_nested(archive: Path, devkit: Devkit, progress: Progress) -> Iterator[
 
 
 @contextlib.contextmanager
-def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") -> Iterator[Iterable[tarfile.TarInfo]]:
+def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") -> Iterator[tarfile.TarFile]:
     """The members of a tar, or of a tar within one; damage is told as DataError with the archive's name."""
     name = f"{archive}: its member {member}" if member else str(archive)
     try:
@@ -234,8 +239,8 @@ def _label_val(members: Iterator[Member], devkit: Devkit, archive: Path) -> Iter
             f"{archive}: holds {len(found)} images and the devkit labels {len(devkit.val_classes)}; "
             "they do not belong together, or the archive is cut short"
         )
-    for (name, *rest), wnid in zip(found, devkit.val_classes, strict=True):
-        yield f"{wnid}/{Path(name).name}", *rest
+    for (name, place, start, size), wnid in zip(found, devkit.val_classes, strict=True):
+        yield f"{wnid}/{Path(name).name}", place, start, size
 
 
 def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
@@ -255,7 +260,8 @@ def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
     common = posixpath.commonpath(folders) if folders else ""
     if common and len(folders) > 1 and common not in folders:
         last = {
-            path.removeprefix(f"{common}/"): (path.removeprefix(f"{common}/"), *rest) for path, *rest in last.values()
+            (short := path.removeprefix(f"{common}/")): (short, place, start, size)
+            for path, place, start, size in last.values()
         }
     found = sorted(last.values(), key=order)
     loose = [path for path, *_ in found if "/" not in path]

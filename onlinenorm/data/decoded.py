@@ -5,10 +5,10 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -105,7 +105,7 @@ def decode_images(dataset: FolderDataset, workers: int, device: torch.device, al
     pixels_B = allocate(_bytes(header_sizes(dataset, np.arange(count))))
     requests = [[(0, i) for i in range(first, min(first + _TOGETHER, count))] for first in range(0, count, _TOGETHER)]
     if isinstance(dataset, NvjpegDataset):
-        pieces = _nvjpeg_pieces(dataset, device)
+        pieces: Iterable[Any] = _nvjpeg_pieces(dataset, device)
     else:
         pieces = worker_loader(_WholeImages(dataset), requests, workers)
     sizes, of_torch, at, told = [], [], 0, time.monotonic()
@@ -254,7 +254,7 @@ def _split(dataset: FolderDataset) -> str:
     return "train" if dataset.training else "val"  # archives of both lie in one folder
 
 
-def _mapped(file: Path, mode: str, size: int) -> torch.Tensor:
+def _mapped(file: Path, mode: Any, size: int) -> torch.Tensor:
     if mode == "w+":
         with open(file, "wb") as stream:
             stream.truncate(max(size, 1))

@@ -57,8 +57,9 @@ def _content(path: Path, name: str) -> bytes:
             return (path / name).read_bytes()
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
-                if member.isfile() and f"/{member.name}".endswith(f"/{name}"):
-                    return tar.extractfile(member).read()
+                wanted = member.isfile() and f"/{member.name}".endswith(f"/{name}")
+                if wanted and (file := tar.extractfile(member)) is not None:
+                    return file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged or cut short ({error}); fetch it again") from error
     raise DataError(f"{path}: holds no {name}; is it the development kit {NAME}?")

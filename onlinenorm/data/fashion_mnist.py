@@ -76,7 +76,7 @@ class FashionMNIST(ImageDataModule):
 
     @property
     def scale(self) -> str:
-        return self.name
+        return "embedded" if self.embedded else "fashion_mnist"
 
     @property
     def licence(self) -> str:

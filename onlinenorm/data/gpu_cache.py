@@ -93,6 +93,7 @@ class GpuCacheLoader:
 
     def _augment(self, indices: np.ndarray, on_device: torch.Tensor, draws_NK: np.ndarray) -> torch.Tensor:
         dataset, images = self.dataset, self._images
+        assert images is not None  # loaded
         if isinstance(dataset, InMemoryDataset) and dataset.keeps_size:
             width, height = images.sizes_N2[0].tolist()
             images_NCHW = images.pixels_B.view(-1, self._channels, height, width)

@@ -53,8 +53,9 @@ class ImageNet(ImageDataModule):
     def build(self) -> tuple[FolderDataset, FolderDataset]:
         train, val = self._splits = open_splits(self.root)
         if scale_of(train.class_names, len(train), len(val)) == "folder":
-            name = Path(self.root).expanduser().resolve().name
+            name = Path(self.root or "").expanduser().resolve().name
             self.name = name if name and not name.lower().startswith("imagenet") else f"folder {name}".rstrip()
+        ours: FolderDataset
         size, padding, seed = self.image_size, self.crop_padding, self.seed
         if self.decoder in DEVICE_DECODERS:
             ours = NvjpegDataset(train, self.augmentation, size, padding, seed, True, self.device_fraction)
@@ -66,7 +67,7 @@ class ImageNet(ImageDataModule):
     def verified(self) -> dict[str, Any] | None:
         """When and how scripts/prepare_imagenet.py --verify found these files, or None."""
         assert self._sets  # opened
-        found = recorded(Path(self.root).expanduser(), self._splits)
+        found = recorded(Path(self.root or "").expanduser(), self._splits)
         return None if found is None else {key: found[key] for key in ("date", "decoded", "problems")}
 
     def describe(self) -> dict[str, Any]:
@@ -80,7 +81,9 @@ class ImageNet(ImageDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        return self._sets[0].index.class_names
+        train, _ = self._sets
+        assert isinstance(train, FolderDataset)
+        return train.index.class_names
 
     @property
     def scale(self) -> str:

@@ -109,13 +109,13 @@ class FolderIndex:
         """sha256 of paths and labels, without sizes."""
         digest = hashlib.sha256()
         for array in (self.names, self.offsets, self.labels):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def update_digest(self, digest: Any) -> None:
         """Feeds paths, sizes and labels (not the pixels: reading 150 GB at every start would take minutes)."""
         for array in (self.names, self.offsets, self.labels, self.sizes):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
 
 
 def list_classes(folder: Path) -> list[str]:
@@ -127,7 +127,8 @@ def load_index(folder: Path) -> FolderIndex:
     """The index of a split, from its cache file while that holds (`unchanged`)."""
     folder = Path(folder).resolve()
     classes = list_classes(folder)
-    key = hashlib.sha256(b"\0".join([_FORMAT.encode(), *map(os.fsencode, (folder, *classes))])).hexdigest()
+    names = [_FORMAT.encode(), os.fsencode(folder), *(os.fsencode(name) for name in classes)]
+    key = hashlib.sha256(b"\0".join(names)).hexdigest()
     arrays = cached_arrays(
         folder.parent, folder.name, key, lambda: build_index(folder, classes), lambda found: unchanged(folder, found)
     )
@@ -151,6 +152,7 @@ def unchanged(folder: Path, arrays: Arrays) -> bool:
         return all(ask(os.path.join(folder, path)) == int(value) for path, value in zip(paths, expected, strict=True))
 
     with ThreadPoolExecutor(_THREADS) as pool:
+        parts: list[tuple[str, np.ndarray, np.ndarray, Callable[[str], int]]]
         parts = [("folder_", i, arrays["times"][i], _modified) for i in np.array_split(folders, _THREADS)]
         order = np.array_split(np.arange(len(files)), _THREADS)
         parts += [("", files[i], sizes[i], _size) for i in order]

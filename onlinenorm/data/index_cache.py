@@ -50,4 +50,4 @@ def _load(file: Path, key: str) -> Arrays | None:
 def _store(file: Path, key: str, arrays: Arrays) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial, open(partial, "wb") as stream:
-        np.savez(stream, key=np.array(key), **arrays)
+        np.savez(stream, allow_pickle=False, key=np.array(key), **arrays)

@@ -216,9 +216,9 @@ class ImageDataModule(pl.LightningDataModule):
 
         A run may go on after a damaged file was replaced, so that sizes are kept one by one, names in a digest.
         """
-        if not all(isinstance(dataset, FolderDataset) for dataset in self._sets):
+        indexes = [dataset.index for dataset in self._sets if isinstance(dataset, FolderDataset)]
+        if len(indexes) < len(self._sets):
             return None
-        indexes = [dataset.index for dataset in self._sets]
         sizes = torch.from_numpy(np.concatenate([index.sizes for index in indexes]))
         return {"names": [index.names_digest for index in indexes], "sizes": sizes}
 
@@ -234,7 +234,7 @@ class ImageDataModule(pl.LightningDataModule):
         changed = (files["sizes"] != here["sizes"]).nonzero().flatten().tolist()
         if len(changed) > max(3, int(_REPLACED * len(here["sizes"]))):
             return None
-        train, val = (dataset.index for dataset in self._sets)
+        train, val = (dataset.index for dataset in self._sets if isinstance(dataset, FolderDataset))
         return [
             f"train/{train.relative_path(i)}" if i < len(train) else f"val/{val.relative_path(i - len(train))}"
             for i in changed
@@ -298,7 +298,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         """uint8 to normalised float32 of the network's size and channels, on the batch's device."""
-        if self.raw_training and self.trainer.training:
+        if self.raw_training and self.trainer is not None and self.trainer.training:
             return batch
         images, labels, indices, *colour = batch
         return self.network_input(images, *colour), labels, indices
@@ -342,7 +342,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _check_on_device(self) -> None:
         if not self._fits:
-            check_fits(self._sets, self._device(), self.name)
+            check_fits(self._sets, self._device(), str(self.name))
             self._fits = True  # asked once: what is loaded by then is no longer free
 
     def _device(self) -> torch.device:

@@ -8,6 +8,7 @@ CPU decoder would give the decoded pixels.
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ class NvjpegLoader:
 
     def __init__(self, loader: DataLoader, device: torch.device):
         self.loader, self.device = loader, device
-        self.dataset, self.batch_sampler = loader.dataset, loader.batch_sampler
+        self.dataset: Any = loader.dataset
+        self.batch_sampler = loader.batch_sampler
         self.num_workers = loader.num_workers
 
     def __len__(self) -> int:
@@ -60,7 +62,7 @@ def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.de
         kept = [k for k in range(len(on_device)) if k not in failed]
         if kept:
             places = torch.tensor([on_device[k] for k in kept])
-            crops_NCHW = crop_all([decoded[k] for k in kept], encoded.plans_N9[places], size)
+            crops_NCHW = crop_all([image for image in decoded if image is not None], encoded.plans_N9[places], size)
             images_NCHW[to_device(places, device)] = crops_NCHW
         for k in failed:  # damaged, or a kind of JPEG that this GPU does not know: the CPU decoder has the last word
             n = on_device[k]

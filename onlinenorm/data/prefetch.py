@@ -58,7 +58,7 @@ def _produce(
     stream = None if begun is None else torch.cuda.Stream(device)
     try:
         with torch.cuda.stream(stream):
-            if stream is not None:
+            if stream is not None and begun is not None:
                 stream.wait_event(begun)  # for what the batches are made of
             for batch in batches:
                 if stopped.is_set():

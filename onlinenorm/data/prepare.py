@@ -171,7 +171,8 @@ def _is_packed(index: FolderIndex, images: list[int], shard: Path) -> bool:
                 return False
             if index.newest(images) <= os.stat(shard).st_mtime_ns:
                 return True
-            return all(tar.extractfile(m).read() == index.read(i) for m, i in zip(members, images, strict=True))
+            files = (tar.extractfile(member) for member in members)
+            return all(file and file.read() == index.read(i) for file, i in zip(files, images, strict=True))
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{shard}: is damaged ({error}); remove it, and the same command writes it again") from error
 

@@ -6,7 +6,7 @@ beyond the border), mirror some. Every decoder follows the same plan, so boxes a
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -138,6 +138,7 @@ def plan_rows(plan: str, sizes_N2: np.ndarray, crop_size: int, padding: int, dra
     """`rows_of_plan` of `PLANS[plan]` for many images of `sizes_N2` (width, height) at once: int32, N x crops x 9."""
     sizes_N2 = sizes_N2.astype(np.int64)
     place_N2, mirrored_N1 = draws_NK[:, [_LEFT, _TOP]], draws_NK[:, [_FLIP]] < 0.5
+    crops: list[tuple[np.ndarray, Any]]  # places, and whether mirrored
     if plan == "random_resized_crop":
         boxes_N4 = _draw_boxes(sizes_N2, draws_NK)
         resized_N2 = np.full_like(sizes_N2, crop_size)

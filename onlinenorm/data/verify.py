@@ -142,7 +142,7 @@ def _undecodable(index: FolderIndex, chosen: np.ndarray, split: str, progress: P
             return f"{split}/{index.relative_path(i)} ({type(error).__name__}: {error})"
         return None
 
-    found = []
+    found: list[str] = []
     with named_warnings() as reading, ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
         for begin in range(0, len(chosen), _TOGETHER):
             found += filter(None, pool.map(problem, chosen[begin : begin + _TOGETHER].tolist()))

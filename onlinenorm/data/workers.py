@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -60,14 +61,14 @@ def share_of_cores(processes: int) -> int:
     return max(1, min(16, cores // processes))
 
 
-def _ready(batch: tuple) -> tuple:
+def _ready(batch: Any) -> Any:
     return batch  # datasets make whole batches; nothing is left to collate
 
 
 def start_worker(worker: int) -> None:
     """`worker_init_fn` of a WorkerLoader."""
     gc.freeze()  # a collection would write to, and so copy, every page of objects inherited from the main process
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_leave_unsent)
+    setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_leave_unsent))  # noqa: B010
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()

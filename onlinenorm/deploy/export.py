@@ -141,6 +141,7 @@ def _stage(trained: Trained, form: Form, work: Path, keep_clamp: bool, alone: bo
 
 def _check(row: Row, tolerance: float) -> None:
     agreement = row.agreement
+    assert agreement is not None  # compared
     if not agreement.within(tolerance):
         raise VerificationError(
             f"--to {row.form}: refused, because the export does not compute what the network does: logits differ by up "
@@ -151,7 +152,7 @@ def _check(row: Row, tolerance: float) -> None:
 
 def made_with() -> dict[str, str]:
     """Versions, commit and processor of this export."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for package in ("torchvision", "onnx", "onnxruntime", "safetensors"):
         try:
             found[package] = metadata.version(package)

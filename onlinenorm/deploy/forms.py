@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -120,7 +121,8 @@ def stock_state(network: nn.Module, stock: nn.Module) -> dict[str, Tensor]:
     state = {key: value.contiguous().clone() for key, value in network.state_dict().items()}
     for path, layer in network.named_modules():
         if isinstance(layer, _BatchNorm):
-            twin = stock.get_submodule(path)
+            twin: Any = stock.get_submodule(path)
+            assert layer.running_mean is not None and layer.running_var is not None
             if layer.weight is None:
                 state[f"{path}.weight"] = torch.ones_like(layer.running_mean)
                 state[f"{path}.bias"] = torch.zeros_like(layer.running_mean)
@@ -137,14 +139,14 @@ def fold(network: nn.Module) -> int:
     """
     merged = 0
     for parent in list(network.modules()):
-        children = list(parent.named_children())
+        children = dict(parent.named_children())
         pairs = [(f"conv{n}", f"bn{n}") for n in range(1, 4)]
         if isinstance(parent, nn.Sequential):
-            pairs += [(a, b) for (a, _), (b, _) in itertools.pairwise(children)]
-        children = dict(children)
+            pairs += itertools.pairwise(children)
         for conv, norm in pairs:
-            if isinstance(children.get(conv), nn.Conv2d) and isinstance(children.get(norm), _BatchNorm):
-                setattr(parent, conv, fuse_conv_bn_eval(children[conv], children[norm]))
+            before, after = children.get(conv), children.get(norm)
+            if isinstance(before, nn.Conv2d) and isinstance(after, _BatchNorm):
+                setattr(parent, conv, fuse_conv_bn_eval(before, after))
                 setattr(parent, norm, nn.Identity())
                 merged += 1
     left = [path for path, layer in network.named_modules() if isinstance(layer, _BatchNorm)]

@@ -37,6 +37,7 @@ def validation_batches(
             raise DeployError(f"the dataset has {data.num_classes} classes and the network {trained.num_classes}")
         total = data.val_images
         own = data.val_dataloader()
+        assert isinstance(own, DataLoader)  # load_trained keeps no set on a device
     except DataError as error:
         raise DeployError(f"{first_line(error)} (--data-root names another place)") from error
     count = min(limit or total, total)

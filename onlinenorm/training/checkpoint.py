@@ -245,6 +245,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        assert self._position is not None  # set by save()
         epoch, step = self._position
         del checkpoint["loops"]
         checkpoint["position"] = {"epoch": epoch, "step": step, "global_step": trainer.global_step}

@@ -35,7 +35,7 @@ class ClampMeter:
                 self._measure(layer, x)
             return forward(layer, x, *arguments, **options)
 
-        OnlineNorm.forward = measured  # type: ignore[method-assign]
+        OnlineNorm.forward = measured  # type: ignore[method-assign,assignment]
         return self
 
     def __exit__(self, *_: object) -> None:

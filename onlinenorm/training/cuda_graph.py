@@ -1,5 +1,6 @@
 """Forward and backward of a training step as CUDA graphs: two replays in place of hundreds of kernel launches."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -40,7 +41,7 @@ class GraphedStep:
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._parameters = tuple(trained.values())
         # Stand-ins that share memory: autograd ties a parameter it has met to the stream of the capture.
-        stand_ins = {name: nn.Parameter(p.detach()) for name, p in trained.items()}
+        stand_ins: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in trained.items()}
         self.images, self.labels = images.detach().clone(), labels.clone()
 
         def forward(x: Tensor) -> Tensor:
@@ -64,10 +65,10 @@ class GraphedStep:
                 del loss
             torch.cuda.current_stream(images.device).wait_stream(stream)
             # other threads go on: loaders pin memory and decode, NCCL watches its work
-            capture = {"stream": stream, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(self._forward, **capture):
+            capture = functools.partial(torch.cuda.graph, stream=stream, capture_error_mode="thread_local")
+            with capture(self._forward):
                 loss, figures = self.step(forward, self.images, self.labels)
-            with torch.cuda.graph(self._backward, pool=self._forward.pool(), **capture):
+            with capture(self._backward, pool=self._forward.pool()):
                 found = gradients(loss)
         self._outputs, self._gradients = (loss.detach(), figures), found
         with torch.no_grad():

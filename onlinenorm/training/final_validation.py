@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from onlinenorm.data import ImageDataModule
 from onlinenorm.files import write_atomically
 from onlinenorm.normalizers import remove_clamping
 from onlinenorm.training.accuracy import TOP1_RULE
@@ -31,7 +32,7 @@ def parameters_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def validate(trainer: pl.Trainer, module: ImageClassifier, data: pl.LightningDataModule) -> dict[str, Any]:
+def validate(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> dict[str, Any]:
     """Figures of the validation set ("val_loss", ...) and, by rising "index", each image's "label" and "prediction"."""
     module.collected = []
     # hooks on single layers count only where the network is not compiled as a whole
@@ -44,20 +45,20 @@ def validate(trainer: pl.Trainer, module: ImageClassifier, data: pl.LightningDat
         tables: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(tables, table_3N)
         table_3N = torch.cat(tables, dim=1)
-    table_3N = table_3N[:, table_3N[0].argsort()].numpy()
-    distinct = len(np.unique(table_3N[0]))
-    assert distinct == table_3N.shape[1] == data.val_images, "every validation image once"
+    rows_3N = table_3N[:, table_3N[0].argsort()].numpy()
+    distinct = len(np.unique(rows_3N[0]))
+    assert distinct == rows_3N.shape[1] == data.val_images, "every validation image once"
     loss, top1, top5, images = module.reduced(module.val_sums)
     module.assert_finite_validation(loss)
-    label, prediction = table_3N[1:]
+    label, prediction = rows_3N[1:]
     assert ((label == prediction) & (label >= 0)).sum() == top1, "accuracy and predictions follow one rule"
     images = max(images, 1.0)
     figures = {"val_loss": loss / images, "val_top1": top1 / images, "val_top5": top5 / images}
-    return figures | dict(zip(("index", "label", "prediction"), table_3N, strict=True))
+    return figures | dict(zip(("index", "label", "prediction"), rows_3N, strict=True))
 
 
 def final_validation(
-    trainer: pl.Trainer, module: ImageClassifier, data: pl.LightningDataModule, log: EpochLog
+    trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, log: EpochLog
 ) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
     """(the `clamping` section of results.json, or None where nothing clamps; the arrays of predictions.npz).
 
@@ -127,7 +128,7 @@ def build_results(
 def write_results(folder: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """predictions.npz first, then results.json, whose presence means done."""
     content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
+    np.savez_compressed(content, allow_pickle=False, **arrays)
     write_atomically(folder / "predictions.npz", content.getvalue())
     write_atomically(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
 

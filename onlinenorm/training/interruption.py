@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,9 @@ class StopSignals:
     def __init__(self, folder: Path = Path()):
         self.signum, self.folder = 0, folder
         self._deferred = False
-        self._former: dict[int, object] = {}
-        self._group = None
-        self._pending: tuple[object, torch.Tensor] | None = None
+        self._former: dict[int, Any] = {}
+        self._group: Any = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> "StopSignals":
         self._former = {number: signal.getsignal(number) for number in STOP_SIGNALS}

@@ -129,7 +129,7 @@ def is_child() -> bool:
 def _number(name: str, default: int | None = None) -> int:
     text = os.environ.get(name, default)
     try:
-        return int(text)
+        return int(text)  # type: ignore[arg-type]  # None raises TypeError
     except (TypeError, ValueError):
         raise ConfigError(f"{name}: {text!r} in the environment is not a whole number; correct or unset it") from None
 

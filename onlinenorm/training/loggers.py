@@ -112,7 +112,7 @@ def tensorboard_logger(
 ) -> list[Logger]:
     """TensorBoard event files in `folder`/tensorboard; what a run that was killed logged after `resumed_step`, where it
     continues, is not shown twice."""
-    purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+    purge: dict[str, Any] = {} if resumed_step is None else {"purge_step": resumed_step + 1}
     return [TensorBoardLogger(save_dir=folder, name="", version="tensorboard", **purge)]
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -45,7 +45,7 @@ class ImageClassifier(pl.LightningModule):
         self.graph: GraphedStep | None = None  # set where training replays CUDA graphs
         self.clamp_meter: ClampMeter | None = None  # of the last validation
         self.collected: list[Tensor] | None = None  # a list: validation keeps (index, label, prediction) of each batch
-        self.schedule = None
+        self.schedule: Any = None
         self._schedule_state: dict | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class ImageClassifier(pl.LightningModule):
 
     def graph_steps(self) -> None:
         """Has training steps replayed as CUDA graphs from the next one on."""
-        data, step = self.trainer.datamodule, _step
+        data, step = self.trainer.datamodule, _step  # type: ignore[attr-defined]  # set where there is one
         if data.augmentation != "scale_jitter":  # whose colours are another input
             # a quarter of the bytes goes to the graph, which makes the network's input itself
             data.raw_training = True
@@ -115,7 +115,7 @@ class ImageClassifier(pl.LightningModule):
             self._refuse("the validation loss", self.global_step)
 
     def _refuse(self, what: str, step: int) -> NoReturn:
-        lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.optimizers().param_groups[0]["lr"]
+        lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.trainer.optimizers[0].param_groups[0]["lr"]
         last = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt")
         kept = f"The last good checkpoint is kept: {last}." if last.exists() else "No checkpoint had been saved yet."
         raise Diverged(
@@ -134,6 +134,7 @@ class ImageClassifier(pl.LightningModule):
     def validation_step(self, batch, batch_idx: int) -> None:
         images, labels, indices = batch
         logits = self(images)
+        assert self.clamp_meter is not None
         if self.clamp_meter.layers and self.collected is None and batch_idx % self._metered_every() == 0:
             # once more for the meter, whose hooks a compiled network would not call
             with torch.compiler.set_stance("force_eager"), self.clamp_meter:

@@ -126,7 +126,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
         "norm_bias": recipe.decay_norm_bias,
     }
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, role in parameter_roles(model).items():
         (decayed if decays[role] else exempt).append(parameters[name])
     groups = [

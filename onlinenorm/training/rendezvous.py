@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from onlinenorm.errors import RunError
 from onlinenorm.text import first_line
@@ -34,12 +35,13 @@ class MeetingDDPStrategy(DDPStrategy):
     def setup_distributed(self) -> None:
         if not dist.is_initialized():
             self.set_world_ranks()
+            assert self.cluster_environment is not None
             host, port = self.cluster_environment.main_address, self.cluster_environment.main_port
             # kept: torch's rendezvous goes on with the store that rank 0 serves
             self._store = meet(host, port, self.global_rank, self.world_size, self.num_processes, self.stop)
         super().setup_distributed()
 
-    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
+    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         # DDP is made on a stream of its own, and a 3x3 kernel of one input channel has two names for one layout: both
         # are without effect, and would be told by every process.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)

@@ -32,7 +32,7 @@ def make_normalizer(target: Callable[..., Any], num_features: int, **arguments: 
     """The layer of a normalizer's class or function, known as a normalizer from then on."""
     layer = target(num_features=num_features, **arguments)
     for inner in layer.modules() if isinstance(layer, nn.Module) else ():
-        inner.is_normalizer = True
+        inner.is_normalizer = True  # type: ignore[assignment]  # torch declares tensors and modules alone
     return layer
 
 

@@ -109,7 +109,7 @@ def _is_own(package: str, group: str, name: str) -> bool:
             f"{group}._target_: {name!r} does not exist (no module named {package}); install its package with "
             "pip install -e, or put the folder that holds it on PYTHONPATH"
         )
-    places = [spec.origin] if spec.has_location else list(spec.submodule_search_locations or [])
+    places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or [])
     return bool(places) and all(map(is_users, places))
 
 

@@ -45,7 +45,7 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
     where GPUs or CUDA graphs are asked for that cannot be had, or other processes than were started.
     """
     defaults = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "auto"}
-    settings = defaults | settings
+    settings = {**defaults, **settings}
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings["accelerator"] == "auto":
         settings["accelerator"] = "gpu" if gpus else "cpu"
@@ -148,7 +148,7 @@ def build_trainer(
         devices=devices,
         num_nodes=num_nodes,
         strategy=ddp,
-        precision=None if scaled else precision,
+        precision=None if scaled or precision == "auto" else precision,
         accumulate_grad_batches=accumulate_grad_batches,
         deterministic=deterministic,
         benchmark=accelerator == "gpu" and not deterministic,
@@ -160,7 +160,7 @@ def build_trainer(
         enable_model_summary=False,
     )
     # Lightning's handlers would come before ours, again at each validation, and talk to the other processes from within
-    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 

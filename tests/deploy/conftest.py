@@ -55,6 +55,11 @@ def batch_run(train_run):
     return train_run("batch", *TINY, "normalizer=batch")
 
 
+@pytest.fixture(scope="session")
+def on_device_run(train_run):
+    return train_run("on_device", *TINY, "normalizer=batch", "data.on_device=true")
+
+
 @pytest.fixture
 def copied(tmp_path):
     """A copy of a run folder, to be damaged: copied(run)."""

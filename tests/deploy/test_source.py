@@ -15,6 +15,12 @@ from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.training.checkpoint import read
 
 
+def test_a_run_whose_images_lay_on_its_device_is_read_a_batch_at_a_time(on_device_run):
+    trained = load_trained(on_device_run)
+    (images, labels, _), *_ = validation_batches(trained, 5, torch.device("cpu"))
+    assert trained.config["data"]["on_device"] is True and len(images) == len(labels) == 5
+
+
 def test_run_folder_gives_the_network_that_was_validated(clamp_run):
     trained = load_trained(clamp_run)
     assert trained.model_name == "cifar_resnet8" and trained.guard == "clamp"
