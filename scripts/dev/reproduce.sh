@@ -14,43 +14,7 @@ esac
 rebuilt=$(mktemp -d) # laid out as results/
 trap 'rm -rf "$rebuilt"' EXIT
 
-for file in results/bench_*.json results/gpu_tests.json; do
-  [[ ! -f $file ]] || cp "$file" "$rebuilt" # reports on them are written beside them
-done
-# One process for all: most of the time goes into imports.
-MPLBACKEND=Agg PYTHONPATH=. "$python" - "$rebuilt" <<'END'
-import contextlib, json, os, sys
-from pathlib import Path
-from scripts import study, table1
-from scripts.bench import distributed_table, kernels_table, loaders_picture, loaders_table, norm_sites_table, training
-from scripts.bench import training_table
-from scripts.dev import gpu_tests
-from onlinenorm.deploy.export import page
-
-rebuilt = Path(sys.argv[1])
-jobs = [(table1, [str(runs), "--output", str(rebuilt / runs.parent.name)]) for runs in sorted(Path("results").glob("*/runs"))]
-if Path("results/study").is_dir():
-    jobs.append((study, ["results/study", "--output", str(rebuilt / "study")]))
-jobs.append((training_table, [str(rebuilt / "bench_training.json")]))
-recorded = {"data": loaders_table, "distributed": distributed_table, "kernels": kernels_table, "normalizer": norm_sites_table}
-for name, table in recorded.items():
-    if (data := rebuilt / f"bench_{name}.json").exists():
-        jobs.append((table, [str(data)]))
-for module, arguments in jobs:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        if code := module.main(arguments):
-            sys.exit(code)
-loaders_picture.draw(rebuilt / "bench_data.json")
-for file in Path("results/exports").glob("*/exports.json"):
-    copy = rebuilt / file.relative_to("results").with_suffix(".md")
-    copy.parent.mkdir(parents=True)
-    copy.write_text(page(json.loads(file.read_text())))
-steps = json.loads((rebuilt / "bench_training.json").read_text())
-training.plot(steps, str(rebuilt / "bench_training.png"))
-if (tests := rebuilt / "gpu_tests.json").exists():
-    tests.with_suffix(".md").write_text(gpu_tests.render(json.loads(tests.read_text())))
-END
-rm -f "$rebuilt"/*.json
+"$python" scripts/dev/rebuild.py "$rebuilt"
 
 status=0
 fail() { echo "$*" >&2; status=1; }
