@@ -92,7 +92,7 @@ def _plan(
         cut = functools.partial(Tiling.of, pixels, tuning.group)
     most_rows, tiling = tuning.rows, cut(tuning.rows)
     while (shared := shared_memory(direction, values, tuning, tiling)) > most_shared_memory:
-        assert most_rows > 0, "`pools` let pass what does not fit"
+        assert most_rows > 0, "larger than `max_pool.supports` allows"
         most_rows -= 2
         tiling = cut(most_rows)
     kernel.allow_shared_memory(shared)
