@@ -1,5 +1,6 @@
 """What a layer needs to know of process groups, and of the DistributedDataParallel that runs it."""
 
+import logging
 import weakref
 
 import torch.distributed as dist
@@ -7,6 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onlinenorm.errors import ArgumentError
 from onlinenorm.ops.distributed import constant_when_compiled, process_group
+
+logger = logging.getLogger(__name__)
 
 GroupKey = tuple[str, tuple[int, ...]]  # name and ranks; ("", ()) stands for all processes
 
@@ -64,10 +67,16 @@ def keep_streams_apart() -> None:
     if ddp is None or ddp in _kept_apart:
         return
     _kept_apart.add(ddp)
+    layers = {p: layer for p, layer in ddp.module.named_modules() if getattr(layer, "has_own_stream", False)}
+    if ddp.will_sync_module_buffers():
+        logger.info(
+            "DistributedDataParallel has started the own streams of %d OnlineNorm layers from those of rank 0; from "
+            "now on it leaves them alone, so that a process may load statistics of its own",
+            len(layers),
+        )
     ddp.parameters_to_ignore |= {
         f"{path}.{name}".removeprefix(".")
-        for path, layer in ddp.module.named_modules()
-        if getattr(layer, "has_own_stream", False)
+        for path, layer in layers.items()
         for name, _ in layer.named_buffers(recurse=False)
     }
     ddp._assign_modules_buffers()

@@ -301,8 +301,9 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
 
     Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order;
     under ``torch.no_grad()`` nothing moves. Activation checkpointing, nested or not, reentrant or not, counts a batch
-    once; under torch.compile it is an error. What differentiates the training pass a second time, in forward mode or by
-    torch.func, or takes it without its backward pass (torch.export, torch.jit), is told to call eval() first.
+    once; under torch.compile it is an error, as in an autograd.Function with ``setup_context``. What differentiates the
+    training pass a second time (of a compiled one torch itself speaks), in forward mode, batched or by torch.func, or
+    takes it without its backward pass (torch.export, torch.jit), is told to call eval() first.
     ``torch.optim.swa_utils.update_bn`` knows BatchNorm alone: see ``update_statistics``. ``load_state_dict`` also takes
     what BatchNorm saved, with controls as before the first sample.
 

@@ -1,6 +1,7 @@
 """OnlineNorm in other people's distributed programs: groups of processes, uneven batches, streams of their own."""
 
 import copy
+import logging
 import os
 import pickle
 
@@ -151,3 +152,28 @@ def test_groups_and_local_streams_are_kept_apart_by_data_parallel():
     layer.process_group = None
     layer(torch.randn(2, 4, 3, 3))
     assert process_group("") is None
+
+
+def streams(rank):
+    dist.init_process_group("gloo")
+    records: list[logging.LogRecord] = []
+    logger = logging.getLogger("onlinenorm.normalizers.data_parallel")
+    logger.addFilter(lambda record: records.append(record) or True)
+    logger.setLevel(logging.INFO)
+    model = DistributedDataParallel(network(statistics="local"))
+    state = {name: value + rank for name, value in model.state_dict().items()}
+    found = []
+    for _ in range(2):
+        model.load_state_dict(state)
+        with torch.no_grad():
+            model(images(2, torch.float32))
+        found.append(model.module[1].running_mean.tolist())
+    dist.destroy_process_group()
+    return found, [record.getMessage() for record in records]
+
+
+def test_streams_are_a_process_own_from_the_first_pass_on_which_is_said():
+    for rank, (found, messages) in enumerate(process_groups.run(2, streams)):
+        assert found == [[0.0] * 4, [float(rank)] * 4]
+        (message,) = messages
+        assert "own streams of 2 OnlineNorm layers from those of rank 0; from now on" in message
