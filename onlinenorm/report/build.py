@@ -125,7 +125,7 @@ def _trained(studies: Mapping[str, Study], spec: ReportSpec) -> dict[str, tuple[
     """Images/s and batch of finished training runs of the ImageNet network at its size that had a GPU to themselves."""
     study, told = studies.get(IMAGENET_NETWORK), spec.studies.get(IMAGENET_NETWORK)
     found: dict[str, tuple[float, int]] = {}
-    if told and told.side_by_side > 1:
+    if told and told.parallel > 1:
         return found
     for run in study.runs.runs.itertuples() if study else ():
         if run.finished and lookup(run.config, "data.image_size") == 224:

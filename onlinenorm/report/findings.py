@@ -281,7 +281,7 @@ def render_findings(
         elif brief:
             told = [summary_line(made)]
         else:
-            told = [*table_lines(made, runs, spec, study.side_by_side), study.note, paired_line(pooled, spec)]
+            told = [*table_lines(made, runs, spec, study.parallel), study.note, paired_line(pooled, spec)]
         lines.append(f"**{study.title}** ([table]({name}/{file}.md); {_details(made.scale_label, brief)}): {told[0]}")
         lines += filter(None, told[1:])
     # Of ablations the table tells: values chosen to go wrong, and runs that other studies hold too.

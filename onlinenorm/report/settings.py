@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,17 +71,20 @@ class SettingSpec:
 
 @dataclass(frozen=True)
 class StudySpec:
-    """A study in a folder of studies: its title, the command that makes its runs, and what their data do not tell."""
+    """A study in a folder of studies: its title, the sweep that makes its runs, and what their data do not tell.
+
+    `parallel` of its runs shared a machine at a time.
+    """
 
     title: str
-    command: str
+    sweep: str
     note: str = ""
+    parallel: int = 1
 
     @property
-    def side_by_side(self) -> int:
-        """How many of its runs shared a machine, by --parallel in the command."""
-        found = re.search(r"--parallel (\d+)", self.command)
-        return int(found[1]) if found else 1
+    def command(self) -> str:
+        """What makes its runs."""
+        return self.sweep + (f" --parallel {self.parallel}" if self.parallel > 1 else "")
 
 
 @dataclass(frozen=True)

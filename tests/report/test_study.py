@@ -86,8 +86,10 @@ def test_runs_side_by_side_are_told_so_and_set_no_expectation(tmp_path, spec):
         tmp_path / "resnet50" / "runs", "batch", scale="fashion_mnist", model="resnet50", data={"image_size": 224}
     )
     studies = load_studies(tmp_path, spec)
-    for command, shared in (("sweep.py", False), ("sweep.py --parallel 3", True)):
-        told = replace(spec, studies={"resnet50": StudySpec("ResNet-50", command)})
+    for parallel, shared in ((1, False), (3, True)):
+        study = StudySpec("ResNet-50", "sweep.py", parallel=parallel)
+        assert study.command == "sweep.py" + " --parallel 3" * shared
+        told = replace(spec, studies={"resnet50": study})
         files = study_files(studies, benchmark("batch"), told)["."]
         assert ("images/s, 3 runs side by side." in files["findings.md"].decode()) == shared
         assert ("by the training run at 224 px" in files["imagenet.md"].decode()) != shared
