@@ -3,8 +3,9 @@
 Both resize 8-bit images along one axis after the other, rounding to 8 bits in between. An output pixel at r of n,
 resized from m, is the rounded weighted mean of the inputs around c = (r + 0.5) m / n, with weights that fall linearly
 to 0 at a distance of max(m / n, 1), normalised in float64 and rounded to fixed point: 22 bits in Pillow, in torch as
-many as let the axis's largest weight fit into 16 bits. torch takes the horizontal axis first, and so does Pillow below
-version 13; from 13 on it begins with the vertical one where that shrinks more than twice as much.
+many as let the axis's largest weight fit into 16 bits. torch takes the horizontal axis first, and so does Pillow but
+for some images that shrink vertically: those over 100 times as high as wide from version 12.2 on, and from 13 on those
+that lose more than twice as many rows as columns.
 
 Images lie one after another in one flat tensor, each C x H x W. `resize_crops` runs two GPU kernels a batch
 (`resize_triton`), or this file's plain PyTorch, their reference, anywhere else.
@@ -23,7 +24,7 @@ PRECISION_BITS = 22  # 32 less 8 of a pixel and 2 for sums
 COLUMNS = ("start", "pitch", "plane", "source_x", "source_y", "resized_x", "resized_y", "left", "top", "mirrored",
            "vertical_first", "of_torch")  # fmt: skip
 
-_VERTICAL_FIRST = int(PIL.__version__.split(".")[0]) >= 13
+_PILLOW = tuple(map(int, PIL.__version__.split(".")[:2]))
 
 
 def crop_table(
@@ -42,13 +43,20 @@ def crop_table(
     box_M4, resized_M2 = plans_M9[:, :4], plans_M9[:, 4:6]
     left_M, top_M = np.maximum(box_M4[:, :2], 0).T
     source_M2 = np.where(box_M4[:, 2:] < 0, sizes_M2, box_M4[:, 2:])
-    shrunk_M2 = source_M2 - resized_M2
-    vertical_first_M = (shrunk_M2[:, 1] > 0) & (shrunk_M2[:, 1] > 2 * shrunk_M2[:, 0])
-    of_torch_M = np.broadcast_to(of_torch_M, vertical_first_M.shape)
-    vertical_first_M &= ~of_torch_M & _VERTICAL_FIRST
+    of_torch_M = np.broadcast_to(of_torch_M, len(source_M2))
+    vertical_first_M = _pillow_takes_vertical_first(source_M2, resized_M2) & ~of_torch_M
     columns = (starts_M + top_M * widths_M + left_M, widths_M, widths_M * heights_M, *source_M2.T, *resized_M2.T,
                *plans_M9[:, 6:].T, vertical_first_M, of_torch_M)  # fmt: skip
     return np.stack(columns, axis=1).astype(np.int64)
+
+
+def _pillow_takes_vertical_first(source_M2: np.ndarray, resized_M2: np.ndarray) -> np.ndarray:
+    lost_M2 = source_M2 - resized_M2
+    if _PILLOW >= (13, 0):
+        first_M = lost_M2[:, 1] > 2 * lost_M2[:, 0]
+    else:
+        first_M = (source_M2[:, 1] > 100 * source_M2[:, 0]) & (_PILLOW >= (12, 2))
+    return first_M & (lost_M2[:, 1] > 0)
 
 
 def most_taps(table_MC: np.ndarray) -> int:
