@@ -85,6 +85,8 @@ CURES = {
 }
 _ATTEMPT = {"folder": str, "epochs": int, "failure": (str, type(None))}
 _WORDS = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+_DEEPEST = 100
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LARGEST = sys.float_info.max
 SHAPES: dict[str, Any] = {
     "environment.json": {
@@ -112,7 +114,7 @@ def read_record(path: Path, error: type[Exception] = RunError, shape: Any = None
     cure = cure or CURES.get(path.name, "put a whole one there")
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        content = parse_yaml(text) if path.suffix == ".yaml" else json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"it holds {'nothing' if content is None else 'no mapping'}")
         if problem := misfit(content, SHAPES.get(path.name, {}) if shape is None else shape):
@@ -126,6 +128,16 @@ def read_record(path: Path, error: type[Exception] = RunError, shape: Any = None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as cause:  # RecursionError: 100,000 brackets
         raise damaged(path, cause, error, cure) from None
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain content of a YAML file. Raises ValueError or yaml.YAMLError where it is none."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_YAML):  # libyaml's loader recurses, and overflows the stack of the process
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+    return yaml.load(text, Loader=_YAML)
 
 
 def read_rows(path: Path, error: type[Exception] = RunError) -> list[dict[str, float]]:

@@ -27,8 +27,9 @@ _ENVIRONMENT.globals["words"] = words
 
 
 def render(template: str, **names: Any) -> str:
-    """A page from one of templates/."""
-    return _ENVIRONMENT.get_template(template).render(names)
+    """A page from one of templates/; names of folders that are no text are written with backslashes."""
+    page = _ENVIRONMENT.get_template(template).render(names)
+    return page.encode(errors="backslashreplace").decode()
 
 
 def render_markdown(report: Report) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from onlinenorm.errors import ReportError
-from onlinenorm.records import Failure, damaged, lookup, read_failure, read_record
+from onlinenorm.records import Failure, damaged, lookup, parse_yaml, read_failure, read_record
 
 METRICS = ("best_loss", "best_top1", "last_loss", "last_top1")  # nats; fractions
 REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
@@ -50,7 +50,7 @@ def frame(records: Sequence[Any], columns: Sequence[str]) -> pd.DataFrame:
 
 def read_yaml(path: Path) -> Any:
     """Plain content of a YAML file; ${...} of a configuration that came from elsewhere stays as it is written."""
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return parse_yaml(path.read_text(encoding="utf-8"))
 
 
 def milestones(run: Any) -> list[int]:
@@ -77,7 +77,9 @@ def load_runs(root: str | Path, without: Sequence[str] = ()) -> Runs:
             f"{root}: holds no run. A run is a folder <normalizer>/seed<k>/ with config.yaml and metrics.csv; "
             "scripts/quickstart.sh or `python train.py experiment=table1` make some"
         )
-    return _frames([_read_run(folder, _name(folder, root)) for folder in left])
+    read = [_read_run(folder, _name(folder, root)) for folder in left]
+    _check_weights([run for run, _ in read])
+    return _frames(read)
 
 
 def load_run(folder: Path) -> Runs:
@@ -93,9 +95,28 @@ def _frames(read: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> Runs:
 
 
 def find_run_folders(root: Path) -> Iterator[Path]:
-    """Folders in or below `root` that hold a run's files, in a fixed order; does not look inside a run."""
-    for folder, children, files in os.walk(root):
+    """Folders in or below `root` that hold a run's files, in a fixed order; does not look inside a run.
+
+    Links are followed, to each folder once. Raises ReportError where one cannot be read: a run there would go missing.
+    """
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # gone meanwhile
+            raise ReportError(
+                f"{error.filename}: cannot be read ({error.strerror}), and may hold runs; correct its permissions"
+            )
+
+    seen = set()
+    for folder, children, files in os.walk(root, onerror=unreadable, followlinks=True):
         present = set(files)
+        if (place := os.path.realpath(folder)) in seen:
+            children.clear()
+            continue
+        seen.add(place)
+        for name in files:
+            path = os.path.join(folder, name)
+            if not name.startswith(".") and os.path.islink(path) and not os.path.exists(path):
+                raise ReportError(f"{path}: is a link to {os.readlink(path)}, which is not there; repair or remove it")
         if present & {"metrics.csv", "results.json"} or {"config.yaml", "environment.json"} <= present:
             children.clear()
             yield Path(folder)
@@ -108,7 +129,7 @@ def _read_run(folder: Path, name: str) -> tuple[dict[str, Any], pd.DataFrame]:
     results = read_record(folder / "results.json", ReportError) if (folder / "results.json").exists() else None
     metrics = read_epochs(folder / "metrics.csv") if (folder / "metrics.csv").exists() or results else _no_epochs()
     if results:
-        _check_agreement(results, metrics, folder)
+        _check_agreement(results, config, metrics, folder)
         _check_predictions(results, folder)
     seed_in_name = re.fullmatch(r"seed(\d+)", folder.name)
     seed = results["seed"] if results else config.get("seed", seed_in_name and int(seed_in_name[1]))
@@ -254,10 +275,28 @@ def _read_environment(folder: Path) -> dict[str, Any]:
 # Whether the files of a finished run tell one story
 
 
-def _check_agreement(results: dict[str, Any], metrics: pd.DataFrame, folder: Path) -> None:
-    """The last epoch of results.json must be that of metrics.csv, and its best epochs the best there."""
+def _check_weights(runs: Sequence[dict[str, Any]]) -> None:
+    """Runs of different seeds end with different weights, or one of them is a copy of the other."""
+    first: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        weights = (run["results"] or {}).get("parameters_sha256")
+        other = first.setdefault(weights, run) if weights else run
+        if other["seed"] != run["seed"]:
+            raise ReportError(
+                f"{other['name']} (seed {other['seed']}) and {run['name']} (seed {run['seed']}) ended with the same "
+                "weights, which would count twice; run one of them again"
+            )
+
+
+def _check_agreement(results: dict[str, Any], config: dict[str, Any], metrics: pd.DataFrame, folder: Path) -> None:
+    """results.json must be of the run of config.yaml, its last epoch that of metrics.csv, its best epochs the best."""
+    for key, dotted in (("seed", "seed"), ("normalizer", "choices.normalizer"), ("epochs", "recipe.epochs")):
+        if (asked := lookup(config, dotted, results[key])) != results[key]:
+            _contradiction(folder, key, results[key], asked, "config.yaml")
     if metrics.empty:
         raise ReportError(f"{folder / 'metrics.csv'}: holds no epoch, although the run is marked as done")
+    if metrics["epoch"].tolist() != list(range(1, results["epochs"] + 1)):
+        _contradiction(folder, "epochs", results["epochs"], f"{len(metrics)} up to {metrics['epoch'].max():.0f}")
     metrics = metrics.set_index("epoch")
     best = {"last": lambda values: values.iloc[-1], "best_loss": pd.Series.min, "best_top1": pd.Series.max}
     entries = (("last", "val_loss"), ("last", "val_top1"), ("best_loss", "val_loss"), ("best_top1", "val_top1"))
@@ -277,7 +316,7 @@ def _same(first: float, second: float) -> bool:
     return abs(first - second) <= 1e-9 * max(1.0, abs(second))  # figures are written with all their digits
 
 
-def _contradiction(folder: Path, key: str, said: float, seen: float, file: str = "metrics.csv") -> NoReturn:
+def _contradiction(folder: Path, key: str, said: Any, seen: Any, file: str = "metrics.csv") -> NoReturn:
     raise ReportError(
         f"{folder / 'results.json'}: {key} is {said}, but {file} shows {seen}; "
         "one of the two files belongs to another run"

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -36,6 +38,52 @@ def test_runs_are_found_at_any_depth_and_only_runs(tmp_path):
     assert load_runs(tmp_path).runs["name"].tolist() == ["a/deep/batch/seed0", "b/batch/seed0"]
     (run,) = load_runs(tmp_path / "b/batch/seed0").runs.itertuples()
     assert run.name == "batch/seed0"
+
+
+def test_links_to_runs_are_followed_to_each_folder_once(tmp_path):
+    """A diverged seed that lies elsewhere must not go missing."""
+    table, elsewhere = tmp_path / "table", tmp_path / "elsewhere"
+    write_run(table, "batch", 0)
+    (table / "batch" / "seed1").symlink_to(write_run(elsewhere, "batch", 1, done=1, failure="exit code 1"))
+    (table / "group").symlink_to(write_run(elsewhere, "group", 0).parent)
+    (table / "loop").symlink_to("..")
+    (table / "twice").symlink_to("batch")
+    runs = load_runs(table).runs
+    assert runs["name"].tolist() == ["batch/seed0", "batch/seed1", "group/seed0"]
+    assert runs["status"].tolist() == ["finished", "failed: epoch 1 of 5", "finished"]
+
+
+def test_what_may_hold_a_run_and_cannot_be_read_is_told(tmp_path, monkeypatch):
+    write_run(tmp_path, "batch", 0)
+    link = tmp_path / "batch" / "seed1"
+    link.symlink_to("gone")
+    with pytest.raises(ReportError, match=r"batch/seed1: is a link to gone, which is not there"):
+        load_runs(tmp_path)
+    link.unlink()
+    link.mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path) == str(link):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ReportError, match=r"batch/seed1: cannot be read \(Permission denied\), and may hold runs"):
+        load_runs(tmp_path)
+
+
+def test_a_copy_of_a_run_by_another_seed_does_not_count_twice(tmp_path):
+    folder = write_run(tmp_path, "batch", 0)
+    shutil.copytree(folder, copy := folder.with_name("seed1"))
+    edit(copy / "results.json", lambda results: results.update(seed=1))
+    with pytest.raises(ReportError, match=r"seed1/results.json: seed is 1, but config.yaml shows 0"):
+        load_runs(tmp_path)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
+    told = r"^batch/seed0 \(seed 0\) and batch/seed1 \(seed 1\) ended with the same weights, which would count twice"
+    with pytest.raises(ReportError, match=told):
+        load_runs(tmp_path)
 
 
 @pytest.mark.parametrize("done", [0, 1, 3])
@@ -121,9 +169,10 @@ def test_folders_without_runs(tmp_path):
 
 def test_a_missing_or_broken_config_is_named(tmp_path):
     folder = write_run(tmp_path, "batch")
-    (folder / "config.yaml").write_text("recipe: [unclosed\n")
-    with pytest.raises(ReportError, match=r"seed0/config\.yaml: cannot be read"):
-        load_runs(tmp_path)
+    for content in ("recipe: [unclosed\n", "[" * 100_000, "- " * 100_000):
+        (folder / "config.yaml").write_text(content)
+        with pytest.raises(ReportError, match=r"seed0/config\.yaml: cannot be read"):
+            load_runs(tmp_path)
     (folder / "config.yaml").unlink()
     with pytest.raises(ReportError, match=r"seed0/config\.yaml: missing"):
         load_runs(tmp_path)
@@ -148,6 +197,9 @@ def test_a_damaged_results_file_is_named(tmp_path, content):
         (lambda r: r["clamping"]["without"].pop("val_loss"), "clamping.without.val_loss is missing"),
         (lambda r: r["clamping"].update(changed_predictions=2001), "clamping.changed_predictions is 2001"),
         (lambda r: r["best_loss"].update(val_loss=0.1), r"best_loss.val_loss is 0.1, but metrics.csv shows 0.3"),
+        (lambda r: r["last"].update(val_loss=10**400), "last.val_loss is 1000.*outside"),
+        (lambda r: r.update(normalizer="batch"), "normalizer is batch, but config.yaml shows online_clamp"),
+        (lambda r: r.update(epochs=100), "epochs is 100, but config.yaml shows 5"),
     ],
 )
 def test_results_that_cannot_be_true_are_refused(tmp_path, change, message):
@@ -171,6 +223,15 @@ def test_damaged_metrics_are_refused_by_file_and_line(tmp_path, change, message)
     path = write_run(tmp_path, "batch") / "metrics.csv"
     path.write_text(change(path.read_text()))
     with pytest.raises(ReportError, match=rf"batch/seed0/metrics\.csv.*{message}"):
+        load_runs(tmp_path)
+
+
+def test_results_of_more_epochs_than_were_trained_are_refused(tmp_path):
+    folder = write_run(tmp_path, "batch")
+    edit(folder / "results.json", lambda results: results.update(epochs=100))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 5", "epochs: 100"))
+    with pytest.raises(ReportError, match=r"epochs is 100, but metrics.csv shows 5 up to 5"):
         load_runs(tmp_path)
 
 
