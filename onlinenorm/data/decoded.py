@@ -2,9 +2,7 @@
 
 import hashlib
 import io
-import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,19 +22,17 @@ from onlinenorm.data.index_cache import Arrays, cached_arrays
 from onlinenorm.data.jpeg_header import read_frame
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.nvjpeg_loader import decode_all
+from onlinenorm.data.progress import Progress
 from onlinenorm.data.sampler import Request, split_requests
 from onlinenorm.data.workers import worker_loader
 from onlinenorm.errors import ArgumentError, DataError
 from onlinenorm.files import replacing, user_cache
-
-log = logging.getLogger(__name__)
 
 _FORMAT = "onlinenorm decoded 1"
 _TOGETHER = 4  # images that a worker sends at once
 _NVJPEG_TOGETHER = 64  # that a GPU decodes at once
 _SAMPLE = 1000  # images of which the space of all is judged before any is decoded
 _THREADS = 16  # that read headers
-_TELL_EVERY = 5.0  # seconds
 _PIECE = 1 << 26  # bytes copied at once
 
 
@@ -108,26 +104,18 @@ def decode_images(dataset: FolderDataset, workers: int, device: torch.device, al
         pieces: Iterable[Any] = _nvjpeg_pieces(dataset, device)
     else:
         pieces = worker_loader(_WholeImages(dataset), requests, workers)
-    sizes, of_torch, at, told = [], [], 0, time.monotonic()
+    progress, at = rank_zero_only(Progress()), 0
+    sizes: list[list[int]] = []
+    of_torch: list[bool] = []
     for data, sizes_M2, of_torch_M in pieces:
         pixels_B[at : at + len(data)].copy_(data, non_blocking=True)
         at += len(data)
         sizes += sizes_M2.tolist()
         of_torch += of_torch_M.tolist()
-        if time.monotonic() - told > _TELL_EVERY:
-            told = time.monotonic()
-            _tell(len(sizes), count, _split(dataset))
+        progress(f"decoding {_split(dataset)}/ for the device", len(sizes), count)
     sizes_N2 = np.array(sizes, dtype=np.int64)
     starts_N = np.concatenate([[0], np.cumsum(3 * sizes_N2.prod(axis=1))[:-1]])
     return DecodedImages(pixels_B, starts_N, sizes_N2, np.array(of_torch))
-
-
-@rank_zero_only
-def _tell(done: int, count: int, split: str) -> None:
-    log.warning(
-        "on_device: %s of %s images in %s/ decoded; data.keep_decoded=true keeps them for the next run",
-        f"{done:,}", f"{count:,}", split,
-    )  # fmt: skip
 
 
 def _nvjpeg_pieces(dataset: NvjpegDataset, device: torch.device) -> Iterator[Piece]:

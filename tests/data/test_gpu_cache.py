@@ -246,10 +246,9 @@ def test_nvjpeg_needs_a_gpu_to_decode_once_too(tree):
             folders(tree, decoder="nvjpeg", on_device=True).train_dataloader()
 
 
-def test_long_decoding_is_told(tree, monkeypatch, caplog):
-    monkeypatch.setattr(decoded, "_TELL_EVERY", 0.0)
+def test_how_far_decoding_is_is_shown(tree, capfd):
     batches(folders(tree, on_device=True))
-    assert "on_device: 16 of 18 images in train/ decoded; data.keep_decoded=true keeps" in caplog.text
+    assert "decoding train/ for the device: 18 of 18 (100.0%)" in capfd.readouterr().err
 
 
 def test_leaving_early_ends_the_thread():
