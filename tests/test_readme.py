@@ -76,8 +76,10 @@ def test_tables_and_figures_that_are_not_what_the_data_give_are_found(tmp_path):
     """In a copy with a study of its own: rebuilt, then changed by hand in three ways."""
     for name in ("onlinenorm", "configs", "scripts", "results"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "study"))
-    block = "<!-- text: results/study/findings.md -->\n<!-- end -->\n"
+    block = "<!-- text: results/README.md -->\n<!-- end -->\n"
     (tmp_path / "README.md").write_text(f"# Title\n\n{block}")
+    page = "# Page\n\n**own** ([table](study/own/table1.md)): {{ row('own', 'batch') }} ![all](study/overview.png)\n"
+    (tmp_path / "results" / "README.md.j2").write_text(page)
     study = tmp_path / "results" / "study"
     run = study / "own" / "runs" / "batch" / "seed0"
     shutil.copytree(ROOT / "results/study/quickstart/runs/batch/seed0", run)
@@ -102,4 +104,4 @@ def test_tables_and_figures_that_are_not_what_the_data_give_are_found(tmp_path):
         "results/study/by_hand.md: nothing here makes it", "README.md differs from what is recorded",
     ):  # fmt: skip
         assert line in checked.stderr, checked.stderr
-    assert "results/study/findings.md: as recorded" in checked.stdout
+    assert "results/README.md: as recorded" in checked.stdout

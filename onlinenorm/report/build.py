@@ -12,7 +12,7 @@ from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report import benchmarks, figures, render
 from onlinenorm.report.ablation import Ablation, build_ablation, clamp_removals, swept
-from onlinenorm.report.findings import render_findings
+from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import pool_runs
 from onlinenorm.report.runs import Runs, find_run_folders, load_runs
 from onlinenorm.report.settings import ReportSpec
@@ -114,11 +114,15 @@ def study_files(
     panels = _panels(studies, benchmark, spec)
     if panels:
         together["overview.png"] = figures.draw_overview(panels)
-    found = {name: (study.made, study.runs, study.pooled) for name, study in studies.items()}
-    picture = "overview.png" if panels else None
-    for file, brief in (("findings.md", False), ("summary.md", True)):
-        together[file] = render_findings(found, benchmark, spec, picture, brief).encode()
     return {".": together, **files}
+
+
+def findings_page(template: Path, studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None) -> bytes:
+    """A page that a person wrote, its `{{ figures }}` (those of `Findings`) filled in from the studies."""
+    pooled = {name: study.pooled for name, study in studies.items() if study.pooled is not None}
+    made = {name: study.made for name, study in studies.items()}
+    found = Findings(made, {name: study.runs for name, study in studies.items()}, pooled, benchmark)
+    return render.fill(template.read_text(encoding="utf-8"), found).encode()
 
 
 def _trained(studies: Mapping[str, Study], spec: ReportSpec) -> dict[str, tuple[float, int]]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from onlinenorm.report import benchmarks, words
 from onlinenorm.report.ablation import Ablation, clamp_courses, clamp_removals
+from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import Pairing
 from onlinenorm.report.runs import Runs
 from onlinenorm.report.settings import ReportSpec
@@ -28,8 +29,17 @@ _ENVIRONMENT.globals["words"] = words
 
 def render(template: str, **names: Any) -> str:
     """A page from one of templates/; names of folders that are no text are written with backslashes."""
-    page = _ENVIRONMENT.get_template(template).render(names)
+    return _plain(_ENVIRONMENT.get_template(template).render(names))
+
+
+def _plain(page: str) -> str:
     return page.encode(errors="backslashreplace").decode()
+
+
+def fill(template: str, found: Findings) -> str:
+    """A page that a person wrote, with the figures of `found` in their places."""
+    figures = {name: getattr(found, name) for name in dir(found) if not name.startswith("_")}
+    return _plain(_ENVIRONMENT.from_string(template).render(figures))
 
 
 def render_markdown(report: Report) -> str:

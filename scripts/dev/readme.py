@@ -4,7 +4,7 @@
 <!-- table: results/study/quickstart/table1.md -->
 ...
 <!-- end -->
-<!-- text: results/study/findings.md -->
+<!-- text: results/README.md -->
 ...
 <!-- end -->
 

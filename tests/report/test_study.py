@@ -44,7 +44,7 @@ def test_every_study_has_its_files(studies, files):
         {"table1.md", "table1.json", "curves.png", "paired.md"},
         {"ablation.md", "ablation.json", "ablation.png"},
     )
-    together = {"findings.md", "summary.md", "clamping.md", "clamping.png", "cost.md", "imagenet.md", "overview.png"}
+    together = {"clamping.md", "clamping.png", "cost.md", "imagenet.md", "overview.png"}
     assert {name: set(contents) for name, contents in files.items()} == {
         ".": together, "fashion_mnist": table, "resnet50": table, "clamp_value": ablation, "batch_size": ablation,
     }  # fmt: skip
@@ -54,34 +54,7 @@ def test_every_study_has_its_files(studies, files):
             assert not name.endswith(".json") or json.loads(content)["schema"] == 1
 
 
-def test_findings_have_the_numbers_of_the_tables(studies, files):
-    text = files["."]["findings.md"].decode()
-    for row in studies["fashion_mnist"].made.rows.itertuples():
-        mean, sd = row.summaries["best_top1"].mean, row.summaries["best_top1"].sd
-        assert f"{row.label} {100 * mean:.2f} ± {100 * sd:.2f} % and " in text
-    verdicts = [c.verdict for c in studies["fashion_mnist"].made.comparisons.itertuples() if c.second]
-    assert len(verdicts) == 6 and all(f"**{verdict.outcome}**" in text for verdict in verdicts)
-    assert "(0.5 points and 0.01 nats)" in text
-    assert "One seed a row gives no verdict" in text
-    assert "diverged: 1 of 1 (1, BatchNorm)" in text and "diverged: 1 of 2 (off, OnlineNorm (no compensation))" in text
-    assert "is lower at the end than before the first drop in 4 of 4 runs and exactly 0 in 4 of 4" in text
-    assert "changed no prediction in 4 of 4 runs" in text
-
-
-def test_the_summary_is_a_line_a_study(studies, files):
-    lines = files["."]["summary.md"].decode().splitlines()
-    told = [line for line in lines if line.startswith("- **") and "not run here" not in line]
-    assert len(told) == len(studies) + 3  # removal of the clamp, its course, and cost
-    (main,) = (line for line in told if "(fashion_mnist/table1.md)" in line)
-    for comparison in studies["fashion_mnist"].made.comparisons.itertuples():
-        if comparison.second and comparison.metric == "best_top1":
-            verdict = comparison.verdict
-            assert f"{verdict.outcome} ({100 * verdict.difference.mean:+.2f} points" in main
-    assert "OnlineNorm (" not in main and "n = " not in main
-    assert any("changed 0.0 % of the predictions, and none in 4 of 4 runs" in line for line in told)
-
-
-def test_runs_side_by_side_are_told_so_and_set_no_expectation(tmp_path, spec):
+def test_runs_side_by_side_set_no_expectation(tmp_path, spec):
     write_run(
         tmp_path / "resnet50" / "runs", "batch", scale="fashion_mnist", model="resnet50", data={"image_size": 224}
     )
@@ -91,17 +64,7 @@ def test_runs_side_by_side_are_told_so_and_set_no_expectation(tmp_path, spec):
         assert study.command == "sweep.py" + " --parallel 3" * shared
         told = replace(spec, studies={"resnet50": study})
         files = study_files(studies, benchmark("batch"), told)["."]
-        assert ("images/s, 3 runs side by side." in files["findings.md"].decode()) == shared
         assert ("by the training run at 224 px" in files["imagenet.md"].decode()) != shared
-
-
-def test_a_study_of_other_normalizers_alone_is_told(tmp_path, spec):
-    write_run(tmp_path / "own" / "runs", "online_none", 1, failure=NAN, finish=False, done=0)
-    files = study_files(load_studies(tmp_path, spec), None, spec)["."]
-    for name in ("findings.md", "summary.md"):
-        (line,) = (line for line in files[name].decode().splitlines() if line.startswith("- **own**"))
-        assert "no compensation" in line and "seed 1 diverged: step" in line
-        assert "images/s" not in files[name].decode()
 
 
 def test_many_studies_of_clamps_take_several_rows(tmp_path):
@@ -111,33 +74,11 @@ def test_many_studies_of_clamps_take_several_rows(tmp_path):
     assert sizes[0][0] == sizes[1][0] and 2 * sizes[0][1] == sizes[1][1]
 
 
-def test_findings_name_what_was_not_run_with_its_command(files, spec):
-    lines = [line for line in files["."]["findings.md"].decode().splitlines() if "not run here" in line]
-    assert lines == [
-        f"- **{spec.studies[name].title}**: not run here: `{spec.studies[name].command}`"
-        for name in spec.studies
-        if name not in ("fashion_mnist", "resnet50", "clamp_value", "batch_size")
-    ]
-    assert lines
-    nothing = study_files({}, None, spec)
-    assert list(nothing) == ["."] and list(nothing["."]) == ["findings.md", "summary.md"]
-    text = nothing["."]["findings.md"].decode()
-    assert text.count("not run here") == len(spec.studies) and "not measured here" in text
-
-
 def test_the_commands_of_the_studies_are_those_of_their_experiments(root, spec):
     assert len(spec.studies) > 5
     for name, study in spec.studies.items():
         experiment = next(w for w in study.command.split() if w.startswith("experiment=")).partition("=")[2]
         assert (root / "configs" / "experiment" / f"{experiment}.yaml").exists(), name
-
-
-def test_margins_are_told_as_they_were_fixed(tmp_path, spec):
-    for name in ("online_clamp", "batch"):
-        for seed in range(2):
-            write_run(tmp_path / "own" / "runs", name, seed)
-    text = study_files(load_studies(tmp_path, spec), None, spec)["."]["findings.md"].decode()
-    assert "Verdicts by the margins fixed before the runs (1 point and 0.03 nats): " in text
 
 
 def test_removal_that_changes_something_is_told(tmp_path, spec):
@@ -156,12 +97,6 @@ def test_removal_that_changes_something_is_told(tmp_path, spec):
     assert row in files["."]["clamping.md"].decode()
     course = "| fashion_mnist | 5 | 2 | 1.0e-03 | 1.0e-03 | 0 to 2.0e-03 | 1 of 2 | 4 to 8 |"
     assert course in files["."]["clamping.md"].decode()
-    text = files["."]["findings.md"].decode()
-    assert (
-        "changed no prediction in 1 of 2 runs (fashion_mnist: 0 to 30 of 10,000 predictions in 2 runs, accuracy -0.05"
-        in text
-    )
-    assert "in 1 of 2 runs and exactly 0 in 1 of 2" in text
 
 
 def test_courses_of_clamps(tmp_path):
@@ -285,8 +220,10 @@ def test_the_script_writes_studies_or_one_sweep(main, tmp_path, capsys):
     assert "| 0.1 (published) | BatchNorm | 1 | 0 |" in capsys.readouterr().out
     write_run(tmp_path / "studies" / "own" / "runs", "batch")
     assert main(tmp_path / "studies", "--benchmark", tmp_path / "none.json") == 0
-    assert (tmp_path / "studies" / "own" / "table1.md").exists() and (tmp_path / "studies" / "findings.md").exists()
-    details = "10,000 training, 2,000 validation images, cifar_resnet8, 28 px, 5 epochs"
-    assert f"**own** ([table](own/table1.md); {details}): best" in (tmp_path / "studies" / "findings.md").read_text()
+    assert (tmp_path / "studies" / "own" / "table1.md").exists()
+    page = tmp_path / "README.md.j2"
+    page.write_text("BatchNorm: n = {{ seeds('own', 'batch') }}.\n")
+    assert main(tmp_path / "studies", "--page", page) == 0
+    assert (tmp_path / "README.md").read_text() == "BatchNorm: n = 1.\n"
     assert main(tmp_path / "nowhere") == 1
     assert "no such folder" in capsys.readouterr().err

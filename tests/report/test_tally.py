@@ -14,7 +14,7 @@ from onlinenorm.report import words
 from onlinenorm.report.ablation import build_ablation
 from onlinenorm.report.build import load_studies, study_files
 from onlinenorm.report.figures import accuracy_panel, draw_curves, draw_overview
-from onlinenorm.report.findings import summary_line, table_lines
+from onlinenorm.report.findings import Findings
 from onlinenorm.report.render import render_ablation, render_markdown, render_page
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.tables import build_report, tally
@@ -99,7 +99,8 @@ def test_rows_with_diverged_seeds_are_not_equivalent(tmp_path, spec):
     verdict = verdicts(report)["online_clamp", "batch", "best_top1"]
     assert verdict.outcome == "inconclusive" and verdict.difference is not None
     assert "BatchNorm: 4 of 7 finished, 3 of 7 diverged" in verdict.reason
-    sentences = *table_lines(report, runs, spec), summary_line(report)
+    found = Findings({"own": report}, {"own": runs}, {}, None)
+    sentences = found.row("own", "batch"), found.verdict("own", "online_clamp", "batch")
     for told in (render_markdown(report), render_page(report, b"", b""), *sentences):
         assert "3 of 7 diverged" in told, told
 
@@ -118,9 +119,8 @@ def test_an_attempt_that_diverged_before_it_was_run_again_is_counted(tmp_path, s
     assert verdicts(report)["online_clamp", "batch", "best_top1"].outcome == "inconclusive"
     assert report.rows.iloc[2].attempts == ["seed 1, attempt 1 of 2 diverged: step 40, epoch 1 of 5"]
     files = study_files(studies, None, spec)
-    for folder, name in (("own", "table1.md"), ("own", "paired.md"), (".", "findings.md"), (".", "summary.md")):
+    for folder, name in (("own", "table1.md"), ("own", "paired.md")):
         assert "4 of 5 attempts finished, 1 of 5 attempts diverged" in files[folder][name].decode(), name
-    assert "of the others no compensation: 4 of 5 attempts" in files["."]["summary.md"].decode()
     assert json.loads(files["own"]["table1.json"])["rows"][2]["tally"]["diverged"] == 1
 
 

@@ -1,0 +1,134 @@
+"""The page that people write about recorded studies, and the figures that it asks for."""
+
+import json
+import re
+
+import pytest
+from run_folders import write_run
+from study_folders import NAN, benchmark, write_studies
+
+from onlinenorm.errors import ReportError
+from onlinenorm.report.build import findings_page, load_studies
+from onlinenorm.report.findings import Findings
+from onlinenorm.report.render import fill
+
+ALL = ("online_none", "online_clamp", "online_layer_scaling", "batch")
+NAMES = r"\bResNet-50\b|\bbfloat16\b"  # that have a number in them
+
+
+def findings(studies, results=None):
+    pooled = {name: study.pooled for name, study in studies.items() if study.pooled is not None}
+    made = {name: study.made for name, study in studies.items()}
+    return Findings(made, {name: study.runs for name, study in studies.items()}, pooled, results)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory, spec):
+    return load_studies(write_studies(tmp_path_factory.mktemp("study")), spec)
+
+
+@pytest.fixture(scope="module")
+def found(studies):
+    return findings(studies, benchmark(*ALL))
+
+
+def typed_numbers(template):
+    """Numbers of a template that are not filled in: those outside of {{ }}, {% %}, links and names."""
+    text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\]\([^)]*\)", " ", template, flags=re.DOTALL)
+    return re.findall(r"\S*\d\S*", re.sub(NAMES, "", text))
+
+
+def test_no_number_of_the_page_is_typed_by_hand(root):
+    template = (root / "results" / "README.md.j2").read_text()
+    assert template.count("{{") > 40 and typed_numbers(template) == []
+    assert typed_numbers("ResNet-50 reached 76.3 % [here](a/b1.md), {{ row('x', 'y1') }}, 2x") == ["76.3", "2x"]
+
+
+def test_the_recorded_page_is_what_the_runs_give(root, spec):
+    results = json.loads((root / "results" / "bench_training.json").read_text())
+    page = findings_page(root / "results" / "README.md.j2", load_studies(root / "results" / "study", spec), results)
+    assert (root / "results" / "README.md").read_bytes() == page, "run scripts/dev/reproduce.sh"
+
+
+def test_rows_have_the_numbers_of_the_tables(studies, found):
+    for row in studies["fashion_mnist"].made.rows.itertuples():
+        mean, sd = row.summaries["best_top1"].mean, row.summaries["best_top1"].sd
+        assert found.row("fashion_mnist", row.normalizer) == f"{100 * mean:.2f} ± {100 * sd:.2f} %"
+    assert found.seeds("fashion_mnist", "batch") == "3"
+    assert found.details("fashion_mnist").endswith("cifar_resnet20, 28 px, 6 epochs")
+
+
+def test_verdicts_are_those_of_the_tables(studies, found):
+    made = studies["fashion_mnist"].made.comparisons.dropna(subset="second")
+    assert len(made) == 6
+    for row in made.itertuples():
+        told = found.verdict("fashion_mnist", row.first, row.second, row.metric)
+        assert told.startswith(f"{row.verdict.outcome} (") and "90 % CI" in told
+    assert (found.margin("fashion_mnist"), found.margin("fashion_mnist", "best_loss")) == ("0.5 points", "0.01 nats")
+    assert found.verdict("resnet50", "online_clamp", "batch") == "inconclusive: n = 1"
+
+
+def test_agreement_stands_beside_that_of_two_seeds(studies, found):
+    pair = studies["fashion_mnist"].pooled.iloc[0]
+    either = f"{pair['same_first']:.1%} and {pair['same_second']:.1%}"
+    told = found.same("fashion_mnist", "online_clamp", "batch")
+    assert told == f"{pair['same']:.1%} of the images (two seeds of either: {either})"
+
+
+def test_clamps_are_told_over_all_tables(found):
+    assert found.course() == {"fallen": "4", "compared": "4", "zero": "4", "runs": "4"}
+    assert found.removal() == {"exact": "4", "runs": "4 runs", "share": "0.0 %", "points": "+0.00 points"}
+    assert found.removal("resnet50")["runs"] == "1 run"
+
+
+def test_removal_that_changes_something_is_told(tmp_path, spec):
+    clamping = {
+        "layers": 19, "clamp_value": 5.0, "with": {"val_loss": 0.35, "val_top1": 0.87},
+        "without": {"val_loss": 0.3504, "val_top1": 0.8695}, "changed_predictions": 30, "clamped_fraction": 2e-5,
+        "max_abs_activation": 8.25,
+    }  # fmt: skip
+    runs = tmp_path / "own" / "runs"
+    write_run(runs, "online_clamp", 0, clamping=clamping, clamped=[(1e-3, 9.0)] * 4 + [(2e-3, 8.0)])
+    write_run(runs, "online_clamp", 1, clamped=[(1e-3, 9.0)] * 4 + [(0.0, 4.0)])
+    write_run(runs, "online_clamp", 2, failure=NAN, done=1)
+    found = findings(load_studies(tmp_path, spec))
+    told = found.removal()
+    assert told["runs"] == "2 runs (2 of 3 finished, 1 of 3 diverged)"
+    assert (told["exact"], told["share"], told["points"]) == ("1", "0.0 to 1.5 %", "-0.05 points")
+    assert found.course() == {"fallen": "1", "compared": "2", "zero": "1", "runs": "2"}
+
+
+def test_swept_values_say_what_they_leave_out(found):
+    assert found.at("batch_size", "1", "BatchNorm").startswith("seed 0 diverged: step 40")
+    told = found.at("clamp_value", "off", "OnlineNorm (no compensation)")
+    assert told.endswith("% (1 of 2 finished, 1 of 2 diverged)")
+    over = found.over("clamp_value", "OnlineNorm (activation clamping)")
+    assert re.fullmatch(r"\S+ ± \S+ % at 1, \S+ ± \S+ % at 5 \(published\), \S+ ± \S+ % at 8", over), over
+
+
+def test_a_row_of_which_nothing_finished_says_how_it_ended(tmp_path, spec):
+    write_run(tmp_path / "own" / "runs", "online_none", 1, failure=NAN, finish=False, done=0)
+    found = findings(load_studies(tmp_path, spec))
+    assert found.row("own", "online_none").startswith("seed 1 diverged: step 40")
+    assert found.cost(256) == "not measured here"
+
+
+def test_cost_is_that_of_the_batch(found):
+    assert found.cost(256).startswith("batch 256, fused backend, compile+graph, bf16: clamping is cheaper")
+    assert found.device() == "a GPU"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "row('nowhere', 'batch')",
+        "row('resnet50', 'nothing')",
+        "verdict('resnet50', 'batch', 'group')",
+        "at('batch_size', '7', 'BatchNorm')",
+        "cost(7)",
+        "same('clamp_value', 'a', 'b')",
+    ],
+)
+def test_what_is_not_there_is_named(found, asked):
+    with pytest.raises(ReportError, match=r"findings: there is no .*its run data are missing"):
+        fill(f"{{{{ {asked} }}}}", found)
