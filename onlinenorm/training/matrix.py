@@ -229,7 +229,10 @@ def visible_gpus() -> list[str]:
 def submit(row: Row, script: Path, project: Path) -> None:
     """Hands a row to SLURM, to be run in the folder `project` by a batch script."""
     folder = row.folder.resolve()
-    RunFolder(row.folder).keep_attempt()
+    try:
+        RunFolder(row.folder).keep_attempt()
+    except FolderInUse:  # somebody has begun it just now
+        return
     options = ["--parsable", f"--job-name={row.folder}", f"--chdir={project}", f"--output={folder / 'output.log'}"]
     sbatch = ["sbatch", *options, str(script.resolve()), *row.command(folder)]
     answer = subprocess.run(sbatch, capture_output=True, text=True, check=False)

@@ -303,6 +303,7 @@ def test_a_run_that_another_sweep_has_begun_has_not_failed(run_sweep, tmp_path):
         other.stdout.readline()
         with pytest.raises(FolderInUse):
             RunFolder(folder).keep_attempt()
+        matrix.submit(matrix.Row((), folder, "batch", 3), tmp_path / "row.sbatch", tmp_path)  # without an sbatch here
         other.communicate(b"\n")
     assert (folder / "failed.txt").exists(), "its attempt is the other's"
 
