@@ -4,7 +4,7 @@ import os
 import signal
 
 if __name__ == "__main__":
-    # until train() hears them: no traceback of imports, and the exit code that it would have
+    # until train() handles them: no traceback of imports, and the exit code that it would have
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda signum, _: os._exit(128 + signum))
 
@@ -24,7 +24,7 @@ from onlinenorm.errors import ConfigError, cli_errors
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Runs, continues or reprints the run of a configuration (of `load_config`); returns its results."""
-    from onlinenorm.training import run  # not above: a wrong key is told before torch and Lightning are loaded
+    from onlinenorm.training import run  # not above: a wrong key is an error before torch and Lightning are loaded
 
     return run.train(config)
 

@@ -1,4 +1,4 @@
-"""What ends a command on purpose, and how its user is told."""
+"""What ends a command on purpose: errors with exit codes, and the context that prints them."""
 
 import contextlib
 import errno

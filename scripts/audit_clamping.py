@@ -20,7 +20,7 @@ from scripts._venv import run_main
 
 from onlinenorm.deploy import load_trained
 from onlinenorm.deploy.audit import audit, draw_audit, render_audit
-from onlinenorm.deploy.command import ALLOW, told
+from onlinenorm.deploy.command import ALLOW, exit_code
 from onlinenorm.deploy.export import made_with
 from onlinenorm.deploy.images import pick_device
 from onlinenorm.errors import DeployError
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{output}: clamping.json, clamping.md, clamping.png")
         return 0
 
-    return told("audit_clamping.py", program)
+    return exit_code("audit_clamping.py", program)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from scripts._venv import run_main
 
 from onlinenorm.deploy import FORMS, load_trained
 from onlinenorm.deploy.card import TORCHSCRIPT
-from onlinenorm.deploy.command import ALLOW, told
+from onlinenorm.deploy.command import ALLOW, exit_code
 from onlinenorm.deploy.export import export, facts, table
 
 
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"export.py: not made: {', '.join(missing)}; the reasons stand above", file=sys.stderr)
         return int(bool(missing))
 
-    return told("export.py", program)
+    return exit_code("export.py", program)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts._venv import run_main
 
 from onlinenorm.deploy import DeployError, load_trained
-from onlinenorm.deploy.command import ALLOW, told
+from onlinenorm.deploy.command import ALLOW, exit_code
 from onlinenorm.deploy.images import pick_device
 from onlinenorm.deploy.predict import class_names, find_images, predict
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps([prediction.as_dict() for prediction in found], indent=2))
         return 1 if any(prediction.error for prediction in found) else 0
 
-    return told("predict.py", program)
+    return exit_code("predict.py", program)
 
 
 if __name__ == "__main__":

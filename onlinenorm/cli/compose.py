@@ -183,25 +183,25 @@ def _values(override: Override, config_dir: str | None) -> list[str]:
             raise ConfigError(
                 f"{key}: glob() chooses among files of a group, as normalizer=glob(*) does; list the values"
             )
-        found = value.filter(group_options(key, config_dir))
+        values = value.filter(group_options(key, config_dir))
     elif override.is_interval_sweep():
         raise ConfigError(f"{key}: an interval() holds no finite number of values; list them, or use range()")
     elif isinstance(value, RangeSweep) and not (value.step and math.isfinite(value.step)):
         raise ConfigError(f"{key}: a range() needs a step other than 0")
     else:
-        found = list(itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
-    if not found or len(found) > MOST_VALUES:
-        count = "no value" if not found else f"more than {MOST_VALUES:,} values"
+        values = list(itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+    if not values or len(values) > MOST_VALUES:
+        count = "no value" if not values else f"more than {MOST_VALUES:,} values"
         raise ConfigError(f"{key}: {(override.input_line or '').partition('=')[2]} gives {count}")
-    return [f"{override.get_key_element()}={each}" for each in found]
+    return [f"{override.get_key_element()}={each}" for each in values]
 
 
 def _elsewhere(config_dir: str | None) -> dict[str, list[str]]:
     """Dotted key -> the choices of its group that have it."""
-    found: dict[str, list[str]] = {}
+    choices: dict[str, list[str]] = {}
     for folder in _folders(config_dir):
         for group in GROUPS[:-1]:
             for file in sorted((folder / group).glob("*.yaml")):
                 for key in settings(file):
-                    found.setdefault(f"{group}.{key}", []).append(file.stem)
-    return found
+                    choices.setdefault(f"{group}.{key}", []).append(file.stem)
+    return choices

@@ -31,7 +31,7 @@ class Setting(NamedTuple):
 
 
 def about(file: Path) -> str:
-    """What a configuration file says of itself in its first sentence."""
+    """The first sentence of the comment at the head of a configuration file."""
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -44,11 +44,11 @@ def about(file: Path) -> str:
 
 def settings(file: Path) -> dict[str, Setting]:
     """Dotted key -> `Setting` of a configuration file and those it inherits, but for Hydra's and what names code."""
-    found: dict[str, Setting] = {}
+    entries: dict[str, Setting] = {}
     path: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if path == ["defaults"] and (base := _INHERITED.fullmatch(line)):
-            found |= _inherited(file, base["file"])
+            entries |= _inherited(file, base["file"])
             continue
         match = _LINE.fullmatch(line)
         if match is None:
@@ -56,10 +56,10 @@ def settings(file: Path) -> dict[str, Setting]:
         path = [*path[: len(match["indent"]) // 2], match["key"]]
         if path == ["defaults"]:  # [base, _self_] in a line
             for name in re.findall(r"[\w/]+", match["value"] or ""):
-                found |= _inherited(file, name)
+                entries |= _inherited(file, name)
         if match["value"] is not None and path[0] not in ("defaults", "hydra") and not match["key"].startswith("_"):
-            found[".".join(path)] = Setting(match["value"], match["comment"] or "")
-    return found
+            entries[".".join(path)] = Setting(match["value"], match["comment"] or "")
+    return entries
 
 
 def _inherited(file: Path, name: str) -> dict[str, Setting]:
@@ -97,10 +97,10 @@ def defaults(experiment: str | None = None) -> tuple[dict[str, str], dict[str, s
 def render(overrides: list[str], width: int | None = None) -> str:
     """The page, for the choices among `overrides`."""
     width = width or max(shutil.get_terminal_size((120, 0)).columns, 80)
-    asked = dict(override.partition("=")[::2] for override in overrides)
-    named = asked.get("experiment")
+    given = dict(override.partition("=")[::2] for override in overrides)
+    named = given.get("experiment")
     choices, values = defaults(named if named in _files("experiment") else None)
-    choices |= {group: asked[group] for group in GROUPS if asked.get(group) in _files(group)}
+    choices |= {group: given[group] for group in GROUPS if given.get(group) in _files(group)}
     lines = [USAGE]
     for key, setting in settings(CONFIGS / "train.yaml").items():
         lines += _setting(key, setting, width)
@@ -111,8 +111,8 @@ def render(overrides: list[str], width: int | None = None) -> str:
         chosen = settings(files[choices[group]]) if group != "experiment" else {}
         elsewhere = {k: s for name, file in files.items() for k, s in settings(file).items() if group != "experiment"}
         for key, setting in chosen.items():
-            told = setting.comment or _comment(key, files)
-            lines += _setting(f"{group}.{key}", Setting(values.get(f"{group}.{key}", setting.value), told), width)
+            comment = setting.comment or _comment(key, files)
+            lines += _setting(f"{group}.{key}", Setting(values.get(f"{group}.{key}", setting.value), comment), width)
         if others := {key: setting for key, setting in elsewhere.items() if key not in chosen}:
             lines.append("  of other choices:")
             for key, setting in others.items():

@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int | None], None]  # what is being done, how muc
 
 
 def silent(what: str, done: int, total: int | None) -> None:
-    """A `Progress` that tells nobody."""
+    """A `Progress` that prints nothing."""
 
 
 class ArchiveIndex(FolderIndex):
@@ -101,7 +101,7 @@ def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveInd
     folder = folder.resolve()
     train, val, devkit_path = folder / TRAIN_ARCHIVE, folder / VAL_ARCHIVE, find_devkit(folder)
     devkit = read_devkit(devkit_path)
-    found = []
+    indexes = []
     for name, archive, members in (
         ("official-train", train, lambda: _check_train(_scan_nested(train, devkit, progress), devkit, train)),
         ("official-val", val, lambda: _label_val(_scan(val, 0), devkit, val)),
@@ -112,8 +112,8 @@ def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveInd
             )
         key = _key([archive, devkit_path])
         arrays = cached_arrays(folder, name, key, functools.partial(_build, members, archive))
-        found.append(ArchiveIndex([archive], **arrays))
-    return found[0], found[1]
+        indexes.append(ArchiveIndex([archive], **arrays))
+    return indexes[0], indexes[1]
 
 
 def _build(members: Callable[[], Iterable[Member]], archive: Path) -> Arrays:
@@ -193,7 +193,7 @@ def _scan_nested(archive: Path, devkit: Devkit, progress: Progress) -> Iterator[
 
 @contextlib.contextmanager
 def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") -> Iterator[tarfile.TarFile]:
-    """The members of a tar, or of a tar within one; damage is told as DataError with the archive's name."""
+    """The members of a tar, or of a tar within one; damage raises DataError, which names the archive."""
     name = f"{archive}: its member {member}" if member else str(archive)
     try:
         with stream or open(archive, "rb") as file:
@@ -233,13 +233,13 @@ def _check_train(members: Iterator[Member], devkit: Devkit, archive: Path) -> It
 
 
 def _label_val(members: Iterator[Member], devkit: Devkit, archive: Path) -> Iterator[Member]:
-    found = sorted(members)
-    if len(found) != len(devkit.val_classes):
+    images = sorted(members)
+    if len(images) != len(devkit.val_classes):
         raise DataError(
-            f"{archive}: holds {len(found)} images and the devkit labels {len(devkit.val_classes)}; "
+            f"{archive}: holds {len(images)} images and the devkit labels {len(devkit.val_classes)}; "
             "they do not belong together, or the archive is cut short"
         )
-    for (name, place, start, size), wnid in zip(found, devkit.val_classes, strict=True):
+    for (name, place, start, size), wnid in zip(images, devkit.val_classes, strict=True):
         yield f"{wnid}/{Path(name).name}", place, start, size
 
 
@@ -263,20 +263,20 @@ def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
             (short := path.removeprefix(f"{common}/")): (short, place, start, size)
             for path, place, start, size in last.values()
         }
-    found = sorted(last.values(), key=order)
-    loose = [path for path, *_ in found if "/" not in path]
-    if loose or not found:
+    images = sorted(last.values(), key=order)
+    loose = [path for path, *_ in images if "/" not in path]
+    if loose or not images:
         what = f"images outside class folders: {name_few(loose)}" if loose else "no image"
         raise DataError(
             f"{name_few([str(a) for a in archives])} hold {what}; expected are members CLASS/FILE", key="root"
         )
-    classes, labels = np.unique([path.partition("/")[0] for path, *_ in found], return_inverse=True)
+    classes, labels = np.unique([path.partition("/")[0] for path, *_ in images], return_inverse=True)
     return {
-        **pack_names([path for path, *_ in found]),
+        **pack_names([path for path, *_ in images]),
         "labels": labels.astype(np.int32),
-        "sizes": np.array([size for *_, size in found], dtype=np.int64),
-        "places": np.array([place for _, place, _, _ in found], dtype=np.int32),
-        "starts": np.array([start for _, _, start, _ in found], dtype=np.int64),
+        "sizes": np.array([size for *_, size in images], dtype=np.int64),
+        "places": np.array([place for _, place, _, _ in images], dtype=np.int32),
+        "starts": np.array([start for _, _, start, _ in images], dtype=np.int64),
         "class_names": classes,
     }
 

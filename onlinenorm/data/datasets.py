@@ -204,16 +204,16 @@ class FolderDataset(Dataset):
     def readable(self, wanted: int, draws_K: np.ndarray) -> tuple[int, int, np.ndarray]:
         """(label, index as reported in the batch, crops) of an image, or of the next one that can be read."""
         for offset in range(min(SEARCH, len(self))):
-            found = (wanted + offset) % len(self)
+            candidate = (wanted + offset) % len(self)
             try:
-                crops_KHWC = self.decode(found, draws_K)
+                crops_KHWC = self.decode(candidate, draws_K)
             except MemoryError:
                 raise
             except Exception:  # a damaged file makes decoders raise almost anything
                 continue
-            if found == wanted:
+            if candidate == wanted:
                 return int(self.index.labels[wanted]), wanted, crops_KHWC
-            return int(self.index.labels[found]) if self.training else -1, -wanted - 1, crops_KHWC
+            return int(self.index.labels[candidate]) if self.training else -1, -wanted - 1, crops_KHWC
         raise DataError(
             f"none of {min(SEARCH, len(self))} images in a row can be read, the first being "
             f"{self.index.path(wanted)} ({self.failure(wanted)}); is the disk still mounted?",

@@ -28,7 +28,7 @@ warnings_lock = threading.RLock()  # catch_warnings mixes up the filters of thre
 def open_rgb(data: bytes) -> Image.Image:
     """An image file as 8-bit RGB, its first frame; 16-bit gray is scaled, where Pillow's own conversion makes it white.
 
-    Raises ValueError for floating-point and 32-bit pixels, whose range no file tells.
+    Raises ValueError for floating-point and 32-bit pixels, whose range is in no file.
     """
     try:
         opened = Image.open(io.BytesIO(data))

@@ -67,8 +67,8 @@ class ImageNet(ImageDataModule):
     def verified(self) -> dict[str, Any] | None:
         """When and how scripts/prepare_imagenet.py --verify found these files, or None."""
         assert self._sets  # opened
-        found = recorded(Path(self.root or "").expanduser(), self._splits)
-        return None if found is None else {key: found[key] for key in ("date", "decoded", "problems")}
+        verification = recorded(Path(self.root or "").expanduser(), self._splits)
+        return None if verification is None else {key: verification[key] for key in ("date", "decoded", "problems")}
 
     def describe(self) -> dict[str, Any]:
         """The `dataset` entry of results.json, with what decoded the images and what a verification found."""

@@ -86,7 +86,7 @@ class FolderIndex:
 
     def _statuses(self, images: Iterable[int]) -> Iterator[os.stat_result]:
         for i in images:
-            with contextlib.suppress(FileNotFoundError):  # a broken link, told when its turn comes
+            with contextlib.suppress(FileNotFoundError):  # a broken link, reported when it is read
                 yield os.stat(self.path(i))
 
     def class_range(self, label: int) -> range:
@@ -168,9 +168,9 @@ def build_index(folder: Path, classes: list[str]) -> Arrays:
     # threads hide the latency of network filesystems; the work is system calls
     with ThreadPoolExecutor(_THREADS) as pool:
         walked = list(pool.map(lambda name: _walk(folder, name), classes))
-    found = [files for files, _ in walked]
+    files_of_classes = [files for files, _ in walked]
     folders = [(".", modified), *(entry for _, entries in walked for entry in entries)]
-    empty = [name for name, files in zip(classes, found, strict=True) if not files]
+    empty = [name for name, files in zip(classes, files_of_classes, strict=True) if not files]
     if empty:
         raise DataError(
             f"{len(empty)} class folders in {folder} hold no image: {name_few(empty)}. Finish the extraction, "
@@ -178,9 +178,9 @@ def build_index(folder: Path, classes: list[str]) -> Arrays:
             key="root",
         )
     return {
-        **pack_names([path for files in found for path, _ in files]),
-        "labels": np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in found]),
-        "sizes": np.array([size for files in found for _, size in files], dtype=np.int64),
+        **pack_names([path for files in files_of_classes for path, _ in files]),
+        "labels": np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in files_of_classes]),
+        "sizes": np.array([size for files in files_of_classes for _, size in files], dtype=np.int64),
         **{f"folder_{key}": array for key, array in pack_names([path for path, _ in folders]).items()},
         "times": np.array([time for _, time in folders], dtype=np.int64),
     }
@@ -208,26 +208,28 @@ def scan_class(folder: Path, name: str) -> list[tuple[str, int]]:
 
 def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """(path below `folder`, bytes) of a class's images, in index order, and (path, modified) of the folders read."""
-    found: dict[str, list[str]] = {}
+    files_of_folders: dict[str, list[str]] = {}
     folders, todo = [], [os.path.join(folder, name)]
     while todo:
         parent = todo.pop()
         try:
             folders.append((os.path.relpath(parent, folder), _modified(parent)))
-            found[parent] = []
+            files_of_folders[parent] = []
             with os.scandir(parent) as entries:
                 for entry in entries:
                     if entry.is_dir():
                         todo.append(entry.path)
                     elif entry.name.lower().endswith(EXTENSIONS):
-                        found[parent].append(entry.name)
+                        files_of_folders[parent].append(entry.name)
         except FileNotFoundError:  # there is none of this class
             continue
         except OSError as error:
             loop = error.errno == errno.ELOOP
             cure = "remove the link that leads back to a folder above it" if loop else "correct its permissions"
             raise DataError(f"{parent} cannot be read ({error.strerror}); {cure}", key="root") from None
-    paths = [os.path.join(parent, file) for parent in sorted(found) for file in sorted(found[parent])]
+    paths = [
+        os.path.join(parent, file) for parent in sorted(files_of_folders) for file in sorted(files_of_folders[parent])
+    ]
     return [(os.path.relpath(path, folder), _size(path)) for path in paths], folders
 
 

@@ -241,7 +241,7 @@ class ImageDataModule(pl.LightningDataModule):
         ]
 
     def note_replaced(self, files: dict[str, Any] | None) -> None:
-        """Keeps, and tells, which files were replaced since a checkpoint with `files` was written."""
+        """Keeps, and logs, which files were replaced since a checkpoint with `files` was written."""
         new = self.replaced_since(files) or []
         self.replaced = list(dict.fromkeys([*self.replaced, *new]))
         if new and self._process()[0] == 0:

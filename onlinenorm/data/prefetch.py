@@ -65,7 +65,7 @@ def _produce(
                     return
                 results.put((batch, None if stream is None else stream.record_event()))
         results.put(None)
-    except BaseException as error:  # told to the thread that waits
+    except BaseException as error:  # raised in the thread that waits
         results.put(error)
 
 

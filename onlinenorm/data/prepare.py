@@ -39,13 +39,13 @@ def check_archives(folder: Path, record: Path, progress: Progress = silent) -> N
             continue
         state = [path.stat().st_size, path.stat().st_mtime_ns]
         entry = known.get(name, {})
-        found = entry.get("md5") if entry.get("state") == state else _md5(path, progress)
-        if found != published:
+        md5 = entry.get("md5") if entry.get("state") == state else _md5(path, progress)
+        if md5 != published:
             raise DataError(
-                f"{path}: its MD5 is {found}, the published one {published}; fetch it again, or use --no-checksum "
+                f"{path}: its MD5 is {md5}, the published one {published}; fetch it again, or use --no-checksum "
                 "if it is meant to be another file (a subset)"
             )
-        known[name] = {"state": state, "md5": found}
+        known[name] = {"state": state, "md5": md5}
         record.parent.mkdir(parents=True, exist_ok=True)
         _refuse_link(record)
         record.write_text(json.dumps(known, indent=1) + "\n")

@@ -106,17 +106,17 @@ def recorded(root: Path, splits: tuple[FolderIndex, FolderIndex]) -> dict[str, A
         if not file.exists():
             continue
         try:
-            found = read_record(file, DataError, _VERIFIED, "run scripts/prepare_imagenet.py --verify again")
+            verification = read_record(file, DataError, _VERIFIED, "run scripts/prepare_imagenet.py --verify again")
         except DataError as error:
             log.warning("%s", error)
             continue
-        if found.get("fingerprint") == digest and max(s.modified_ns for s in splits) <= found.get(
+        if verification.get("fingerprint") == digest and max(s.modified_ns for s in splits) <= verification.get(
             "modified_ns", math.inf
         ):
-            return found
+            return verification
         log.warning(
             "%s has changed since it was verified (%s): run scripts/prepare_imagenet.py --verify again",
-            root, found.get("date"),
+            root, verification.get("date"),
         )  # fmt: skip
     return None
 
@@ -142,9 +142,9 @@ def _undecodable(index: FolderIndex, chosen: np.ndarray, split: str, progress: P
             return f"{split}/{index.relative_path(i)} ({type(error).__name__}: {error})"
         return None
 
-    found: list[str] = []
+    problems: list[str] = []
     with named_warnings() as reading, ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
         for begin in range(0, len(chosen), _TOGETHER):
-            found += filter(None, pool.map(problem, chosen[begin : begin + _TOGETHER].tolist()))
+            problems += filter(None, pool.map(problem, chosen[begin : begin + _TOGETHER].tolist()))
             progress(f"decoding {split}", min(begin + _TOGETHER, len(chosen)), len(chosen))
-    return found
+    return problems

@@ -1,4 +1,4 @@
-"""Loader processes: signals are left to the run, shared memory suffices, and one that dies is told in a sentence."""
+"""Loader processes: stop signals are blocked, shared memory is checked, and the death of one is a DataError."""
 
 import contextlib
 import errno

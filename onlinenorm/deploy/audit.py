@@ -73,8 +73,8 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
         raise DeployError(f"{trained.folder}: the network has no clamps to audit ({guard})")
     if wrong := [value for value in values if not 0 < value < float("inf")]:
         raise DeployError(f"--values {wrong[0]:g}: a clamp value must be positive and finite")
-    own = {name: layer.clamp_value for name, layer in layers.items()}
-    usual = next(iter(own.values()))
+    clamp_values = {name: layer.clamp_value for name, layer in layers.items()}
+    usual = next(iter(clamp_values.values()))
     settings = [Setting(usual, trained=True), Setting(None)]
     settings += [Setting(float(value)) for value in sorted(set(values) - {usual})]
     meters = [{name: ClampMeter(layer) for name, layer in layers.items()} for _ in settings]
@@ -85,7 +85,9 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
         for setting, meter in zip(settings, meters, strict=True):
             for name, layer in layers.items():
                 layer.error_compensation = "none" if setting.clamp_value is None else "clamp"
-                layer.clamp_value = own[name] if setting.trained or setting.clamp_value is None else setting.clamp_value
+                layer.clamp_value = (
+                    clamp_values[name] if setting.trained or setting.clamp_value is None else setting.clamp_value
+                )
             with ExitStack() as stack:
                 if setting.clamp_value is not None:
                     for single in meter.values():
@@ -94,7 +96,7 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
             reference = predicted(logits) if reference is None else reference
             _add(setting, logits, labels, reference)
     for name, layer in layers.items():
-        layer.error_compensation, layer.clamp_value = "clamp", own[name]
+        layer.error_compensation, layer.clamp_value = "clamp", clamp_values[name]
     for setting, meter in zip(settings, meters, strict=True):
         setting.val_loss /= max(setting.images, 1)
         setting.val_top1 /= max(setting.images, 1)

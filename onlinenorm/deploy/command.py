@@ -1,4 +1,4 @@
-"""What the deployment scripts share: one line for an error, files that appear whole or not at all."""
+"""What the deployment scripts share: an error is one line and an exit code."""
 
 import sys
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from onlinenorm.errors import ConfigError, DeployError, RunError
 ALLOW = "build this class of a package of your own that the run names, which runs its code; may be repeated"
 
 
-def told(name: str, program: Callable[[], int]) -> int:
+def exit_code(name: str, program: Callable[[], int]) -> int:
     """The exit code of `program`; a deliberate error becomes one line on stderr and its own code, or 2."""
     try:
         return program()

@@ -92,12 +92,12 @@ def export(
                 candidates[row.form] = (loaded, trained.network if kept else bare)
         if not any(row.file for row in rows):
             raise DeployError("no form can hold this network: " + "; ".join(row.reason for row in rows))
-        found = agreements(candidates, validation_batches(trained, limit, torch.device("cpu")))
-        removal = found.pop("removal", None)
+        compared = agreements(candidates, validation_batches(trained, limit, torch.device("cpu")))
+        removal = compared.pop("removal", None)
         image = torch.zeros(1, trained.in_channels, trained.data.image_size, trained.data.image_size)
         for row in rows:
             if row.file:
-                row.agreement = found[row.form]
+                row.agreement = compared[row.form]
                 _check(row, tolerance)
                 if latency_runs:
                     row.milliseconds = latency_ms(candidates[row.form][0], image, latency_runs)
@@ -127,7 +127,7 @@ def _stage(trained: Trained, form: Form, work: Path, keep_clamp: bool, alone: bo
             raise
         except Exception as error:  # exporters and full disks raise almost anything
             if shutil.disk_usage(work).free < FULL:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error  # told by `staging`
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error  # which `staging` reports
             raise DeployError(
                 f"--to {form.name}: could not be made ({type(error).__name__}: {first_line(error)})"
             ) from error
@@ -152,16 +152,16 @@ def _check(row: Row, tolerance: float) -> None:
 
 def made_with() -> dict[str, str]:
     """Versions, commit and processor of this export."""
-    found = {"torch": str(torch.__version__)}
+    versions = {"torch": str(torch.__version__)}
     for package in ("torchvision", "onnx", "onnxruntime", "safetensors"):
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    found["python"] = platform.python_version()
+    versions["python"] = platform.python_version()
     git = git_state()
-    found["commit"] = git["commit"] + (" (with local changes)" if git["dirty"] else "")
-    return found
+    versions["commit"] = git["commit"] + (" (with local changes)" if git["dirty"] else "")
+    return versions
 
 
 def facts(trained: Trained, result: Export, command: str) -> dict:

@@ -234,7 +234,7 @@ def _load_exported(path: Path, trained: Trained) -> Logits:
 
 @contextmanager
 def _quiet():
-    """Without the exporters' notes on themselves: the deprecation of TorchScript is told in the table and the card."""
+    """Without the exporters' notes on themselves: the deprecation of TorchScript stands in the table and the card."""
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,10 +14,10 @@ from onlinenorm.text import first_line
 
 def pick_device(name: str) -> torch.device:
     """The device for "auto", "cpu" or "cuda"; DeployError where there is no GPU and one is asked for."""
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
         raise DeployError("--device cuda: torch finds no GPU; use --device cpu")
-    return torch.device("cuda" if found and name != "cpu" else "cpu")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
 def validation_batches(
@@ -36,17 +36,17 @@ def validation_batches(
         if data.num_classes != trained.num_classes:
             raise DeployError(f"the dataset has {data.num_classes} classes and the network {trained.num_classes}")
         total = data.val_images
-        own = data.val_dataloader()
-        assert isinstance(own, DataLoader)  # load_trained keeps no set on a device
+        whole = data.val_dataloader()
+        assert isinstance(whole, DataLoader)  # load_trained keeps no set on a device
     except DataError as error:
         raise DeployError(f"{first_line(error)} (--data-root names another place)") from error
     count = min(limit or total, total)
     chosen = [(0, index * total // count) for index in range(count)]
     loader = DataLoader(
-        own.dataset,
+        whole.dataset,
         batch_sampler=[chosen[start : start + batch_size] for start in range(0, count, batch_size)],
-        collate_fn=own.collate_fn,
-        num_workers=own.num_workers,
+        collate_fn=whole.collate_fn,
+        num_workers=whole.num_workers,
     )
     for batch in loader:
         batch = [part.to(device) for part in data.on_before_batch_transfer(batch)]

@@ -40,10 +40,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(EXTENSIONS))
-            if not found:
+            images = sorted(p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(EXTENSIONS))
+            if not images:
                 raise DeployError(f"{path}: holds no images ({', '.join(EXTENSIONS)})")
-            files += found
+            files += images
         else:
             files.append(path)
     return files

@@ -53,14 +53,14 @@ def agreements(
     candidates: Mapping[str, tuple[Logits, Logits]], batches: Iterable[tuple[Tensor, Tensor, Tensor]]
 ) -> dict[str, Agreement]:
     """An `Agreement` for each name's (candidate, reference) on the same images; a shared reference runs once."""
-    found = {name: Agreement() for name in candidates}
+    agreement_of = {name: Agreement() for name in candidates}
     for images, labels, _ in batches:
         references: dict[int, Tensor] = {}
         for name, (candidate, reference) in candidates.items():
             if id(reference) not in references:
                 references[id(reference)] = reference(images)
-            found[name].add(candidate(images), references[id(reference)], labels)
-    return found
+            agreement_of[name].add(candidate(images), references[id(reference)], labels)
+    return agreement_of
 
 
 @torch.no_grad()

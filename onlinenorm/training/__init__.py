@@ -12,6 +12,6 @@ _MODULES = {"ImageClassifier": "module", "build_trainer": "trainer"}
 
 
 def __getattr__(name: str):
-    if name in _MODULES:  # on demand: a wrong key is told before torch and Lightning are loaded
+    if name in _MODULES:  # on demand: a wrong key is an error before torch and Lightning are loaded
         return getattr(importlib.import_module(f"onlinenorm.training.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'onlinenorm.training' has no attribute {name!r}")

@@ -171,7 +171,7 @@ class Checkpoints(Checkpoint):
     Args:
         folder: of the checkpoint files.
         every_n_steps: optimizer steps between saves within an epoch; None for none.
-        stop: tells when to save and leave (`interruption.StopSignals`).
+        stop: the signals that ask to save and end (`interruption.StopSignals`).
     """
 
     def __init__(self, folder: Path, every_n_steps: int | None, stop):

@@ -60,7 +60,7 @@ def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:
     target = locate(path, node["_target_"])
     arguments = {key: value for key, value in node.items() if key not in (*_MARKS, *_SHOWN)}
     if path == "normalizer":
-        from onlinenorm.training.roles import make_normalizer  # not above: wrong keys are told before torch is loaded
+        from onlinenorm.training.roles import make_normalizer  # not above: wrong keys come before torch is loaded
 
         return functools.partial(make_normalizer, target, **arguments, **provided)
     with full_keys(config, path):

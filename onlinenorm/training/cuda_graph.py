@@ -69,8 +69,8 @@ class GraphedStep:
             with capture(self._forward):
                 loss, figures = self.step(forward, self.images, self.labels)
             with capture(self._backward, pool=self._forward.pool()):
-                found = gradients(loss)
-        self._outputs, self._gradients = (loss.detach(), figures), found
+                captured = gradients(loss)
+        self._outputs, self._gradients = (loss.detach(), figures), captured
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])

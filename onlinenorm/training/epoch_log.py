@@ -37,7 +37,7 @@ def to_csv(rows: list[dict[str, float]], columns: tuple[str, ...] = COLUMNS) -> 
 class EpochLog(pl.Callback):
     """Makes the rows. They live in the checkpoint and the file is written anew from it: none is doubled or lost.
 
-    clamping.csv tells what about ten batches of each validation met: the fraction of activations beyond the clamp and
+    clamping.csv holds, of about ten batches of each validation, the fraction of activations beyond the clamp and
     the largest one, before clamp, residual and ReLU.
 
     images_per_second counts training alone; seconds are those of the epoch with its validation, over all interruptions.

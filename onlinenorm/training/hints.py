@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from onlinenorm.errors import ConfigError
 
-# What train.py hands to a node itself, so that a config that sets it would not be heard.
+# What train.py hands to a node itself, so that a config cannot set it.
 PROVIDED = {
     "normalizer": ("num_features",),
     "model": ("normalizer", "num_classes", "in_channels"),

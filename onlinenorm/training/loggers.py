@@ -68,7 +68,7 @@ def wandb_logger(
             config=config,
             settings={"console": "off", "silent": True, "init_timeout": ANSWER_SECONDS},
         )
-        # Lightning passes this on even when nobody asked for it, and wandb warns about it
+        # Lightning passes this on even where it is not set, and wandb warns about it
         logger._wandb_init.pop("anonymous", None)
         _ = logger.experiment  # now, not when training has begun
         return logger
@@ -118,13 +118,13 @@ def tensorboard_logger(
 
 def upload_hint(folder: Path) -> str:
     """Where the offline runs of a run folder lie and how they get to Weights & Biases; "" where there are none."""
-    found = sorted((folder / "wandb").glob("offline-run-*"))
-    return f"W&B: kept offline; upload with: wandb sync {shlex.join(map(str, found))}" if found else ""
+    runs = sorted((folder / "wandb").glob("offline-run-*"))
+    return f"W&B: kept offline; upload with: wandb sync {shlex.join(map(str, runs))}" if runs else ""
 
 
 @contextlib.contextmanager
 def closing(loggers: list[Logger]) -> Iterator[None]:
-    """Context at whose end the mirrors of a run end, told how, so that the next run in this process opens its own."""
+    """Context at whose end the mirrors of a run are closed with its exit code, so that the next run opens its own."""
     code = 1
     interrupted = False
     try:

@@ -113,15 +113,21 @@ def seconds_left(rows: list[Row], states: list[str]) -> list[float | None]:
     ]
 
     def mean(choose) -> float | None:
-        epochs = [seconds for row, own in zip(rows, spent, strict=True) if choose(row) for seconds in own]
+        epochs = [
+            seconds for row, epochs_done in zip(rows, spent, strict=True) if choose(row) for seconds in epochs_done
+        ]
         return sum(epochs) / len(epochs) if epochs else None
 
     left: list[float | None] = []
-    for row, own, state in zip(rows, spent, states, strict=True):
-        each = sum(own) / len(own) if own else mean(lambda other, row=row: other.normalizer == row.normalizer)
+    for row, epochs_done, state in zip(rows, spent, states, strict=True):
+        each = (
+            sum(epochs_done) / len(epochs_done)
+            if epochs_done
+            else mean(lambda other, row=row: other.normalizer == row.normalizer)
+        )
         each = mean(lambda other: True) if each is None else each
         over = state in ("done", "diverged", "failed")
-        left.append(0.0 if over else None if each is None else each * (row.epochs - len(own)))
+        left.append(0.0 if over else None if each is None else each * (row.epochs - len(epochs_done)))
     return left
 
 
@@ -171,7 +177,7 @@ class Sweep:
             worker.start()
         for worker in workers:
             while worker.is_alive():
-                worker.join(0.2)  # signals are heard here: the main thread must not block for long
+                worker.join(0.2)  # signals are handled here: the main thread must not block for long
 
     def _stop(self, signum: int, frame: Any) -> None:
         self.signum = signum

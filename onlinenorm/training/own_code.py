@@ -13,13 +13,13 @@ from onlinenorm.training.targets import NAMED, OWN, is_users
 
 def own_files(config: dict[str, Any]) -> dict[str, dict[str, Path]]:
     """Group -> module -> file, of each target that is not of this package and of all of the user's that it imports."""
-    found = {}
+    files = {}
     for group in OWN:
         node = config.get(group)
         target = node.get("_target_") if isinstance(node, dict) else None
         if isinstance(target, str) and target not in NAMED[group]:
-            found[group] = _imported_by(target.rpartition(".")[0])
-    return found
+            files[group] = _imported_by(target.rpartition(".")[0])
+    return files
 
 
 def own_code(config: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -46,7 +46,7 @@ def changed_code(old: dict[str, dict[str, str]], config: dict[str, Any]) -> list
 
 def _imported_by(module: str) -> dict[str, Path]:
     """Module -> file, of `module` and whatever it imports, read from the sources, as far as it is the user's own."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     todo, seen = [module], set()
     while todo:
         name = todo.pop()
@@ -56,9 +56,9 @@ def _imported_by(module: str) -> dict[str, Path]:
         file = _file(name)
         if file is None:
             continue
-        found[name] = file
+        files[name] = file
         todo += [name.rpartition(".")[0], *_imports(name, file)]
-    return found
+    return files
 
 
 def _file(module: str) -> Path | None:
@@ -80,7 +80,7 @@ def _imports(module: str, file: Path) -> Iterator[str]:
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     try:
         tree = ast.parse(file.read_bytes())
-    except SyntaxError:  # told where it is imported
+    except SyntaxError:  # raised where it is imported
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

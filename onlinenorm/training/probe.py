@@ -82,7 +82,7 @@ def _probe_own(layer: nn.Module, name: str) -> None:
     try:
         with torch.no_grad():
             y = layer.train()(x)
-    except Exception:  # it may need a GPU; what else is wrong is told where it trains
+    except Exception:  # it may need a GPU; what else is wrong shows where it trains
         y = x
     if not isinstance(y, torch.Tensor) or y.shape != x.shape:
         made = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet before training: it says for whom it waits, and a signal ends the wait for all."""
+"""Where the processes of a run meet before training: missing ones are printed, and a signal ends the wait of all."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ LIMIT_SECONDS = 1800.0
 
 
 class MeetingDDPStrategy(DDPStrategy):
-    """DDPStrategy whose processes meet before torch's own rendezvous, which neither speaks nor hears signals."""
+    """DDPStrategy whose processes meet before torch's own rendezvous, which prints nothing and ignores signals."""
 
     def __init__(self, stop: StopSignals, **options):
         super().__init__(**options)
@@ -43,7 +43,7 @@ class MeetingDDPStrategy(DDPStrategy):
 
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         # DDP is made on a stream of its own, and a 3x3 kernel of one input channel has two names for one layout: both
-        # are without effect, and would be told by every process.
+        # are without effect, and would be printed by every process.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return super()._setup_model(model)
@@ -52,7 +52,7 @@ class MeetingDDPStrategy(DDPStrategy):
 def meet(host: str, port: int, rank: int, world_size: int, devices: int, stop: StopSignals) -> dist.Store:
     """The store at host:port, once all processes are there; `stop` is deferred from then on.
 
-    All go on or none does: whoever sees them complete, or is told to stop first, decides for all by setting one key.
+    All go on or none does: the first that sees them complete, or gets a signal, decides for all by setting one key.
     Raises Interrupted where that was a signal, RunError where the meeting fails.
     """
     wait = _Wait(0.0 if world_size > devices else PATIENCE_SECONDS)

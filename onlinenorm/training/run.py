@@ -43,9 +43,9 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
     probe_normalizer(normalizer, config["normalizer"], where)
     names, seed, path = config["choices"], config["seed"], folder.path
     if results := folder.results(config):
-        told = _whose(results, config, recipe, path)
+        warnings_of_data = _whose(results, config, recipe, path)
         if folder.rank_zero:
-            print(summary(results, path), *told, sep="\n")
+            print(summary(results, path), *warnings_of_data, sep="\n")
         return results
     if folder.rank_zero:  # at once, for what follows may take long
         chosen = " ".join(f"{group}={name}" for group, name in names.items() if name and group != "logger")

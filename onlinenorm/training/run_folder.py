@@ -94,7 +94,7 @@ class RunFolder:
             return
         with self._locked():
             keep_attempt(self.path)
-            former_attempts(self.path)  # read at the end of the run: what is damaged is told before it
+            former_attempts(self.path)  # read at the end of the run: what is damaged raises before it
             try:
                 yield
             except Exception as error:

@@ -77,18 +77,18 @@ def locate(group: str, name: Any) -> Any:
     if not isinstance(name, str):
         raise refused(group, name)
     module, _, attribute = name.rpartition(".")
-    own = name not in NAMED.get(group, ())
-    if own and not (group in OWN and module and attribute and _is_own(name.partition(".")[0], group, name)):
+    is_own = name not in NAMED.get(group, ())
+    if is_own and not (group in OWN and module and attribute and _is_own(name.partition(".")[0], group, name)):
         raise refused(group, name)
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        target = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "?"):
             raise RunError(f"{group}: {name} needs the package {error.name}, which is not installed") from None
         raise ConfigError(f"{group}._target_: {name!r} does not exist ({error})") from None
-    if own:
-        _check_own(group, name, found)
-    return found
+    if is_own:
+        _check_own(group, name, target)
+    return target
 
 
 def refused(group: str, name: Any) -> ConfigError:

@@ -107,7 +107,7 @@ def build_trainer(
     Args:
         max_epochs: epochs of the whole run.
         folder: the run folder; checkpoints go to `folder`/checkpoints.
-        epoch_log, stop, loggers: what keeps the rows, hears signals, and mirrors the rows.
+        epoch_log, stop, loggers: what keeps the rows, handles signals, and mirrors the rows.
         accelerator, devices, num_nodes, strategy: processes and what they run on, after `resolve`.
         precision: of weights and arithmetic, in Lightning's words.
         accumulate_grad_batches: parts that a step's batch is cut into, at least 1.
