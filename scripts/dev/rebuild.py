@@ -18,6 +18,7 @@ from scripts._venv import ROOT, run_main
 
 import matplotlib
 
+from onlinenorm.deploy.export import page
 from scripts import study, table1
 from scripts.bench import (
     distributed_table,
@@ -43,8 +44,8 @@ def rebuild(folder: Path) -> int:
         (table1, [str(runs), "--output", str(folder / runs.parent.name)]) for runs in sorted(RESULTS.glob("*/runs"))
     ]
     if (RESULTS / "study").is_dir():
-        page = ["--page", str(RESULTS / "README.md.j2")]
-        jobs.append((study, [str(RESULTS / "study"), "--output", str(folder / "study"), *page]))
+        told = ["--page", str(RESULTS / "README.md.j2")]
+        jobs.append((study, [str(RESULTS / "study"), "--output", str(folder / "study"), *told]))
     data = {name: folder / f"bench_{name}.json" for name in PAGES if (RESULTS / f"bench_{name}.json").exists()}
     for name, file in data.items():
         shutil.copy(RESULTS / file.name, file)  # a page is written beside its data
