@@ -143,7 +143,7 @@ def test_two_runs_on_one_folder_at_once(tmp_path):
     try:
         checkpoint_moved(tmp_path, None, first)
         ((succeeded, error),) = process_groups.finish(start(1, tmp_path, "recipe.epochs=200"))
-        assert not succeeded and error[0] == "RunError" and "another run is writing to this folder" in error[1]
+        assert not succeeded and error[0] == "FolderInUse" and "another run is writing to this folder" in error[1]
         assert first[0][0].is_alive()
     finally:
         kill(first)
