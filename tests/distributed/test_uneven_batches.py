@@ -39,7 +39,8 @@ def follow(first, second, rank):
             part = y[: after[rank]]
         else:
             part = torch.cat([piece[:n] for piece, n in zip(y.split(before), after, strict=True)])
-        losses = [part] if rank is not None else part.split(after)
+        z = second(part)
+        losses = [z] if rank is not None else z.split(after)
         sum(loss.square().flatten(1).sum(1).mean() for loss in losses).div(len(losses)).backward()
 
 
