@@ -86,7 +86,8 @@ def build_ablation(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Abla
     ).sort_values(["rank", "name"])
     values = in_order(ordered["value"])
     ordered = ordered.assign(place=ordered["value"].map(values.index)).sort_values("place", kind="stable")
-    points = [_point(*name, mine, spec) for name, mine in ordered.groupby(["value", "series"], sort=False)]
+    groups = ordered.groupby(["value", "series"], sort=False)
+    points = [_point(value, series, mine, spec) for (value, series), mine in groups]
     setting = next((entry for entry in spec.published_setting if key in entry.key), None)
     return Ablation(
         key=key,

@@ -141,21 +141,21 @@ def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, s
     """Panels of the summary figure by title, as far as there are data."""
     panels: dict[str, Callable] = {}
     main, batches = next((studies[name] for name in MAIN if name in studies), None), studies.get(BATCHES)
-    if main and isinstance(main.made, Report) and main.made.rows["seeds"].map(len).any():
-        panels[f"{main.made.scale_short}: a point a seed"] = lambda axis: figures.accuracy_panel(
-            axis, main.made, main.runs.runs
+    if main and isinstance(report := main.made, Report) and report.rows["seeds"].map(len).any():
+        panels[f"{report.scale_short}: a point a seed"] = lambda axis: figures.accuracy_panel(
+            axis, report, main.runs.runs
         )
         if clamped := figures.clamp_panels({"main": main.runs}):
             panels["activations beyond the clamp, a line a seed"] = lambda axis: figures.fraction_panel(
                 axis, clamped["main"]
             )
-    if batches and isinstance(batches.made, Ablation):
+    if batches and isinstance(ablation := batches.made, Ablation):
 
         def draw(axis):
-            figures.ablation_panel(axis, batches.made, "last_top1")
+            figures.ablation_panel(axis, ablation, "last_top1")
             axis.legend(frameon=False, fontsize=9)
 
-        panels[f"{batches.made.name}, rates by the horizon rule"] = draw
+        panels[f"{ablation.name}, rates by the horizon rule"] = draw
     if studies and benchmark and len(rows := benchmarks.headline(benchmarks.steps(benchmark))):
         panels["cost of a training step"] = lambda axis: figures.cost_panel(axis, rows, spec)
     return panels

@@ -23,16 +23,10 @@ from onlinenorm.report.runs import Runs, milestones
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.tables import Report
 
-STYLE = {
-    "font.size": 11,
-    "font.family": "DejaVu Sans",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-}
+STYLE: Any = {
+    "font.size": 11, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.8, "axes.axisbelow": True,
+}  # fmt: skip
 _FACTOR = {"loss": 1.0, "top1": 100.0}
 _AXIS = {"loss": "loss (nats)", "top1": "top-1 accuracy (%)"}
 _NESTED = 3  # rows whose curves are drawn in different widths
@@ -52,7 +46,7 @@ def draw_curves(study: Runs, report: Report, narrow: bool = False) -> bytes:
     begun = runs[runs["epochs"] > 0]
     shown = list(report.rows[report.rows["normalizer"].isin(begun["normalizer"])].itertuples())
     crowded = len(shown) > _CROWDED
-    splits = [(("train",), 0), (("val",), 0)] if crowded else [(("train", "val"), 0)]
+    splits: list[tuple[tuple[str, ...], int]] = [(("train",), 0), (("val",), 0)] if crowded else [(("train", "val"), 0)]
     done = max(runs["epochs"], default=0)
     if done >= 10 and (drops := [m for m in report.milestones if m < done - 1]):
         splits.append((("val",), drops[0]))
@@ -98,7 +92,7 @@ def _draw_row(
     """All seeds of a normalizer; later rows are drawn wider and underneath, so that equal curves stay visible."""
     finished = [curves[folder] for folder in runs[runs["finished"]]["folder"]]
     several = len(finished) > 1
-    look = {"color": colour, "linestyle": (0, (4, 2)) if dashed else "-", "markersize": 5}
+    look: dict[str, Any] = {"color": colour, "linestyle": (0, (4, 2)) if dashed else "-", "markersize": 5}
     look["markerfacecolor"] = "white" if dashed else colour
     bold = look | {"linewidth": 1.6 + 0.7 * (place if place < _NESTED else 0), "zorder": 4 - 0.1 * place}
     thin = look | {"linewidth": 0.8, "alpha": 0.45, "zorder": 2}
@@ -155,12 +149,11 @@ def _legend(rows: Sequence[Any], milestones: Sequence[int], columns: int) -> lis
         n = "; ".join(filter(None, [n, row.tally.mark if seeds else ""]))
         n = f" ({n})" if n else ""
         colours.append(Line2D([], [], color=row.colour, linewidth=3, label=row.label + n))
-    styles = [("train", {"linestyle": (0, (4, 2)), "linewidth": 1.8}), ("validation", {"linewidth": 1.8})]
+    dashed = {"linestyle": (0, (4, 2)), "linewidth": 1.8}
+    styles: list[tuple[str, dict[str, Any]]] = [("train", dashed), ("validation", {"linewidth": 1.8})]
     if any(len(row.seeds) > 1 for row in rows):
-        one = "lowest to highest seed (mean: bold)" if len(rows) > _CROWDED else "one seed (mean: bold)"
-        styles.append(
-            (one, {"linewidth": 6 if len(rows) > _CROWDED else 0.8, "alpha": 0.2 if len(rows) > _CROWDED else 0.6})
-        )
+        band = ("lowest to highest seed (mean: bold)", {"linewidth": 6, "alpha": 0.2})
+        styles.append(band if len(rows) > _CROWDED else ("one seed (mean: bold)", {"linewidth": 0.8, "alpha": 0.6}))
     if milestones:
         styles.append(("learning rate drops", {"linestyle": ":", "linewidth": 1.2}))
     lines = [colours, [Line2D([], [], color="#444444", label=label, **style) for label, style in styles]]
@@ -190,11 +183,11 @@ def ablation_panel(axis: Axes, ablation: Ablation, metric: str) -> None:
     axis.set_ylim(*_ablation_limits(ablation, metric))
     for place, (name, of_series) in enumerate(series.items()):
         points = sorted(of_series.itertuples(), key=lambda p: places[p.value])
-        look = {"color": points[0].colour, "zorder": 3 + place}
+        look: dict[str, Any] = {"color": points[0].colour, "zorder": 3 + place}
         reached = [p for p in points if p.seeds]
         means = [factor * p.summaries[metric].mean for p in reached]
         # series of one normalizer share its colour
-        style = {"linestyle": ("-", "--", "-.", ":")[colours[:place].count(points[0].colour) % 4]}
+        style: dict[str, Any] = {"linestyle": ("-", "--", "-.", ":")[colours[:place].count(points[0].colour) % 4]}
         axis.plot([places[p.value] for p in reached], means, marker="o", label=name, linewidth=1.8, **style, **look)
         for p in reached:
             values = [factor * value for value in p.figures[metric]]
@@ -202,7 +195,7 @@ def ablation_panel(axis: Axes, ablation: Ablation, metric: str) -> None:
         for p in points:
             if p.tally.diverged:
                 x = places[p.value] + 0.06 * (place - (len(series) - 1) / 2) * _step(places)
-                where = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+                where: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "clip_on": False}
                 end = 0.05 if words.is_accuracy(metric) else 0.95
                 axis.plot([x], [end], "x", markersize=9, markeredgewidth=2.2, color=p.colour, **where, label="diverged")
     axis.set_xticks(list(places.values()), list(places))
@@ -229,10 +222,8 @@ def positions(values: Sequence[str], key: str) -> tuple[dict[str, float], str]:
     step = _step(size)
     right = max(size.values(), default=0.0)
     others = [value for value in values if value not in numbers]
-    return {
-        **{k: float(v) for k, v in size.items()},
-        **{w: float(right + step * (i + 1)) for i, w in enumerate(others)},
-    }, scale
+    beside = {word: float(right + step * (i + 1)) for i, word in enumerate(others)}
+    return {k: float(v) for k, v in size.items()} | beside, scale
 
 
 def _step(places: Mapping[str, float]) -> float:

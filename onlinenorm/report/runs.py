@@ -4,7 +4,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -43,7 +43,7 @@ class Runs(NamedTuple):
         return Runs(runs, self.epochs[self.epochs["folder"].isin(runs["folder"])])
 
 
-def frame(records: Sequence[Any], columns: Sequence[str]) -> pd.DataFrame:
+def frame(records: Iterable[Any], columns: Iterable[str]) -> pd.DataFrame:
     """A frame of these records whose cells stay as they are: no None becomes NaN, no whole number a float."""
     return pd.DataFrame(list(records), columns=list(columns), dtype=object)
 

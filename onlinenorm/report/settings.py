@@ -120,11 +120,11 @@ class ReportSpec:
                 continue
             row, labels = self.row(name), {known.label for known in (*self.rows.values(), *rows.values())}
             label, colour = node.get("_label_"), node.get("_colour_")
-            label = label if is_label(label) else row.label
+            label = str(label) if is_label(label) else row.label
             label = f"{label} ({name})" if label in labels else label
             used = {known.colour for known in (*self.rows.values(), *rows.values())}
             spare = next((spare for spare in (row.colour, *_SPARE_COLOURS) if spare not in used), row.colour)
-            rows[name] = replace(row, label=label, colour=colour if is_colour(colour) else spare)
+            rows[name] = replace(row, label=label, colour=str(colour) if is_colour(colour) else spare)
         return replace(self, further_rows=rows)
 
     def scale(self, name: str) -> Scale:
@@ -214,7 +214,7 @@ def planned_scale(run: Any) -> str | None:
     return "synthetic" if target == "onlinenorm.data.Synthetic" else None
 
 
-def departures(configs: Iterable[tuple[str, Mapping[str, Any]]], setting: Sequence[SettingSpec]) -> pd.DataFrame:
+def departures(configs: Iterable[tuple[str, dict[str, Any]]], setting: Sequence[SettingSpec]) -> pd.DataFrame:
     """Entries of the published setting that runs, each a normalizer and its configuration, do not share.
 
     In the file's order; not set counts as differing. `normalizers` is empty where it holds for all rows.

@@ -146,13 +146,19 @@ def seeds_cell(row: Any) -> Cell:
 def main_columns(report: Report) -> Columns:
     """Published against reproduced."""
     here = f"here: {report.scale_short}"
-    columns = {"Normalizer (error compensation)": lambda row: row.label, "n": seeds_cell}
+    columns: dict[str, Callable[[Any], object]] = {
+        "Normalizer (error compensation)": lambda row: row.label,
+        "n": seeds_cell,
+    }
+
+    def published(metric: str) -> Callable[[Any], Cell]:
+        return lambda row: published_cell(row, metric)
 
     def reproduced(metric: str) -> Callable[[Any], Cell]:
         return lambda row: reproduced_cell(row, metric, report.confidence)
 
     for metric in ("best_loss", "best_top1"):
-        columns[f"{METRIC_NAMES[metric]}, published: ImageNet"] = lambda row, metric=metric: published_cell(row, metric)
+        columns[f"{METRIC_NAMES[metric]}, published: ImageNet"] = published(metric)
         columns[f"{METRIC_NAMES[metric]}, {here}"] = reproduced(metric)
     return columns | {f"{METRIC_NAMES[metric]}, {here}": reproduced(metric) for metric in ("last_loss", "last_top1")}
 
@@ -268,6 +274,10 @@ def environments(provenance: pd.DataFrame) -> list[tuple[list[str], dict[str, st
 
 def ablation_columns(ablation: Ablation) -> Columns:
     """Value x series: n, diverged runs, and mean +- sd of last and best figures."""
+
+    def spread(metric: str) -> Callable[[Any], str]:
+        return lambda point: mean_and_spread(point.summaries[metric], metric)
+
     columns: dict[str, Callable[[Any], object]] = {
         ablation.name: lambda point: point.value + (" (published)" if point.value == ablation.published else ""),
         "normalizer": lambda point: point.series,
@@ -275,7 +285,7 @@ def ablation_columns(ablation: Ablation) -> Columns:
         "diverged": lambda point: point.tally.mark if point.tally.attempts else point.tally.diverged,
     }
     for metric in ("last_top1", "last_loss", "best_top1", "best_loss"):
-        columns[METRIC_NAMES[metric]] = lambda point, metric=metric: mean_and_spread(point.summaries[metric], metric)
+        columns[METRIC_NAMES[metric]] = spread(metric)
     return columns
 
 
@@ -383,30 +393,3 @@ def cost_sentence(case: Any) -> str:
 def cost_sentences(results: Mapping[str, Any], trained: bool = False) -> list[str]:
     found = benchmarks.clamping_against_scaling(benchmarks.steps(results), trained)
     return [cost_sentence(case) for case in found.itertuples()]
-
-
-def imagenet_table(results: Mapping[str, Any], trained: Mapping[str, tuple[float, int]], spec: ReportSpec) -> str:
-    """The published rows with their commands and the GPU hours that measured rates make expect.
-
-    `trained` maps a normalizer to (images/s, batch) of a whole training run of the same network and image size.
-    """
-    rates = benchmarks.imagenet(benchmarks.steps(results), list(spec.rows))
-    batches = list(rates.columns[2:])
-
-    def hours(rate: float) -> str:
-        return f"{benchmarks.hours(rate):.1f} h ({rate:,.0f} images/s)"
-
-    body = []
-    for _, row in rates.iterrows():
-        name = row["normalizer"]
-        command = f"python train.py experiment=table1 normalizer={name} data.root=IMAGENET"
-        command += " model.compile=true" * ("compile" in row["mode"])
-        command += " trainer.cuda_graph=true" * ("graph" in row["mode"])
-        line = [spec.rows[name].label, f"`{command}`"]
-        line += ["not measured" if pd.isna(row[batch]) else hours(row[batch]) for batch in batches]
-        if trained:
-            line.append(f"{hours(trained[name][0])}, batch {trained[name][1]}" if name in trained else "not run here")
-        body.append([*line, "not run here"])
-    head = ["ImageNet, 100 epochs", "command", *(f"GPU hours by steps of {batch}" for batch in batches)]
-    head += ["GPU hours by the training run at 224 px"] * bool(trained)
-    return markdown_table([*head, "best val accuracy, best val loss"], body)

@@ -148,7 +148,7 @@ def test_cost_without_a_rival_is_not_claimed(spec):
 
 
 def test_hours_of_imagenet_follow_from_rates(spec):
-    text = words.imagenet_table(benchmark("batch", "online_clamp"), {"batch": (1000.0, 256)}, spec)
+    text = render.imagenet_table(benchmark("batch", "online_clamp"), {"batch": (1000.0, 256)}, spec)
     clamp, scaling, batch = text.splitlines()[2:]
     assert "| 4.4 h (8,000 images/s) |" in clamp  # 128,116,700 / 8000 / 3600
     settings = "data.root=IMAGENET model.compile=true trainer.cuda_graph=true"
@@ -158,10 +158,10 @@ def test_hours_of_imagenet_follow_from_rates(spec):
     with_optimizer["rows"].append(
         {**with_optimizer["rows"][0], "batch": 256, "images_per_second": 500.0, "optimizer": True}
     )
-    assert "71.2 h (500 images/s)" in words.imagenet_table(with_optimizer, {}, spec)
+    assert "71.2 h (500 images/s)" in render.imagenet_table(with_optimizer, {}, spec)
     half = benchmark("batch")
     half["rows"].append({**half["rows"][0], "dtype": "fp16", "images_per_second": 1e6})
-    assert words.imagenet_table(half, {}, spec) == words.imagenet_table(benchmark("batch"), {}, spec), (
+    assert render.imagenet_table(half, {}, spec) == render.imagenet_table(benchmark("batch"), {}, spec), (
         "no fp16 training"
     )
 
@@ -178,7 +178,7 @@ def test_rates_of_what_train_py_does_not_run_stand_beside_no_command(spec):
             results["rows"] += [{**row, **fast, "compiler": "max_autotune"}, {**row, **fast, "stem": "conv7x7"}]
         else:
             results["rows"].append({**row, **fast, "backend": "torch"})
-    assert words.imagenet_table(results, {}, spec) == words.imagenet_table(plain, {}, spec)
+    assert render.imagenet_table(results, {}, spec) == render.imagenet_table(plain, {}, spec)
     assert words.cost_sentences(results, trained=True) == words.cost_sentences(plain, trained=True)
     assert all("bf16, with optimizer" in sentence for sentence in words.cost_sentences(results, trained=True))
     drawn, rows = (benchmarks.headline(benchmarks.steps(content)) for content in (results, plain))
@@ -193,7 +193,7 @@ def test_the_rate_beside_a_command_is_of_the_mode_that_the_command_names(spec):
     for row in results["rows"]:
         if row["batch"] == 256 and row["mode"] == "eager":
             row["images_per_second"] = 1e6
-    (*_, batch) = words.imagenet_table(results, {}, spec).splitlines()
+    (*_, batch) = render.imagenet_table(results, {}, spec).splitlines()
     assert "model.compile=true trainer.cuda_graph=true" in batch and "1,000,000" not in batch
 
 
