@@ -1,5 +1,6 @@
-"""Images in: ImageNet, Fashion-MNIST, its embedded subset and synthetic images behind one interface."""
+"""Images in: ImageNet, CIFAR, Fashion-MNIST, its embedded subset and synthetic images behind one interface."""
 
+from onlinenorm.data.cifar import CIFAR10, CIFAR100
 from onlinenorm.data.fashion_mnist import FashionMNIST
 from onlinenorm.data.imagenet import ImageNet
 from onlinenorm.data.module import ImageDataModule
@@ -8,6 +9,8 @@ from onlinenorm.data.synthetic import Synthetic
 from onlinenorm.errors import DataError, UnreadableImageError
 
 __all__ = [
+    "CIFAR10",
+    "CIFAR100",
     "DataError",
     "FashionMNIST",
     "GlobalBatchSampler",
