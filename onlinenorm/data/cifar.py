@@ -11,9 +11,10 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from onlinenorm.data.class_folders import check_classes, validation_folder
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
 from onlinenorm.data.decoders import open_rgb
-from onlinenorm.data.index import FolderIndex, list_classes, load_index, name_few
+from onlinenorm.data.index import FolderIndex, list_classes, load_index
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.errors import ArgumentError, DataError
 
@@ -182,20 +183,10 @@ class CIFAR10(ImageDataModule):
         return splits
 
     def _read_class_folders(self, folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-        val = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
-        if val is None:
-            raise DataError(f"{folder} holds train/ and neither test/ nor val/; add the test images", key="root")
-        indexes = []
-        for split in (folder / "train", val):
-            found = list_classes(split)
-            missing, more = ([n for n in a if n not in b] for a, b in ((self.classes, found), (found, self.classes)))
-            if missing or more:
-                told = [f"{what}: {name_few(names)}" for what, names in (("missing", missing), ("more", more)) if names]
-                raise DataError(
-                    f"{split} does not hold the {len(self.classes)} class folders of {self.title}; {'; '.join(told)}",
-                    key="root",
-                )
-            indexes.append(load_index(split))
+        splits = folder / "train", validation_folder(folder, ("test", "val"))
+        for split in splits:
+            check_classes(split, list_classes(split), self.classes, self.title)
+        indexes = [load_index(split) for split in splits]
         if any(not index.relative_path(i).lower().endswith(".png") for index in indexes for i in range(len(index))):
             self.name = f"{self.label} (JPEG)"  # other pixels than the published ones
         return [(read_images(index), index.labels) for index in indexes]

@@ -51,7 +51,7 @@ class ImageNet(ImageDataModule):
         self.name = "imagenet"
 
     def build(self) -> tuple[FolderDataset, FolderDataset]:
-        train, val = self._splits = open_splits(self.root)
+        train, val = self._splits = self.open_splits()
         if scale_of(train.class_names, len(train), len(val)) == "folder":
             name = Path(self.root or "").expanduser().resolve().name
             self.name = name if name and not name.lower().startswith("imagenet") else f"folder {name}".rstrip()
@@ -62,6 +62,10 @@ class ImageNet(ImageDataModule):
         else:
             ours = FolderDataset(train, self.augmentation, size, padding, self.decoder, seed, training=True)
         return ours, FolderDataset(val, self.evaluation, size, padding, self.val_decoder, seed, training=False)
+
+    def open_splits(self) -> tuple[FolderIndex, FolderIndex]:
+        """Indexes of the training and validation images; see `open_splits`."""
+        return open_splits(self.root)
 
     @functools.cached_property
     def verified(self) -> dict[str, Any] | None:

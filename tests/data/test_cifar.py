@@ -199,7 +199,7 @@ def test_damaged_archives_get_one_sentence(tmp_path, monkeypatch):
 def test_folders_that_are_not_cifar_s_get_one_sentence(tmp_path):
     root = write_folders(CIFAR10, tmp_path / "a")
     (root / "train" / "bird").rename(root / "train" / "birds")
-    refused(root, r"train does not hold the 10 class folders of CIFAR-10; missing: bird; more: birds")
+    refused(root, "train does not hold the 10 classes of CIFAR-10; missing: bird; unknown: birds")
     (root / "train" / "birds").rename(root / "train" / "bird")
     file = sorted((root / "test" / "cat").iterdir())[0]
     content = file.read_bytes()

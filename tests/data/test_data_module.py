@@ -173,7 +173,9 @@ def test_a_batch_larger_than_the_set_is_refused():
         embedded(batch_size=512).train_dataloader()
 
 
-@pytest.mark.parametrize("name", ["embedded", "fashion_mnist", "synthetic", "imagenet", "cifar10", "cifar100"])
+@pytest.mark.parametrize(
+    "name", ["embedded", "fashion_mnist", "synthetic", "imagenet", "cifar10", "cifar100", "imagenette", "tiny_imagenet"]
+)
 def test_configs_are_constructor_calls(name):
     config = load_config([f"data={name}"])["data"]
     kind = getattr(onlinenorm_data, config.pop("_target_").rpartition(".")[2])
