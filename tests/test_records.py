@@ -49,5 +49,5 @@ def test_recorded_failures_are_those_of_runs_that_diverged(root):
 @pytest.mark.parametrize("content", ["{", "[]", '{"kind": "tired"}'])
 def test_a_damaged_record_is_no_failure_of_its_own(tmp_path, content):
     (tmp_path / "failed.json").write_text(content)
-    with pytest.raises(ValueError, match=r".+"):
+    with pytest.raises(RunError, match=r"failed\.json: is damaged .*; delete it, and failed\.txt beside it counts"):
         read_failure(tmp_path)
