@@ -225,8 +225,8 @@ def read_archive(archive: Path, binary: BinaryFiles, names: list[str]) -> dict[s
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 name = Path(member.name).name
-                if member.isfile() and name in names and (file := tar.extractfile(member)) is not None:
-                    contents[name] = file.read()
+                if member.isfile() and name in names and (data := tar.extractfile(member)) is not None:
+                    contents[name] = data.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{archive} is damaged ({error}); fetch it again", key="root") from error
     if missing := [name for name in names if name not in contents]:
