@@ -139,7 +139,7 @@ def print_report(report: Report, console: Console) -> None:
     shown.add_column("Normalizer\n(error compensation)")
     shown.add_column("n")
     for name in ("best val loss", "best val accuracy"):
-        shown.add_column(f"{name}\npublished:\nImageNet", style="dim")
+        shown.add_column(escape(f"{name}\npublished:\n{report.published_short}"), style="dim")
         shown.add_column(escape(f"{name}\nhere:\n{report.scale_short}"))
     shown.add_column("last epoch\nval loss\nval accuracy")
     for label, *before, loss, top1 in words.cells(words.main_columns(report), report.rows):

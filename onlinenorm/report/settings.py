@@ -14,7 +14,7 @@ from onlinenorm.arguments import flatten
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report.runs import frame, read_yaml
-from onlinenorm.scales import UNKNOWN, is_colour, is_label
+from onlinenorm.scales import COMPARABLE, UNKNOWN, is_colour, is_label
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 # Where files lie, how many workers read them and how fast a step runs does not change what is computed.
@@ -70,6 +70,18 @@ class SettingSpec:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """What was published on another scale: the table's title, normalizer -> values, and where its setting differs.
+
+    `setting` maps keys of the published setting to their values there; None: the key says nothing there.
+    """
+
+    title: str
+    rows: dict[str, Published]
+    setting: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class StudySpec:
     """A study in a folder of studies: its title, the sweep that makes its runs, and what their data do not tell.
 
@@ -89,7 +101,10 @@ class StudySpec:
 
 @dataclass(frozen=True)
 class ReportSpec:
-    """Everything that is fixed before runs are looked at; `margins` maps scale -> metric -> margin."""
+    """Everything that is fixed before runs are looked at; `margins` maps scale -> metric -> margin.
+
+    The published values are of `published_scale`; those of other scales are in `elsewhere`.
+    """
 
     title: str
     rows: dict[str, RowSpec]
@@ -101,6 +116,8 @@ class ReportSpec:
     scales: dict[str, Scale]
     published_setting: list[SettingSpec]
     studies: dict[str, StudySpec]
+    elsewhere: dict[str, Elsewhere]
+    published_scale: str = COMPARABLE
 
     def row(self, normalizer: str) -> RowSpec:
         """The row of a normalizer; one that the file does not name gets its own name as label and a spare colour."""
@@ -126,6 +143,21 @@ class ReportSpec:
             spare = next((spare for spare in (row.colour, *_SPARE_COLOURS) if spare not in used), row.colour)
             rows[name] = replace(row, label=label, colour=str(colour) if is_colour(colour) else spare)
         return replace(self, further_rows=rows)
+
+    def published_on(self, scale: str) -> "ReportSpec":
+        """With what was published on a scale, where something was."""
+        if (found := self.elsewhere.get(scale)) is None:
+            return self
+
+        def replaced(rows: dict[str, RowSpec]) -> dict[str, RowSpec]:
+            return {name: replace(row, published=found.rows.get(name)) for name, row in rows.items()}
+
+        values = [(entry, found.setting.get(entry.key[0], entry.value)) for entry in self.published_setting]
+        setting = [replace(entry, value=value) for entry, value in values if value is not None]
+        rows, further = replaced(self.rows), replaced(self.further_rows)
+        return replace(
+            self, title=found.title, rows=rows, further_rows=further, published_setting=setting, published_scale=scale
+        )
 
     def scale(self, name: str) -> Scale:
         """A scale's printed names: those of the file, else of a data set of the user's own its label.
@@ -157,6 +189,7 @@ def parse_spec(content: Mapping[str, Any]) -> ReportSpec:
             scales={name: Scale(**scale) for name, scale in content["scales"].items()},
             published_setting=[SettingSpec(**entry) for entry in content["published_setting"]],
             studies={name: StudySpec(**study) for name, study in content.get("studies", {}).items()},
+            elsewhere={name: _elsewhere(found) for name, found in content.get("elsewhere", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(f"{PUBLISHED}: {type(error).__name__}: {error}") from error
@@ -173,6 +206,11 @@ def _row(content: Mapping[str, Any]) -> RowSpec:
     content = dict(content)
     published = content.pop("published", None)
     return RowSpec(**content, published=Published(**published) if published else None)
+
+
+def _elsewhere(content: Mapping[str, Any]) -> Elsewhere:
+    rows = {name: Published(**row) for name, row in content["rows"].items()}
+    return Elsewhere(title=content["title"], rows=rows, setting=content["setting"])
 
 
 def check_one_table(runs: pd.DataFrame) -> None:
@@ -211,7 +249,8 @@ def planned_scale(run: Any) -> str | None:
     target = lookup(run.config, "data._target_", "")
     if target == "onlinenorm.data.FashionMNIST":
         return "embedded" if lookup(run.config, "data.embedded") else "fashion_mnist"
-    return "synthetic" if target == "onlinenorm.data.Synthetic" else None
+    names = {"Synthetic": "synthetic", "CIFAR10": "cifar10", "CIFAR100": "cifar100"}  # CIFAR: if it is whole
+    return {f"onlinenorm.data.{name}": scale for name, scale in names.items()}.get(target)
 
 
 def departures(configs: Iterable[tuple[str, dict[str, Any]]], setting: Sequence[SettingSpec]) -> pd.DataFrame:

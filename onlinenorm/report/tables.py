@@ -104,6 +104,7 @@ class Report:
     scale: str
     scale_label: str
     scale_short: str
+    published_short: str  # of what the published values are of
     rule: str
     confidence: float
     rows: pd.DataFrame
@@ -125,6 +126,7 @@ def build_report(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Report
     check_one_table(runs)
     spec = spec.with_rows_of(runs)
     scale, label, short = scale_labels(runs, spec)
+    spec = spec.published_on(scale)
     known = list(spec.further_rows)
     extra = sorted(
         set(runs["normalizer"]) - set(spec.rows), key=lambda n: (known.index(n) if n in known else len(known), n)
@@ -137,6 +139,7 @@ def build_report(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Report
         scale=scale,
         scale_label=label,
         scale_short=short,
+        published_short=spec.scale(spec.published_scale).short,
         rule=rule(spec.alpha),
         confidence=spec.confidence,
         rows=rows,
@@ -205,10 +208,13 @@ def _comparisons(
             for d in found[found["decisive"].astype(bool)].itertuples()
             if not d.normalizers or row.normalizer in d.normalizers
         ]
-        if scale != COMPARABLE:  # then nothing else matters
-            obstacles = [f"scale {spec.scale(scale).short} (published: {spec.scale(COMPARABLE).short})"]
+        if scale != spec.published_scale:  # then nothing else matters
+            obstacles = [f"scale {spec.scale(scale).short} (published: {spec.scale(spec.published_scale).short})"]
+        elif scale in spec.elsewhere and len(finished):  # the same photographs may be there in other pixels
+            name = finished.iloc[0]["results"]["dataset"]["name"]
+            obstacles += [f"images {name} (published: {scale})"] * (name != scale)
         for metric in COMPARED_METRICS:
-            values, margin = list(figures(row.normalizer, metric).values()), spec.margins[COMPARABLE][metric]
+            values, margin = list(figures(row.normalizer, metric).values()), spec.margins[spec.published_scale][metric]
             target, lost = getattr(row.published, metric), diverged(row.normalizer)
             verdict = compare_published(values, target, margin, obstacles, spec.alpha, lost)
             comparisons.append((row.normalizer, None, metric, margin, verdict))

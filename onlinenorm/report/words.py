@@ -158,7 +158,7 @@ def main_columns(report: Report) -> Columns:
         return lambda row: reproduced_cell(row, metric, report.confidence)
 
     for metric in ("best_loss", "best_top1"):
-        columns[f"{METRIC_NAMES[metric]}, published: ImageNet"] = published(metric)
+        columns[f"{METRIC_NAMES[metric]}, published: {report.published_short}"] = published(metric)
         columns[f"{METRIC_NAMES[metric]}, {here}"] = reproduced(metric)
     return columns | {f"{METRIC_NAMES[metric]}, {here}": reproduced(metric) for metric in ("last_loss", "last_top1")}
 

@@ -42,6 +42,7 @@ DATASETS = {
     "embedded": {"name": "embedded", "train_images": 10_000, "val_images": 2_000, "fingerprint": "e1"},
     "imagenet": {"name": "imagenet", "train_images": 1_281_167, "val_images": 50_000, "fingerprint": "i1"},
     "fashion_mnist": {"name": "fashion_mnist", "train_images": 60_000, "val_images": 10_000, "fingerprint": "f1"},
+    "cifar10": {"name": "cifar10", "train_images": 50_000, "val_images": 10_000, "fingerprint": "c1"},
 }
 
 

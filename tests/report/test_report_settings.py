@@ -102,6 +102,20 @@ def test_reference_configs_are_the_published_setting(spec):
             assert same(config[group][key], entry.value), f"{normalizer}: {entry.name}"
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_s_experiments_are_what_was_published_there(spec, name):
+    spec = spec.published_on(name)
+    rows = [row for row, known in {**spec.rows, **spec.further_rows}.items() if known.published]
+    assert {"online_layer_scaling", "batch"} <= set(rows) and "online_clamp" not in rows
+    configs = [(row, load_config([f"experiment={name}", f"normalizer={row}"])) for row in rows]
+    assert departures(configs, spec.published_setting)["name"].tolist() == ["precision"]  # bfloat16, listed only
+    changed = spec.elsewhere[name].setting
+    known = {entry.key[0] for entry in spec.published_setting} | {
+        key for key, value in changed.items() if value is None
+    }
+    assert set(changed) <= known
+
+
 @pytest.mark.parametrize(
     ("a", "b", "equal"),
     [

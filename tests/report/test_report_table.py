@@ -3,7 +3,7 @@ import re
 
 import numpy as np
 import pytest
-from run_folders import write_run
+from run_folders import DATASETS, NORMALIZERS, write_run
 
 from onlinenorm.errors import ReportError
 from onlinenorm.report.build import as_json
@@ -110,6 +110,36 @@ def test_imagenet_runs_of_the_published_setting_are_compared(tmp_path, spec):
     assert found["online_layer_scaling", None].outcome == "not run"
     assert found["online_clamp", "batch"].outcome == "different"
     assert found["online_clamp", "batch"].difference.paired
+
+
+def write_cifar(folder, spec, normalizer, top1, loss):
+    """Three runs as published on CIFAR-10."""
+    found = spec.elsewhere["cifar10"].setting
+    recipe = {key.removeprefix("recipe."): value for key, value in found.items() if key.startswith("recipe.")}
+    layer = {**NORMALIZERS[normalizer]}
+    layer |= {key: found[f"normalizer.{key}"] for key in ("alpha_fwd", "alpha_bkw") if key in layer}
+    for seed in range(3):
+        write_run(
+            folder, normalizer, seed, scale="cifar10", model="cifar_resnet20", epochs=250, recipe=recipe,
+            data={"image_size": 32}, normalizer_config=layer, top1=top1 + 1e-4 * seed, loss=loss + 1e-3 * seed,
+        )  # fmt: skip
+
+
+def test_cifar_is_held_against_what_was_published_there(tmp_path, spec, monkeypatch):
+    write_cifar(tmp_path, spec, "online_layer_scaling", 0.9228, 0.259)
+    write_cifar(tmp_path, spec, "batch", 0.902, 0.26)
+    write_cifar(tmp_path, spec, "online_clamp", 0.92, 0.27)
+    report = report_on(tmp_path, spec)
+    assert report.heading.startswith("Published rows on CIFAR-10, not ImageNet (50,000 training")
+    assert "published: CIFAR-10" in main_table(report) and "published: ImageNet" not in render_page(report, b"", b"")
+    found = verdicts(report)
+    assert found["online_layer_scaling", None].outcome == "equivalent" and found["batch", None].outcome == "different"
+    assert ("online_clamp", None) not in found
+    monkeypatch.setitem(DATASETS, "cifar10", {**DATASETS["cifar10"], "name": "cifar10 (JPEG)"})
+    for row in ("online_layer_scaling", "batch"):
+        write_cifar(tmp_path / "jpeg", spec, row, 0.92, 0.26)
+    verdict = verdicts(report_on(tmp_path / "jpeg", spec))["batch", None]
+    assert (verdict.outcome, verdict.reason) == ("not comparable", "images cifar10 (JPEG) (published: cifar10)")
 
 
 def test_a_decisive_departure_forbids_the_comparison(tmp_path, spec):
@@ -220,3 +250,10 @@ def test_images_of_ones_own_have_a_table_and_no_verdict(tmp_path, spec):
     told = [c.verdict for c in report.comparisons.itertuples() if c.verdict.outcome != "not run"]
     assert told and {verdict.outcome for verdict in told} == {"not comparable"}
     assert "onlinenorm/report/published.yaml has no margin for moths" in {verdict.reason for verdict in told}
+
+
+def test_cifar_runs_that_are_not_done_are_beside_what_was_published_there(tmp_path, spec):
+    data = {"_target_": "onlinenorm.data.CIFAR100", "image_size": 32}
+    write_run(tmp_path, "batch", scale="cifar100", data=data, done=2)
+    report = report_on(tmp_path, spec)
+    assert (report.scale, report.published_short) == ("cifar100", "CIFAR-100") and "68.6 %" in main_table(report)
