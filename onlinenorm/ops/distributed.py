@@ -10,13 +10,13 @@ from torch import Tensor
 
 def constant_when_compiled(function: Callable) -> Callable:
     """``torch.compiler.assume_constant_result``, which would import the compiler here and now."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by dynamo
     return function
 
 
 def process_group(name: str) -> dist.ProcessGroup | None:
     """The process group of that name; None, which stands for all processes, for ""."""
-    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
+    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]  # a name it is
 
 
 @constant_when_compiled

@@ -35,11 +35,11 @@ class ClampMeter:
                 self._measure(layer, x)
             return forward(layer, x, *arguments, **options)
 
-        OnlineNorm.forward = measured  # type: ignore[method-assign,assignment]
+        OnlineNorm.forward = measured  # type: ignore[method-assign,assignment]  # until closed
         return self
 
     def __exit__(self, *_: object) -> None:
-        OnlineNorm.forward = self._forward  # type: ignore[method-assign]
+        OnlineNorm.forward = self._forward  # type: ignore[method-assign]  # as it was
 
     @torch.no_grad()
     def _measure(self, layer: OnlineNorm, x: Tensor) -> None:

@@ -160,7 +160,7 @@ def build_trainer(
         enable_model_summary=False,
     )
     # Lightning's handlers would come before ours, again at each validation, and talk to the other processes from within
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # StopSignals does it
     return trainer
 
 

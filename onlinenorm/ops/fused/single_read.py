@@ -159,7 +159,7 @@ def ctas_per_slab(x: Tensor) -> int:
 def _chip(device: int) -> tuple[int, int]:
     """Multiprocessors of a device, and bytes of shared memory that a CTA of one may take."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch names no fields
 
 
 @torch.compiler.assume_constant_result
