@@ -97,14 +97,18 @@ class CIFAR10(ImageDataModule):
         return train, val
 
     @property
+    def native_size(self) -> int:
+        return SIZE
+
+    @property
     def class_names(self) -> list[str]:
         return list(self.classes)
 
     @property
     def scale(self) -> str:
-        """The set's label for 50,000 and 10,000 images, else that of a part of it."""
-        _ = self._sets
-        return self.label if self._limited_from == (TRAIN_IMAGES, TEST_IMAGES) else f"{self.label}-subset"
+        """The set's label where all 50,000 and 10,000 images are used, else that of a part of it."""
+        whole = (self.train_images, self.val_images) == (TRAIN_IMAGES, TEST_IMAGES)
+        return self.label if whole else f"{self.label}-subset"
 
     @property
     def licence(self) -> str:

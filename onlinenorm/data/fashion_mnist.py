@@ -71,6 +71,10 @@ class FashionMNIST(ImageDataModule):
         return InMemoryDataset(source, plan, self.crop_padding, self.seed)
 
     @property
+    def native_size(self) -> int:
+        return SIZE
+
+    @property
     def class_names(self) -> list[str]:
         return list(CLASSES)
 

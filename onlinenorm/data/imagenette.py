@@ -73,6 +73,5 @@ class Imagenette(ImageNet):
 
     @property
     def scale(self) -> str:
-        """The set's label for the published number of images, else that of a part of it."""
-        _ = self._sets
-        return "imagenette" if self._limited_from == PUBLISHED else "imagenette-subset"
+        """The set's label where the published number of images is used, else that of a part of it."""
+        return "imagenette" if (self.train_images, self.val_images) == PUBLISHED else "imagenette-subset"

@@ -152,6 +152,11 @@ class ImageDataModule(pl.LightningDataModule):
         """Mean and standard deviation of the set's own channels, in units of [0, 1]."""
         raise NotImplementedError
 
+    @property
+    def native_size(self) -> int:
+        """Pixels a side of the images as loaders yield them; those of another `image_size` are scaled on the device."""
+        return self.image_size
+
     # description
 
     @functools.cached_property

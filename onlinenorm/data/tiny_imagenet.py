@@ -73,10 +73,9 @@ class TinyImageNet(ImageNet):
 
     @property
     def scale(self) -> str:
-        """The set's label for the published number of classes and images, else that of a part of it."""
-        _ = self._sets
-        whole = (len(super().class_names), *self._limited_from)
-        return "tiny_imagenet" if whole == PUBLISHED else "tiny_imagenet-subset"
+        """The set's label where the published number of classes and images is used, else that of a part of it."""
+        used = self.num_classes, self.train_images, self.val_images
+        return "tiny_imagenet" if used == PUBLISHED else "tiny_imagenet-subset"
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,7 +1,6 @@
 """The card that goes with an exported network: what it is, how good, how it was made, and under which terms."""
 
-from onlinenorm.data import FashionMNIST, ImageNet
-from onlinenorm.data.fashion_mnist import SIZE
+from onlinenorm.data import ImageNet
 from onlinenorm.deploy.forms import Form
 from onlinenorm.deploy.predict import class_names
 from onlinenorm.deploy.source import Trained
@@ -38,7 +37,7 @@ def preparation(trained: Trained) -> str:
     """Python that turns an image file into the input of the network, as its validation images were turned."""
     data, channels = trained.data, len(trained.data.mean_std[0])
     mean, std = data.mean_std
-    crop = SIZE if isinstance(data, FashionMNIST) else data.image_size
+    crop = data.native_size
     short = round(crop * 256 / 224) if isinstance(data, ImageNet) else crop
     mode, order = ("L", "gray") if channels == 1 else ("RGB", "red, green, blue")
     lines = [

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from onlinenorm.data import DataError, FashionMNIST, ImageNet
+from onlinenorm.data import DataError, ImageNet
 from onlinenorm.data.decoders import DECODERS, named_warnings, open_rgb
-from onlinenorm.data.fashion_mnist import SIZE
 from onlinenorm.data.index import EXTENSIONS
 from onlinenorm.data.transforms import Plan, cut_crops, plan_center_crop, shorter_side
 from onlinenorm.deploy.source import Trained
@@ -75,7 +74,7 @@ def read_image(file: Path, trained: Trained) -> torch.Tensor:
     channels = len(data.mean_std[0])
     if channels not in (1, 3):
         raise DeployError(f"image files have 1 or 3 channels and the network's images {channels}")
-    size = SIZE if isinstance(data, FashionMNIST) else data.image_size
+    size = data.native_size
     image = open_rgb(encoded)
     if channels == 1:
         image = image.convert("L")

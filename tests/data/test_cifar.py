@@ -100,7 +100,7 @@ def test_only_the_published_number_of_images_has_the_set_s_label(tmp_path, monke
     assert data.scale == "cifar10-subset"
     monkeypatch.setattr("onlinenorm.data.cifar.TRAIN_IMAGES", 1000)
     monkeypatch.setattr("onlinenorm.data.cifar.TEST_IMAGES", 100)
-    assert data.scale == "cifar10" and CIFAR10(root=data.root, limit_train=50).scale == "cifar10"
+    assert data.scale == "cifar10" and CIFAR10(root=data.root, limit_train=50).scale == "cifar10-subset"
 
 
 def test_jpeg_files_are_told_by_the_name(tmp_path):

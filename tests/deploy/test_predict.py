@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from onlinenorm.data import CIFAR10, FashionMNIST
 from onlinenorm.deploy import load_trained
 from onlinenorm.deploy.predict import find_images, predict, read_image
 
@@ -125,3 +127,9 @@ def test_script_as_a_program(clamp_run, pictures, root, tmp_path):
     command = [sys.executable, root / "scripts" / "predict.py", clamp_run, pictures / "0.png", "--top", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("%") == 2, done.stderr
+
+
+def test_files_get_the_size_of_the_set_s_own_images_which_the_device_scales(tmp_path):
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
+    for data, shape in ((CIFAR10(image_size=64), (3, 32, 32)), (FashionMNIST(image_size=64), (1, 28, 28))):
+        assert read_image(tmp_path / "photo.png", SimpleNamespace(data=data)).shape == shape
