@@ -44,8 +44,8 @@ def check(
 
 
 def check_recipe(config: dict[str, Any]) -> Iterator[Finding]:
-    """Where the settings depart from those behind the published table."""
-    spec = load_spec()
+    """Where the settings depart from those behind the published table, or behind what was published on these data."""
+    spec = load_spec().published_on(config["choices"]["data"])
     normalizer = config["choices"]["normalizer"]
     found = list(departures([(normalizer, config)], spec.published_setting).itertuples())
     lines = [f"{d.name} is {d.actual}, published {d.published}{' (decisive)' if d.decisive else ''}" for d in found]

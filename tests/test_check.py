@@ -54,8 +54,9 @@ def test_departures_from_the_published_recipe_are_listed(findings):
     assert found["recipe"]["status"] == "warning"
 
 
-def test_the_published_recipe_departs_in_nothing(script):
-    config = script.load_config(["experiment=table1", "trainer=cpu"])
+@pytest.mark.parametrize("experiment", ["table1", "cifar10", "cifar100"])
+def test_the_published_recipe_departs_in_nothing(script, experiment):
+    config = script.load_config([f"experiment={experiment}", "trainer=cpu"])
     assert [(d["status"], d["departures"]) for d in script.check_recipe(config)] == [("ok", [])]
 
 
