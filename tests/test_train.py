@@ -50,7 +50,7 @@ def call(folder, *arguments):
         ("trainer.foo.bar=1", r"^trainer.foo.bar: no such key"),
         (
             "experiment=null",
-            r"^experiment: None is not one of its options; there are batch_size, embedded",
+            r"^experiment: None is not one of its options; there are batch_size, cifar10, cifar100, embedded",
         ),
         ("~normalizer", r"^normalizer: is missing"),
         ("recipe.batch_size=[", r"^recipe.batch_size: '\[' cannot be read .*quote it: 'recipe.batch_size=\"\[\"'$"),

@@ -39,7 +39,8 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
         overrides: KEY=VALUE, as on the command line; one value each.
         config_dir: folder of more configurations.
     """
-    overrides = literal(overrides)
+    # without an experiment is the default, and the defaults list asks for its name
+    overrides = [text for text in literal(overrides) if text.partition("=")[0] != "~experiment"]
     options = {group: group_options(group, config_dir) for group in GROUPS}
     parsed = [parse_override(override) for override in overrides]
     for override in parsed:
@@ -48,6 +49,8 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
             raise ConfigError(f"{key}: more configurations are given by --config-dir FOLDER")
         if override.is_sweep_override():
             raise _several_values(override, options)
+        if key == "normalizer" and override.is_delete():  # the defaults list asks for its name
+            raise ConfigError(f"{key}: is missing; name one, as in {key}=NAME")
         if key in GROUPS and not override.is_delete() and override.value() not in options[key]:
             raise unknown_option(key, override.value(), options[key])
     groups = [override.input_line or "" for override in parsed if override.key_or_group in GROUPS]

@@ -145,3 +145,7 @@ def test_hydra_leaves_the_loggers_of_loaded_modules_alone():
 @pytest.mark.parametrize("path", ["/a${seed}b", "a${b}c", "${", "a$b", r"a\${seed}", r"a\\${seed}\b", "$${x}"])
 def test_paths_hold_no_interpolations(path):
     assert load_config([f"run_dir={path}"])["run_dir"] == path
+
+
+def test_an_experiment_can_be_left_out():
+    assert load_config(["~experiment"]) == load_config([])
