@@ -5,14 +5,15 @@
 
 A row is (normalizer, backend, stem, compiler, mode, dtype, batch, with or without optimizer); the compiler's settings
 are torch.compile's own, with coordinate descent, or max-autotune, which take minutes and are kept in Inductor's cache
-(TORCHINDUCTOR_CACHE_DIR): BatchNorm, the rival, gets all that are asked for. All rows are measured in one process, in
+(TORCHINDUCTOR_CACHE_DIR): BatchNorm, the rival, gets all that are asked for, on everybody's stem, and on the other with
+``--every-stem``. All rows are measured in one process, in
 rounds that visit every row, so that drift of the GPU's clocks falls on all of them; a row's time is the median over
 rounds of medians, its spread the range from the 20th to the 80th percentile of the steps of all rounds over the median.
 Rounds after the first take the fastest rows first. Rows of PyTorch's own backend, minutes to compile, come after all
 others, in rounds of their own.
 The step is forward + backward of the classification loss under autocast, and SGD where the row says so. Rows of one
 model share it, compiled once, and share its convolutions' tuning with those of other normalizers. The correctness gate
-runs first. Rows that ``--seconds`` leaves no time for are listed as not run.
+runs first. Networks that ``--seconds`` leaves no time to build are listed as not run; rounds begun go to their end.
 """
 
 import argparse
@@ -240,8 +241,9 @@ def main(argv=None) -> None:
     parser.add_argument("--backend", nargs="+", default=["fused"], help="of the OnlineNorm rows; torch at N <= 64 only")
     parser.add_argument("--stem", nargs="+", default=list(STEMS), choices=STEMS, help="the first is everybody's")
     parser.add_argument("--compiler", nargs="+", default=list(COMPILERS), choices=list(COMPILERS), help="of BatchNorm")
+    parser.add_argument("--every-stem", action="store_true", help="the slow compilers on every stem, minutes a network")
     parser.add_argument("--optimizer", choices=("without", "with", "both"), default="both", help="SGD in the step")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further row after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="build no further network after so long")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20, help="steps a round")
     parser.add_argument("--device", default="cuda")
@@ -259,9 +261,6 @@ def main(argv=None) -> None:
     results = {**common.head(device), "model": args.model, "size": args.size, "not_run": [], "rows": []}
     optimizers = {"without": [False], "with": [True], "both": [False, True]}[args.optimizer]
     rows: list[Row] = []
-
-    def out_of_time() -> bool:
-        return time.perf_counter() - began > args.seconds
 
     def measure(row: Row) -> None:
         start = time.perf_counter()
@@ -284,8 +283,10 @@ def main(argv=None) -> None:
                 {**network_key, "mode": mode, "dtype": dtype, "batch": batch, "optimizer": sgd}
                 for mode, sgd in itertools.product(modes, optimizers)
             ]
-            if out_of_time():
-                results["not_run"] += [{**key, "why": "out of time"} for key in keys]
+            other_stem = compiler not in (None, "default") and stem != args.stem[0] and not args.every_stem
+            if other_stem or time.perf_counter() - began > args.seconds:
+                why = "only with --every-stem" if other_stem else "out of time"
+                results["not_run"] += [{**key, "why": why} for key in keys]
                 continue
             network = Network(name, backend, stem, compiler, dtype, batch, args)
             for key in keys:
@@ -293,8 +294,7 @@ def main(argv=None) -> None:
                 measure(rows[-1])
         for _ in range(args.rounds - 1):
             for row in sorted(rows[before:], key=lambda row: row.milliseconds / row.key["batch"]):
-                if not out_of_time():
-                    measure(row)
+                measure(row)
     common.write(args.output, results)
     plot(results, str(args.output).removesuffix(".json") + ".png")
     print(*summary(results["rows"]), sep="\n")
