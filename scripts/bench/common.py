@@ -3,11 +3,9 @@
 import contextlib
 import itertools
 import json
-import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 import triton
 
 from onlinenorm import OnlineNorm2d
+from onlinenorm.provenance import git_state
 
 STATE = ("running_mean", "running_var", "control_u", "control_v")
 # (N, C, H, W): small and ragged, and a tile of each kind the ImageNet networks hold.
@@ -139,12 +138,12 @@ def check_device(parser, args) -> None:
 
 def head(device: torch.device) -> dict:
     """Where, with what and by which command a benchmark ran."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    state = git_state()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": os.environ.get("GIT_COMMIT") or commit.stdout.strip() or "unknown",
+        "commit": state["commit"][:7] + ("-dirty" if state["dirty"] else ""),
         # without the folders of this machine
         "command": "python " + shlex.join(Path(word).name if word.startswith("/") else word for word in sys.argv),
     }

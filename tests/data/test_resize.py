@@ -3,7 +3,6 @@
 import math
 import os
 import random
-import subprocess
 import sys
 
 import numpy as np
@@ -13,6 +12,8 @@ from PIL import Image
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:  # which the imports below may import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from compiling import printed_by
 
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.resize import axis_weights, crop_table, most_taps, resize_crops
@@ -148,13 +149,7 @@ def test_kernels_give_the_same_bits_for_ragged_images(interpreter, channels):
 def test_kernels_compile_without_a_gpu(tmp_path):
     """And multiply and add apart, as C code does whose bits they have."""
     pytest.importorskip("triton.language")
-    environment = {k: value for k, value in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    script = tmp_path / "compile_kernels.py"  # Triton reads the source of what it compiles
-    script.write_text(COMPILE)
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    sizes, fused = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    sizes, fused = zip(*(map(int, line.split()) for line in printed_by(COMPILE, tmp_path)), strict=True)
     assert len(sizes) == 2 and min(sizes) > 0 and not any(fused)
 
 
