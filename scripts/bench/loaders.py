@@ -90,7 +90,7 @@ def reference_transform() -> Callable:
     ])  # fmt: skip
 
 
-def image_folder(root: Path, batch: int, workers: int, device: torch.device) -> Batches:
+def image_folder(root: Path, batch: int, workers: int, device: torch.device) -> Forever:
     """ImageFolder and DataLoader as in torchvision's references/classification/train.py."""
     from torchvision.datasets import ImageFolder
 
@@ -101,7 +101,7 @@ def image_folder(root: Path, batch: int, workers: int, device: torch.device) -> 
     return Forever(loader, device)
 
 
-def timm_loader(root: Path, batch: int, workers: int, device: torch.device) -> Batches:
+def timm_loader(root: Path, batch: int, workers: int, device: torch.device) -> Forever:
     """timm's create_loader with its prefetcher, uint8 in the workers, and the same augmentation."""
     from timm.data import create_dataset, create_loader
 

@@ -1,0 +1,89 @@
+"""scripts/bench/end_to_end.py: the processes it starts, in the smallest form, and what it makes of their epochs."""
+
+import argparse
+import json
+
+import pytest
+
+from scripts.bench import end_to_end
+
+TINY = [
+    "--device", "cpu", "--no-compile", "--model", "resnet18", "--size", "32", "--batch", "8", "--epochs", "2",
+    "--decoder", "torchvision", "--unique", "4", "--train", "32", "--on-device", "16", "--workers", "1",
+    "--repeats", "1", "--runs", "2", "--cifar-train", "500", "--cifar-epochs", "3", "--set", "model.compile=false",
+]  # fmt: skip
+
+
+def bench(tmp_path, *words):
+    output = tmp_path / "found.json"
+    arguments = [*TINY, "--images", tmp_path / "images", "--output", output, *words]
+    assert end_to_end.main([str(argument) for argument in arguments]) == 0
+    return json.loads(output.read_text())
+
+
+def test_training_is_held_against_its_step_and_the_reference_loop(tmp_path):
+    results = bench(tmp_path, "--normalizer", "online_clamp", "--data", "jpeg", "--peers", "reference")
+    assert {"device", "cores", "commit", "command", "images"} <= set(results) and results["not_run"] == []
+    ours, peer = results["rows"]
+    assert (ours["program"], ours["normalizer"], ours["decoder"]) == ("train.py", "online_clamp", "torchvision")
+    assert peer["normalizer"] == "batch" and "reference" in peer["program"]
+    for row in results["rows"]:
+        rate, step = row["images_per_second"], row["step_images_per_second"]
+        assert row["batch"] == 8 and row["ratio"] == pytest.approx(rate / step, abs=0.01)
+    assert (tmp_path / "found.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_join_what_was_measured_before(tmp_path):
+    both = bench(tmp_path, "--normalizer", "batch", "--data", "on_device", "--peers")
+    assert [row["data"] for row in both["rows"]] == ["on_device"]
+    both = bench(tmp_path, "--normalizer", "batch", "--data", "cifar10", "--peers")
+    assert [(row["data"], row["runs"]) for row in both["rows"]] == [("on_device", 1), ("cifar10", 2)]
+    assert both["rows"][1]["training_images_per_second"] > 0
+    again = bench(tmp_path, "--normalizer", "batch", "--data", "cifar10", "--peers", "--seconds", "3")
+    assert [row["data"] for row in again["rows"]] == ["on_device", "cifar10"]  # what cannot be measured stays
+    assert [(row["data"], row["why"]) for row in again["not_run"]] == [("cifar10", "out of time")]
+
+
+def test_rates_of_runs_together_are_of_the_time_in_which_all_train():
+    first, second = [(0.0, 10), (10.0, 20), (20.0, 30)], [(4.0, 10), (9.0, 20), (14.0, 30)]
+    # from 4 s to 14 s: 1 step/s of the first and 2 steps/s of the second
+    assert end_to_end.together([first, second], 100) == pytest.approx(300.0)
+    with pytest.raises(end_to_end.NotRun, match="cifar-epochs"):
+        end_to_end.together([first, [(21.0, 10), (22.0, 20)]], 100)
+
+
+def test_processes_end_with_the_time(tmp_path):
+    """What fails is told by its last line, what takes too long is ended with its children."""
+    bench = end_to_end.Bench(argparse.Namespace(seconds=0.5), tmp_path)
+    sleeping = bench.start(["-c", "import time; time.sleep(60)"])
+    with pytest.raises(end_to_end.NotRun, match="out of time"):
+        bench.follow([sleeping], [])
+    assert sleeping[0].returncode is not None
+    bench = end_to_end.Bench(argparse.Namespace(seconds=60.0), tmp_path)
+    with pytest.raises(end_to_end.NotRun, match="gone wrong"):
+        bench.follow([bench.start(["-c", "import sys; print('so'); sys.exit('gone wrong')"])], [])
+
+
+@pytest.mark.parametrize("words", [["--epochs", "1"], ["--device", "cuda"]])
+def test_nonsense_ends_with_usage(words, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        bench(tmp_path, *words)
+    assert ended.value.code == 2
+
+
+def test_timm_may_be_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    bench = end_to_end.Bench(argparse.Namespace(seconds=1.0), None)
+    with pytest.raises(end_to_end.NotRun, match="timm is not installed"):
+        end_to_end.peer_row(bench, {"program": end_to_end.PEERS["timm"]})
+
+
+def test_rows_of_other_machines_or_commits_do_not_stand_together(tmp_path):
+    head = {"device": "GPU", "torch": "2", "triton": "3", "commit": "a", "cores": 2, "command": "first"}
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps({**head, "rows": [{}], "not_run": []}))
+    joined = end_to_end.earlier(path, {**head, "command": "second"})
+    assert joined["rows"] == [{}] and joined["command"] == "first && second"
+    assert end_to_end.earlier(path, {**head, "commit": "b"})["rows"] == []
