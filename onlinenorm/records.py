@@ -21,6 +21,9 @@ METRICS, CLAMPING = "metrics.csv", "clamping.csv"
 FAILURE, FAILURE_TEXT = "failed.json", "failed.txt"  # for programs, and for people
 ATTEMPTS = "attempts"
 
+# Keys of a configuration that runs of older versions lack, and how those trained.
+ADDED = {"recipe": {"warmup_epochs": 0, "warmup_lr": 0.0, "label_smoothing": 0.0}}
+
 _DIVERGED = re.compile(r"became NaN or infinite at step (\d+)(?: \(epoch (\d+))?")
 
 
@@ -30,6 +33,12 @@ def run_path(config: dict[str, Any], runs: str | Path = "runs", between: Iterabl
     if config["run_dir"]:
         return Path(str(config["run_dir"])).expanduser()  # 2026 is a number to YAML
     return Path(runs, names["experiment"], *between, names["normalizer"], f"seed{config['seed']}")
+
+
+def with_added_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of any version with the keys of `ADDED`."""
+    nodes = {key: added | config[key] for key, added in ADDED.items() if isinstance(config.get(key), dict)}
+    return config | nodes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from onlinenorm.errors import ReportError
-from onlinenorm.records import Failure, damaged, lookup, parse_yaml, read_failure, read_record
+from onlinenorm.records import Failure, damaged, lookup, parse_yaml, read_failure, read_record, with_added_keys
 
 METRICS = ("best_loss", "best_top1", "last_loss", "last_top1")  # nats; fractions
 REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
@@ -264,7 +264,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ReportError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ReportError(f"{path}: does not hold a configuration")
-    return config
+    return with_added_keys(config)
 
 
 def _read_environment(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from onlinenorm.normalizers import average_statistics, gather_statistics, merged
 from onlinenorm.training.accuracy import full_precision, predicted, rank
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.cuda_graph import GraphedStep
-from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule
+from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule, lr_of_step
 
 IGNORED = -1  # label of an image that could not be read
 
@@ -72,24 +72,33 @@ class ImageClassifier(pl.LightningModule):
     def on_train_epoch_start(self) -> None:  # not called where a run continues within an epoch
         self.train_sums = torch.zeros_like(self.train_sums)
 
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        steps = int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches
+        if (lr := lr_of_step(self.recipe, self.trainer.global_step + 1, steps)) is not None:
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = lr
+
     def training_step(self, batch, batch_idx: int) -> Tensor:
         images, labels, _ = batch
-        loss, sums = _step(self, images, labels) if self.graph is None else self.graph(images, labels)
+        smoothing = self.recipe.label_smoothing
+        loss, sums = _step(self, images, labels, smoothing) if self.graph is None else self.graph(images, labels)
         self._watch(loss.detach())
         self.train_sums = self.train_sums + sums
         return loss
 
     def graph_steps(self) -> None:
         """Has training steps replayed as CUDA graphs from the next one on."""
-        data, step = self.trainer.datamodule, _step  # type: ignore[attr-defined]  # set where there is one
-        if data.augmentation != "scale_jitter":  # whose colours are another input
-            # a quarter of the bytes goes to the graph, which makes the network's input itself
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # set where there is one
+        # a quarter of the bytes goes to the graph, which makes the network's input itself; colours are another input
+        raw = data.augmentation != "scale_jitter"
+        if raw:
             data.raw_training = True
 
-            def step(forward, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        def step(forward, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            if raw:
                 with torch.autocast(images.device.type, enabled=False):
-                    ready = data.network_input(images)
-                return _step(forward, ready, labels)
+                    images = data.network_input(images)
+            return _step(forward, images, labels, self.recipe.label_smoothing)
 
         self.graph = GraphedStep(self, step, self.trainer.accumulate_grad_batches > 1)
 
@@ -196,16 +205,20 @@ class ImageClassifier(pl.LightningModule):
                 checkpoint["state_dict"][name] = table[self.trainer.global_rank]
 
 
-def _step(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _step(
+    forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(mean loss, sums of the batch) of a training step."""
     logits = forward(images)
-    loss, total = _losses(logits, labels)
+    loss, total = _losses(logits, labels, label_smoothing)
     return loss, _sums(logits.detach(), labels, total)
 
 
-def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """(mean, sum) of the cross entropy over images with a label: in float32 or better, and in float64."""
-    each_N = F.cross_entropy(full_precision(logits), labels, ignore_index=IGNORED, reduction="none")
+    each_N = F.cross_entropy(
+        full_precision(logits), labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+    )
     # the sum in float64, where float32 values add up exactly: whatever batches and processes the images come in
     return each_N.sum() / (labels != IGNORED).sum().clamp(min=1), each_N.detach().double().sum()
 

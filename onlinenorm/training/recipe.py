@@ -14,7 +14,7 @@ from onlinenorm.errors import ArgumentError
 from onlinenorm.training.roles import parameter_roles
 
 SCALINGS = ("horizon", "linear", "none")
-SCHEDULES = ("step", "plateau")
+SCHEDULES = ("step", "plateau", "cosine")
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,14 @@ class Recipe:
         weight_decay: L2 coefficient of the decayed parameters, >= 0.
         decay_norm_weight, decay_norm_bias: whether gammas and betas of normalizers are decayed.
         decay_bias: whether biases of other layers are decayed. Weights of convolutions and linear layers always are.
-        schedule: "step" or "plateau", see ``build_schedule``.
+        schedule: "step" or "plateau", see ``build_schedule``, or "cosine", see ``lr_of_step``.
         milestones: for "step": numbers of completed epochs, rising, each in 1..epochs - 1.
         lr_factor: factor of each drop of the learning rate, in (0, 1).
         plateau_patience: for "plateau": epochs without improvement that are let pass, >= 0.
         plateau_threshold: for "plateau": a fall of the error by more than this counts as improvement, a fraction >= 0.
+        warmup_epochs: first epochs over which the learning rate rises linearly, step by step; 0 for none.
+        warmup_lr: rate that it rises from, at ``batch_size``, from 0 to ``scaled_lr``.
+        label_smoothing: share of each target spread evenly over all classes, in [0, 1), in the training loss alone.
         augmentation: of training images: "random_resized_crop", "scale_jitter", "pad_crop" or "none".
         evaluation: views of validation images: "center_crop" or "ten_crop".
 
@@ -57,18 +60,24 @@ class Recipe:
     lr_factor: float = 0.1
     plateau_patience: int = 5
     plateau_threshold: float = 0.001
+    warmup_epochs: int = 0
+    warmup_lr: float = 0.0
+    label_smoothing: float = 0.0
     augmentation: str = "random_resized_crop"
     evaluation: str = "center_crop"
 
     def __post_init__(self):
         for key in ("epochs", "batch_size", "base_batch_size"):
             _check_whole(key, getattr(self, key), at_least=1)
-        _check_whole("plateau_patience", self.plateau_patience, at_least=0)
+        for key in ("plateau_patience", "warmup_epochs"):
+            _check_whole(key, getattr(self, key), at_least=0)
         _check_number("lr", self.lr, "> 0", lambda value: value > 0)
         _check_number("momentum", self.momentum, "in [0, 1)", lambda value: 0 <= value < 1)
         _check_number("weight_decay", self.weight_decay, ">= 0", lambda value: value >= 0)
         _check_number("lr_factor", self.lr_factor, "in (0, 1)", lambda value: 0 < value < 1)
         _check_number("plateau_threshold", self.plateau_threshold, ">= 0", lambda value: value >= 0)
+        _check_number("warmup_lr", self.warmup_lr, ">= 0", lambda value: value >= 0)
+        _check_number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda value: 0 <= value < 1)
         for key in ("decay_norm_weight", "decay_norm_bias", "decay_bias"):
             if not isinstance(getattr(self, key), bool):
                 raise ArgumentError(key, f"must be true or false, got {getattr(self, key)!r}")
@@ -77,6 +86,7 @@ class Recipe:
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         check_choice("evaluation", self.evaluation, EVALUATIONS)
         object.__setattr__(self, "milestones", _checked_milestones(self.milestones, self.epochs, self.schedule))
+        _check_warmup(self)
 
     @property
     def scaled_lr(self) -> float:
@@ -155,8 +165,9 @@ def build_schedule(optimizer: Optimizer, recipe: Recipe) -> LRScheduler:
     - "plateau": ``schedule.step(val_error)`` with the validation error 1 - top-1 as a fraction. When it has not fallen
       below its best by more than ``plateau_threshold`` for more than ``plateau_patience`` epochs in a row, the rate is
       multiplied by ``lr_factor``.
+    - "cosine": nothing; the rate is that of ``lr_of_step``.
     """
-    if recipe.schedule == "step":
+    if recipe.schedule != "plateau":
         return MultiStepLR(optimizer, milestones=list(recipe.milestones), gamma=recipe.lr_factor)
     return ReduceLROnPlateau(
         optimizer,
@@ -169,6 +180,23 @@ def build_schedule(optimizer: Optimizer, recipe: Recipe) -> LRScheduler:
     )
 
 
+def lr_of_step(recipe: Recipe, step: int, steps_per_epoch: int) -> float | None:
+    """Learning rate of optimizer step t, from 1, where it changes within epochs; None where it is ``build_schedule``'s.
+
+    With w = ``warmup_epochs`` and T = ``epochs`` in steps, and the scaled rate lr':
+
+    - t <= w: warmup_lr + (lr' - warmup_lr) t / w (Goyal et al. 2017, arXiv 1706.02677, section 2.2).
+    - then, for the schedule "cosine": lr' (1 + cos(pi (t - 1 - w) / (T - w))) / 2 (Loshchilov and Hutter 2017, arXiv
+      1608.03983, without restarts; after a warm-up as He et al. 2019, arXiv 1812.01187).
+    """
+    warmup, total, lr = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch, recipe.scaled_lr
+    if step <= warmup:
+        return lr + (recipe.warmup_lr - lr) * (1 - step / warmup)  # ends at lr to the bit
+    if recipe.schedule == "cosine":
+        return lr * (1 + math.cos(math.pi * (step - 1 - warmup) / (total - warmup))) / 2
+    return None
+
+
 def _check_whole(key: str, value, at_least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ArgumentError(key, f"must be a whole number of at least {at_least}, got {value!r}")
@@ -177,6 +205,25 @@ def _check_whole(key: str, value, at_least: int) -> None:
 def _check_number(key: str, value, expected: str, holds) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
         raise ArgumentError(key, f"must be a number {expected}, got {value!r}")
+
+
+def _check_warmup(recipe: Recipe) -> None:
+    """Raises ValueError where a warm-up leaves no epoch, or its end would undo a drop of the learning rate."""
+    warmup = recipe.warmup_epochs
+    if not warmup:
+        return
+    if warmup >= recipe.epochs:
+        raise ArgumentError(
+            "warmup_epochs", f"{warmup} of {recipe.epochs} epochs leave none at the full rate; use fewer"
+        )
+    if recipe.warmup_lr > recipe.scaled_lr:
+        raise ArgumentError("warmup_lr", f"{recipe.warmup_lr:g} is above where it rises to, {recipe.scaled_lr:g}")
+    if recipe.schedule == "plateau":
+        raise ArgumentError("warmup_epochs", "schedule=plateau has none; use 0, or recipe.schedule=step or cosine")
+    if early := [milestone for milestone in recipe.milestones if milestone < warmup]:
+        raise ArgumentError(
+            "warmup_epochs", f"the milestone {early[0]} lies within the {warmup} epochs of warm-up; move one of them"
+        )
 
 
 def _checked_milestones(milestones, epochs: int, schedule: str) -> tuple[int, ...]:

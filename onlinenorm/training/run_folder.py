@@ -21,7 +21,7 @@ from onlinenorm.arguments import flatten
 from onlinenorm.errors import ConfigError, FolderInUse, Interrupted, RunError
 from onlinenorm.files import write_atomically
 from onlinenorm.provenance import environment
-from onlinenorm.records import CONFIG, ENVIRONMENT, FAILURE, FAILURE_TEXT, Failure, read_record
+from onlinenorm.records import CONFIG, ENVIRONMENT, FAILURE, FAILURE_TEXT, Failure, read_record, with_added_keys
 from onlinenorm.training.attempts import former_attempts, keep_attempt, keep_epochs
 from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
@@ -59,7 +59,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], ignored: tuple[str, .
 
     Keys below those in `ignored` are not compared, but for how batches are divided where the normalizer depends on it.
     """
-    before, after = flatten(old), flatten(new)
+    before, after = flatten(with_added_keys(old)), flatten(with_added_keys(new))
     divided = DIVIDING if changed_divisions(old, new) else ()
     free = tuple(f"{key}." for key in (*MAY_CHANGE, *ignored) if key not in divided)
     lines = []

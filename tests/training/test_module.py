@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from onlinenorm.records import read_rows
 from onlinenorm.training.module import ImageClassifier, _losses, _sums
 from onlinenorm.training.recipe import Recipe
 
@@ -22,6 +23,17 @@ def test_sums_leave_out_images_without_a_label():
     ranks = (logits[kept] > logits[kept].gather(1, labels[kept, None])).sum(1)
     assert top5 == (ranks < 5).sum()
     assert _losses(logits, torch.full((6,), -1))[0] == 0
+
+
+def test_labels_are_smoothed_in_training_alone(run, tmp_path):
+    logits, labels = torch.randn(5, 7), torch.tensor([0, 1, 3, 6, 2])
+    smoothed = 0.9 * F.cross_entropy(logits, labels) - 0.1 * logits.log_softmax(1).mean()
+    torch.testing.assert_close(_losses(logits, labels, 0.1)[0], smoothed)
+    untrained = ["recipe.epochs=1", "recipe.milestones=[]", "recipe.lr=1e-12", "normalizer=none"]
+    plain, changed = (run(tmp_path / f"{s}", *untrained, f"recipe.label_smoothing={s}") for s in (0, 0.5))
+    assert plain["last"]["val_loss"] == changed["last"]["val_loss"]
+    losses = [read_rows(tmp_path / name / "metrics.csv")[0]["train_loss"] for name in ("0", "0.5")]
+    assert losses[0] != losses[1]
 
 
 def test_crops_are_averaged_as_probabilities():

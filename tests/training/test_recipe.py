@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import math
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from onlinenorm.cli.compose import load_config
 from onlinenorm.models import cifar_resnet20, resnet50
 from onlinenorm.normalizers import OnlineNorm2d, group_norm, identity, layer_norm
+from onlinenorm.records import ADDED
 from onlinenorm.training.recipe import (
     Recipe,
     build_optimizer,
     build_schedule,
+    lr_of_step,
     parameter_groups,
     scaled_lr_momentum,
 )
@@ -32,7 +36,7 @@ REFERENCE = {"epochs": 100, "batch_size": 32, "milestones": (30, 60, 80, 90)}
 
 
 def shipped(name):
-    return hydra.utils.instantiate(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    return hydra.utils.instantiate(load_config([f"recipe={name}"])["recipe"])
 
 
 def on_meta(build, normalizer, **options):
@@ -173,7 +177,7 @@ def test_plateau_acts_at_tiny_rates():
     assert rates(recipe, [0.5, 0.5, 0.5]) == pytest.approx([1e-9, 1e-9, 1e-10])
 
 
-@pytest.mark.parametrize("name", ["reference", "he2015", "cifar"])
+@pytest.mark.parametrize("name", ["reference", "he2015", "cifar", "goyal2017"])
 def test_states_survive_a_safe_load(name):
     recipe = shipped(name)
     optimizer = build_optimizer(nn.Linear(2, 2), recipe)
@@ -188,9 +192,38 @@ def test_states_survive_a_safe_load(name):
 
 def test_every_key_of_a_recipe_is_spelled_out():
     keys = {field.name for field in dataclasses.fields(Recipe)} | {"_target_"}
-    for path in CONFIGS.glob("*.yaml"):
-        assert set(OmegaConf.load(path)) == keys, path.name
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"reference", "he2015", "cifar"}
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    for name in names:
+        assert set(load_config([f"recipe={name}"])["recipe"]) == keys, name
+    assert names == {"reference", "he2015", "cifar", "goyal2017"}
+
+
+def test_keys_that_older_runs_lack_are_off_by_default():
+    options = OmegaConf.load(CONFIGS / "base" / "options.yaml")
+    assert options == ADDED["recipe"]
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    assert {key: defaults[key] for key in options} == options
+
+
+def test_goyal2017_recipe():
+    recipe = shipped("goyal2017")
+    assert (recipe.epochs, recipe.milestones, recipe.scaled_lr, recipe.scaled_momentum) == (90, (30, 60, 80), 3.2, 0.9)
+    steps = 1_281_167 // 8192
+    assert lr_of_step(recipe, 1, steps) == pytest.approx(0.1 + 3.1 / (5 * steps))
+    assert lr_of_step(recipe, 5 * steps, steps) == 3.2 and lr_of_step(recipe, 5 * steps + 1, steps) is None
+    decayed, exempt = parameter_groups(on_meta(resnet50, nn.BatchNorm2d), recipe)
+    assert (len(decayed["params"]), len(exempt["params"])) == (53 + 2, 106)
+
+
+def test_the_rate_rises_evenly_and_falls_as_a_cosine():
+    recipe = Recipe(
+        epochs=6, batch_size=64, scaling="linear", lr=0.4, schedule="cosine", warmup_epochs=2, warmup_lr=0.02
+    )
+    seen = [lr_of_step(recipe, step, 5) for step in range(1, 31)]
+    assert seen[:10] == pytest.approx([0.02 + 0.008 * t for t in range(1, 11)]) and seen[9] == 0.1
+    assert seen[10:] == pytest.approx([0.05 * (1 + math.cos(math.pi * t / 20)) for t in range(20)])
+    assert all(lr_of_step(Recipe(epochs=6, batch_size=64), step, 5) is None for step in range(1, 31))
+    assert rates(recipe) == [0.1] * 6  # the schedule itself leaves it alone
 
 
 def test_reference_recipe():
@@ -235,6 +268,15 @@ def test_milestones_come_as_plain_values():
         ({"milestones": 30}, "must be a list of epochs such as [30, 60], got 30"),
         ({"milestones": None}, "must be a list of epochs such as [30, 60], got None"),
         ({"milestones": [30], "schedule": "plateau"}, "schedule=plateau has none; use recipe.milestones=[] or"),
+        ({"milestones": [30], "schedule": "cosine"}, "schedule=cosine has none; use recipe.milestones=[] or"),
+        ({"warmup_epochs": -1}, "must be a whole number of at least 0, got -1"),
+        ({"warmup_epochs": 100}, "100 of 100 epochs leave none at the full rate; use fewer"),
+        ({"warmup_epochs": 5, "schedule": "plateau"}, "schedule=plateau has none; use 0, or recipe.schedule=step or"),
+        ({"warmup_epochs": 5, "milestones": [3, 30]}, "the milestone 3 lies within the 5 epochs of warm-up; move one"),
+        ({"warmup_lr": -0.1}, "must be a number >= 0, got -0.1"),
+        ({"warmup_lr": 0.2, "warmup_epochs": 5}, "0.2 is above where it rises to, 0.00163546"),
+        ({"label_smoothing": 1.0}, "must be a number in [0, 1), got 1.0"),
+        ({"label_smoothing": "some"}, "must be a number in [0, 1), got 'some'"),
         ({"epochs": 0}, "must be a whole number of at least 1, got 0"),
         ({"epochs": 2.0}, "must be a whole number of at least 1, got 2.0"),
         ({"batch_size": True}, "must be a whole number of at least 1, got True"),
@@ -254,7 +296,7 @@ def test_milestones_come_as_plain_values():
         ({"decay_bias": "no"}, "must be true or false, got 'no'"),
         ({"scaling": "liner"}, "'liner' is not one of horizon, linear, none; did you mean linear?"),
         ({"scaling": None}, "None is not one of horizon, linear, none"),
-        ({"schedule": "steps"}, "'steps' is not one of step, plateau; did you mean step?"),
+        ({"schedule": "steps"}, "'steps' is not one of step, plateau, cosine; did you mean step?"),
         ({"augmentation": "random_resize_crop"}, "did you mean random_resized_crop?"),
         ({"evaluation": "tencrop"}, "'tencrop' is not one of center_crop, ten_crop; did you mean ten_crop?"),
     ],

@@ -1,5 +1,6 @@
 """A run that was interrupted anywhere ends with the bits of one that was not."""
 
+import math
 import os
 import signal
 import subprocess
@@ -62,6 +63,20 @@ def test_stopped_within_an_epoch(undisturbed, run, interrupt, tmp_path, normaliz
     results = run(tmp_path, f"normalizer={normalizer}", *options)
     assert results["resumed"] == 1
     assert outcome(tmp_path) == outcome(undisturbed(normalizer, *options))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])  # within the warm-up, and within the cosine
+def test_rates_that_change_at_each_step_go_on_where_they_were(undisturbed, run, interrupt, tmp_path, epoch):
+    options = ["recipe.warmup_epochs=1", "recipe.schedule=cosine", "recipe.milestones=[]", "recipe.label_smoothing=0.1"]
+    interrupt("training_step", epoch * STEPS + 2)
+    with pytest.raises(Interrupted):
+        run(tmp_path, *options)
+    run(tmp_path, *options)
+    expected = undisturbed("online_clamp", *options)
+    assert outcome(tmp_path) == outcome(expected)
+    full = 0.00163546
+    ends = [full, full * (1 + math.cos(math.pi * 3 / 8)) / 2, full * (1 + math.cos(math.pi * 7 / 8)) / 2]
+    assert [float(row["lr"]) for row in rows(expected)] == pytest.approx(ends, rel=5e-6)
 
 
 def test_a_changing_loss_scale_goes_on_where_it_was(undisturbed, run, interrupt, tmp_path, monkeypatch):

@@ -30,6 +30,13 @@ def test_changed_keys_names_what_counts():
     ]
 
 
+def test_keys_that_older_runs_lack_are_as_they_then_were():
+    new = {**CONFIG, "recipe": {"lr": 0.1, "warmup_epochs": 0, "label_smoothing": 0.0}}
+    assert changed_keys(CONFIG, new) == changed_keys(new, CONFIG) == []
+    new["recipe"]["warmup_epochs"] = 5
+    assert changed_keys(CONFIG, new) == ["recipe.warmup_epochs: 0 -> 5"]
+
+
 def test_a_changed_configuration_is_refused_only_where_there_is_progress(tmp_path):
     folder = RunFolder(tmp_path)
     folder.record_start(CONFIG, 1, None)
