@@ -152,7 +152,12 @@ def networks_of(args) -> list[tuple]:
                 serves = name == "batch" and dtype == args.dtype[0]
             if modes and serves:
                 wanted.append(((name, backend, stem, compiler, dtype, batch), modes))
-    return sorted(wanted, key=lambda entry: (_slow(entry), entry[0][4] != args.dtype[0], entry[0][3] is None))
+
+    def rank(entry: tuple) -> tuple:
+        (_, _, stem, compiler, dtype, _), _ = entry
+        return _slow(entry), dtype != args.dtype[0], compiler is None, stem != args.stem[0]
+
+    return sorted(wanted, key=rank)
 
 
 def _slow(wanted: tuple) -> bool:
