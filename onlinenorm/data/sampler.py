@@ -14,11 +14,12 @@ Request = tuple[int, int]  # (epoch, index): all that a dataset needs to make th
 
 
 class GlobalBatchSampler(Sampler[list[Request]]):
-    """Cuts each epoch's permutation into global batches and hands every process its contiguous part.
+    """Cuts each epoch's permutation into global batches and deals each out to the processes, image by image.
 
     Global batch b is permutation[b B : (b + 1) B]; the last incomplete one is dropped. With A accumulated micro-batches
-    and W processes, micro-batch a is the a-th part of B / A images and rank r takes the r-th part of that.
-    Concatenating by (micro-batch, rank) therefore gives back the order of one process without accumulation.
+    and W processes, micro-batch a is the a-th part of B / A images and rank r takes positions r, r + W, ... of that.
+    Taking turns within each micro-batch therefore gives back the order of one process without accumulation, and every
+    process holds early and late images of it. A run continues on any number of processes: a step has the same images.
 
     Args:
         num_images: size of the training set.
@@ -89,15 +90,15 @@ class GlobalBatchSampler(Sampler[list[Request]]):
         order = permutation(self.seed, epoch, self.num_images)
         local = self.local_batch_size
         for micro_batch in range(first * self.accumulate, len(self)):
-            begin = (micro_batch * self.world_size + self.rank) * local
-            yield [(epoch, index) for index in order[begin : begin + local].tolist()]
+            begin, end = (part * local * self.world_size for part in (micro_batch, micro_batch + 1))
+            yield [(epoch, index) for index in order[begin + self.rank : end : self.world_size].tolist()]
 
 
 class ValidationSampler(Sampler[list[Request]]):
     """Splits the validation set over the processes without padding: every image exactly once, in index order.
 
-    Rank r takes images [n r // W, n (r + 1) // W) in batches of `batch_size`. All ranks have the same number of batches
-    (a rank with fewer images shortens its last two), because a forward pass may hold collectives.
+    Rank r takes images r, r + W, ... in batches of `batch_size`. All ranks have the same number of batches (a rank with
+    fewer images shortens its last two), because a forward pass may hold collectives.
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1):
@@ -109,10 +110,10 @@ class ValidationSampler(Sampler[list[Request]]):
             )
         check_int("val_batch_size", batch_size, 2 if world_size > 1 else 1)
         self.local_batch_size = batch_size
-        first, last = num_images * rank // world_size, num_images * (rank + 1) // world_size
+        self.images = range(rank, num_images, world_size)
         batches = math.ceil(math.ceil(num_images / world_size) / batch_size)
-        self.bounds = [min(first + b * batch_size, last) for b in range(batches)] + [last]
-        if batches > 1 and self.bounds[-2] == last:
+        self.bounds = [min(b * batch_size, len(self.images)) for b in range(batches)] + [len(self.images)]
+        if batches > 1 and self.bounds[-2] == len(self.images):
             self.bounds[-2] -= 1
 
     def __len__(self) -> int:
@@ -120,7 +121,7 @@ class ValidationSampler(Sampler[list[Request]]):
 
     def __iter__(self) -> Iterator[list[Request]]:
         for begin, end in zip(self.bounds, self.bounds[1:], strict=False):
-            yield [(0, index) for index in range(begin, end)]
+            yield [(0, index) for index in self.images[begin:end]]
 
 
 def split_requests(requests: list[Request]) -> tuple[np.ndarray, np.ndarray]:

@@ -327,8 +327,9 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
         layer_scaling_eps: added to the mean square of "layer_scaling", > 0.
         layer_scaling_group_size: channels that share a scale; divides C; None for all.
         backend: "auto" (fused kernels on CUDA, else torch), "fused", "torch" or "reference".
-        statistics: across processes "global" (the stream that one process with the global batch would see, in rank
-            order; one small collective forward and one backward) or "local" (each process its own stream; no
+        statistics: across processes "global" (the stream that one process with the global batch would see, where that
+            batch is dealt out image by image: rank r of W holds positions r, r + W, ...; one small collective forward
+            and one backward) or "local" (each process its own stream; no
             communication, to be averaged before validation and checkpoints, see ``average_statistics``). Batches may be
             of different sizes, each process's mean loss counting as much, as in DistributedDataParallel; in compiled
             programs and captured CUDA graphs global statistics need batches of one size, and on GPUs a layer that once

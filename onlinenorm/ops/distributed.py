@@ -26,9 +26,11 @@ def own_rank(group: str) -> int:
 
 
 def gather_samples(tables_KNC: Tensor, processes: int, group: str = "", counts: Sequence[int] = ()) -> Tensor:
-    """K tables of this process's N samples -> (K, M, C) of all, in rank order, by one collective.
+    """K tables of this process's N samples -> (K, M, C) of all in the order of the global batch, by one collective.
 
-    Every process must call it, with the same K and C, and the same N where ``counts`` does not give that of each.
+    That batch was dealt out: the processes' first samples come first, in rank order, then their second ones; a process
+    without more is passed over. Every process must call it, with the same K and C, and the same N where ``counts`` does
+    not give that of each.
     """
     if processes == 1:
         return tables_KNC
@@ -38,10 +40,11 @@ def gather_samples(tables_KNC: Tensor, processes: int, group: str = "", counts: 
     # straight into place, where lists are copied once more; by its name from torch 2.14 on, or the one before
     gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather_into(gathered, tables_KNC.contiguous(), group=process_group(group))
-    tables_PKNC = gathered.unflatten(0, (processes, -1))
-    if counts:
-        return torch.cat([table_KNC[:, :n] for table_KNC, n in zip(tables_PKNC, counts, strict=True)], 1)
-    return tables_PKNC.transpose(0, 1).flatten(1, 2)
+    tables_KMC = gathered.unflatten(0, (processes, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    if not counts:
+        return tables_KMC
+    held = [n < count for n in range(max(counts)) for count in counts]
+    return tables_KMC[:, torch.tensor(held, device=tables_KMC.device)]
 
 
 def total_samples(samples: int, processes: int, group: str = "", counts: Sequence[int] | None = None) -> int:
@@ -50,17 +53,18 @@ def total_samples(samples: int, processes: int, group: str = "", counts: Sequenc
 
 
 def own_samples(table_MC: Tensor, processes: int, group: str, counts: Sequence[int]) -> Tensor:
-    """This process's rows of a table over all samples."""
+    """This process's rows of a table over all samples: a view of every W-th, or a copy where ``counts`` differ."""
     if processes == 1:
         return table_MC
-    rank = own_rank(group)
-    samples = counts[rank] if counts else len(table_MC) // processes
-    return table_MC[first_own_sample(samples, processes, group, counts) :][:samples]
+    if not counts:
+        return table_MC[own_rank(group) :: processes]
+    return table_MC[own_mask(table_MC, processes, group, counts)]
 
 
-def first_own_sample(samples: int, processes: int, group: str, counts: Sequence[int]) -> int:
-    """Where this process's ``samples`` begin among those of all."""
-    if processes == 1:
-        return 0
+def own_mask(table_MC: Tensor, processes: int, group: str, counts: Sequence[int]) -> Tensor | None:
+    """Which rows of a table over all samples are this process's, where ``counts`` differ; else None."""
+    if processes == 1 or not counts:
+        return None
     rank = own_rank(group)
-    return sum(counts[:rank]) if counts else rank * samples
+    mine = [r == rank for n in range(max(counts)) for r, count in enumerate(counts) if n < count]
+    return torch.tensor(mine, device=table_MC.device)

@@ -13,8 +13,9 @@ class NormSpec:
     to variances. ``error_compensation`` is one of ``ERROR_COMPENSATIONS``; ``clamp_value`` belongs to "clamp",
     ``layer_scaling_eps`` and ``layer_scaling_group_size`` (channels a group; None: all) to "layer_scaling".
     ``gradient_scale`` gives the unit of the control state: u and v are kept as gradient x gradient_scale. ``processes``
-    is the number of processes whose batches, in rank order, form one stream of samples; ``group`` names their process
-    group ("": all processes), and ``counts`` the samples of each where these differ (empty: all have as many).
+    is the number of processes that a global batch was dealt out to, sample by sample, and whose batches form one
+    stream in that order; ``group`` names their process group ("": all processes), and ``counts`` the samples of each
+    where these differ (empty: all have as many).
     """
 
     alpha_fwd: float = 0.999

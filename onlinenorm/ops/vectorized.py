@@ -68,7 +68,7 @@ def linear_recurrence(coefficient, addend_NC: Tensor, initial_C: Tensor) -> tupl
 
 
 # The scans are custom operators: they move state, and across processes they hold the collective, which torch.compile
-# need not look into. N rows enter; M = processes x N rows, of all samples in rank order, leave.
+# need not look into. N rows enter; M = processes x N rows, of all samples in the order of the global batch, leave.
 @torch.library.custom_op("onlinenorm::scan_statistics", mutates_args=("running_mean", "running_var"))
 def scan_statistics(
     mean_NC: Tensor,

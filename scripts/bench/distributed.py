@@ -104,7 +104,7 @@ def exactness(name: str, args, device: torch.device) -> dict:
     labels = torch.randint(10, (args.check_steps, batch), generator=generator)
     images, labels = images.to(device), labels.to(device)
     whole = [(x.to(memory_format=torch.channels_last), t) for x, t in zip(images, labels, strict=True)]
-    own = [(x.chunk(world)[rank], t.chunk(world)[rank]) for x, t in whole]
+    own = [(x[rank::world].contiguous(memory_format=torch.channels_last), t[rank::world]) for x, t in whole]
     model = build(name, args.check_model, device)
     one = copy.deepcopy(model)
     several = torch.tensor(trained(parallel(model, device), own, args.check_steps, args.check_lr), device=device)

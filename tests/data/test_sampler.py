@@ -11,6 +11,11 @@ def indices(sampler):
     return [[index for _, index in batch] for batch in sampler]
 
 
+def taking_turns(ranks):
+    """The images of all processes' batches in the order of one process: the first of each, then the second of each."""
+    return [index for parts in zip(*ranks, strict=True) for turn in zip(*parts, strict=True) for index in turn]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     world_size=st.sampled_from([1, 2, 3, 7]),
@@ -27,7 +32,7 @@ def test_ranks_together_give_the_order_of_one_process(world_size, accumulate, lo
         indices(GlobalBatchSampler(images, size, 5, rank, world_size, accumulate, epoch)) for rank in range(world_size)
     ]
     assert {len(batches) for batches in ranks} == {steps * accumulate}
-    gathered = [index for micro_batch in zip(*ranks, strict=True) for part in micro_batch for index in part]
+    gathered = taking_turns(ranks)
     one_process = [index for batch in indices(GlobalBatchSampler(images, size, 5, epoch=epoch)) for index in batch]
     assert gathered == one_process == permutation(5, epoch, images)[: steps * size].tolist()
 
@@ -53,7 +58,7 @@ def test_resuming_yields_exactly_the_remaining_batches(old, new, step):
     def gathered(world_size, accumulate, **start):
         ranks = [GlobalBatchSampler(83, 8, 2, rank, world_size, accumulate, **start) for rank in range(world_size)]
         assert all(len(sampler) == 10 * accumulate for sampler in ranks)
-        return [i for parts in zip(*map(indices, ranks), strict=True) for part in parts for i in part]
+        return taking_turns(map(indices, ranks))
 
     assert gathered(*new, epoch=4, start_step=step) == gathered(*old, epoch=4)[step * 8 :]
 
@@ -85,7 +90,8 @@ def test_impossible_batches_are_refused(arguments, message):
 def test_validation_covers_every_image_once_without_padding(world_size, images, size):
     ranks = [ValidationSampler(images, size, rank, world_size) for rank in range(world_size)]
     batches = [indices(sampler) for sampler in ranks]
-    assert [i for rank in batches for batch in rank for i in batch] == list(range(images))
+    for rank, own in enumerate(batches):
+        assert [i for batch in own for i in batch] == list(range(rank, images, world_size))
     assert len({len(rank) for rank in batches}) == 1, "unequal numbers of batches would block collectives"
     assert all(batches) and all(1 <= len(batch) <= size for rank in batches for batch in rank)
     assert [len(sampler) for sampler in ranks] == [len(rank) for rank in batches]

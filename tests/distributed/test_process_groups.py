@@ -36,9 +36,9 @@ def steps(model, rank, compiled=None):
     found = []
     for step, counts in enumerate(COUNTS):
         model.zero_grad()
-        parts = [images(step).split(counts)[rank]] if rank is not None else [images(step)]
+        parts = [process_groups.dealt(images(step), counts)[rank]] if rank is not None else [images(step)]
         out = (compiled or model)(parts[0])
-        losses = [out] if rank is not None else out.split(counts)
+        losses = [out] if rank is not None else process_groups.dealt(out, counts)
         sum((part - 1).square().flatten(1).sum(1).mean() for part in losses).div(len(losses)).backward()
         found.append([p.grad.clone() for p in model.parameters()])
     return found, {name: value.clone() for name, value in model.state_dict().items()}
@@ -58,7 +58,7 @@ def uneven(rank):
     if os.environ.get("TRITON_INTERPRET") == "1":
         fused, plain = (network(error_compensation="layer_scaling", backend=b) for b in ("fused", "torch"))
         for step, counts in enumerate(COUNTS):
-            x = images(step, torch.float32).split(counts)[rank]
+            x = process_groups.dealt(images(step, torch.float32), counts)[rank]
             results = []
             for model in (fused, plain):
                 out = model(x)

@@ -28,7 +28,7 @@ def images(step, which):
 
 def own(x, counts, rank):
     """The samples of a process, or (rank None) those of both."""
-    return x[: sum(counts)].split(counts)[rank] if rank is not None else x[: sum(counts)]
+    return process_groups.dealt(x[: sum(counts)], counts)[rank] if rank is not None else x[: sum(counts)]
 
 
 def follow(first, second, rank):
@@ -38,9 +38,10 @@ def follow(first, second, rank):
         if rank is not None:
             part = y[: after[rank]]
         else:
-            part = torch.cat([piece[:n] for piece, n in zip(y.split(before), after, strict=True)])
+            held = process_groups.dealt(torch.arange(sum(before)), before)
+            part = y[torch.cat([own[:n] for own, n in zip(held, after, strict=True)]).sort().values]
         z = second(part)
-        losses = [z] if rank is not None else z.split(after)
+        losses = [z] if rank is not None else process_groups.dealt(z, after)
         sum(loss.square().flatten(1).sum(1).mean() for loss in losses).div(len(losses)).backward()
 
 
@@ -49,7 +50,7 @@ def apart(first, second, rank):
     for step, counts in enumerate(STEPS):
         for which, network in enumerate((first, second)):
             y = network(own(images(step, which), counts[which], rank))
-            losses = [y] if rank is not None else y.split(counts[which])
+            losses = [y] if rank is not None else process_groups.dealt(y, counts[which])
             sum(loss.square().flatten(1).sum(1).mean() for loss in losses).div(len(losses)).backward()
 
 
@@ -75,7 +76,7 @@ def test_processes_with_batches_of_changing_sizes_equal_one_process(way):
     found = process_groups.run(2, worker, way)
     networks = norms()
     WAYS[way](*networks, None)
-    networks[0](torch.cat([images(0, 0)[:2]] * 2))  # as before the empty batch, of which the second layer tells
+    networks[0](images(0, 0)[:2].repeat_interleave(2, 0))  # as before the empty batch, of which the second layer tells
     for actual in found:
         torch.testing.assert_close(actual, statistics(networks))
 

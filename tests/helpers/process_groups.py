@@ -85,3 +85,9 @@ def run(processes: int, function: Callable, *arguments: Any, seconds: float = 12
     for succeeded, result in found:
         assert succeeded, result[2] or result
     return [result for _, result in found]
+
+
+def dealt(x: torch.Tensor, counts: tuple[int, ...]) -> list[torch.Tensor]:
+    """A global batch as each process holds it: dealt out sample by sample, passing over those that have theirs."""
+    turns = [rank for n in range(max(counts)) for rank, count in enumerate(counts) if n < count]
+    return [x[[position for position, owner in enumerate(turns) if owner == rank]] for rank in range(len(counts))]

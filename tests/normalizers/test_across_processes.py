@@ -47,8 +47,8 @@ def worker(rank, world_size, port, guard, accumulate, folder):
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     model = network(guard)
     wrapped = DistributedDataParallel(model)
-    # Rank r takes the r-th part of every micro-batch, so that ranks in order give one process's order.
-    own = [torch.cat([m.chunk(world_size)[rank] for m in batch.chunk(accumulate)]) for batch in batches()]
+    # Every micro-batch is dealt out, so that ranks taking turns give one process's order.
+    own = [torch.cat([m[rank::world_size] for m in batch.chunk(accumulate)]) for batch in batches()]
     train(wrapped, own, accumulate)
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     local = network(guard, statistics="local")

@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from onlinenorm.ops.fused.kernels import backward, forward
 
 OPTIONAL = {"extra_ptr", "out_ptr", "grad_residual_ptr", "residual_ptr", "rzeta_ptr", "kappa_ptr", "weight_ptr",
-            "bias_ptr"}
+            "bias_ptr", "own_ptr"}
 IMAGES = {"g_ptr", "x_ptr", "out_ptr", "y_ptr", "grad_x_ptr", "extra_ptr", "residual_ptr", "grad_residual_ptr"}
 REALS = {"eps", "scale_eps", "clamp", "alpha", "rest", "k", "scale", "most_growth"}
 FIXED = {"RELU": True, "CLAMP": True, "STAGES": 2, "BLOCK_N": 4, "BLOCK_P": 8, "BLOCK_C": 16}

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from onlinenorm.ops.distributed import first_own_sample, gather_samples, own_samples, total_samples
+from onlinenorm.ops.distributed import gather_samples, own_mask, own_rank, own_samples, total_samples
 from onlinenorm.ops.fused.kernels import backward as backward_kernels
 from onlinenorm.ops.fused.kernels import forward as forward_kernels
 from onlinenorm.ops.spec import NormSpec
@@ -94,7 +94,7 @@ def _table(x: Tensor, *shape: int) -> Tensor:
 
 
 def _from_all(partial: Tensor, spec: NormSpec) -> Tensor:
-    """Partial moments (N, splits, C, 2) of this process's samples -> those of all processes, in rank order."""
+    """Partial moments (N, splits, C, 2) of this process's samples -> those of all processes, as dealt."""
     return gather_samples(partial.flatten(1)[None], *spec.peers)[0].unflatten(1, partial.shape[1:])
 
 
@@ -107,7 +107,7 @@ def _reduce(x: Tensor, geo: Geometry) -> Tensor:
 
 
 def _own(table: Tensor | None, spec: NormSpec) -> Tensor | None:
-    return None if table is None else own_samples(table, *spec.peers)
+    return None if table is None else own_samples(table, *spec.peers).contiguous()
 
 
 def _layer_scale(moments, state, weight, bias, geo: Geometry, spec: NormSpec, state_stride: int) -> Tensor | None:
@@ -221,16 +221,16 @@ def backward(
             spec.eps, BLOCK_C=min(triton.next_power_of_2(groups[1]), 1024),
         )  # fmt: skip
     control = _table(x, everyone.samples, geo.channels, 2)
+    rank = own_rank(spec.group) if spec.processes > 1 else 0
     grad_weight, grad_bias = _table(x, geo.channels), _table(x, geo.channels)
     scan = everyone.scan_blocks
     backward_kernels.backward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
         partial, moments, state, rzeta, kappa, weight, bias, control_u, control_v, control, grad_weight, grad_bias,
-        everyone.samples, first_own_sample(geo.samples, *spec.peers), geo.samples, geo.channels, *groups, geo.splits,
+        own_mask(control, *spec.peers), everyone.samples, rank, spec.processes, geo.channels, *groups, geo.splits,
         geo.pixels, spec.eps, spec.alpha_bkw, 1 - spec.alpha_bkw, spec.gradient_scale, MOST_GROWTH,
         **scan,
     )  # fmt: skip
-    own_control = own_samples(control, *spec.peers)
-    own_rzeta, own_kappa = (_own(table, spec) for table in (rzeta, kappa))
+    own_control, own_rzeta, own_kappa = (_own(table, spec) for table in (control, rzeta, kappa))
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if residual_gradient else None
     backward_kernels.gradient_apply_kernel[geo.apply_grid](

@@ -131,15 +131,15 @@ def _sum_of_all(x):
 @triton.jit
 def backward_scan_kernel(
     partial_ptr, moments_ptr, state_ptr, rzeta_ptr, kappa_ptr, weight_ptr, bias_ptr, u_ptr, v_ptr,
-    control_ptr, grad_weight_ptr, grad_bias_ptr,
-    samples, first_own, own, channels, groups, group_size, splits, pixels, eps, alpha, k, scale, most_growth,
+    control_ptr, grad_weight_ptr, grad_bias_ptr, own_ptr,
+    samples, rank, processes, channels, groups, group_size, splits, pixels, eps, alpha, k, scale, most_growth,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Run the controls over the samples; writes (B, D), the parameters' gradients, and moves u and v past the batch.
 
-    The parameters' gradients are sums over samples first_own ... first_own + own - 1, those of this process. A block of
-    samples whose composed maps would leave the range of the controls, or with a gradient that is not finite, is walked
-    through sample by sample, as in ``reference``.
+    The parameters' gradients are sums over this process's samples, every one of ``processes`` or those that ``own_ptr``
+    marks. A block of samples whose composed maps would leave the range of the controls, or with a gradient that is not
+    finite, is walked through sample by sample, as in ``reference``.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < channels
@@ -174,7 +174,10 @@ def backward_scan_kernel(
         )
         after = a * u[None, :] + b
         next_v = (1 - k * yy) * v_n + scale * weight * gy
-        counted = live & (n >= first_own) & (n < first_own + own)
+        if own_ptr is None:
+            counted = live & (n % processes == rank)
+        else:
+            counted = live & (tl.load(own_ptr + n, mask=n < samples, other=0) != 0)
         grad_weight += tl.sum(tl.where(counted, gy, 0.0), 0)
         grad_bias += tl.sum(tl.where(counted, g, 0.0), 0)
         last = min(start + BLOCK_N, samples)
