@@ -58,7 +58,14 @@ def git_state(project: Path = PROJECT, own: Sequence[Path] = ()) -> dict[str, An
 def hardware() -> str:
     """GPUs, or the processor and the number of cores this process may use."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+        return f"{torch.cuda.device_count()} x {device_name(on_gpu=True)}"
+    return device_name(on_gpu=False)
+
+
+def device_name(on_gpu: bool) -> str:
+    """The name of the first GPU, or that of the processor and the number of cores this process may use."""
+    if on_gpu:
+        return torch.cuda.get_device_name(0)
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

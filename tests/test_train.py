@@ -67,8 +67,10 @@ def test_mistakes_get_one_message_that_names_the_key(override, message, tmp_path
 
 def test_missing_data_is_told_in_one_screen(tmp_path):
     done = call(tmp_path, "experiment=table1")
-    assert done.returncode == 2 and done.stdout.startswith("runs/table1/online_clamp/seed0: normalizer=online_clamp ")
-    assert len(done.stdout.splitlines()) == 1, "what is about to start, at once: the rest may take long"
+    assert done.returncode == 2 and done.stdout.startswith(
+        "runs/table1/online_clamp/seed0: new run: normalizer=online_clamp "
+    )
+    assert len(done.stdout.splitlines()) == 2, "what is about to start, at once: the rest may take long"
     assert done.stderr.startswith("data.root: ") and "Then: python train.py experiment=table1 data.root=" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 24
 

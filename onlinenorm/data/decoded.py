@@ -186,27 +186,27 @@ def on_device(images: DecodedImages, device: torch.device) -> DecodedImages:
 
 
 def check_fits(datasets: Sequence[InMemoryDataset | FolderDataset], device: torch.device, name: str) -> None:
-    """Raises ArgumentError where the decoded images of all these sets exceed the free memory of `device`.
+    """Raises ArgumentError where the decoded images of all these sets exceed the free memory of `device`."""
+    free = free_memory(device)
+    if free is not None and (needed := decoded_bytes(datasets)) > free:
+        raise ArgumentError(
+            "on_device",
+            f"the {sum(map(len, datasets)):,} decoded images of {name} take about {needed / 1e9:,.1f} GB and {device} "
+            f"has {free / 1e9:,.1f} GB free; use data.on_device=false, or fewer images by data.limit_train and "
+            "data.limit_val",
+        )
 
-    The size of many files is judged by that of a sample, evenly spaced.
-    """
-    free, needed, count = free_memory(device), 0.0, 0
-    if free is None:
-        return
+
+def decoded_bytes(datasets: Sequence[InMemoryDataset | FolderDataset]) -> float:
+    """What the decoded images of all these sets take; of many files judged by a sample, evenly spaced."""
+    needed = 0.0
     for dataset in datasets:
-        count += len(dataset)
         if isinstance(dataset, InMemoryDataset):
             needed += dataset.source.images(np.arange(1)).nbytes * len(dataset)
         else:
             chosen = np.arange(0, len(dataset), -(-len(dataset) // _SAMPLE))
             needed += _bytes(header_sizes(dataset, chosen)) * len(dataset) / len(chosen)
-    if needed > free:
-        raise ArgumentError(
-            "on_device",
-            f"the {count:,} decoded images of {name} take about {needed / 1e9:,.1f} GB and {device} has "
-            f"{free / 1e9:,.1f} GB free; use data.on_device=false, or fewer images by data.limit_train and "
-            "data.limit_val",
-        )
+    return needed
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from onlinenorm.data.datasets import Batch
 from onlinenorm.data.decoders import warnings_lock
@@ -88,6 +88,12 @@ def decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[to
                 except RuntimeError:
                     decoded.append(None)
     return decoded, {k for k, image in enumerate(decoded) if image is None}
+
+
+def gpu_decodes(device: torch.device) -> bool:
+    """Whether a GPU decodes JPEG: a file of 16 x 16 pixels is tried."""
+    _, failed = decode_all([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], device)
+    return not failed
 
 
 def crop_all(images: list[torch.Tensor], plans_N9: torch.Tensor, size: int) -> torch.Tensor:

@@ -16,6 +16,14 @@ from onlinenorm.training.hints import PROVIDED, nearest, unknown_key
 from onlinenorm.training.targets import locate, targets
 
 KNOWN = (*PROVIDED, "experiment", "seed", "run_dir")  # keys at the top, beside the names of the chosen files
+# Keys that may be "auto" -> their value where speed is not sought; what auto stands for is `fast_path`'s to say.
+AUTO_KEYS: dict[str, Any] = {
+    "model.compile": False,
+    "trainer.cuda_graph": False,
+    "data.decoder": "pillow",
+    "data.on_device": False,
+}
+AUTO = "auto"
 _MARKS = ("_target_", "_partial_")
 # How a normalizer's row is called and drawn, where its file says so.
 _SHOWN = {"_label_": (is_label, LABEL), "_colour_": (is_colour, COLOUR)}
@@ -105,7 +113,7 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
             raise unknown_key(f"{path}.{key}", [f"{path}.{option}" for option in options])
         if any(targets(value)):
             raise ConfigError(f"{path}.{key}: a node within a node would be built once and shared; use plain values")
-        if key in hints:
+        if key in hints and not (value == AUTO and f"{path}.{key}" in AUTO_KEYS):
             _check_type(f"{path}.{key}", value, hints[key])
     for key, parameter in parameters.items():
         plain = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -213,4 +221,5 @@ def _describe(hint: Any) -> str:
 def _check_type(key: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         near = nearest(str(value), map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else ""
-        raise ConfigError(f"{key}: {value!r} is not {_describe(hint)}" + (f"; did you mean {near}?" if near else ""))
+        kind = _describe(hint) + f" or {AUTO}" * (key in AUTO_KEYS)
+        raise ConfigError(f"{key}: {value!r} is not {kind}" + (f"; did you mean {near}?" if near else ""))

@@ -1,16 +1,12 @@
 """How this process was started (alone, by torchrun, srun or by hand), and which of a run's processes it is."""
 
 import os
-from typing import NamedTuple
-
-from pytorch_lightning.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from typing import TYPE_CHECKING, NamedTuple
 
 from onlinenorm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pytorch_lightning.plugins.environments import ClusterEnvironment
 
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 # What sets of variables must hold to describe one process of several.
@@ -99,8 +95,11 @@ def check_alone(devices: int, num_nodes: int) -> None:
             environ.pop(name, None)
 
 
-def cluster_environment() -> ClusterEnvironment:
+def cluster_environment() -> "ClusterEnvironment":
     """Lightning's view of `launched`: its own guess takes every process of a SLURM allocation for one of srun's."""
+    # not above: which process this is, is asked before Lightning is loaded
+    from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
     launch = launched()
     if launch is None:
         return LightningEnvironment()

@@ -23,6 +23,7 @@ from onlinenorm.text import duration
 from onlinenorm.training.checkpoint import Checkpoints
 from onlinenorm.training.config_check import build, check_config, full_keys
 from onlinenorm.training.epoch_log import EpochLog
+from onlinenorm.training.fast_path import adopt, choose, open_data
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
 from onlinenorm.training.progress import RunProgress
@@ -52,14 +53,14 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     """
     check_config(config)
     config = {**config, "trainer": resolve(config["trainer"])}
+    folder = run_path(config)
+    run_folder = RunFolder(folder, rank_zero=False)
+    config = adopt(config, run_folder.recorded_config())
     recipe, normalizer = build(config, "recipe"), build(config, "normalizer")
     processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
     probe_normalizer(normalizer, config["normalizer"], config["trainer"])
     yield finding("config", OK, " ".join(f"{key}={name}" for key, name in config["choices"].items() if name))
-    views = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
-    data = build(config, "data", batch_size=recipe.batch_size, seed=config["seed"], **views)
-    data.prepare_data()
-    data.setup()
+    config, data, _, _ = choose(config, lambda config: open_data(config, recipe))
     probe_data(data, config)
     probe_batch(config, normalizer, data.in_channels, data.image_size)
     yield check_data(data)
@@ -71,8 +72,7 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
     with full_keys(config, "normalizer"):
         network = build(config, "model", normalizer=normalizer, **sizes)
-    folder = run_path(config)
-    RunFolder(folder, rank_zero=False).check_config(config)
+    run_folder.check_config(config)
     yield check_disk(folder, network, recipe)
     classifier = build(config, "classifier", network=network, recipe=recipe)
     step = check_step(classifier, data, recipe, config, seconds)

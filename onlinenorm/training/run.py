@@ -1,12 +1,12 @@
 """A run from its configuration to its results."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from onlinenorm.arguments import flatten
-from onlinenorm.data import ImageDataModule
 from onlinenorm.data.workers import explain_worker_deaths
 from onlinenorm.errors import ConfigError, DataError
 from onlinenorm.records import CONFIG, read_record, run_path
@@ -14,11 +14,24 @@ from onlinenorm.text import first_line
 from onlinenorm.training import loggers
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
-from onlinenorm.training.config_check import build, check_config, full_keys
+from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.epoch_log import EpochLog
+from onlinenorm.training.fast_path import (
+    Choice,
+    FastPathFailed,
+    adopt,
+    check_compiles_here,
+    choose,
+    free_device,
+    make_data,
+    naming_fast_path,
+    open_data,
+    with_values,
+)
 from onlinenorm.training.final_validation import build_results, final_validation, summary, write_results
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import is_rank_zero
+from onlinenorm.training.opening import details
 from onlinenorm.training.probe import probe_batch, probe_data, probe_network, probe_normalizer
 from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.run_folder import RunFolder
@@ -38,59 +51,67 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict[str, Any]:
     recipe = build(config, "recipe")
     normalizer = build(config, "normalizer")
-    where = config["trainer"]
-    processes = where["devices"] * where["num_nodes"]
-    probe_normalizer(normalizer, config["normalizer"], where)
-    names, seed, path = config["choices"], config["seed"], folder.path
+    probe_normalizer(normalizer, config["normalizer"], config["trainer"])
+    path, recorded = folder.path, folder.recorded_config()
+    asked = config
+    config = adopt(config, recorded)
     if results := folder.results(config):
         warnings_of_data = _whose(results, config, recipe, path)
         if folder.rank_zero:
             print(summary(results, path), *warnings_of_data, sep="\n")
         return results
-    if folder.rank_zero:  # at once, for what follows may take long
-        chosen = " ".join(f"{group}={name}" for group, name in names.items() if name and group != "logger")
-        print(
-            f"{path}: {chosen} seed={seed}; on {f'{processes} x ' * (processes > 1)}{where['accelerator']}, "
-            f"{where['precision']}",
-            flush=True,
-        )
+    if recorded:
+        check_compiles_here(config, path)
     with full_keys(config, "data", "recipe"):
-        data = _data(config, recipe)
-        data.prepare_data()
-        data.setup("fit")
-        probe_data(data, config)
-    probe_batch(config, normalizer, data.in_channels, data.image_size)
+        choice = choose(config, lambda config: open_data(config, recipe))
+        probe_data(choice.data, choice.config)
+    probe_batch(choice.config, normalizer, choice.data.in_channels, choice.data.image_size)
     with folder.lock(), quiet_lightning():
-        checkpoint, position = resumable(folder.checkpoints, config, data)
-        pl.seed_everything(seed, workers=False, verbose=False)  # before the network: all normalizers share its weights
-        sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-        with full_keys(config, "normalizer"):
-            network = build(config, "model", normalizer=normalizer, **sizes)
-        probe_network(network, config)
-        module = build(config, "classifier", network=network, recipe=recipe)
-        log = EpochLog(path / "metrics.csv")
-        steps = position["global_step"] if position else None
-        shown = {"name": "/".join(path.parts[-3:]), "config": flatten(config), "resumed_step": steps}
-        mirrors = build(config, "logger", folder=path, **shown)
-        parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
-        trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
-        resumed = folder.record_start(config, trainer.world_size, position)
-        with loggers.closing(mirrors), explain_worker_deaths():
-            with full_keys(config, "data", "recipe", "normalizer"):
-                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            clamping, arrays = final_validation(trainer, module, data, log)
-        results = build_results(names, seed, module, data, log, resumed, clamping, former_attempts(path))
-        if trainer.is_global_zero:
-            write_results(path, results, arrays)
-            print(summary(results, path))
-            if hint := loggers.upload_hint(path):
-                print(hint)
-        return results
+        while True:
+            try:
+                return _run(choice, recipe, normalizer, folder, stop)
+            except FastPathFailed as failure:
+                key, message = failure.key, str(failure)
+            # past the exception, whose traceback holds the tensors of what failed
+            print(message, file=sys.stderr)
+            free_device()
+            asked = with_values(asked, {key: AUTO_KEYS[key]})
+            choice = choose(asked, lambda config: open_data(config, recipe))
 
 
-def _data(config: dict[str, Any], recipe: Recipe) -> ImageDataModule:
-    transforms = {"augmentation": recipe.augmentation, "evaluation": recipe.evaluation}
-    return build(config, "data", batch_size=recipe.batch_size, seed=config["seed"], **transforms)
+def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, stop: StopSignals) -> dict[str, Any]:
+    config, data, path = choice.config, choice.data, folder.path
+    names, seed = config["choices"], config["seed"]
+    checkpoint, position = resumable(folder.checkpoints, config, data)
+    pl.seed_everything(seed, workers=False, verbose=False)  # before the network: all normalizers share its weights
+    sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    with full_keys(config, "normalizer"):
+        network = build(config, "model", normalizer=normalizer, **sizes)
+    probe_network(network, config)
+    module = build(config, "classifier", network=network, recipe=recipe)
+    log = EpochLog(path / "metrics.csv")
+    steps = position["global_step"] if position else None
+    if folder.rank_zero:
+        print(*details(config, data, recipe, choice.reasons), sep="\n")
+        if position:
+            print(f"  continues from {checkpoint}: epoch {position['epoch'] + 1}, step {position['step']}")
+        sys.stdout.flush()
+    shown = {"name": "/".join(path.parts[-3:]), "config": flatten(config), "resumed_step": steps}
+    mirrors = build(config, "logger", folder=path, **shown)
+    parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
+    trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
+    resumed = folder.record_start(config, trainer.world_size, position)
+    with loggers.closing(mirrors), explain_worker_deaths():
+        with full_keys(config, "data", "recipe", "normalizer"), naming_fast_path(choice, trainer):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        clamping, arrays = final_validation(trainer, module, data, log)
+    results = build_results(names, seed, module, data, log, resumed, clamping, former_attempts(path))
+    if trainer.is_global_zero:
+        write_results(path, results, arrays)
+        print(summary(results, path))
+        if hint := loggers.upload_hint(path):
+            print(hint)
+    return results
 
 
 def _whose(results: dict[str, Any], config: dict[str, Any], recipe: Recipe, folder: Path) -> list[str]:
@@ -101,7 +122,7 @@ def _whose(results: dict[str, Any], config: dict[str, Any], recipe: Recipe, fold
     recorded = results["dataset"]
     images = f"{recorded['train_images']:,} training and {recorded['val_images']:,} validation images"
     try:
-        data = _data(config, recipe)
+        data = make_data(config, recipe)
         data.setup()
         same = recorded.get("fingerprint", data.fingerprint) == data.fingerprint
     except (DataError, ConfigError, OSError) as error:

@@ -23,6 +23,7 @@ from onlinenorm.files import write_atomically
 from onlinenorm.provenance import environment
 from onlinenorm.records import CONFIG, ENVIRONMENT, FAILURE, FAILURE_TEXT, Failure, read_record, with_added_keys
 from onlinenorm.training.attempts import former_attempts, keep_attempt, keep_epochs
+from onlinenorm.training.config_check import AUTO, AUTO_KEYS
 from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
 from onlinenorm.training.own_code import changed_code, own_code, own_files
@@ -57,13 +58,15 @@ MAY_CHANGE = (
 def changed_keys(old: dict[str, Any], new: dict[str, Any], ignored: tuple[str, ...] = ()) -> list[str]:
     """A line "key: old -> new" for each key that differs and may not.
 
-    Keys below those in `ignored` are not compared, but for how batches are divided where the normalizer depends on it.
+    Keys below those in `ignored` are not compared, but for how batches are divided where the normalizer depends on it;
+    nor is what `new` leaves to the run by "auto" (`AUTO_KEYS`).
     """
     before, after = flatten(with_added_keys(old)), flatten(with_added_keys(new))
     divided = DIVIDING if changed_divisions(old, new) else ()
     free = tuple(f"{key}." for key in (*MAY_CHANGE, *ignored) if key not in divided)
     lines = []
-    for key in sorted(before | after):
+    left = {key for key in AUTO_KEYS if after.get(key) == AUTO}
+    for key in sorted((before | after).keys() - left):
         if before.get(key) != after.get(key) and (key in divided or not f"{key}.".startswith(free)):
             why = " (it divides the images that a statistic of this normalizer sees)" if key in divided else ""
             lines.append(f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}{why}")
@@ -166,11 +169,10 @@ class RunFolder:
         """
         for folder in (self.path, self.checkpoints):
             _check_folder(folder)
-        path = self.path / CONFIG
-        progress = [self.path / "results.json", *self.checkpoints.glob("*.ckpt")]
-        if not any(file.exists() for file in progress):
+        record = self.recorded_config()
+        if record is None:
             return
-        if changes := changed_keys(read_record(path), config, ignored):
+        if changes := changed_keys(record, config, ignored):
             raise ConfigError(
                 f"run_dir: {self.path} holds a run with another configuration:\n  "
                 + "\n  ".join(changes)
@@ -183,6 +185,11 @@ class RunFolder:
                 + "\n  ".join(changes)
                 + "\nChoose another run_dir=, take the change back, or delete the folder to start over"
             )
+
+    def recorded_config(self) -> dict[str, Any] | None:
+        """The configuration of the run whose progress or results lie here; None where there are none."""
+        progress = [self.path / "results.json", *self.checkpoints.glob("*.ckpt")]
+        return read_record(self.path / CONFIG) if any(file.exists() for file in progress) else None
 
     def _environment(self) -> dict[str, Any]:
         path = self.path / ENVIRONMENT

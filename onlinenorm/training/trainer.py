@@ -39,7 +39,7 @@ _HARMLESS = (
 
 
 def resolve(settings: dict[str, Any]) -> dict[str, Any]:
-    """The trainer node with "auto" replaced by what this machine has.
+    """The trainer node with "auto" replaced by what this machine has; of cuda_graph `fast_path` says what it is.
 
     Under torchrun and srun the numbers of processes and machines are those that have been started. Raises ConfigError
     where GPUs or CUDA graphs are asked for that cannot be had, or other processes than were started.
@@ -65,9 +65,9 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
                 f"has started {launch.devices} x {launch.num_nodes}; use trainer=ddp without naming them"
             )
         settings |= {"devices": launch.devices, "num_nodes": launch.num_nodes}
-    if settings.get("cuda_graph") and not on_gpu:
+    if settings.get("cuda_graph") is True and not on_gpu:
         raise ConfigError(
-            "trainer.cuda_graph: CUDA graphs need an NVIDIA GPU, and this run is on the CPU; leave it false"
+            "trainer.cuda_graph: CUDA graphs need an NVIDIA GPU, and this run is on the CPU; leave it at auto"
         )
     if settings["devices"] == "auto":
         settings["devices"] = gpus if on_gpu else 1

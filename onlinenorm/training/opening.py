@@ -1,0 +1,66 @@
+"""What a run says of itself before it trains: at once what its configuration says, then what else had to be found out.
+
+Nothing that takes long to load is imported here: the first lines come before torch is.
+"""
+
+from typing import Any
+
+from onlinenorm.records import lookup, run_path
+from onlinenorm.training.launch import is_rank_zero
+
+
+def announce(config: dict[str, Any]) -> None:
+    """Prints what is known from the configuration and the folder's files alone; nothing for a finished run."""
+    path = run_path(config)
+    if not is_rank_zero() or (path / "results.json").exists():
+        return
+    begun = any((path / "checkpoints").glob("*.ckpt"))
+    chosen = [f"{group}={name}" for group, name in config["choices"].items() if name and group != "logger"]
+    print(f"{path}: {'continues' if begun else 'new run'}: {' '.join(chosen)} seed={config['seed']}", flush=True)
+    every = lookup(config, "trainer.checkpoint_every_n_steps")
+    print(
+        f"  {lookup(config, 'recipe.epochs')} epochs in batches of {lookup(config, 'recipe.batch_size')}; saves at the "
+        f"end of each epoch, {f'every {every:,} steps ' if isinstance(every, int) else ''}and when asked to stop "
+        "(Ctrl-C, SIGTERM, SIGUSR1)",
+        flush=True,
+    )
+
+
+def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, str]) -> list[str]:
+    """Lines on a run that is about to start.
+
+    Args:
+        config: of the run, without "auto".
+        data: its data module, set up.
+        recipe: its `Recipe`.
+        reasons: key -> why what could be faster is off, of `fast_path.Choice`.
+    """
+    from onlinenorm.data.datasets import FolderDataset
+    from onlinenorm.provenance import device_name
+
+    trainer = config["trainer"]
+    processes = trainer["devices"] * trainer["num_nodes"]
+    on_gpu = trainer["accelerator"] == "gpu"
+    fast = [
+        _switch("compiled", config, "model.compile", reasons, on_gpu),
+        _switch("as CUDA graphs", config, "trainer.cuda_graph", reasons, on_gpu),
+    ]
+    where = f"{f'{processes} x ' * (processes > 1)}{device_name(on_gpu)}"
+    images = "on the device" if lookup(config, "data.on_device") else "from memory"
+    if isinstance(data._sets[0], FolderDataset):
+        images = f"decoded by {data.decoder}" + (" once, then on the device" if data.on_device else "")
+    return [
+        f"  on {where}, {trainer['precision']}" + "".join(f", {text}" for text in fast if text),
+        f"  {data.name}: {data.train_images:,} training and {data.val_images:,} validation images of "
+        f"{data.num_classes:,} classes at {data.image_size} px, {images}",
+        f"  learning rate {recipe.scaled_lr:g}, momentum {recipe.scaled_momentum:g}; "
+        f"{data.train_images // recipe.batch_size:,} steps an epoch",
+    ]
+
+
+def _switch(word: str, config: dict[str, Any], key: str, reasons: dict[str, str], on_gpu: bool) -> str:
+    if lookup(config, key):
+        return word
+    if not on_gpu:
+        return ""
+    return f"not {word}" + (f" ({reasons[key]})" if key in reasons else "")

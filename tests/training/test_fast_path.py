@@ -1,0 +1,304 @@
+"""What auto stands for: fast on a GPU where it pays and is known to be right, as before on the CPU, kept by a run."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tests_training import outcome
+
+from onlinenorm.arguments import flatten
+from onlinenorm.cli.compose import load_config
+from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
+from onlinenorm.errors import ConfigError
+from onlinenorm.training import fast_path
+from onlinenorm.training import run as run_module
+from onlinenorm.training.config_check import AUTO_KEYS, check_config
+from onlinenorm.training.fast_path import Choice, adopt, choose, culprit, with_values
+from onlinenorm.training.module import ImageClassifier
+from onlinenorm.training.recipe import Recipe
+from onlinenorm.training.run_folder import changed_keys
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from image_folders import write_tree
+
+# 40,000 epochs of 64 images of 224 px are 2.56 million
+LONG = (
+    "model=cifar_resnet8", "data=synthetic", "data.image_size=224", "data.num_train=64", "data.num_val=16",
+    "recipe=cifar", "recipe.epochs=40000", "recipe.milestones=[]", "recipe.batch_size=16",
+)  # fmt: skip
+RECIPE = Recipe(epochs=1, batch_size=16)  # of which the data take the batch size and the views
+FAST = {"model.compile": True, "trainer.cuda_graph": True, "data.decoder": "pillow", "data.on_device": True}
+
+
+def chosen(*overrides, **trainer):
+    """key -> value and reasons of the choice for overrides; `trainer` are settings as `resolve` would leave them."""
+    config = load_config([*LONG, *overrides])
+    check_config(config)
+    settings = {"accelerator": "gpu", "devices": 1, "num_nodes": 1, **trainer}
+    config = {**config, "trainer": {**config["trainer"], **settings}}
+    choice = choose(config, lambda config: fast_path.open_data(config, RECIPE))
+    assert choice.data.on_device == choice.config["data"]["on_device"]
+    flat = flatten(choice.config)
+    return {key: flat[key] for key in AUTO_KEYS}, choice
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of 80 GB with all that a compiler needs, none of which is there."""
+    properties = type("Properties", (), {"total_memory": 80 * 10**9})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(fast_path, "free_memory", lambda device: 70 * 10**9)
+    monkeypatch.setattr(fast_path, "gpu_decodes", lambda device: True)
+    monkeypatch.setattr(fast_path, "compiler_problem", lambda: "")
+    return monkeypatch
+
+
+def test_on_the_cpu_nothing_changes():
+    values, choice = chosen(accelerator="cpu")
+    assert values == AUTO_KEYS and set(choice.reasons.values()) == {"on the CPU"} and choice.fast == []
+
+
+def test_all_is_on_where_a_long_run_has_a_gpu(gpu):
+    values, choice = chosen()
+    assert values == FAST and choice.reasons == {}
+    assert choice.fast == ["model.compile", "trainer.cuda_graph", "data.on_device"]
+
+
+@pytest.mark.parametrize(
+    "overrides, trainer, off, reason",
+    [
+        (["recipe.epochs=31000"], {}, ["model.compile"], "1,984,000 images of 224 px would not pay for it"),
+        (["data.image_size=112"], {}, ["model.compile"], "2,560,000 images of 112 px would not pay for it"),
+        (["recipe.epochs=24"], {}, ["model.compile", "trainer.cuda_graph"], "would not pay for it"),
+        ([], {"deterministic": True}, ["model.compile"], "picks kernels by their time"),
+        (["normalizer.backend=torch"], {}, ["model.compile"], "takes minutes to compile"),
+        (["normalizer.backend=reference"], {}, ["model.compile", "trainer.cuda_graph"], "a loop over samples"),
+        ([], {"devices": 2, "num_nodes": 2}, ["model.compile", "trainer.cuda_graph"], "4 processes"),
+    ],
+)
+def test_where_it_does_not_pay_or_was_never_seen_to_be_right_it_is_off(gpu, overrides, trainer, off, reason):
+    values, choice = chosen(*overrides, **trainer)
+    assert values == FAST | dict.fromkeys(off, False)
+    assert list(choice.reasons) == off and all(reason in text for text in choice.reasons.values())
+
+
+def test_code_of_ones_own_is_neither_compiled_nor_captured(gpu):
+    config = load_config([*LONG, "trainer=cpu"])
+    config["trainer"] |= {"accelerator": "gpu", "devices": 1, "num_nodes": 1}
+    config["normalizer"]["_target_"] = "mine.Norm"
+    choice = choose(config, lambda config: fast_path.open_data(config, RECIPE))
+    assert not choice.config["model"]["compile"] and not choice.config["trainer"]["cuda_graph"]
+    assert choice.reasons["model.compile"] == choice.reasons["trainer.cuda_graph"]
+    assert "normalizer is code of your own" in choice.reasons["model.compile"]
+
+
+def test_a_set_that_does_not_fit_stays_out_of_the_gpus_memory(gpu, monkeypatch):
+    monkeypatch.setattr(fast_path, "decoded_bytes", lambda sets: 21e9)
+    values, choice = chosen()
+    assert values == FAST | {"data.on_device": False}
+    assert choice.reasons["data.on_device"] == "the set is larger than 25% of the GPU's 80 GB"
+    monkeypatch.setattr(fast_path, "decoded_bytes", lambda sets: 19e9)
+    assert chosen()[0] == FAST
+    monkeypatch.setattr(fast_path, "free_memory", lambda device: 30 * 10**9)
+    _, choice = chosen()
+    assert choice.reasons["data.on_device"] == "19.0 GB decoded, and the GPU has 30.0 GB free"
+
+
+def test_files_are_decoded_by_the_gpu_unless_it_holds_them_decoded(gpu, tmp_path):
+    tree = [f"data.root={write_tree(tmp_path / 'set')}", "data=imagenet", "data.num_workers=0"]
+    overrides = [word for word in tree if word.startswith("data")]
+    settings = [word for word in LONG if not word.startswith("data.num_") and word != "data=synthetic"]
+
+    def decoder(*more):
+        config = load_config([*settings, *overrides, *more])
+        config["trainer"] |= {"accelerator": "gpu", "devices": 1, "num_nodes": 1}
+        choice = choose(config, lambda config: fast_path.open_data(config, RECIPE))
+        assert isinstance(choice.data._sets[0], NvjpegDataset) == (choice.config["data"]["decoder"] == "nvjpeg")
+        return choice.config["data"]["decoder"], choice.config["data"]["on_device"]
+
+    assert decoder() == ("pillow", True)
+    assert decoder("data.on_device=false") == ("nvjpeg", False)
+    assert decoder("data.decoder=torchvision", "data.on_device=false") == ("torchvision", False)
+    gpu.setattr(fast_path, "gpu_decodes", lambda device: False)
+    assert decoder("data.on_device=false") == ("torchvision", False)
+    gpu.setattr(fast_path, "decoded_bytes", lambda sets: 1e12)
+    assert decoder() == ("torchvision", False)
+
+
+def test_explicit_values_win(gpu):
+    given = {"model.compile": "false", "trainer.cuda_graph": "false", "data.on_device": "false"}
+    values, choice = chosen(*(f"{key}={value}" for key, value in given.items()))
+    assert values == AUTO_KEYS and choice.fast == [] and choice.reasons == {}
+
+
+@pytest.mark.parametrize(
+    "lacking, message",
+    [("triton", "triton is not installed"), ("gcc", "no C compiler"), ("Python.h", "headers are missing"),
+     ("Volta", "older than Triton compiles for")],
+)  # fmt: skip
+def test_what_a_compiler_needs_is_looked_for(monkeypatch, tmp_path, lacking, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1) if lacking == "Volta" else (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "P100")
+    monkeypatch.setattr(fast_path.importlib.util, "find_spec", lambda name: None if lacking == "triton" else name)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(fast_path.shutil, "which", lambda name: None if lacking == "gcc" else name)
+    if lacking != "Python.h":
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(fast_path.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert message in fast_path.compiler_problem()
+    (tmp_path / "Python.h").touch()
+    if lacking == "Python.h":
+        assert fast_path.compiler_problem() == ""
+
+
+def test_values_are_checked_with_auto_among_them():
+    with pytest.raises(ConfigError, match=r"^model.compile: 'yes' is not true or false or auto$"):
+        check_config(load_config(["model.compile='yes'"]))
+    with pytest.raises(ConfigError, match=r"^model.zero_init_last_gamma: 'auto' is not true or false$"):
+        check_config(load_config(["model.zero_init_last_gamma=auto"]))
+
+
+def test_a_run_keeps_what_was_chosen_at_its_start():
+    config = load_config([*LONG])
+    recorded = with_values(config, FAST)
+    assert changed_keys(recorded, config) == [], "auto is whatever the run has"
+    assert adopt(config, recorded) == recorded and adopt(config, None) == config
+    explicit = with_values(config, {"model.compile": False})
+    assert changed_keys(recorded, explicit) == ["model.compile: True -> False"]
+    assert adopt(explicit, recorded)["model"]["compile"] is False
+
+
+def test_a_compiled_run_does_not_go_on_where_nothing_compiles(gpu, monkeypatch, tmp_path):
+    config = with_values(load_config([*LONG]), {"model.compile": True, "trainer.accelerator": "gpu"})
+    fast_path.check_compiles_here(config, tmp_path)
+    monkeypatch.setattr(fast_path, "compiler_problem", lambda: "triton is not installed")
+    with pytest.raises(ConfigError, match=r"^model.compile: the run in .* is compiled, and here triton is not inst"):
+        fast_path.check_compiles_here(config, tmp_path)
+    fast_path.check_compiles_here(with_values(config, {"model.compile": False}), tmp_path)
+
+
+@pytest.mark.parametrize("before", ["auto", "explicit"])
+def test_old_folders_and_explicit_ones_go_on(run, tmp_path, before):
+    """A finished run is reprinted by either command, and an unfinished one continued."""
+    given = {"auto": [], "explicit": [f"{key}={str(value).lower()}" for key, value in AUTO_KEYS.items()]}
+    first = run(tmp_path / "run", *given[before])
+    recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert {key: flatten(recorded)[key] for key in AUTO_KEYS} == AUTO_KEYS
+    ended = outcome(tmp_path / "run")
+    after = given["explicit" if before == "auto" else "auto"]
+    assert run(tmp_path / "run", *after) == first
+    (tmp_path / "run" / "results.json").unlink()
+    run(tmp_path / "run", *after)
+    assert outcome(tmp_path / "run") == ended
+
+
+@pytest.mark.parametrize(
+    "error, keys, expected",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), list(FAST), "data.on_device"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ["model.compile", "trainer.cuda_graph"], "trainer.cuda_graph"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ["model.compile"], None),
+        (RuntimeError("operation not permitted when stream is capturing"), list(FAST), "trainer.cuda_graph"),
+        (RuntimeError("operation not permitted when stream is capturing"), ["model.compile"], None),
+        (KeyError("bug"), list(FAST), None),
+    ],
+)
+def test_what_an_error_is_due_to(error, keys, expected):
+    assert culprit(error, keys) == expected
+
+
+def test_errors_of_the_compiler_are_known_by_where_they_come_from():
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+
+    try:
+        raise RuntimeError("the step failed") from Unsupported("a call", "gb")
+    except RuntimeError as error:
+        assert culprit(error, list(FAST)) == "model.compile"
+    assert issubclass(BackendCompilerFailed, Exception) and BackendCompilerFailed.__module__.startswith("torch._dynamo")
+
+
+@pytest.fixture
+def capture_fails(monkeypatch):
+    """CUDA graphs by choice or by order, on the CPU, where capturing fails."""
+
+    def refuse(module):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(ImageClassifier, "graph_steps", refuse)
+    monkeypatch.setattr("onlinenorm.training.trainer.torch.cuda.is_available", lambda: False)
+
+    def pretend(fast):
+        def chosen(config, open_data):
+            config = with_values(config, {key: AUTO_KEYS[key] for key in fast_path.left_to_choose(config)})
+            tried = fast and not tries
+            tries.append(config)
+            graphed = with_values(config, {"trainer.cuda_graph": True}) if tried or not fast else config
+            return Choice(graphed, open_data(config), {}, ["trainer.cuda_graph"] if tried else [])
+
+        monkeypatch.setattr(run_module, "choose", chosen)
+
+    tries = []
+    return pretend
+
+
+def test_a_choice_that_fails_before_the_first_step_is_taken_back(run, tmp_path, capture_fails, capsys):
+    run(tmp_path / "plain")
+    capture_fails(fast=True)
+    run(tmp_path / "fell_back")
+    assert capsys.readouterr().err == (
+        "trainer.cuda_graph: auto chose true, which failed before the first step (CUDA error: operation not permitted "
+        "when stream is capturing); the run goes on with trainer.cuda_graph=false\n"
+    )
+    assert outcome(tmp_path / "fell_back") == outcome(tmp_path / "plain")
+    assert yaml.safe_load((tmp_path / "fell_back" / "config.yaml").read_text())["trainer"]["cuda_graph"] is False
+    assert not (tmp_path / "fell_back" / "failed.json").exists() and not (tmp_path / "fell_back" / "attempts").exists()
+    assert len(json.loads((tmp_path / "fell_back" / "environment.json").read_text())["starts"]) == 1
+
+
+def test_what_was_asked_for_fails_as_it_is(run, tmp_path, capture_fails):
+    capture_fails(fast=False)
+    with pytest.raises(RuntimeError, match="stream is capturing"):
+        run(tmp_path)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_fast_by_default_and_the_same(run, tmp_path):
+    """40 epochs of 4 steps: captured and on the device, not compiled; the figures of the plain run."""
+    shared = ["trainer=gpu", "trainer.precision=32-true", "recipe.epochs=40", "trainer.deterministic=true"]
+    fast = run(tmp_path / "fast", *shared)
+    flat = flatten(yaml.safe_load((tmp_path / "fast" / "config.yaml").read_text()))
+    assert {key: flat[key] for key in AUTO_KEYS} == FAST | {"model.compile": False}
+    plain = run(tmp_path / "plain", *shared, "trainer.cuda_graph=false", "data.on_device=false")
+    assert fast["last"]["val_loss"] == pytest.approx(plain["last"]["val_loss"], rel=1e-3)
+    assert run(tmp_path / "fast", *shared) == fast, "the same command reprints it"
+
+
+@pytest.mark.gpu
+def test_a_long_run_on_a_gpu_is_compiled_and_goes_on_without_a_compiler(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fast_path, "WORTH_COMPILING", 0)
+    run(tmp_path / "compiled", "trainer=gpu")
+    assert yaml.safe_load((tmp_path / "compiled" / "config.yaml").read_text())["model"]["compile"] is True
+    assert capsys.readouterr().err == ""
+
+    def refuse(*_, **__):
+        raise RuntimeError("no code today")  # which torch wraps
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", refuse)
+    torch.compiler.reset()
+    run(tmp_path / "not", "trainer=gpu")
+    assert "model.compile: auto chose true, which failed before the first step" in capsys.readouterr().err
+    assert yaml.safe_load((tmp_path / "not" / "config.yaml").read_text())["model"]["compile"] is False
+    shutil.rmtree(tmp_path / "not")
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="no code today"):
+        run(tmp_path / "not", "trainer=gpu", "model.compile=true")
+
+
+@pytest.mark.gpu
+def test_this_gpu_compiles_and_decodes():
+    assert fast_path.compiler_problem() == "" and fast_path.gpu_decodes(torch.device("cuda"))
