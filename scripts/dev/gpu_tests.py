@@ -2,16 +2,21 @@
 """The tests that need an NVIDIA GPU, recorded one by one as they end.
 
 scripts/dev/gpu_tests.py                                        # results/gpu_tests.json, and gpu_tests.md beside it
+scripts/dev/gpu_tests.py --jobs 10                              # ten processes side by side, on all GPUs
 scripts/dev/gpu_tests.py tests/ops -k single_read --output some.json
-scripts/dev/gpu_tests.py tests/training --after some.json other.json    # and keeps what those calls recorded
 
 Arguments that are not its own are pytest's: files to take tests from (all that hold GPU tests otherwise), -k, -x. What
-was collected and has not ended by the time the command is stopped is recorded as not run. Exit code: pytest's.
+was collected and has not ended by the time the command is stopped is recorded as not run. Exit code: pytest's, or 1
+where a process of several failed.
 """
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,6 +36,7 @@ FILES = (
     "tests/training/test_resume.py::test_deterministic_runs_on_a_gpu_continue_with_the_same_bits",
 )  # fmt: skip
 NOT_RUN = "not run"
+FORMER = ROOT / "results" / "gpu_tests.json"
 LINES_KEPT = 4  # of what a test prints; more is the log of a training run
 
 
@@ -91,31 +97,70 @@ def render(results: dict) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def split(tests: dict[str, float], jobs: int) -> list[list[str]]:
+    """Tests for each of ``jobs`` processes, which take about equally long by the seconds of a former run."""
+    parts: list[list[str]] = [[] for _ in range(min(jobs, len(tests)))]
+    loads = [0.0] * len(parts)
+    for test in sorted(tests, key=lambda name: -tests[name]):
+        least = loads.index(min(loads))
+        parts[least].append(test)
+        loads[least] += tests[test]
+    return parts
+
+
+def merged(results: dict, parts: list[Path], tests: list[str]) -> dict:
+    """``results`` with the records of the parts so far, in the order of ``tests``."""
+    rows = {row["test"]: row for path in parts if path.exists() for row in json.loads(path.read_text())["tests"]}
+    unborn = {"summary": "", "outcome": NOT_RUN, "seconds": 0.0, "printed": ""}
+    return {**results, "tests": [rows.get(test, {"test": test, **unborn}) for test in tests]}
+
+
+def run_side_by_side(results: dict, output: Path, jobs: int, chosen: list[str]) -> int:
+    """``jobs`` processes of this script, each with a part of the tests and the GPUs in another order."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    listed = subprocess.run([*command, *chosen], capture_output=True, text=True, cwd=ROOT).stdout
+    tests = [line for line in listed.splitlines() if "::" in line]
+    former = json.loads(FORMER.read_text(encoding="utf-8"))["tests"] if FORMER.exists() else []
+    seconds = {row["test"]: row["seconds"] for row in former}
+    gpus = list(range(torch.cuda.device_count()))
+    with tempfile.TemporaryDirectory() as folder:
+        processes, paths = [], []
+        for n, part in enumerate(split({test: seconds.get(test, 1.0) + 0.05 for test in tests}, jobs)):
+            paths.append(Path(folder, f"{n}.json"))
+            first = n % len(gpus)
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus[first:] + gpus[:first]))}
+            call = [sys.executable, __file__, "--output", str(paths[-1]), *part]
+            processes.append(subprocess.Popen(call, env=environment, cwd=ROOT))
+        while any(process.poll() is None for process in processes):
+            time.sleep(2)
+            record(output, merged(results, paths, tests))
+        record(output, merged(results, paths, tests))
+    return int(not tests or any(process.returncode for process in processes))
+
+
+def record(output: Path, results: dict) -> None:
+    common.write(str(output), results)
+    output.with_suffix(".md").write_text(render(results), encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu_tests.json")
-    after = "records of this commit and GPU to add to"
-    parser.add_argument("--after", type=Path, nargs="*", default=[], metavar="JSON", help=after)
+    parser.add_argument("--output", type=Path, default=FORMER)
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     options, rest = parser.parse_known_args(arguments)
     import pytest  # of the extra "test"; rendering does without
 
     if not torch.cuda.is_available():
         parser.error("no GPU here: these tests need an NVIDIA GPU that torch.cuda sees")
     results = {**common.head(torch.device("cuda")), "tests": []}
-    commands = []
-    for path in options.after:
-        former = json.loads(path.read_text(encoding="utf-8"))
-        if differing := [key for key in ("device", "torch", "triton", "commit") if former[key] != results[key]]:
-            parser.error(f"--after: {path} has another {', '.join(differing)}; record all tests anew")
-        results["tests"] += former["tests"]
-        commands.append(former["command"])
-    results["command"] = "; ".join([*commands, results["command"]])
-    chosen = any(not word.startswith("-") and Path(word.partition("::")[0]).exists() for word in rest)
+    files_named = any(not word.startswith("-") and Path(word.partition("::")[0]).exists() for word in rest)
     # Warnings stay warnings: a GPU machine may hold another torch than the pinned one.
     settings = ["-p", "no:cacheprovider", "-o", "filterwarnings=default", "--durations=5", "--rootdir", str(ROOT)]
-    code = pytest.main([*settings, *([] if chosen else [str(ROOT / name) for name in FILES]), *rest],
-                       plugins=[Recorder(options.output, results)])  # fmt: skip
-    options.output.with_suffix(".md").write_text(render(results), encoding="utf-8")
+    chosen = [*([] if files_named else [str(ROOT / name) for name in FILES]), *rest]
+    if options.jobs > 1:
+        return run_side_by_side(results, options.output, options.jobs, chosen)
+    code = pytest.main([*settings, *chosen], plugins=[Recorder(options.output, results)])
+    record(options.output, results)
     return int(code)
 
 

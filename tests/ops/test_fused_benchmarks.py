@@ -159,11 +159,18 @@ def test_tests_on_a_gpu_are_recorded_one_by_one(script, tmp_path):
     assert "| What holds, in one sentence. | 2 passed |" in page and "apart by 1<br>apart by 2" in page
     assert "second gpu | 1 skipped |" in page and "Skipped: one GPU" in page
     assert "assert (1 + 1) == 3" in page
-    again = [*call[:3], *call[3:4], "-k", "second", "--after", call[-1], "--output", str(tmp_path / "both.json")]
-    assert subprocess.run(again, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True).returncode == 0
-    both = json.loads((tmp_path / "both.json").read_text())
-    assert [row["outcome"] for row in both["tests"]] == [row["outcome"] for row in results["tests"]]
-    assert both["command"].startswith(results["command"] + "; ")
+
+
+def test_processes_side_by_side_share_the_tests_and_their_records(script, tmp_path):
+    gpu_tests = script("scripts.dev.gpu_tests")
+    parts = gpu_tests.split({"a": 1.0, "b": 9.0, "c": 2.0, "d": 3.0, "e": 3.0}, 2)
+    assert sorted(map(sorted, parts)) == [["a", "c", "d", "e"], ["b"]]
+    assert gpu_tests.split({"a": 1.0}, 3) == [["a"]]
+    row = {"summary": "", "seconds": 1.0, "printed": "", "outcome": "passed"}
+    (tmp_path / "0.json").write_text(json.dumps({"tests": [{"test": "b", **row}]}))
+    both = gpu_tests.merged({"device": "a GPU"}, [tmp_path / "0.json", tmp_path / "1.json"], ["a", "b"])
+    assert both["device"] == "a GPU"
+    assert [(found["test"], found["outcome"]) for found in both["tests"]] == [("a", "not run"), ("b", "passed")]
 
 
 def test_tests_that_were_not_reached_are_recorded_as_such(script, tmp_path):
