@@ -16,12 +16,11 @@ from torch.utils.data import Dataset
 from onlinenorm.data.decoders import DECODERS, named_warnings
 from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.limits import LimitedSource
+from onlinenorm.data.prefetch import Batch
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.sampler import Request, split_requests
 from onlinenorm.data.transforms import DRAWS, DRAWS_OF, PLANS, Planner, colour_shifts, follow_plan, shift_and_mirror
 from onlinenorm.errors import DataError
-
-Batch = tuple[torch.Tensor, ...]
 
 SEARCH = 1000  # images looked at for a readable replacement; more in a row means the disk is gone, not a file
 

@@ -12,18 +12,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from onlinenorm.arguments import check_choice, check_fraction, check_int
-from onlinenorm.data.datasets import Batch, FolderDataset, InMemoryDataset, fingerprint
+from onlinenorm.data.datasets import FolderDataset, InMemoryDataset, fingerprint
 from onlinenorm.data.decoded import check_fits, kept_images
 from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
+from onlinenorm.data.device_loader import AHEAD, DeviceLoader, part_size
 from onlinenorm.data.gpu_cache import GpuCacheLoader
 from onlinenorm.data.index import name_few
 from onlinenorm.data.limits import RULE, proportional
 from onlinenorm.data.network_input import NetworkInput
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.nvjpeg_loader import NvjpegLoader
+from onlinenorm.data.prefetch import Batch
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
-from onlinenorm.data.workers import check_shared_memory, share_of_cores, worker_loader
+from onlinenorm.data.workers import PREFETCHED, check_shared_memory, share_of_cores, worker_loader
 from onlinenorm.errors import ArgumentError, UnreadableImageError
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ _LISTED = 1000  # replaced files named in results.json
 _REPLACED = 0.01  # share of the files that may have another size in a run that is continued
 
 AnyDataset = InMemoryDataset | FolderDataset
+Loader = DataLoader | DeviceLoader | NvjpegLoader | GpuCacheLoader
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -75,7 +78,8 @@ class ImageDataModule(pl.LightningDataModule):
     Attributes: name, scale, num_classes, in_channels, class_names, train_images, val_images, fingerprint, unreadable
     (paths of images that this process skipped, in order of appearance), replaced (paths of files that got another size
     between two starts of a run); both are kept in checkpoints. raw_training: may be set where the training step itself
-    calls `network_input`; training batches then stay uint8.
+    calls `network_input`; training batches then stay uint8. feeds: may be set to the device whose GPU loaders without
+    a Trainer put batches on, as with one; else theirs stay in host memory.
     """
 
     root: str | None = None
@@ -122,6 +126,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._train_sampler: GlobalBatchSampler | None = None
         self._fits = False
         self.raw_training = False
+        self.feeds: torch.device | None = None
 
     # what a kind of dataset provides
 
@@ -272,18 +277,18 @@ class ImageDataModule(pl.LightningDataModule):
         if self._train_sampler is not None:
             self._train_sampler.start_at(epoch, step)
 
-    def train_dataloader(self) -> DataLoader | NvjpegLoader | GpuCacheLoader:
+    def train_dataloader(self) -> Loader:
         rank, world_size = self._process()
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
         self._train_sampler = GlobalBatchSampler(
             self.train_images, self.batch_size, self.seed, rank, world_size, accumulate, *self._resumed
         )
         loader = self._loader(self._sets[0], self._train_sampler)
-        if isinstance(loader, GpuCacheLoader) or not isinstance(self._sets[0], NvjpegDataset):
-            return loader
-        return NvjpegLoader(loader, self._gpu())
+        if isinstance(loader, DataLoader) and isinstance(self._sets[0], NvjpegDataset):
+            return NvjpegLoader(loader, self._gpu())
+        return loader
 
-    def val_dataloader(self) -> DataLoader | GpuCacheLoader:
+    def val_dataloader(self) -> Loader:
         rank, world_size = self._process()
         size = self.val_batch_size
         if size is None:
@@ -293,9 +298,11 @@ class ImageDataModule(pl.LightningDataModule):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         """Takes reports of unreadable images out of the batch and applies the policy to them."""
         images, labels, indices, *colour = batch
-        flagged = indices < 0
-        if not flagged.any():
+        if not (
+            indices.numpy() < 0
+        ).any():  # numpy: an operation of torch would let other threads in, and wait for them
             return batch
+        flagged = indices < 0
         indices = torch.where(flagged, -indices - 1, indices)
         for index, label in zip(indices[flagged].tolist(), labels[flagged].tolist(), strict=True):
             self._handle_unreadable(index, "val" if label < 0 else "train")
@@ -330,16 +337,19 @@ class ImageDataModule(pl.LightningDataModule):
             )
         return device
 
-    def _loader(
-        self, dataset: AnyDataset, sampler: GlobalBatchSampler | ValidationSampler
-    ) -> DataLoader | GpuCacheLoader:
+    def _loader(self, dataset: AnyDataset, sampler: GlobalBatchSampler | ValidationSampler) -> Loader:
         workers = self._workers()
         if self.on_device:
             self._check_on_device()
             return GpuCacheLoader(dataset, sampler, self._device(), workers, self.keep_decoded)
+        gpu = getattr(getattr(self.trainer, "strategy", None), "root_device", self.feeds)
+        if gpu is None or gpu.type != "cuda" or isinstance(dataset, NvjpegDataset):
+            gpu = None
         if workers:
-            check_shared_memory(dataset, sampler.local_batch_size, workers, getattr(self.trainer, "num_devices", 1))
-        return worker_loader(dataset, sampler, workers)
+            whole = sampler.local_batch_size, PREFETCHED
+            size, ahead = whole if gpu is None else (part_size(whole[0], workers), AHEAD)
+            check_shared_memory(dataset, size, workers, getattr(self.trainer, "num_devices", 1), ahead)
+        return worker_loader(dataset, sampler, workers) if gpu is None else DeviceLoader(dataset, sampler, gpu, workers)
 
     def _workers(self) -> int:
         chosen = self.num_workers

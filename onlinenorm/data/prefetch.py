@@ -2,11 +2,11 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from onlinenorm.data.datasets import Batch
+Batch = tuple[torch.Tensor, ...]
 
 THREAD = "prefetch"
 _QUEUE = 2  # batches that wait for the training step
@@ -46,6 +46,17 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on `device`, copied from pinned memory where that is a GPU, so that nothing waits for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def transfer_rest(rest: Sequence[torch.Tensor], device: torch.device) -> Batch:
+    """Of (labels, indices, colour shifts or nothing) all but the indices on `device`.
+
+    Those stay in host memory, where they are looked at, pinned for the step that copies them.
+    """
+    labels, indices, *colour = rest
+    if device.type == "cuda":
+        indices = indices.pin_memory()
+    return (to_device(labels, device), indices, *(to_device(shifts, device) for shifts in colour))
 
 
 def _produce(

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,17 +37,35 @@ class WorkerLoader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
-def worker_loader(dataset: Dataset, batch_sampler: Iterable[list], workers: int) -> WorkerLoader:
-    """A loader of the batches that `dataset.__getitems__` makes of the sampler's lists; workers 0: in this process."""
+def _ready(batch: Any) -> Any:
+    return batch  # datasets make whole batches; nothing is left to collate
+
+
+def worker_loader(
+    dataset: Dataset,
+    batch_sampler: Iterable[list],
+    workers: int,
+    ahead: int = PREFETCHED,
+    send: Callable[[Any], Any] = _ready,
+) -> WorkerLoader:
+    """A loader of the batches that `dataset.__getitems__` makes of the sampler's lists.
+
+    Args:
+        dataset: makes whole batches.
+        batch_sampler: the lists.
+        workers: processes that make them; 0: this one does.
+        ahead: batches that a worker holds ready.
+        send: what a worker hands over of a batch.
+    """
     return WorkerLoader(
         dataset,
         batch_sampler=batch_sampler,
-        collate_fn=_ready,
+        collate_fn=send,
         worker_init_fn=start_worker,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        prefetch_factor=PREFETCHED if workers > 0 else None,
+        prefetch_factor=ahead if workers > 0 else None,
         # forked workers share the index and die with this process, however it ends
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
         # a generator of its own: else each epoch's start would move torch's global one
@@ -59,10 +77,6 @@ def share_of_cores(processes: int) -> int:
     """Workers of each of so many processes of a machine where none are asked for: its share of the cores, 1 to 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // processes))
-
-
-def _ready(batch: Any) -> Any:
-    return batch  # datasets make whole batches; nothing is left to collate
 
 
 def start_worker(worker: int) -> None:
@@ -87,7 +101,7 @@ def _leave_unsent(error: Exception, batch: object) -> None:
     os._exit(_NO_ROOM if no_room else 1)
 
 
-def check_shared_memory(dataset, batch_size: int, workers: int, processes: int) -> None:
+def check_shared_memory(dataset, batch_size: int, workers: int, processes: int, ahead: int = PREFETCHED) -> None:
     """Raises DataError where the batches that the workers of a machine hold ready exceed the free shared memory.
 
     Args:
@@ -95,6 +109,7 @@ def check_shared_memory(dataset, batch_size: int, workers: int, processes: int) 
         batch_size: images of a batch on each process.
         workers: of each process.
         processes: on this machine.
+        ahead: batches that a worker holds ready.
     """
     try:
         status = os.statvfs(SHARED_MEMORY)
@@ -103,11 +118,11 @@ def check_shared_memory(dataset, batch_size: int, workers: int, processes: int) 
     free = status.f_bavail * status.f_frsize
     image = sum(part.nbytes for part in dataset.__getitems__([(0, 0)]) if isinstance(part, torch.Tensor))
     batch = image * min(batch_size, len(dataset))
-    if batch * PREFETCHED * workers * processes > free:
-        most = free // (batch * PREFETCHED * processes)
+    if batch * ahead * workers * processes > free:
+        most = free // (batch * ahead * processes)
         fewer = f"data.num_workers={most}" if most else "data.num_workers=0"
         raise DataError(
-            f"{workers} loader workers hold up to {PREFETCHED * workers} batches of {batch / 1e6:.1f} MB "
+            f"{workers} loader workers hold up to {ahead * workers} batches of {batch / 1e6:.1f} MB "
             f"ready{f' on each of {processes} processes' if processes > 1 else ''}, and {SHARED_MEMORY} has "
             f"{free / 1e6:.1f} MB free; {_MORE_ROOM.replace('data.num_workers=0', fewer)}",
             key="num_workers",
