@@ -4,6 +4,9 @@ The plan (box, size, crop, mirror) is made in the worker from the file's header 
 decoders, so boxes and mirrors are theirs. What the GPU does not decode (`suits_device`: PNG, CMYK, progressive, cut
 short) is decoded by the worker with the CPU decoder. Crops of a batch are made by two kernels, with the bits that the
 CPU decoder would give the decoded pixels.
+
+torchvision's decoder stays though 0.29 deprecates it, as its successor, TorchCodec 0.16, always turns an image by its
+EXIF orientation, so that boxes planned from the header and the CPU decoders' pixels would be those of another image.
 """
 
 import warnings
@@ -15,10 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from onlinenorm.data.datasets import Batch
 from onlinenorm.data.decoders import warnings_lock
 from onlinenorm.data.nvjpeg_dataset import EncodedBatch, NvjpegDataset
-from onlinenorm.data.prefetch import prefetch, to_device
+from onlinenorm.data.prefetch import Batch, prefetch, to_device, transfer_rest
 from onlinenorm.data.resize import crop_table, most_taps, resize_crops
 
 
@@ -46,31 +48,29 @@ class NvjpegLoader:
 def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.device) -> Batch:
     """The batch that a CPU decoder would have given, with images on `device` (uint8, N x 3 x S x S, channels_last)."""
     size = dataset.crop_size
-    images_NCHW = torch.empty(
-        (len(encoded.labels), 3, size, size), dtype=torch.uint8, device=device, memory_format=torch.channels_last
-    )
     labels, indices = encoded.labels.clone(), encoded.indices.clone()
-    if len(encoded.rows):
-        images_NCHW[to_device(encoded.rows, device)] = encoded.crops_NHWC.to(device, non_blocking=True).permute(
-            0, 3, 1, 2
+    sizes = encoded.bounds.diff().tolist()
+    sent = [n for n, size in enumerate(sizes) if size]
+    files = encoded.data.split(sizes) if sent else ()
+    decoded, failed = decode_all([files[n] for n in sent], device) if sent else ([], set())
+    places = torch.tensor([n for k, n in enumerate(sent) if k not in failed], dtype=torch.int64)
+    images_NCHW = crop_all([image for image in decoded if image is not None], encoded.plans_N9[places], size, device)
+    if len(places) < len(labels):
+        crops_NCHW = images_NCHW
+        images_NCHW = torch.empty(
+            (len(labels), 3, size, size), dtype=torch.uint8, device=device, memory_format=torch.channels_last
         )
-    bounds = encoded.bounds.tolist()
-    on_device = [n for n in range(len(labels)) if bounds[n + 1] > bounds[n]]
-    if on_device:
-        files = [encoded.data[bounds[n] : bounds[n + 1]] for n in on_device]
-        decoded, failed = decode_all(files, device)
-        kept = [k for k in range(len(on_device)) if k not in failed]
-        if kept:
-            places = torch.tensor([on_device[k] for k in kept])
-            crops_NCHW = crop_all([image for image in decoded if image is not None], encoded.plans_N9[places], size)
-            images_NCHW[to_device(places, device)] = crops_NCHW
-        for k in failed:  # damaged, or a kind of JPEG that this GPU does not know: the CPU decoder has the last word
-            n = on_device[k]
-            label, reported, crops_KHWC = dataset.on_cpu(int(indices[n]), int(encoded.epochs[n]))
-            labels[n], indices[n] = label, reported
-            images_NCHW[n] = torch.from_numpy(crops_KHWC[0]).to(device).permute(2, 0, 1)
-    batch = images_NCHW, labels, indices
-    return (*batch, encoded.colour.to(device)) if len(encoded.colour) else batch
+        images_NCHW[to_device(places, device)] = crops_NCHW
+    if len(encoded.rows):
+        crops_NCHW = encoded.crops_NHWC.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        images_NCHW[to_device(encoded.rows, device)] = crops_NCHW
+    for k in failed:  # damaged, or a kind of JPEG that this GPU does not know: the CPU decoder has the last word
+        n = sent[k]
+        label, reported, crops_KHWC = dataset.on_cpu(int(indices[n]), int(encoded.epochs[n]))
+        labels[n], indices[n] = label, reported
+        images_NCHW[n] = torch.from_numpy(crops_KHWC[0]).to(device).permute(2, 0, 1)
+    rest = (labels, indices, encoded.colour) if len(encoded.colour) else (labels, indices)
+    return (images_NCHW, *transfer_rest(rest, device))
 
 
 def decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor | None], set[int]]:
@@ -96,11 +96,11 @@ def gpu_decodes(device: torch.device) -> bool:
     return not failed
 
 
-def crop_all(images: list[torch.Tensor], plans_N9: torch.Tensor, size: int) -> torch.Tensor:
+def crop_all(images: list[torch.Tensor], plans_N9: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
     """Each image's plan followed on its device, with the arithmetic of the CPU decoder: uint8, N x 3 x size x size."""
-    sizes_N2 = np.array([image.shape[:0:-1] for image in images])
-    starts = np.cumsum([0, *(image.numel() for image in images[:-1])])
-    table = crop_table(plans_N9.numpy(), starts, sizes_N2, of_torch_M=True)
-    pixels = torch.cat([image.flatten() for image in images])
-    on_device = to_device(torch.from_numpy(table), pixels.device)
+    sizes_N2 = np.array([image.shape[:0:-1] for image in images], dtype=np.int64).reshape(-1, 2)
+    starts_N = 3 * np.cumsum(sizes_N2.prod(axis=1)) - 3 * sizes_N2.prod(axis=1)
+    table = crop_table(plans_N9.numpy(), starts_N, sizes_N2, of_torch_M=True)
+    pixels = torch.cat([image.flatten() for image in images] or [torch.empty(0, dtype=torch.uint8, device=device)])
+    on_device = to_device(torch.from_numpy(table), device)
     return resize_crops(pixels, on_device, most_taps(table), size, channels=3)

@@ -2,6 +2,8 @@
 
 The second kernel sums over both axes for each output pixel, with the first axis's sums rounded to 8 bits, in place of
 writing a half-resized image: at ImageNet's sizes that doubles cheap integer work and saves two thirds of the traffic.
+Crops are mirrored here and stay 8 bits: those equal the CPU's, and are a quarter of the bytes to copy into a captured
+step, which normalises them itself (0.2 GB of the 70 GB that a step of ResNet-50 moves at a batch of 256).
 """
 
 import torch

@@ -56,6 +56,7 @@ class Ours:
             **arguments,
         )  # fmt: skip
         self.data.setup()
+        self.data.feeds = device
         self.loader: Any = self.data.train_dataloader()  # of one of several kinds
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -199,7 +200,7 @@ def device_calls(root: Path, batch: int, device: torch.device) -> Iterator[tuple
     decoded = [image for image in decode_all(files, device)[0] if image is not None]
     yield "nvjpeg", lambda: decode_all(files, device), len(files)
     yield "nvjpeg and crops", lambda: decode_batch(encoded, dataset, device), count
-    yield "crops alone", lambda: crop_all(decoded, plans_N9, dataset.crop_size), len(files)
+    yield "crops alone", lambda: crop_all(decoded, plans_N9, dataset.crop_size, device), len(files)
 
 
 def _call_rate(call: Callable[[], object], images: int, options: argparse.Namespace) -> float:
