@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from onlinenorm.data import decoded
-from onlinenorm.data.datasets import SEARCH, Batch, FolderDataset, InMemoryDataset
-from onlinenorm.data.prefetch import prefetch, to_device
+from onlinenorm.data.datasets import SEARCH, FolderDataset, InMemoryDataset
+from onlinenorm.data.prefetch import Batch, prefetch, to_device
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.resize import crop_table, most_taps, resize_crops
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler, split_requests
@@ -85,7 +85,10 @@ class GpuCacheLoader:
             epochs, indices = split_requests([request for batch in chunk for request in batch])
             draws_NK = uniforms(self.dataset.seed, epochs, indices, DRAWS, DRAWS_OF.get(self.dataset.plan))
             on_device = to_device(torch.from_numpy(indices), self.device)
-            parts = [self._augment(indices, on_device, draws_NK), self._labels_N[on_device], self._reported_N[indices]]
+            reported_N = self._reported_N[indices]
+            if self.device.type == "cuda":
+                reported_N = reported_N.pin_memory()  # its parts are copied at the steps, which do not wait for that
+            parts = [self._augment(indices, on_device, draws_NK), self._labels_N[on_device], reported_N]
             if self.dataset.plan == "scale_jitter":
                 parts.append(to_device(torch.from_numpy(colour_shifts(draws_NK)), self.device))
             sizes = [len(batch) for batch in chunk]

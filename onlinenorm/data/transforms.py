@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from onlinenorm.data.prefetch import to_device
 from onlinenorm.data.randomness import normals
 
 AUGMENTATIONS = ("random_resized_crop", "scale_jitter", "pad_crop", "none")
@@ -230,11 +231,11 @@ def shift_and_mirror(images_NCHW: torch.Tensor, padding: int, draws_NK: np.ndarr
     """`plan_pad_crop` for a whole batch of equal images at once, on their device."""
     n, c, h, w = images_NCHW.shape
     device = images_NCHW.device
-    offsets_N2 = (draws_NK[:, [_TOP, _LEFT]] * (2 * padding + 1)).astype(np.int64)
-    top_N1, left_N1 = torch.from_numpy(offsets_N2).to(device).split(1, dim=1)
-    mirrored_N1 = torch.from_numpy(draws_NK[:, [_FLIP]] < 0.5).to(device)
+    scales = np.array([2 * padding + 1, 2 * padding + 1, 2.0])
+    moves_N3 = torch.from_numpy((draws_NK[:, [_TOP, _LEFT, _FLIP]] * scales).astype(np.int64))
+    top_N1, left_N1, straight_N1 = to_device(moves_N3, device).split(1, dim=1)  # straight: 0 where it is mirrored
     across_W = torch.arange(w, device=device)
-    columns_NW = left_N1 + torch.where(mirrored_N1, w - 1 - across_W, across_W)
+    columns_NW = left_N1 + torch.where(straight_N1 == 0, w - 1 - across_W, across_W)
     rows_NH = top_N1 + torch.arange(h, device=device)
     # flat indices into each image's padded plane, shared by its channels
     flat_NHW = rows_NH[:, :, None] * (w + 2 * padding) + columns_NW[:, None, :]
