@@ -22,7 +22,12 @@ FAILURE, FAILURE_TEXT = "failed.json", "failed.txt"  # for programs, and for peo
 ATTEMPTS = "attempts"
 
 # Keys of a configuration that runs of older versions lack, and how those trained.
-ADDED = {"recipe": {"warmup_epochs": 0, "warmup_lr": 0.0, "label_smoothing": 0.0}}
+ADDED: dict[str, dict[str, Any]] = {
+    "recipe": {
+        "warmup_epochs": 0, "warmup_lr": 0.0, "label_smoothing": 0.0, "clamp_raise_epochs": 0, "clamp_off_epochs": 0,
+        "removal_every_epoch": False, "reestimate_images": 0,
+    },
+}  # fmt: skip
 
 _DIVERGED = re.compile(r"became NaN or infinite at step (\d+)(?: \(epoch (\d+))?")
 
@@ -238,6 +243,11 @@ def check_results(results: dict[str, Any]) -> None:
         number(key, 0, 1)
     if problem := misfit(results, {"attempts?": [_ATTEMPT], "parameters_sha256?": str}):
         raise ValueError(problem)
+    if results.get("reestimated") is not None:
+        number("reestimated.images", 1, math.inf, int)
+        number("reestimated.val_loss", 0, math.inf)
+        number("reestimated.val_top1", 0, 1)
+        number("reestimated.changed_predictions", 0, results["dataset"]["val_images"], int)
     if results.get("clamping") is not None:
         for side in ("with", "without"):
             number(f"clamping.{side}.val_loss", 0, math.inf)

@@ -23,6 +23,7 @@ COLUMNS = (
     "seconds",
 )
 CLAMPING_COLUMNS = ("epoch", "step", "clamped_fraction", "max_abs_activation")
+REMOVAL_COLUMNS = ("without_val_loss", "without_val_top1", "changed_predictions")
 
 
 def to_csv(rows: list[dict[str, float]], columns: tuple[str, ...] = COLUMNS) -> str:
@@ -38,7 +39,8 @@ class EpochLog(pl.Callback):
     """Makes the rows. They live in the checkpoint and the file is written anew from it: none is doubled or lost.
 
     clamping.csv holds, of about ten batches of each validation, the fraction of activations beyond the clamp and
-    the largest one, before clamp, residual and ReLU.
+    the largest one, before clamp, residual and ReLU; and with `recipe.removal_every_epoch` what the whole set gives
+    without the clamp.
 
     images_per_second counts training alone; seconds are those of the epoch with its validation, over all interruptions.
     """
@@ -127,4 +129,6 @@ class EpochLog(pl.Callback):
         if trainer.is_global_zero:
             write_atomically(self.path, to_csv(self.rows))
             if clamped := [row for row in self.rows if "clamped_fraction" in row]:
-                write_atomically(self.path.with_name("clamping.csv"), to_csv(clamped, CLAMPING_COLUMNS))
+                removal = REMOVAL_COLUMNS if any("without_val_top1" in row for row in clamped) else ()
+                columns = CLAMPING_COLUMNS + removal
+                write_atomically(self.path.with_name("clamping.csv"), to_csv(clamped, columns))

@@ -1,8 +1,11 @@
 """The end of a run: the last weights validated with and without clamp, predictions.npz and results.json."""
 
+import contextlib
 import hashlib
 import io
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,18 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from onlinenorm.data import ImageDataModule
 from onlinenorm.files import write_atomically
-from onlinenorm.normalizers import remove_clamping
+from onlinenorm.normalizers import OnlineNorm, remove_clamping, update_statistics
 from onlinenorm.training.accuracy import TOP1_RULE
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.module import ImageClassifier
+from onlinenorm.training.recipe import clamp_factor
+from onlinenorm.training.trainer import TORCHS_BATCH_NORMS
 
 FILES_LISTED = 1000  # unreadable images named in results.json
 
@@ -59,33 +65,90 @@ def validate(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule
 
 def final_validation(
     trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, log: EpochLog
-) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-    """(the `clamping` section of results.json, or None where nothing clamps; the arrays of predictions.npz).
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Of results.json `clamping` (None where nothing clamps) and, if asked for, `reestimated`; then predictions.npz.
 
-    Its figures take the place of the last epoch's in `log`: the same weights on the same images, but kernels may round
-    otherwise, and metrics.csv, results.json and predictions.npz tell one story. Removes the clamp of `module.network`
-    on the way.
+    The figures of the network as trained take the place of the last epoch's in `log`: the same weights on the same
+    images, but kernels may round otherwise, and metrics.csv, results.json and predictions.npz tell one story. Where the
+    last epochs had no clamp, `with` is what putting it back does. Removes the clamp of `module.network` on the way.
     """
+    clamps, recipe = module.clamps, module.recipe
+    clamps.set(clamp_factor(recipe, recipe.epochs))
     with ClampMeter(module.network) as meter:
-        before = validate(trainer, module, data)
-    log.amend(trainer, {key: before[key] for key in ("val_loss", "val_top1", "val_top5")})
-    arrays = {"index": before["index"], "label": before["label"]}
-    if not meter.layers:
-        return None, arrays | {"prediction": before["prediction"]}
-    clamped, activations, largest = meter.totals(trainer.strategy)
-    clamp_value = meter.layers[0].clamp_value
-    layers = remove_clamping(module.network)
-    after = validate(trainer, module, data)
-    section = {
-        "layers": layers,
-        "clamp_value": clamp_value,
-        "with": {key: before[key] for key in ("val_loss", "val_top1")},
-        "without": {key: after[key] for key in ("val_loss", "val_top1")},
-        "changed_predictions": int((before["prediction"] != after["prediction"]).sum()),
-        "clamped_fraction": clamped / activations,
-        "max_abs_activation": largest,
-    }
-    return section, arrays | {"with_clamp": before["prediction"], "without_clamp": after["prediction"]}
+        trained = validate(trainer, module, data)
+    log.amend(trainer, {key: trained[key] for key in ("val_loss", "val_top1", "val_top5")})
+    arrays = {"index": trained["index"], "label": trained["label"]}
+    sections: dict[str, Any] = {"clamping": None}
+    if not clamps.layers:
+        arrays["prediction"] = trained["prediction"]
+    else:
+        before, after = trained, trained
+        if clamps.clamp_value is None:
+            clamps.put_back()
+            with ClampMeter(module.network) as meter:
+                before = validate(trainer, module, data)
+        section = {"layers": len(clamps.layers), "clamp_value": clamps.clamp_value}
+        remove_clamping(module.network)
+        if before is trained:
+            after = validate(trainer, module, data)
+        clamped, activations, largest = meter.totals(trainer.strategy)
+        sections["clamping"] = section | {
+            "with": {key: before[key] for key in ("val_loss", "val_top1")},
+            "without": {key: after[key] for key in ("val_loss", "val_top1")},
+            "changed_predictions": int((before["prediction"] != after["prediction"]).sum()),
+            "clamped_fraction": clamped / activations,
+            "max_abs_activation": largest,
+        }
+        arrays |= {"with_clamp": before["prediction"], "without_clamp": after["prediction"]}
+    if recipe.reestimate_images:
+        sections["reestimated"] = None
+        with kept_buffers(module.network):
+            if images := reestimate(trainer, module, data, recipe.reestimate_images):
+                again = validate(trainer, module, data)
+                changed = int((trained["prediction"] != again["prediction"]).sum())
+                figures = {key: again[key] for key in ("val_loss", "val_top1")}
+                sections["reestimated"] = {"images": images, **figures, "changed_predictions": changed}
+    return sections, arrays
+
+
+@contextlib.contextmanager
+def kept_buffers(network: nn.Module) -> Iterator[None]:
+    """Context after which the network's buffers are as they were."""
+    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(kept[name])
+
+
+def reestimate(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, images: int) -> int:
+    """Moves the statistics of OnlineNorm and BatchNorm over training images; returns how many, 0 where neither is.
+
+    The images are the first of an epoch after the last one, augmented and in batches as in training: whole batches, of
+    one epoch at most. OnlineNorm goes on from where it is with its own decay (`update_statistics`), BatchNorm takes the
+    mean over batches (`torch.optim.swa_utils.update_bn`).
+    """
+    layers = list(module.network.modules())
+    online = any(isinstance(layer, OnlineNorm) for layer in layers)
+    if not online and not any(type(layer) in TORCHS_BATCH_NORMS and layer.track_running_stats for layer in layers):
+        return 0
+    recipe, device = module.recipe, trainer.strategy.root_device
+    module.to(device)
+    data.resume(recipe.epochs, 0)
+    steps = min(-(-images // recipe.batch_size), data.train_images // recipe.batch_size)
+
+    def inputs() -> Iterator[Tensor]:
+        for batch in itertools.islice(data.train_dataloader(), steps * trainer.accumulate_grad_batches):
+            moved = tuple(tensor.to(device) for tensor in data.on_before_batch_transfer(batch))
+            yield data.on_after_batch_transfer(moved)[0]
+
+    with trainer.precision_plugin.val_step_context(), torch.compiler.set_stance("force_eager"):
+        if online:
+            update_statistics(module, inputs())
+        else:
+            update_bn(inputs(), module)
+    return steps * recipe.batch_size
 
 
 def build_results(
@@ -95,7 +158,7 @@ def build_results(
     data: Any,
     log: EpochLog,
     resumed: int,
-    clamping: Any,
+    sections: dict[str, Any],
     attempts: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The content of results.json, apart from files: accuracies are fractions, losses nats, epochs count from 1."""
@@ -115,7 +178,7 @@ def build_results(
         "last": {key: last[key] for key in ("epoch", "val_loss", "val_top1", "val_top5")},
         "best_loss": {key: by_loss[key] for key in ("epoch", "val_loss")},
         "best_top1": {key: by_top1[key] for key in ("epoch", "val_top1")},
-        "clamping": clamping,
+        **sections,
         "images_per_second": log.images_per_second,
         "wall_seconds": log.wall_seconds,
         "resumed": resumed,
@@ -149,6 +212,12 @@ def summary(results: dict[str, Any], folder: Path) -> str:
             f"{clamping['without']['val_loss']:.4f} and {clamping['without']['val_top1']:.2%}: "
             f"{clamping['changed_predictions']} predictions changed, {clamping['clamped_fraction']:.2e} of activations "
             f"were clamped, the largest was {clamping['max_abs_activation']:.1f} against {clamping['clamp_value']:g}"
+        )
+    if again := results.get("reestimated"):
+        lines.append(
+            f"  {'clamp removed and ' if clamping else ''}statistics estimated anew on {again['images']:,} training "
+            f"images: {again['val_loss']:.4f} and {again['val_top1']:.2%}, {again['changed_predictions']} predictions "
+            "changed"
         )
     if attempts := results.get("attempts"):
         ended = "; ".join(attempt["failure"] or "stopped" for attempt in attempts)

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from onlinenorm.errors import Diverged, RunError
 from onlinenorm.normalizers import average_statistics, gather_statistics, merged
 from onlinenorm.training.accuracy import full_precision, predicted, rank
-from onlinenorm.training.clamping import ClampMeter
+from onlinenorm.training.clamping import ClampMeter, ClampSchedule
 from onlinenorm.training.cuda_graph import GraphedStep
 from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule, lr_of_step
 
@@ -43,6 +43,7 @@ class ImageClassifier(pl.LightningModule):
         self.train_sums = self.val_sums = torch.zeros(4, dtype=torch.float64)
         self.bad_step = torch.tensor(-1)
         self.graph: GraphedStep | None = None  # set where training replays CUDA graphs
+        self.clamps = ClampSchedule(network, recipe)
         self.clamp_meter: ClampMeter | None = None  # of the last validation
         self.collected: list[Tensor] | None = None  # a list: validation keeps (index, label, prediction) of each batch
         self.schedule: Any = None
@@ -65,6 +66,9 @@ class ImageClassifier(pl.LightningModule):
         if self._schedule_state is not None:
             self.schedule.load_state_dict(self._schedule_state)
         return optimizer
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [self.clamps]
 
     def on_fit_start(self) -> None:
         self.train_sums, self.bad_step = self.train_sums.to(self.device), self.bad_step.to(self.device)
@@ -140,7 +144,7 @@ class ImageClassifier(pl.LightningModule):
         self.val_sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self.clamp_meter = ClampMeter(self.network)
 
-    def validation_step(self, batch, batch_idx: int) -> None:
+    def validation_step(self, batch, batch_idx: int) -> Tensor:
         images, labels, indices = batch
         logits = self(images)
         assert self.clamp_meter is not None
@@ -151,6 +155,7 @@ class ImageClassifier(pl.LightningModule):
         self.val_sums = self.val_sums + _sums(logits, labels, _losses(logits, labels)[1])
         if self.collected is not None:
             self.collected.append(torch.stack([indices, labels, predicted(logits)]).cpu())
+        return logits
 
     def _metered_every(self) -> int:
         # about ten batches, spread over the set: folders come class by class
@@ -161,7 +166,8 @@ class ImageClassifier(pl.LightningModule):
         if self.clamp_meter is None or not self.clamp_meter.layers:
             return {}
         clamped, activations, largest = self.clamp_meter.totals(self.trainer.strategy)
-        return {"clamped_fraction": clamped / max(activations, 1.0), "max_abs_activation": largest}
+        seen = {"clamped_fraction": clamped / max(activations, 1.0), "max_abs_activation": largest}
+        return seen | self.clamps.figures(self)
 
     def reduced(self, sums: Tensor) -> list[float]:
         """Sums over all processes as (loss, top1, top5, images)."""

@@ -38,6 +38,11 @@ class Recipe:
         warmup_epochs: first epochs over which the learning rate rises linearly, step by step; 0 for none.
         warmup_lr: rate that it rises from, at ``batch_size``, from 0 to ``scaled_lr``.
         label_smoothing: share of each target spread evenly over all classes, in [0, 1), in the training loss alone.
+        clamp_raise_epochs: epochs, before those of ``clamp_off_epochs``, each of which doubles the clamp value; >= 0.
+        clamp_off_epochs: last epochs trained without the clamp, >= 0.
+        removal_every_epoch: measure the removal of the clamp in each validation, not the last alone.
+        reestimate_images: training images that normalizers' statistics are estimated anew on at the end, without the
+            clamp, for one more validation; 0 for none.
         augmentation: of training images: "random_resized_crop", "scale_jitter", "pad_crop" or "none".
         evaluation: views of validation images: "center_crop" or "ten_crop".
 
@@ -63,13 +68,17 @@ class Recipe:
     warmup_epochs: int = 0
     warmup_lr: float = 0.0
     label_smoothing: float = 0.0
+    clamp_raise_epochs: int = 0
+    clamp_off_epochs: int = 0
+    removal_every_epoch: bool = False
+    reestimate_images: int = 0
     augmentation: str = "random_resized_crop"
     evaluation: str = "center_crop"
 
     def __post_init__(self):
         for key in ("epochs", "batch_size", "base_batch_size"):
             _check_whole(key, getattr(self, key), at_least=1)
-        for key in ("plateau_patience", "warmup_epochs"):
+        for key in ("plateau_patience", "warmup_epochs", "clamp_raise_epochs", "clamp_off_epochs", "reestimate_images"):
             _check_whole(key, getattr(self, key), at_least=0)
         _check_number("lr", self.lr, "> 0", lambda value: value > 0)
         _check_number("momentum", self.momentum, "in [0, 1)", lambda value: 0 <= value < 1)
@@ -78,7 +87,7 @@ class Recipe:
         _check_number("plateau_threshold", self.plateau_threshold, ">= 0", lambda value: value >= 0)
         _check_number("warmup_lr", self.warmup_lr, ">= 0", lambda value: value >= 0)
         _check_number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda value: 0 <= value < 1)
-        for key in ("decay_norm_weight", "decay_norm_bias", "decay_bias"):
+        for key in ("decay_norm_weight", "decay_norm_bias", "decay_bias", "removal_every_epoch"):
             if not isinstance(getattr(self, key), bool):
                 raise ArgumentError(key, f"must be true or false, got {getattr(self, key)!r}")
         check_choice("scaling", self.scaling, SCALINGS)
@@ -87,6 +96,13 @@ class Recipe:
         check_choice("evaluation", self.evaluation, EVALUATIONS)
         object.__setattr__(self, "milestones", _checked_milestones(self.milestones, self.epochs, self.schedule))
         _check_warmup(self)
+        if self.clamp_raise_epochs + self.clamp_off_epochs >= self.epochs:
+            key = "clamp_off_epochs" if self.clamp_off_epochs else "clamp_raise_epochs"
+            raise ArgumentError(
+                key,
+                f"{self.clamp_raise_epochs} epochs of raising and {self.clamp_off_epochs} without clamp leave none of "
+                f"{self.epochs} with it; use fewer, or normalizer.error_compensation=none",
+            )
 
     @property
     def scaled_lr(self) -> float:
@@ -195,6 +211,14 @@ def lr_of_step(recipe: Recipe, step: int, steps_per_epoch: int) -> float | None:
     if recipe.schedule == "cosine":
         return lr * (1 + math.cos(math.pi * (step - 1 - warmup) / (total - warmup))) / 2
     return None
+
+
+def clamp_factor(recipe: Recipe, epoch: int) -> float | None:
+    """What multiplies the clamp value in an epoch, from 1: 1, then 2, 4, ... while it is raised; None: no clamp."""
+    without = epoch - (recipe.epochs - recipe.clamp_off_epochs)
+    if without > 0:
+        return None
+    return 2.0 ** max(without + recipe.clamp_raise_epochs, 0)
 
 
 def _check_whole(key: str, value, at_least: int) -> None:

@@ -104,8 +104,8 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     with loggers.closing(mirrors), explain_worker_deaths():
         with full_keys(config, "data", "recipe", "normalizer"), naming_fast_path(choice, trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        clamping, arrays = final_validation(trainer, module, data, log)
-    results = build_results(names, seed, module, data, log, resumed, clamping, former_attempts(path))
+        sections, arrays = final_validation(trainer, module, data, log)
+    results = build_results(names, seed, module, data, log, resumed, sections, former_attempts(path))
     if trainer.is_global_zero:
         write_results(path, results, arrays)
         print(summary(results, path))

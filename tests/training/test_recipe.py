@@ -18,6 +18,7 @@ from onlinenorm.training.recipe import (
     Recipe,
     build_optimizer,
     build_schedule,
+    clamp_factor,
     lr_of_step,
     parameter_groups,
     scaled_lr_momentum,
@@ -177,6 +178,14 @@ def test_plateau_acts_at_tiny_rates():
     assert rates(recipe, [0.5, 0.5, 0.5]) == pytest.approx([1e-9, 1e-9, 1e-10])
 
 
+def test_the_clamp_is_doubled_and_then_taken_away():
+    recipe = Recipe(epochs=7, batch_size=1, clamp_raise_epochs=3, clamp_off_epochs=2)
+    assert [clamp_factor(recipe, epoch) for epoch in range(1, 8)] == [1, 1, 2, 4, 8, None, None]
+    assert [clamp_factor(Recipe(epochs=2, batch_size=1), epoch) for epoch in (1, 2)] == [1, 1]
+    raised = Recipe(epochs=3, batch_size=1, clamp_raise_epochs=1)
+    assert [clamp_factor(raised, epoch) for epoch in (1, 2, 3)] == [1, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["reference", "he2015", "cifar", "goyal2017"])
 def test_states_survive_a_safe_load(name):
     recipe = shipped(name)
@@ -277,6 +286,15 @@ def test_milestones_come_as_plain_values():
         ({"warmup_lr": 0.2, "warmup_epochs": 5}, "0.2 is above where it rises to, 0.00163546"),
         ({"label_smoothing": 1.0}, "must be a number in [0, 1), got 1.0"),
         ({"label_smoothing": "some"}, "must be a number in [0, 1), got 'some'"),
+        ({"clamp_raise_epochs": -1}, "must be a whole number of at least 0, got -1"),
+        ({"clamp_off_epochs": 0.5}, "must be a whole number of at least 0, got 0.5"),
+        (
+            {"clamp_off_epochs": 100},
+            "0 epochs of raising and 100 without clamp leave none of 100 with it; use",
+        ),
+        ({"clamp_raise_epochs": 100}, "100 epochs of raising and 0 without clamp leave none of 100 with it"),
+        ({"reestimate_images": -1}, "must be a whole number of at least 0, got -1"),
+        ({"removal_every_epoch": 1}, "must be true or false, got 1"),
         ({"epochs": 0}, "must be a whole number of at least 1, got 0"),
         ({"epochs": 2.0}, "must be a whole number of at least 1, got 2.0"),
         ({"batch_size": True}, "must be a whole number of at least 1, got True"),
