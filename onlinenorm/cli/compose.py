@@ -51,8 +51,9 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
             raise _several_values(override, options)
         if key == "normalizer" and override.is_delete():  # the defaults list asks for its name
             raise ConfigError(f"{key}: is missing; name one, as in {key}=NAME")
-        if key in GROUPS and not override.is_delete() and override.value() not in options[key]:
-            raise unknown_option(key, override.value(), options[key])
+        for name in _names(override) if key in GROUPS and not override.is_delete() else ():
+            if name not in options[key]:
+                raise unknown_option(key, name, options[key])
     groups = [override.input_line or "" for override in parsed if override.key_or_group in GROUPS]
     keys = [override.key_or_group for override in parsed if not override.is_hydra_override()]
     try:
@@ -66,6 +67,12 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
             return values
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{shlex.join(overrides)}: {first_line(error)}") from None
+
+
+def _names(override: Override) -> list[Any]:
+    """The choices of a group that an override names: one, or of loggers a list."""
+    value = override.value()
+    return value if override.key_or_group == "logger" and isinstance(value, list) else [value]
 
 
 def jobs(overrides: list[str], config_dir: str | None = None) -> list[list[str]]:
@@ -96,6 +103,9 @@ def to_plain(config: DictConfig, choices: Mapping[str, Any], overrides: list[str
     keys = [str(key) for key in config if key != "hydra" and not (key in GROUPS and config[key] is None)]
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True, throw_on_missing=True)
     names = {group: choices.get(group) for group in GROUPS} | {"experiment": choices.get("experiment") or "default"}
+    if names["logger"] is None:  # Hydra tells of lists nothing
+        given = [override.partition("=")[2] for override in overrides if override.startswith("logger=[")]
+        names["logger"] = ",".join(given[-1].strip("[] ").replace(" ", "").split(",")) if given else None
     experiment = limited_experiment(names, overrides)
     if not values["run_dir"] and experiment != names["experiment"]:
         values["run_dir"] = str(run_path({**values, "choices": {**names, "experiment": experiment}}))
@@ -162,7 +172,8 @@ def _hydras_code() -> dict[str, Any]:
 def _several_values(override: Override, options: dict[str, list[str]]) -> ConfigError:
     key, value = override.key_or_group, (override.input_line or "").partition("=")[2]
     if key == "logger":
-        return ConfigError(f"logger: {value!r}: a run has one logger, one of {', '.join(options[key])}")
+        form = shlex.quote(f"logger=[{value}]")
+        return ConfigError(f"logger: {value!r}: several are a list: {form}, of {', '.join(options[key])}")
     if key not in GROUPS and _is_list(key):
         return ConfigError(f"{key}: {value!r} is a list; write it in brackets: {shlex.quote(f'{key}=[{value}]')}")
     return ConfigError(

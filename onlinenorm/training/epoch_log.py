@@ -97,7 +97,8 @@ class EpochLog(pl.Callback):
         elif (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches) == 0:
             module.assert_finite()
             for logger in trainer.loggers:
-                logger.log_metrics({"step_loss": float(outputs["loss"])}, step=trainer.global_step)
+                lr = module.optimizers().param_groups[0]["lr"]
+                logger.log_metrics({"step_loss": float(outputs["loss"]), "step_lr": lr}, step=trainer.global_step)
 
     def on_train_epoch_end(self, trainer, module) -> None:
         loss, top1, _, images = module.reduced(module.train_sums)

@@ -1,4 +1,4 @@
-"""Mirrors of metrics.csv. Each is a logger of Lightning that only rank 0 opens."""
+"""Mirrors of metrics.csv that also hold loss and learning rate by step: loggers of Lightning, on rank 0 alone."""
 
 import contextlib
 import netrc
@@ -6,11 +6,12 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from onlinenorm.errors import Interrupted, RunError
 from onlinenorm.files import write_atomically
@@ -18,6 +19,23 @@ from onlinenorm.text import first_line
 from onlinenorm.training.launch import is_rank_zero
 
 ANSWER_SECONDS = 20.0  # for which wandb's server is waited for
+
+
+def open_loggers(
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    resumed_step: int | None = None,
+    tensorboard: bool = False,
+    wandb: bool = False,
+    project: str = "onlinenorm",
+    entity: str | None = None,
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+    tags: list[str] | None = None,
+) -> list[Logger]:
+    """The mirrors asked for: `tensorboard_logger`, `wandb_logger`, both or none; arguments are theirs."""
+    mirrors = wandb_logger(folder, name, config, resumed_step, project, entity, mode, tags) if wandb else []
+    return mirrors + (tensorboard_logger(folder, name, config, resumed_step) if tensorboard else [])
 
 
 def csv_only(folder: Path, name: str, config: dict[str, Any], resumed_step: int | None = None) -> list[Logger]:
@@ -51,13 +69,16 @@ def wandb_logger(
     asked = mode if mode != "auto" else wandb_mode()
     if asked == "disabled" or not is_rank_zero():
         return []
-    identity = folder / "wandb_id"
+    identity, logged = folder / "wandb_id", folder / WandbBySteps.LOGGED
+    if resumed_step is None and logged.exists():  # another attempt, and another run there
+        identity.unlink(missing_ok=True)
+        logged.unlink()
     if not identity.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(identity, secrets.token_hex(4))
 
     def open_run(mode: str) -> WandbLogger:
-        logger = WandbLogger(
+        logger = WandbBySteps(
             name=name,
             save_dir=folder,
             id=identity.read_text(encoding="utf-8").strip(),
@@ -88,6 +109,27 @@ def wandb_logger(
         return [open_run("offline")]
 
 
+class WandbBySteps(WandbLogger):
+    """Curves over optimizer steps, each logged once: a run that was killed goes over some again when it continues."""
+
+    LOGGED = "wandb_step"  # file of the run folder: the last step that was logged
+    _last: int | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        assert step is not None and self.save_dir is not None
+        file = Path(self.save_dir, self.LOGGED)
+        if self._last is None:
+            self._last = int(file.read_text(encoding="utf-8")) if file.exists() else -1
+        if step <= self._last:
+            return
+        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+        partial = file.with_suffix(".partial")  # replaced, not synced: between steps the disk is not waited for
+        partial.write_text(str(step), encoding="utf-8")
+        partial.replace(file)
+        self._last = step
+
+
 def wandb_mode() -> str:
     """What wandb's own environment variables ask for: "online", "offline", "disabled", or "auto" where they do not."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
@@ -110,16 +152,30 @@ def has_wandb_key() -> bool:
 def tensorboard_logger(
     folder: Path, name: str, config: dict[str, Any], resumed_step: int | None = None
 ) -> list[Logger]:
-    """TensorBoard event files in `folder`/tensorboard; what a run that was killed logged after `resumed_step`, where it
-    continues, is not shown twice."""
-    purge: dict[str, Any] = {} if resumed_step is None else {"purge_step": resumed_step + 1}
-    return [TensorBoardLogger(save_dir=folder, name="", version="tensorboard", **purge)]
+    """TensorBoard event files in `folder`/tensorboard, with the configuration as hparams beside validation's curves.
+
+    What a run that was killed logged after `resumed_step` (None: all of it) is not shown twice.
+    """
+    if not is_rank_zero():
+        return []
+    step = 0 if resumed_step is None else resumed_step + 1
+    logger = TensorBoardLogger(
+        save_dir=folder, name="", version="tensorboard", default_hp_metric=False, purge_step=step
+    )
+    logger.log_hyperparams(config)  # hparams.yaml
+    if resumed_step is None:
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in config.items()}
+        for summary in hparams(plain, dict.fromkeys(("val_loss", "val_top1"), 0.0)):
+            logger.experiment._get_file_writer().add_summary(summary)
+    return [logger]
 
 
-def upload_hint(folder: Path) -> str:
-    """Where the offline runs of a run folder lie and how they get to Weights & Biases; "" where there are none."""
+def upload_hint(folder: Path) -> list[str]:
+    """A line on where the offline runs of a run folder lie and how they get to Weights & Biases; none without."""
     runs = sorted((folder / "wandb").glob("offline-run-*"))
-    return f"W&B: kept offline; upload with: wandb sync {shlex.join(map(str, runs))}" if runs else ""
+    return [f"W&B: kept offline; upload with: wandb sync {shlex.join(map(str, runs))}"] if runs else []
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 from onlinenorm.arguments import flatten
 from onlinenorm.data.workers import explain_worker_deaths
-from onlinenorm.errors import ConfigError, DataError
+from onlinenorm.errors import ConfigError, DataError, Interrupted
 from onlinenorm.records import CONFIG, read_record, run_path
 from onlinenorm.text import first_line
 from onlinenorm.training import loggers
@@ -58,7 +58,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
     if results := folder.results(config):
         warnings_of_data = _whose(results, config, recipe, path)
         if folder.rank_zero:
-            print(summary(results, path), *warnings_of_data, sep="\n")
+            print(summary(results, path), *warnings_of_data, *loggers.upload_hint(path), sep="\n")
         return results
     if recorded:
         check_compiles_here(config, path)
@@ -72,6 +72,10 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
                 return _run(choice, recipe, normalizer, folder, stop)
             except FastPathFailed as failure:
                 key, message = failure.key, str(failure)
+            except Interrupted:
+                if folder.rank_zero:
+                    print(*loggers.upload_hint(path), sep="\n")
+                raise
             # past the exception, whose traceback holds the tensors of what failed
             print(message, file=sys.stderr)
             free_device()
@@ -108,9 +112,7 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     results = build_results(names, seed, module, data, log, resumed, sections, former_attempts(path))
     if trainer.is_global_zero:
         write_results(path, results, arrays)
-        print(summary(results, path))
-        if hint := loggers.upload_hint(path):
-            print(hint)
+        print(summary(results, path), *loggers.upload_hint(path), sep="\n")
     return results
 
 

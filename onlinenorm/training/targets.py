@@ -36,6 +36,8 @@ NAMED = {
     "recipe": ("onlinenorm.training.recipe.Recipe",),
     "trainer": ("onlinenorm.training.build_trainer",),
     "logger": (
+        "onlinenorm.training.loggers.open_loggers",
+        # as runs of version 0.1.0 recorded them
         "onlinenorm.training.loggers.csv_only",
         "onlinenorm.training.loggers.tensorboard_logger",
         "onlinenorm.training.loggers.wandb_logger",

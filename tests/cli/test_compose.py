@@ -31,13 +31,23 @@ MISTAKES = [
     ),
     (
         ["logger=tensorboard,wandb"],
-        "^logger: 'tensorboard,wandb': a run has one logger, one of csv, tensorboard",
+        r"^logger: 'tensorboard,wandb': several are a list: 'logger=\[tensorboard,wandb\]', of csv, tensorb",
     ),
     (["recipe.lr=a=b"], "^recipe.lr: 'a=b' cannot be read .* if it is meant as a text, quote it: 'recipe.lr=\"a=b\"'$"),
     (["foo"], "^'foo': is not of the form KEY=VALUE"),
     ([""], "^'': is not of the form KEY=VALUE"),
     (["=3"], "^'=3': names no key"),
 ]
+
+
+def test_loggers_are_a_list_of_any_length():
+    for names in ("wandb", "tensorboard,wandb", "wandb,csv,tensorboard"):
+        config = load_config([f"logger=[{names}]", "logger.project=mine"])
+        assert config["choices"]["logger"] == names
+        assert config["logger"]["wandb"] is True and config["logger"]["project"] == "mine"
+        assert config["logger"].get("tensorboard", False) == ("tensorboard" in names)
+    with pytest.raises(ConfigError, match=r"^logger: 'tensorbord' is not one of .* did you mean logger=tensorboard\?$"):
+        load_config(["logger=[csv,tensorbord]"])
 
 
 @pytest.mark.parametrize("overrides, message", MISTAKES)

@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import wandb
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from onlinenorm.errors import Interrupted, RunError
@@ -39,10 +40,31 @@ def test_offline_wandb_run_equals_the_csv(run, tmp_path, monkeypatch):
 
 
 def test_a_run_says_where_it_lies_offline_and_how_it_is_uploaded(tmp_path):
-    assert upload_hint(tmp_path) == ""
+    assert upload_hint(tmp_path) == []
     (tmp_path / "a b" / "wandb" / "offline-run-1-x").mkdir(parents=True)
     expected = f"W&B: kept offline; upload with: wandb sync '{tmp_path}/a b/wandb/offline-run-1-x'"
-    assert upload_hint(tmp_path / "a b") == expected
+    assert upload_hint(tmp_path / "a b") == [expected]
+
+
+def test_any_set_of_loggers_holds_epochs_steps_and_settings(offline, run, tmp_path, monkeypatch, capsys):
+    """8 steps in two epochs; each has a loss of its own but the last of an epoch, of which the epoch's row tells."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    run(tmp_path, *TWO_EPOCHS, "logger=[tensorboard,wandb]", "trainer.log_every_n_steps=1")
+    steps, epochs = [1, 2, 3, 5, 6, 7], [4, 8]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    history = [record["history"]["item"] for record in wandb_history(tmp_path)]
+    assert [event.step for event in events.Scalars("val_loss")] == epochs
+    for key, where in (("step_loss", steps), ("step_lr", steps), ("val_loss", epochs), ("lr", epochs)):
+        logged = [(event.step, event.value) for event in events.Scalars(key)]
+        assert [step for step, _ in logged] == where
+        rows = [(row["trainer/global_step"], row[key]) for row in history if key in row]
+        assert rows == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
+    assert set(events.PluginTagToContent("hparams")) >= {"_hparams_/session_start_info", "_hparams_/experiment"}
+    content = str(events.PluginTagToContent("hparams")["_hparams_/session_start_info"])
+    assert "recipe.batch_size" in content and "normalizer._target_" in content
+    assert yaml.safe_load((tmp_path / "tensorboard" / "hparams.yaml").read_text())["recipe.batch_size"] == 16
+    (lies,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert capsys.readouterr().out.splitlines()[-1] == f"W&B: kept offline; upload with: wandb sync {lies}"
 
 
 def test_tensorboard_equals_the_csv(run, tmp_path):
@@ -143,6 +165,19 @@ def test_wandb_is_told_how_the_run_ended(offline, tmp_path, error, code):
     assert bool(records(tmp_path, "preempting")) == (code == 143)
 
 
+def test_steps_after_the_checkpoint_are_not_shown_twice_in_wandb(offline, tmp_path):
+    identities = []
+    for steps, resumed in (([1, 2, 3, 4], None), ([3, 4, 5], 2), ([1, 2], None)):  # the last: another attempt
+        mirrors = loggers.wandb_logger(tmp_path, "name", {}, resumed, mode="offline")
+        identities.append((tmp_path / "wandb_id").read_text())
+        with loggers.closing(mirrors):
+            for step in steps:
+                mirrors[0].log_metrics({"loss": float(step)}, step=step)
+    history = [record["history"]["item"] for record in wandb_history(tmp_path)]
+    assert [row["trainer/global_step"] for row in history] == [row["_step"] for row in history] == [1, 2, 3, 4, 5, 1, 2]
+    assert identities[0] == identities[1] != identities[2]
+
+
 def test_steps_after_the_checkpoint_are_not_shown_twice_in_tensorboard(tmp_path):
     for steps, resumed in (([1, 2, 3, 4], None), ([3, 4, 5], 2)):  # killed after 4, where 2 was saved
         mirrors = loggers.tensorboard_logger(tmp_path, "name", {}, resumed)
@@ -151,3 +186,6 @@ def test_steps_after_the_checkpoint_are_not_shown_twice_in_tensorboard(tmp_path)
                 mirrors[0].log_metrics({"loss": float(step)}, step=step)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [event.step for event in events] == [1, 2, 3, 4, 5]
+    loggers.tensorboard_logger(tmp_path, "name", {})[0].finalize("failed")
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    assert tags == [] or EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss") == []
