@@ -117,7 +117,7 @@ def merged(results: dict, parts: list[Path], tests: list[str]) -> dict:
 
 def run_side_by_side(results: dict, output: Path, jobs: int, chosen: list[str]) -> int:
     """``jobs`` processes of this script, each with a part of the tests and the GPUs in another order."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts="]
     listed = subprocess.run([*command, *chosen], capture_output=True, text=True, cwd=ROOT).stdout
     tests = [line for line in listed.splitlines() if "::" in line]
     former = json.loads(FORMER.read_text(encoding="utf-8"))["tests"] if FORMER.exists() else []
