@@ -28,13 +28,6 @@ import torch
 from onlinenorm.report.words import markdown_table, origin
 from scripts.bench import common
 
-FILES = (
-    "tests/ops/test_fused.py", "tests/ops/test_fused_single_read.py", "tests/ops/test_fused_max_pool.py",
-    "tests/ops/test_fused_training.py", "tests/ops/test_range.py", "tests/training/test_cuda_graph.py",
-    "tests/normalizers/test_loss_scale.py", "tests/data/test_nvjpeg.py", "tests/data/test_resize.py",
-    "tests/data/test_gpu_cache.py", "tests/deploy/test_audit.py", "tests/deploy/test_predict.py",
-    "tests/training/test_resume.py::test_deterministic_runs_on_a_gpu_continue_with_the_same_bits",
-)  # fmt: skip
 NOT_RUN = "not run"
 FORMER = ROOT / "results" / "gpu_tests.json"
 LINES_KEPT = 4  # of what a test prints; more is the log of a training run
@@ -97,6 +90,23 @@ def render(results: dict) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def collected(*arguments: str) -> list[str]:
+    """Names of the tests that pytest takes by ``arguments``."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *arguments]
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    return [line for line in listed.splitlines() if "::" in line]
+
+
+def gpu_tests() -> list[str]:
+    """Those marked, and all others in files of ops/ and data/ that hold one: they use a GPU where there is one."""
+    whole: list[str] = []
+    others: list[str] = []
+    for path in sorted(ROOT.glob("tests/**/test_*.py")):
+        if "pytest.mark.gpu" in path.read_text(encoding="utf-8"):
+            (whole if path.parent.name in ("ops", "data") else others).append(str(path))
+    return collected(*whole) + collected("-m", "gpu", *others)
+
+
 def split(tests: dict[str, float], jobs: int) -> list[list[str]]:
     """Tests for each of ``jobs`` processes, which take about equally long by the seconds of a former run."""
     parts: list[list[str]] = [[] for _ in range(min(jobs, len(tests)))]
@@ -115,11 +125,8 @@ def merged(results: dict, parts: list[Path], tests: list[str]) -> dict:
     return {**results, "tests": [rows.get(test, {"test": test, **unborn}) for test in tests]}
 
 
-def run_side_by_side(results: dict, output: Path, jobs: int, chosen: list[str]) -> int:
+def run_side_by_side(results: dict, output: Path, jobs: int, tests: list[str]) -> int:
     """``jobs`` processes of this script, each with a part of the tests and the GPUs in another order."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts="]
-    listed = subprocess.run([*command, *chosen], capture_output=True, text=True, cwd=ROOT).stdout
-    tests = [line for line in listed.splitlines() if "::" in line]
     former = json.loads(FORMER.read_text(encoding="utf-8"))["tests"] if FORMER.exists() else []
     seconds = {row["test"]: row["seconds"] for row in former}
     gpus = list(range(torch.cuda.device_count()))
@@ -153,13 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("no GPU here: these tests need an NVIDIA GPU that torch.cuda sees")
     results = {**common.head(torch.device("cuda")), "tests": []}
-    files_named = any(not word.startswith("-") and Path(word.partition("::")[0]).exists() for word in rest)
+    named = any(not word.startswith("-") and Path(word.partition("::")[0]).exists() for word in rest)
+    if options.jobs > 1:
+        return run_side_by_side(results, options.output, options.jobs, collected(*rest) if named else gpu_tests())
     # Warnings stay warnings: a GPU machine may hold another torch than the pinned one.
     settings = ["-p", "no:cacheprovider", "-o", "filterwarnings=default", "--durations=5", "--rootdir", str(ROOT)]
-    chosen = [*([] if files_named else [str(ROOT / name) for name in FILES]), *rest]
-    if options.jobs > 1:
-        return run_side_by_side(results, options.output, options.jobs, chosen)
-    code = pytest.main([*settings, *chosen], plugins=[Recorder(options.output, results)])
+    code = pytest.main([*settings, *([] if named else gpu_tests()), *rest], plugins=[Recorder(options.output, results)])
     record(options.output, results)
     return int(code)
 
