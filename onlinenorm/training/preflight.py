@@ -232,6 +232,7 @@ def check_speed(data: ImageDataModule, trainer: dict[str, Any], step: Finding, s
     device = torch.device(step["device"])
     # a process's share of the cores is what num_workers=null gives it; a number is taken by each
     loaders = trainer["num_nodes"] if data.num_workers is None else processes
+    data.feeds = device  # as the Trainer's loaders do
     train = loaders * loader_rate(data, data.train_dataloader(), device, seconds)
     val = loaders * loader_rate(data, data.val_dataloader(), device, seconds / 2)
     model = processes * step["images_per_second"]

@@ -3,6 +3,7 @@
 
     scripts/bench/end_to_end.py --seconds 560              # ResNet-50 from JPEG files and from the device's memory
     scripts/bench/end_to_end.py --data cifar10 --peers     # ResNet-20 runs side by side, added to the same file
+    scripts/bench/end_to_end.py --data                     # the peers alone, the same
     scripts/bench/end_to_end.py --draw                     # the picture alone
 
 Every row is train.py in a process of its own, its real command line, or a peer (end_to_end_peers.py); the bare step of
@@ -249,7 +250,7 @@ def measure(args: argparse.Namespace, results: dict, scratch: Path) -> None:
                 figures = row(bench, key) | {"step_images_per_second": steps[of_step]}
             except NotRun as error:
                 if measured not in rounds:
-                    results["not_run"].append({**key, "why": str(error)})
+                    results["not_run"] = [*without(results["not_run"], key), {**key, "why": str(error)}]
                 print(f"{key}: not run: {error}", flush=True)
                 continue
             figures["ratio"] = figures["images_per_second"] / steps[of_step]
@@ -258,10 +259,15 @@ def measure(args: argparse.Namespace, results: dict, scratch: Path) -> None:
             of_rounds = rounds[measured]
             record = {name: statistics.median(figures[name] for figures in of_rounds) for name in figures}
             record = {name: round(value, 3 if name == "ratio" else 1) for name, value in record.items()}
-            results["rows"] = [other for other in results["rows"] if any(other[k] != key[k] for k in _KEY)]
-            results["rows"].append({**key, **record, "rounds": len(of_rounds)})
+            results["rows"] = [*without(results["rows"], key), {**key, **record, "rounds": len(of_rounds)}]
+            results["not_run"] = without(results["not_run"], key)
             print(results["rows"][-1], flush=True)
             common.write(str(args.output), results)
+
+
+def without(rows: list[dict], key: dict) -> list[dict]:
+    """The rows that are of something else."""
+    return [row for row in rows if any(row[name] != key[name] for name in _KEY)]
 
 
 def earlier(path: Path, head: dict) -> dict:
@@ -319,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     cores = len(os.sched_getaffinity(0))
     folder = Path(tempfile.gettempdir()) / "onlinenorm-bench-images"
     parser.add_argument("--normalizer", nargs="+", default=["online_clamp", "batch"], choices=list(NORMALIZERS))
-    parser.add_argument("--data", nargs="+", default=["jpeg", "on_device"], choices=DATA)
+    parser.add_argument("--data", nargs="*", default=["jpeg", "on_device"], choices=DATA)
     parser.add_argument("--decoder", nargs="+", default=["nvjpeg"], help="of jpeg; the first is on_device's as well")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--runs", type=int, default=15, help="of cifar10, side by side (%(default)s)")
@@ -350,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("the first epoch is not counted: --epochs and --cifar-epochs are at least 2")
         began = time.perf_counter()
         results = earlier(args.output, common.head(torch.device(args.device)) | {"cores": cores})
-        if args.peers or set(args.data) != {"cifar10"}:
+        if args.peers or set(args.data) - {"cifar10"}:
             results["images"] = make_set(args.images, args.unique, args.train, 64)
             print(f"files: {time.perf_counter() - began:.0f} s", flush=True)
             args.seconds -= time.perf_counter() - began
