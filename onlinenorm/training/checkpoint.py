@@ -1,6 +1,8 @@
-"""Checkpoint files: written atomically, verified, read without trusting their content; and where a run resumes."""
+"""Checkpoint files: written atomically by a thread, verified, read without trusting them; and where a run resumes."""
 
+import concurrent.futures
 import contextlib
+import copy
 import os
 import pickle
 import re
@@ -148,11 +150,71 @@ def _check_kinship(path: Path, content: dict[str, Any], config: dict[str, Any] |
         )
 
 
+def host_copy(state: Any) -> tuple[Any, torch.cuda.Event | None]:
+    """A copy of nested containers with their tensors in host memory, and the event after which it is complete.
+
+    The copy is that of now: what the device is asked to do afterwards waits for it (205 MB of ResNet-50 and SGD: some 5
+    ms), the caller does not. None where there is nothing to wait for.
+    """
+    devices: set[torch.device] = set()
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, dict):
+            of_its_kind = copy.copy(value)  # with attributes, where a module's state keeps the versions of its layers
+            for key, entry in value.items():  # not update(), which adds to a Counter
+                of_its_kind[key] = copied(entry)
+            return of_its_kind
+        if isinstance(value, list | tuple):
+            return type(value)(copied(entry) for entry in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not value.is_cuda:
+            return value.detach().clone()
+        devices.add(value.device)
+        # pinned, or the copy would be waited for; torch keeps such memory for the next one
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
+
+    result = copied(state)
+    assert len(devices) <= 1, "a process trains on one device"
+    return result, torch.cuda.current_stream(devices.pop()).record_event() if devices else None
+
+
 class VerifiedIO(CheckpointIO):
-    """Lightning's door to `write` and `read`."""
+    """Lightning's door to `write`, which a thread calls, and `read`.
+
+    A save returns once the state is copied. One to a path whose last save is still being written waits for that: no
+    more than a copy a path is held. What goes wrong in the thread is raised by the next call.
+    """
+
+    def __init__(self) -> None:
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: dict[Path, concurrent.futures.Future] = {}
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        write(checkpoint, Path(path))
+        path = Path(path)
+        if path in self._writing:
+            self._writing.pop(path).result()
+        self.check()
+        state, ready = host_copy(checkpoint)
+
+        def write_when_ready() -> None:
+            if ready is not None:
+                ready.synchronize()
+            write(state, path)
+
+        self._writing[path] = self._writer.submit(write_when_ready)
+
+    def check(self) -> None:
+        """Raises what went wrong in the thread; does not wait."""
+        for path in [path for path, written in self._writing.items() if written.done()]:
+            self._writing.pop(path).result()
+
+    def teardown(self) -> None:
+        """Waits until all is written, then raises what went wrong. May be called at any time."""
+        writing, self._writing = self._writing, {}
+        concurrent.futures.wait(writing.values())
+        for written in writing.values():
+            written.result()
 
     def load_checkpoint(self, path, map_location=None, weights_only=True) -> dict[str, Any]:
         return read(Path(path))
@@ -203,6 +265,7 @@ class Checkpoints(Checkpoint):
         self.stop.defer()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        trainer.strategy.checkpoint_io.check()
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = (batch_idx + 1) // trainer.accumulate_grad_batches
@@ -212,7 +275,7 @@ class Checkpoints(Checkpoint):
         if stopping or due:
             self.save(trainer, trainer.current_epoch, step)
         if stopping:
-            self.stop.raise_interrupted(trainer.current_epoch, step)
+            self._leave(trainer, trainer.current_epoch, step)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         # A validation need not be finished before leaving: it is done again. All processes have as many batches.
@@ -221,7 +284,7 @@ class Checkpoints(Checkpoint):
             if trainer.state.fn == "fit":
                 step = trainer.num_training_batches // trainer.accumulate_grad_batches
                 self.save(trainer, epoch, step)
-            self.stop.raise_interrupted(epoch, step)
+            self._leave(trainer, epoch, step)
 
     def on_train_epoch_end(self, trainer, module) -> None:
         loss, top1, _, images = module.reduced(module.val_sums)
@@ -232,13 +295,25 @@ class Checkpoints(Checkpoint):
             self.best_top1 = top1
             if trainer.is_global_zero:
                 best = {"epoch": trainer.current_epoch + 1, "val_top1": top1, "network": module.network.state_dict()}
-                write(best, self.folder / BEST)
+                trainer.strategy.checkpoint_io.save_checkpoint(best, self.folder / BEST)
         self.save(trainer, trainer.current_epoch + 1, 0)
         if self.stop.stop_requested(trainer):
-            self.stop.raise_interrupted(trainer.current_epoch + 1, 0)
+            self._leave(trainer, trainer.current_epoch + 1, 0)
+
+    def on_exception(self, trainer, module, exception) -> None:
+        # what is being written is finished; an error there does not hide this one
+        try:
+            trainer.strategy.checkpoint_io.teardown()
+        except Exception as error:
+            print(error, file=sys.stderr)
+
+    def _leave(self, trainer, epoch: int, step: int) -> None:
+        trainer.strategy.checkpoint_io.teardown()  # what is said to be saved is
+        trainer.strategy.barrier()
+        self.stop.raise_interrupted(epoch, step)
 
     def save(self, trainer, epoch: int, step: int) -> None:
-        """Writes last.ckpt, unless the weights or the loss have stopped being finite."""
+        """Saves last.ckpt, unless the weights or the loss have stopped being finite; a thread writes it."""
         trainer.lightning_module.assert_finite()
         trainer.datamodule.agree_on_unreadable()
         self._position = (epoch, step)

@@ -129,6 +129,7 @@ class ImageClassifier(pl.LightningModule):
 
     def _refuse(self, what: str, step: int) -> NoReturn:
         lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.trainer.strategy.checkpoint_io.teardown()  # one that is being written counts
         last = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt")
         kept = f"The last good checkpoint is kept: {last}." if last.exists() else "No checkpoint had been saved yet."
         raise Diverged(

@@ -1,11 +1,16 @@
 """Checkpoint files survive what happens to files."""
 
 import os
+import subprocess
+import sys
+import threading
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from tests_training import ROOT
 
 from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.training import checkpoint
@@ -86,6 +91,109 @@ def test_what_cannot_be_read_back_never_becomes_the_last(folder, monkeypatch):
         with pytest.raises(RunError, match="cannot be read back"):
             checkpoint.write(state(3), folder / "last.ckpt")
     assert checkpoint.read(folder / "last.ckpt")["position"]["epoch"] == 2
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Keeps the writing thread waiting until it is set."""
+    event, write = threading.Event(), checkpoint.write
+
+    def held_write(state, path):
+        assert event.wait(60)
+        write(state, path)
+
+    monkeypatch.setattr(checkpoint, "write", held_write)
+    return event
+
+
+def test_what_a_thread_writes_is_the_state_of_the_call(tmp_path, held):
+    io = checkpoint.VerifiedIO()
+    layer = torch.nn.BatchNorm2d(3)
+    content = state(1) | {"state_dict": layer.state_dict(), "rows": [{"tensors": (torch.ones(2), 5)}]}
+    content["schedule"]["milestones"] = Counter([30, 60])
+    io.save_checkpoint(content, tmp_path / "last.ckpt")
+    io.check()  # nothing yet, and no waiting
+    assert not list(tmp_path.iterdir())
+    with torch.no_grad():
+        for value in (layer.weight, layer.running_var, content["rows"][0]["tensors"][0]):
+            value.fill_(7)
+    content["rows"].append(1)
+    held.set()
+    io.teardown()
+    saved = checkpoint.read(tmp_path / "last.ckpt")
+    assert torch.equal(saved["state_dict"]["weight"], torch.ones(3))
+    assert torch.equal(saved["state_dict"]["running_var"], torch.ones(3))
+    assert saved["state_dict"]._metadata == layer.state_dict()._metadata
+    assert saved["schedule"]["milestones"] == {30: 1, 60: 1}
+    ((kept,),) = [row.values() for row in saved["rows"]]
+    assert torch.equal(kept[0], torch.ones(2)) and kept[1] == 5
+
+
+def test_a_save_waits_for_the_one_before_of_its_path_only(tmp_path, held):
+    io = checkpoint.VerifiedIO()
+    io.save_checkpoint(state(1), tmp_path / "best.ckpt")
+    io.save_checkpoint(state(2), tmp_path / "last.ckpt")
+    second = threading.Thread(target=io.save_checkpoint, args=(state(3), tmp_path / "last.ckpt"))
+    second.start()
+    second.join(0.1)
+    assert second.is_alive() and not list(tmp_path.iterdir())
+    held.set()
+    second.join()
+    io.teardown()
+    epochs = {path.name: checkpoint.read(path)["position"]["epoch"] for path in tmp_path.iterdir()}
+    assert epochs == {"best.ckpt": 1, "previous.ckpt": 2, "last.ckpt": 3}
+
+
+@pytest.mark.parametrize("asked", ["check", "teardown", "save"])
+def test_what_goes_wrong_in_the_thread_is_raised_once_by_the_next_call(tmp_path, monkeypatch, asked):
+    def full(content, file):
+        raise OSError(28, "No space left on device")
+
+    io = checkpoint.VerifiedIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "save", full)
+        io.save_checkpoint(state(1), tmp_path / "last.ckpt")
+        (written,) = io._writing.values()
+        assert isinstance(written.exception(), RunError)
+    calls = {"check": io.check, "teardown": io.teardown}
+    calls["save"] = lambda: io.save_checkpoint(state(2), tmp_path / "best.ckpt")
+    with pytest.raises(RunError, match=r"last.ckpt: could not be saved .*No space left on device.*Free some space"):
+        calls[asked]()
+    io.teardown()
+    assert not list(tmp_path.iterdir())
+
+
+KILLED_OVER_AND_OVER = """
+import itertools, os, random, signal, sys, time
+from pathlib import Path
+from onlinenorm.training import checkpoint
+from test_checkpoint import state
+
+folder, draw, before = Path(sys.argv[1]), random.Random(0), 0
+for attempt in range(40):
+    if not (child := os.fork()):
+        io = checkpoint.VerifiedIO()
+        for number in itertools.count(before + 1):
+            io.save_checkpoint(state(number), folder / "last.ckpt")
+    time.sleep(draw.uniform(0.01, 0.1))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    path, position = checkpoint.resumable(folder)
+    if path is not None:
+        assert (checkpoint.read(path)["weights"] == position["epoch"]).all() and position["epoch"] >= before
+        before = position["epoch"]
+print(before)
+"""
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_one(tmp_path):
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "tests/helpers", "tests/training"))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_OVER_AND_OVER, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout) > 0, "it must have got as far as a file for this to test anything"
 
 
 class Evil:
