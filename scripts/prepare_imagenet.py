@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""ImageNet from its official archives to what data=imagenet reads; and a check of any such folder.
+"""ImageNet from its archives, in any form, to folders or a few large files; and a check of any such folder.
 
     scripts/prepare_imagenet.py ARCHIVES ROOT             class folders: ROOT/train/CLASS/*, ROOT/val/CLASS/*
     scripts/prepare_imagenet.py ARCHIVES ROOT --packed    a few large tar files, for network filesystems
     scripts/prepare_imagenet.py --verify ROOT             counts, classes, decodability, fingerprint
 
-ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or is itself a set of
-class folders (to be packed) or shards (to be unpacked). The archives can also be trained from as they are:
-data.root=ARCHIVES. Images go straight from the archives to their place, so nothing is on disk twice but the archives.
+ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or ImageNet in any
+other form that data=imagenet reads: Kaggle's zip file or folders, the hub's Parquet files, class folders (to be
+packed), shards (to be unpacked). All can also be trained from as they are: data.root=ARCHIVES. Images go straight from
+the archives to their place, so nothing is on disk twice but the archives.
 The same command again continues where it was interrupted, and changes nothing where all is done.
 
 Exit code 0: done and, with --verify, found good; 1: what is wrong is printed; 2: wrong usage.

@@ -127,9 +127,9 @@ def test_an_extra_is_enough_for_its_programs(extra, programs):
 
 
 def test_the_extras_are_what_the_tests_and_the_scripts_install():
-    assert set(EXTRAS) == {"train", "report", "deploy", "onnx", "submitit", "test"}
+    assert set(EXTRAS) == {"train", "report", "deploy", "onnx", "parquet", "submitit", "test"}
     (rest,) = [requirement for requirement in EXTRAS["test"] if requirement.startswith("onlinenorm")]
-    assert rest == "onlinenorm[train,report,deploy,onnx]"
+    assert rest == "onlinenorm[train,report,deploy,onnx,parquet]"
     assert ".[train,report,deploy${extra:+,$extra}]" in (ROOT / "scripts/environment.sh").read_text(encoding="utf-8")
 
 

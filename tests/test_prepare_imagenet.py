@@ -11,6 +11,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parent / "data"))
 
 from image_folders import write_tree
+from imagenet_forms import rows_of, write_folders, write_kaggle, write_parquet, zip_folder
 from official_archives import WNIDS, write_official
 
 from onlinenorm.data import ImageNet, prepare
@@ -98,6 +99,28 @@ def test_packed_again_and_back(main, official, tmp_path, monkeypatch):
     assert main(tmp_path / "packed", tmp_path / "unpacked") == 0
     assert tree(tmp_path / "unpacked") == tree(tmp_path / "direct")
     assert main(official, tmp_path / "packed", "--no-checksum", "--packed") == 1  # another division
+
+
+@pytest.mark.parametrize("form", ["kaggle", "zip", "parquet"])
+def test_every_form_becomes_a_tree_and_shards(main, tmp_path, capsys, form):
+    folders, source = write_folders(tmp_path / "folders"), tmp_path / "a source"
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+        for split, name in (("train", "train"), ("val", "validation")):
+            write_parquet(source, name, rows_of(folders / split))
+    else:
+        write_kaggle(folders, source)
+        source = zip_folder(source, tmp_path / "images.zip") if form == "zip" else source
+    for _ in range(2):
+        assert main(source, tmp_path / "root") == 0 and main(source, tmp_path / "packed", "--packed", "--verify") == 0
+        assert tree(tmp_path / "root") == tree(folders)
+    assert "3 classes, 0 of them written now" in capsys.readouterr().out
+    assert main("--verify", source, "--decode", "all") == 0
+    printed = capsys.readouterr().out
+    data, packed = ImageNet(root=str(source)), ImageNet(root=str(tmp_path / "packed"))
+    assert data.fingerprint == packed.fingerprint == ImageNet(root=str(folders)).fingerprint
+    assert data.fingerprint in printed and "(imagenet-subset); 21 decoded, 0 unreadable" in printed
+    assert data.describe()["verified"]["decoded"] == 21 and packed.describe()["verified"]["problems"] == []
 
 
 def test_chosen_classes_only(main, official, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """train.py on class folders, shards and archives: from files to results.json."""
 
+import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +14,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from image_folders import write_tree
+from imagenet_forms import rows_of, write_folders, write_kaggle, write_parquet, zip_folder
 from official_archives import write_official
 from tests_training import load_train_module
 
 from onlinenorm.data import ImageNet
 from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, read_split
 from onlinenorm.data.imagenet import open_splits
+from onlinenorm.data.kaggle import ZIP
 from onlinenorm.data.prepare import chosen_classes, extract, pack
 from onlinenorm.errors import ConfigError
 
@@ -104,6 +108,25 @@ def test_official_archives_train_the_same_in_every_layout(tmp_path):
     for key in ("parameters_sha256", "last", "dataset"):
         assert found["tree"][key] == found["packed"][key] == found["official"][key]
     assert found["tree"]["dataset"]["decoder"] == "pillow" and found["tree"]["dataset"]["val_decoder"] == "pillow"
+
+
+def test_imagenet_trains_the_same_in_every_form(tmp_path):
+    folders = write_folders(tmp_path / "folders")
+    write_kaggle(folders, tmp_path / "kaggle")
+    (tmp_path / "zip").mkdir()
+    zip_folder(tmp_path / "kaggle", tmp_path / "zip" / ZIP)
+    shutil.copytree(folders / "train", tmp_path / "test" / "train")
+    shutil.copytree(folders / "val", tmp_path / "test" / "test")
+    forms = ["folders", "kaggle", "zip", "test"]
+    if importlib.util.find_spec("pyarrow"):
+        forms.append("parquet")
+        for split, name in (("train", "train"), ("val", "validation")):
+            write_parquet(tmp_path / "parquet" / "data", name, rows_of(folders / split))
+    found = {form: run(tmp_path / f"run-{form}", tmp_path / form) for form in forms}
+    for form, results in found.items():
+        for key in ("parameters_sha256", "last", "dataset", "scale"):
+            assert results[key] == found["folders"][key], (form, key)
+    assert (found["zip"]["scale"], found["zip"]["dataset"]["name"]) == ("imagenet-subset", "imagenet")
 
 
 def test_sets_on_the_device_train_the_same(tmp_path):

@@ -11,7 +11,7 @@ import hashlib
 import os
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -58,12 +58,16 @@ class ArchiveIndex(FolderIndex):
         return self.archives[self.places[index]] / self.relative_path(index)
 
     def read(self, index: int) -> bytes:
+        return self._stored(index, int(self.sizes[index]))
+
+    def _stored(self, index: int, count: int, skip: int = 0, more: int = 0) -> bytes:
+        """`count` bytes from `skip` bytes behind where the image begins, and up to `more`; OSError where it ends."""
         place = int(self.places[index])
         if place not in self._open:
             self._open[place] = os.open(self.archives[place], os.O_RDONLY | os.O_CLOEXEC)
         # pread leaves the file's position alone: workers forked from one process share it
-        data = os.pread(self._open[place], int(self.sizes[index]), int(self.starts[index]))
-        if len(data) != self.sizes[index]:
+        data = os.pread(self._open[place], count + more, int(self.starts[index]) + skip)
+        if len(data) < count:
             raise OSError(f"{self.archives[place]} ends within {self.relative_path(index)}")
         return data
 
@@ -87,7 +91,7 @@ def load_shards(archives: list[Path], name: str) -> ArchiveIndex:
     """The index of a split whose class folders lie in tar shards (members CLASS/FILE)."""
     archives = [path.resolve() for path in archives]
     members = lambda: (m for place, path in enumerate(archives) for m in _scan(path, place))  # noqa: E731
-    key = _key(archives)
+    key = files_key(archives)
     arrays = cached_arrays(archives[0].parent, name, key, lambda: _arrays(members(), archives))
     return ArchiveIndex(archives, **arrays)
 
@@ -110,7 +114,7 @@ def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveInd
             raise DataError(
                 f"{archive} is missing; download it from https://image-net.org, or link it there", key="root"
             )
-        key = _key([archive, devkit_path])
+        key = files_key([archive, devkit_path])
         arrays = cached_arrays(folder, name, key, functools.partial(_build, members, archive))
         indexes.append(ArchiveIndex([archive], **arrays))
     return indexes[0], indexes[1]
@@ -250,11 +254,6 @@ def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
 
     Raises DataError where no class folders are left.
     """
-
-    def order(member: Member) -> tuple[str, str, str]:
-        parent, _, file = member[0].rpartition("/")
-        return member[0].partition("/")[0], parent, file
-
     last = {m[0]: m for m in members if m[0].lower().endswith(EXTENSIONS) and not m[0].startswith(".")}
     folders = {posixpath.dirname(path) for path in last}
     common = posixpath.commonpath(folders) if folders else ""
@@ -263,25 +262,40 @@ def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
             (short := path.removeprefix(f"{common}/")): (short, place, start, size)
             for path, place, start, size in last.values()
         }
-    images = sorted(last.values(), key=order)
-    loose = [path for path, *_ in images if "/" not in path]
+    images = list(last.values())
+    loose = sorted(path for path, *_ in images if "/" not in path)
     if loose or not images:
         what = f"images outside class folders: {name_few(loose)}" if loose else "no image"
         raise DataError(
             f"{name_few([str(a) for a in archives])} hold {what}; expected are members CLASS/FILE", key="root"
         )
-    classes, labels = np.unique([path.partition("/")[0] for path, *_ in images], return_inverse=True)
+    return member_arrays(images)
+
+
+def member_arrays(members: Iterable[Sequence], more: Mapping[str, type] | None = None) -> Arrays:
+    """The arrays of an ArchiveIndex of `Member`s CLASS/FILE, in the order in which class folders are read.
+
+    Args:
+        more: names and types of what follows in each after the four of a `Member`.
+    """
+
+    def order(member: Sequence) -> tuple[str, str, str]:
+        parent, _, file = member[0].rpartition("/")
+        return member[0].partition("/")[0], parent, file
+
+    paths, *columns = zip(*sorted(members, key=order), strict=True)
+    classes, labels = np.unique([path.partition("/")[0] for path in paths], return_inverse=True)
+    types = {"places": np.int32, "starts": np.int64, "sizes": np.int64, **(more or {})}
     return {
-        **pack_names([path for path, *_ in images]),
+        **pack_names(paths),
         "labels": labels.astype(np.int32),
-        "sizes": np.array([size for *_, size in images], dtype=np.int64),
-        "places": np.array([place for _, place, _, _ in images], dtype=np.int32),
-        "starts": np.array([start for _, _, start, _ in images], dtype=np.int64),
         "class_names": classes,
+        **{name: np.array(column, dtype) for (name, dtype), column in zip(types.items(), columns, strict=True)},
     }
 
 
-def _key(files: list[Path]) -> str:
+def files_key(files: Iterable[Path]) -> str:
+    """Another one where any of the files has changed."""
     digest = hashlib.sha256(_FORMAT.encode())
     for path in files:
         status = os.stat(path)

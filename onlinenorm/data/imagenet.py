@@ -1,9 +1,10 @@
-"""ImageNet, or any set laid out as train/ and val/ class folders, loose or in tar files."""
+"""ImageNet in each form in which people have it, or any set laid out as train/ and val/ class folders."""
 
 import functools
 import logging
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,34 +13,42 @@ from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, load_
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DEVICE_DECODERS
 from onlinenorm.data.index import EXTENSIONS, FolderIndex, list_classes, load_index, name_few
+from onlinenorm.data.kaggle import COMPETITION, LABELS, ZIP, find_images, load_folders, load_zip
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
+from onlinenorm.data.parquet import load_tables
 from onlinenorm.data.verify import recorded, scale_of
 from onlinenorm.errors import ArgumentError, DataError
 
 log = logging.getLogger(__name__)
 
-_LAYOUT = """\
+_LAYOUT = f"""\
 Expected in ROOT, any one of
-  folders:   ROOT/train/CLASS/*.JPEG and ROOT/val/CLASS/*.JPEG with the same class folders in both
+  folders:   ROOT/train/CLASS/*.JPEG and ROOT/val/CLASS/*.JPEG (or test/) with the same class folders in both
              (ImageNet: 1,000 folders named n01440764 ... n15075141, 1,281,167 and 50,000 images)
-  shards:    train-*.tar and val-*.tar with members CLASS/*.JPEG, as scripts/prepare_imagenet.py --packed writes them
+  Kaggle's:  {ZIP}, or what it unpacks to, ILSVRC/ and {LABELS}
+             (https://www.kaggle.com/c/{COMPETITION})
+  Parquet:   train-*.parquet and validation-*.parquet of https://huggingface.co/datasets/ILSVRC/imagenet-1k
   archives:  ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as downloaded
-To get ImageNet: register at https://image-net.org, download the three archives; they can be read as they are, or
-unpacked with: python scripts/prepare_imagenet.py ARCHIVES ROOT
+             from https://image-net.org
+  shards:    train-*.tar and val-*.tar with members CLASS/*.JPEG, as scripts/prepare_imagenet.py --packed writes them
+To get ImageNet: register at one of the three addresses. All forms are read as they are.
 Then: python train.py experiment=table1 data.root=ROOT
 Without any download: python train.py experiment=quickstart (real images, small network, minutes on a CPU)."""
+
+Splits = tuple[FolderIndex, FolderIndex]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ImageNet(ImageDataModule):
-    """Class folders train/CLASS and val/CLASS, loose or in tar files, read as torchvision's ImageFolder does.
+    """Class folders train/CLASS and val/CLASS, read as torchvision's ImageFolder does, or the same set in another form.
 
-    Labels are positions in the sorted list of class folders. `scale` is "imagenet" only for 1,000 classes with
-    1,281,167 and 50,000 images, "imagenet-subset" for other sets of classes named by WordNet's ids (n01440764), else
-    "folder", and `name` then that of the folder. Training crops have `image_size` pixels; validation
-    resizes the shorter side to image_size * 256 / 224 first. pad_crop and none are meant for small images.
-    Arguments are those of ImageDataModule.
+    The forms are class folders (test/ stands in for a missing val/), Kaggle's folders and its zip file, Parquet files
+    of the hub, tar shards, and the official archives; images, order and fingerprint are the same in all. Labels are
+    positions in the sorted list of class folders. `scale` is "imagenet" only for 1,000 classes with 1,281,167 and
+    50,000 images, "imagenet-subset" for other sets of classes named by WordNet's ids (n01440764), else "folder", and
+    `name` then that of the folder. Training crops have `image_size` pixels; validation resizes the shorter side to
+    image_size * 256 / 224 first. pad_crop and none are meant for small images. Arguments are those of ImageDataModule.
     """
 
     num_workers: int | None = None
@@ -102,36 +111,74 @@ class ImageNet(ImageDataModule):
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def open_splits(root: str | None, progress: Progress | None = None) -> tuple[FolderIndex, FolderIndex]:
-    """Indexes of the training and validation images below `root`, from whichever layout is there.
+def open_splits(root: str | None, progress: Progress | None = None) -> Splits:
+    """Indexes of the training and validation images in `root`, from whichever form is there.
 
-    Raises DataError for anything that is not a layout expected. `progress` is called during long work; None logs it.
+    Raises DataError for anything that is not a form expected. `progress` is called during long work; None logs it.
     """
     if root is None:
         raise DataError(f"no ImageNet folder is given.\n{_LAYOUT}", key="root")
     folder = Path(root).expanduser()
-    if not folder.is_dir():
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".zip"):
         kind = "is a file, not a folder" if folder.exists() else "does not exist"
+        kind = "is a link that leads nowhere" if folder.is_symlink() and not folder.exists() else kind
         raise DataError(f"{folder.absolute()} {kind}.\n{_LAYOUT}", key="root")
-    missing = [split for split in ("train", "val") if not (folder / split).is_dir()]
-    if not missing:
-        _check_classes(folder, *(list_classes(folder / split) for split in ("train", "val")))
-        return load_index(folder / "train"), load_index(folder / "val")
-    shards = [_find_shards(folder, split) for split in ("train", "val")]
+    forms = _forms(folder)
+    if not forms:
+        missing = [split for split in ("train", "val") if not (folder / split).is_dir()]
+        found = name_few(sorted(os.listdir(folder))) or "nothing"
+        raise DataError(
+            f"{folder.absolute()} holds no folder {' and no folder '.join(missing)} (it holds: {found}), nor tar "
+            f"files of them.\n{_LAYOUT}",
+            key="root",
+        )
+    taken, *others = forms
+    if others:
+        log.warning("%s holds images in several forms, %s: read are the %s", folder, ", ".join(forms), taken)
+    train, val = forms[taken](progress or _log_progress)
+    _check_classes(folder, train.class_names, val.class_names)
+    return train, val
+
+
+def _forms(folder: Path) -> dict[str, Callable[[Progress], Splits]]:
+    """Form -> what opens it, of the forms that are there; the first is the one to read."""
+    if folder.is_file():
+        return {"a zip file": functools.partial(load_zip, folder)}
+    forms: dict[str, Callable[[Progress], Splits]] = {}
+    images = find_images(folder)
+    val = next((name for name in ("val", "test") if (folder / name).is_dir()), "")
+    labelled = val == "val" or (val and list_classes(folder / val))  # a test set may be one without classes
+    if (folder / "train").is_dir() and labelled and images != folder:
+        forms["class folders"] = lambda _: _load_folders(folder, val)
+    if images is not None:
+        forms["Kaggle's folders"] = lambda _: load_folders(images)
+    shards = [_split_files(folder, names, "tar") for names in (("train",), ("val", "test"))]
     if all(shards):
-        train, val = (load_shards(found, split) for found, split in zip(shards, ("train", "val"), strict=True))
-        _check_classes(folder, train.class_names, val.class_names)
-        return train, val
+        forms["tar shards"] = lambda _: _load_shards(shards)
+    for place in (folder, folder / "data"):
+        tables = [_split_files(place, names, "parquet") for names in (("train",), ("val", "test"))]
+        if all(tables):
+            forms["Parquet files"] = functools.partial(_load_tables, tables)
+            break
     if (folder / TRAIN_ARCHIVE).exists() or (folder / VAL_ARCHIVE).exists():
-        train, val = load_official(folder, progress or _log_progress)
-        _check_classes(folder, train.class_names, val.class_names)
-        return train, val
-    found = name_few(sorted(os.listdir(folder))) or "nothing"
-    raise DataError(
-        f"{folder.absolute()} holds no folder {' and no folder '.join(missing)} (it holds: {found}), nor tar "
-        f"files of them.\n{_LAYOUT}",
-        key="root",
-    )
+        forms["official archives"] = functools.partial(load_official, folder)
+    if (folder / ZIP).is_file():
+        forms["Kaggle's zip file"] = functools.partial(load_zip, folder / ZIP)
+    return forms
+
+
+def _load_folders(folder: Path, val: str) -> Splits:
+    _check_classes(folder, list_classes(folder / "train"), list_classes(folder / val), val)
+    return load_index(folder / "train"), load_index(folder / val)
+
+
+def _load_shards(shards: list[list[Path]]) -> Splits:
+    train, val = (load_shards(_complete(files), split) for files, split in zip(shards, ("train", "val"), strict=True))
+    return train, val
+
+
+def _load_tables(tables: list[list[Path]], progress: Progress) -> Splits:
+    return load_tables(_complete(tables[0]), _complete(tables[1]), progress)
 
 
 def _log_progress(what: str, done: int, total: int | None) -> None:
@@ -139,22 +186,29 @@ def _log_progress(what: str, done: int, total: int | None) -> None:
         log.warning("%s: %s of %s, once for this folder", what, done, total)
 
 
-def _find_shards(folder: Path, split: str) -> list[Path]:
-    """The tar files of a split, sorted; DataError where their names say that some are missing."""
-    shards = sorted(path for path in folder.glob(f"{split}*.tar") if path.is_file())
-    announced = {int(found[1]) for path in shards if (found := re.search(r"-of-(\d+)\.tar$", path.name))}
-    if announced and announced != {len(shards)}:
+def _split_files(folder: Path, names: Sequence[str], suffix: str) -> list[Path]:
+    """The files of a split, sorted; of the first of its names that has any."""
+    found = (sorted(p for p in folder.glob(f"{name}*.{suffix}") if p.is_file()) for name in names)
+    return next(filter(None, found), [])
+
+
+def _complete(files: list[Path]) -> list[Path]:
+    """The files; DataError where their names say that some are missing."""
+    announced = {int(found[1]) for path in files if (found := re.search(r"-of-(\d+)[-.]", path.name))}
+    if announced and announced != {len(files)}:
+        kind, split = files[0].suffix[1:], re.split(r"\W", files[0].name)[0]
+        again = "run scripts/prepare_imagenet.py --packed again" if kind == "tar" else "download again"
         raise DataError(
-            f"{folder.absolute()} holds {len(shards)} tar files of {split}, and their names announce "
-            f"{' or '.join(map(str, sorted(announced)))}; run scripts/prepare_imagenet.py --packed again to complete "
-            "them, or remove those of another division",
+            f"{files[0].parent.absolute()} holds {len(files)} {kind} files of {split}, and their names announce "
+            f"{' or '.join(map(str, sorted(announced)))}; {again} to complete them, or remove those of another "
+            "division",
             key="root",
         )
-    return shards
+    return files
 
 
-def _check_classes(folder: Path, train: list[str], val: list[str]) -> None:
-    for split, classes in (("train", train), ("val", val)):
+def _check_classes(folder: Path, train: list[str], val: list[str], val_folder: str = "val") -> None:
+    for split, classes in (("train", train), (val_folder, val)):
         if not classes:
             loose = sum(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(folder / split))
             hint = f"; its {loose} images lie loose and have to be sorted into class folders" if loose else ""
@@ -164,11 +218,11 @@ def _check_classes(folder: Path, train: list[str], val: list[str]) -> None:
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     differences = [
         f"{len(names)} only in {split}/: {name_few(names)}"
-        for split, names in (("train", only_train), ("val", only_val))
+        for split, names in (("train", only_train), (val_folder, only_val))
         if names
     ]
     raise DataError(
-        f"train/ and val/ in {folder.absolute()} must hold the same class folders, because a label is a position "
-        f"in their sorted list; {'; '.join(differences)}. Complete the one or remove them from the other.",
+        f"train/ and {val_folder}/ in {folder.absolute()} must hold the same class folders, because a label is a "
+        f"position in their sorted list; {'; '.join(differences)}. Complete the one or remove them from the other.",
         key="root",
     )

@@ -5,7 +5,7 @@ import copy
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -123,10 +123,10 @@ def list_classes(folder: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
 
 
-def load_index(folder: Path) -> FolderIndex:
-    """The index of a split, from its cache file while that holds (`unchanged`)."""
+def load_index(folder: Path, classes: list[str] | None = None) -> FolderIndex:
+    """The index of a split, from its cache file while that holds (`unchanged`); `classes` names some of its folders."""
     folder = Path(folder).resolve()
-    classes = list_classes(folder)
+    classes = list_classes(folder) if classes is None else classes
     names = [_FORMAT.encode(), os.fsencode(folder), *(os.fsencode(name) for name in classes)]
     key = hashlib.sha256(b"\0".join(names)).hexdigest()
     arrays = cached_arrays(
@@ -186,7 +186,7 @@ def build_index(folder: Path, classes: list[str]) -> Arrays:
     }
 
 
-def pack_names(paths: list[str]) -> Arrays:
+def pack_names(paths: Sequence[str]) -> Arrays:
     """Paths as `names`, their bytes one after another, and `offsets`."""
     encoded = [os.fsencode(path) for path in paths]
     return {

@@ -1,16 +1,12 @@
 """Tiny ImageNet (Stanford CS231n): 200 classes of ImageNet at 64 x 64 pixels, as downloaded or in class folders."""
 
 import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from onlinenorm.data.class_folders import check_classes, validation_folder
+from onlinenorm.data.class_folders import MovedIndex, check_classes, sorted_by_list, validation_folder
 from onlinenorm.data.imagenet import ImageNet
-from onlinenorm.data.index import FolderIndex, list_classes, load_index, name_few, pack_names
+from onlinenorm.data.index import FolderIndex, list_classes, load_index, pack_names
 from onlinenorm.errors import DataError
 
 FOLDER, ANNOTATIONS = "tiny-imagenet-200", "val_annotations.txt"
@@ -82,22 +78,6 @@ class TinyImageNet(ImageNet):
         return (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
 
 
-class MovedIndex(FolderIndex):
-    """A FolderIndex whose images are named as in class folders, CLASS/FILE, and lie elsewhere below `folder`.
-
-    Args:
-        place: where, of `{wnid}` and `{file}`. Others as FolderIndex.
-    """
-
-    def __init__(self, folder: Path, place: str, class_names: list[str], **arrays: Any):
-        super().__init__(folder, class_names, **arrays)
-        self.place = place
-
-    def path(self, index: int) -> Path:
-        wnid, _, file = self.relative_path(index).partition("/")
-        return self.folder / self.place.format(wnid=wnid, file=file)
-
-
 def read_classes(folder: Path) -> list[str]:
     """The classes of wnids.txt, sorted, which is not their order there; DataError where it is missing or empty."""
     try:
@@ -133,22 +113,6 @@ def annotated(val: Path, classes: list[str]) -> FolderIndex:
         raise DataError(f"{file} has a line that is no FILE, tab, CLASS; unpack the set again", key="root") from None
     if len(wnids) < len(lines):
         raise DataError(f"{file} names {len(lines) - len(wnids)} files twice; unpack the set again", key="root")
-    with os.scandir(val / "images") as entries:
-        sizes = {entry.name: entry.stat().st_size for entry in entries if not entry.name.startswith(".")}
-    for names, what in ((set(wnids) - set(sizes), "names {} files that are not in images/"),
-                        (set(sizes) - set(wnids), "does not name {} files of images/")):  # fmt: skip
-        if names:
-            raise DataError(
-                f"{file} {what.format(len(names))}: {name_few(sorted(names))}; unpack the set again", key="root"
-            )
-    check_classes(file, wnids.values(), classes, "Tiny ImageNet")
-    order = sorted(wnids, key=lambda name: (wnids[name], name))
-    labels = {wnid: label for label, wnid in enumerate(classes)}
-    return MovedIndex(
-        val,
-        "images/{file}",
-        classes,
-        **pack_names([f"{wnids[name]}/{name}" for name in order]),
-        labels=np.array([labels[wnids[name]] for name in order], dtype=np.int32),
-        sizes=np.array([sizes[name] for name in order], dtype=np.int64),
-    )
+    index = sorted_by_list(load_index(val, ["images"]), wnids, file)
+    check_classes(file, index.class_names, classes, "Tiny ImageNet")
+    return index

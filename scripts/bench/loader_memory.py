@@ -73,7 +73,7 @@ def long_index(root: Path, train: int, val: int, classes: int) -> Path:
             "starts": np.full(count, 512),
             "class_names": np.array([f"n{label:08d}" for label in range(classes)]),
         }
-        cached_arrays(shard.parent, split, archives._key([shard]), partial(dict, arrays))
+        cached_arrays(shard.parent, split, archives.files_key([shard]), partial(dict, arrays))
     return root
 
 

@@ -7,7 +7,8 @@ from image_folders import write_image, write_tree
 from PIL import Image
 
 from onlinenorm.data import DataError, ImageNet, UnreadableImageError
-from onlinenorm.data.index import FolderIndex, pack_names
+from onlinenorm.data.index import FolderIndex, load_index, pack_names
+from onlinenorm.data.prepare import pack
 from onlinenorm.data.verify import verify
 
 
@@ -161,8 +162,62 @@ def test_no_root():
         ImageNet().setup()
     text = str(caught.value)
     assert text.startswith("root: no ImageNet folder is given") and len(text.splitlines()) < 15
-    for part in ("image-net.org", "ROOT/train/CLASS", "data.root=", "experiment=quickstart"):
+    forms = ("ROOT/train/CLASS", "(or test/)", "imagenet-object-localization-challenge.zip", "train-*.parquet", ".tar")
+    for part in (*forms, "image-net.org", "kaggle.com", "huggingface.co", "data.root=", "experiment=quickstart"):
         assert part in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_labelled_test_set_stands_in_for_validation(tree):
+    def content():
+        data = module(tree)
+        data.setup()
+        return data.fingerprint, torch.cat([batch[0] for batch in data.val_dataloader()])
+
+    digest, pixels = content()
+    (tree / "val").rename(tree / "test")
+    same, found = content()
+    assert same == digest and torch.equal(found, pixels)
+    shutil.copytree(tree / "test", tree / "val")
+    (tree / "test" / "bee").rename(tree / "test" / "boa")
+    assert module(tree).class_names == ["ant", "bee", "cat"], "val/ is read where it is there"
+    shutil.rmtree(tree / "val")
+    with pytest.raises(DataError, match=r"train/ and test/ in .* 1 only in train/: bee; 1 only in test/: boa"):
+        module(tree).setup()
+    shutil.rmtree(tree / "test")
+    write_image(tree / "test" / "1.JPEG", 0)
+    with pytest.raises(DataError, match=r"holds no folder val \(it holds: test, train\)"):
+        module(tree).setup()
+
+
+def test_of_several_forms_one_is_named_and_read(tree, caplog):
+    expected = module(tree)
+    expected.setup()
+    assert "several forms" not in caplog.text
+    for split in ("train", "val"):
+        index = load_index(tree / split)
+        pack(index, tree, split, index.class_names[:2])
+    (tree / "ILSVRC2012_img_val.tar").touch()
+    data = module(tree)
+    assert data.fingerprint == expected.fingerprint
+    assert (
+        "holds images in several forms, class folders, tar shards, official archives: read are the class f"
+        in caplog.text
+    )
+
+
+def test_paths_of_any_kind(tree, tmp_path):
+    expected = module(tree)
+    expected.setup()
+    moved = tree.rename(tmp_path / "a set, with = and 'ü'")
+    (tmp_path / "link").symlink_to(moved)
+    for root in (moved, tmp_path / "link"):
+        assert module(root).fingerprint == expected.fingerprint
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("gone")
+    for name in ("loop", "nowhere"):
+        with pytest.raises(DataError, match=f"^root: .*{name} is a link that leads nowhere"):
+            module(tmp_path / name).setup()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,250 @@
+"""The hub's Parquet files are the set of the class folders, read image by image, and damage gets one sentence."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from imagenet_forms import NAMES, WNIDS, rows_of, write_folders, write_parquet
+
+from onlinenorm.data import DataError, ImageNet
+from onlinenorm.data.imagenet import open_splits
+from onlinenorm.data.parquet import CODECS, load_tables
+
+pyarrow = pytest.importorskip("pyarrow")  # the extra `parquet`, which the tests' extra brings
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("sets") / "class folders", train=8, val=3)
+
+
+def write_set(root, folders, named=True, **options):
+    for split, name in (("train", "train"), ("val", "validation")):
+        write_parquet(root, name, rows_of(folders / split, named), **options)
+    return root
+
+
+def described(root, **arguments):
+    """The fingerprint of a set, its paths and what both loaders yield."""
+    data = ImageNet(root=str(root), image_size=32, batch_size=5, augmentation="random_resized_crop",
+                    **{"num_workers": 0, **arguments})  # fmt: skip
+    data.setup()
+    paths = [d.index.relative_path(i) for d in data._sets for i in range(len(d))]
+    return data.fingerprint, paths, [b for loader in (data.train_dataloader(), data.val_dataloader()) for b in loader]
+
+
+def assert_same(one, other):
+    assert one[:2] == other[:2] and len(one[2]) == len(other[2]) > 1
+    assert all(torch.equal(x, y) for a, b in zip(one[2], other[2], strict=True) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("folder", ["a set", "a set/data"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_files_are_the_set(folders, tmp_path, folder, workers):
+    write_set(tmp_path / folder, folders)
+    assert_same(described(tmp_path / "a set", num_workers=workers), described(folders))
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_every_way_of_writing_them(folders, tmp_path, codec, version, dictionary):
+    options = {"compression": codec, "data_page_version": version, "use_dictionary": dictionary, "row_group_size": 5}
+    write_set(tmp_path, folders, **options)
+    for index, split in zip(open_splits(str(tmp_path)), ("train", "val"), strict=True):
+        paths = [index.relative_path(i) for i in range(len(index))]
+        assert [index.read(i) for i in range(len(index))] == [(folders / split / path).read_bytes() for path in paths]
+        assert set(index.codecs.tolist()) == {CODECS.index({"none": "", "lz4": "lz4_raw"}.get(codec, codec))}
+
+
+def test_images_given_twice_under_two_names(folders, tmp_path):
+    rows = rows_of(folders / "train")
+    again = [{**row, "image": {**row["image"], "path": f"copy_{row['image']['path']}"}} for row in rows]
+    train = write_parquet(tmp_path, "train", rows + again[::-1], files=1)
+    index, _ = load_tables(train, write_parquet(tmp_path, "validation", rows))
+    content = {index.relative_path(i): index.read(i) for i in range(len(index))}
+    assert len(content) == 2 * len(rows)
+    for row in rows:
+        wnid, name = WNIDS[row["label"]], row["image"]["path"].replace(f"_{WNIDS[row['label']]}.", ".")
+        assert content[f"{wnid}/{name}"] == content[f"{wnid}/copy_{name}"] == row["image"]["bytes"]
+
+
+@pytest.mark.parametrize(("codec", "most"), [("none", 1.0), ("snappy", 1.7)])
+def test_an_image_is_read_without_its_row_group(tmp_path, codec, most):
+    # incompressible, as photographs are, and of their size; their beginnings are alike, which Snappy makes copies of
+    sizes = np.random.default_rng(0).integers(60_000, 160_000, 60)
+    head = bytes(range(256)) * 2
+    contents = [head + np.random.default_rng(n).bytes(size) for n, size in enumerate(sizes.tolist())]
+    rows = [{"image": {"bytes": c, "path": f"{WNIDS[0]}_{n}.JPEG"}, "label": 0} for n, c in enumerate(contents)]
+    train = write_parquet(tmp_path, "train", rows, files=1, compression=codec, row_group_size=100)
+    index, _ = load_tables(train, write_parquet(tmp_path, "validation", rows[:1], files=1))
+    for i in np.random.default_rng(1).permutation(len(index)).tolist():
+        assert index.read(i) == contents[int(index.relative_path(i).split("_")[-1][:-5])]
+    assert index.stored.sum() <= most * index.sizes.sum()
+
+
+def test_a_codec_that_costs_the_whole_page_is_told(folders, tmp_path, caplog):
+    write_set(tmp_path, folders, compression="zstd")
+    open_splits(str(tmp_path))
+    assert "reads 5 times its bytes" in caplog.text and f"prepare_imagenet.py {tmp_path} NEW_ROOT" in caplog.text
+    write_set(tmp_path, folders, row_group_size=2)
+    caplog.clear()
+    open_splits(str(tmp_path))
+    assert "times its bytes" not in caplog.text
+
+
+def test_an_index_can_be_copied_and_sent(folders, tmp_path):
+    write_set(tmp_path, folders)
+    train, _ = open_splits(str(tmp_path))
+    expected = train.read(3)
+    for twin in (copy.copy(train), pickle.loads(pickle.dumps(train)), train.take(np.arange(4))):
+        assert twin._open == {} and twin.read(3) == expected
+    assert {name for name, value in vars(train).items() if isinstance(value, list)} == {"archives", "class_names"}
+
+
+def test_the_index_is_made_once_and_follows_the_files(folders, tmp_path, monkeypatch):
+    write_set(tmp_path, folders)
+    first = open_splits(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("onlinenorm.data.parquet._read_table", None)
+        again = open_splits(str(tmp_path))
+        assert again[0].names_digest == first[0].names_digest
+    write_parquet(tmp_path, "train", rows_of(folders / "train")[1:])
+    assert len(open_splits(str(tmp_path))[0]) == len(first[0]) - 1
+
+
+def test_without_names_of_files_the_set_is_not_called_imagenet(folders, tmp_path):
+    write_set(tmp_path / "named", folders, named=False, names=NAMES)
+    data = ImageNet(root=str(tmp_path / "named"))
+    data.setup()
+    assert (data.scale, data.name) == ("folder", "named")
+    assert data.class_names == [f"{n} {name}" for n, name in enumerate(NAMES)]
+    write_set(tmp_path / "imagenet", folders, named=False)
+    data = ImageNet(root=str(tmp_path / "imagenet"))
+    data.setup()
+    assert (data.scale, data.name, data.class_names) == ("folder", "folder imagenet", ["0", "1", "2"])
+    train, _ = open_splits(str(tmp_path / "imagenet"))
+    rows = rows_of(folders / "train")[0::2]
+    first = next(n for n, row in enumerate(rows) if row["label"] == 0)
+    assert train.read(0) == rows[first]["image"]["bytes"]
+    assert train.relative_path(0) == f"0/train-00000-of-00002_{first:06d}.JPEG"
+
+
+def test_classes_of_images_whose_names_do_not_say_are_those_of_their_labels(folders, tmp_path):
+    write_parquet(tmp_path, "train", rows_of(folders / "train"))
+    rows = rows_of(folders / "val")
+    for row in rows:
+        row["image"]["path"] = row["image"]["path"][: len("ILSVRC2012_val_00000001")] + ".JPEG"
+    write_parquet(tmp_path, "val", rows)
+    assert_same(described(tmp_path), described(folders))
+
+
+def test_a_labelled_test_set_stands_in(folders, tmp_path):
+    for split, name in (("train", "train"), ("val", "test")):
+        write_parquet(tmp_path, name, rows_of(folders / split))
+    assert_same(described(tmp_path), described(folders))
+
+
+def relabel(root, folders, **labels):
+    rows = rows_of(folders / "train")
+    write_parquet(root, "train", [{**row, "label": labels.get(f"l{row['label']}", row["label"])} for row in rows])
+
+
+def change_paths(root, folders, old, new):
+    rows = rows_of(folders / "train")
+    for row in rows:
+        row["image"]["path"] = row["image"]["path"].replace(old, new)
+    write_parquet(root, "train", rows)
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def spoil(path):
+    content = bytearray(path.read_bytes())
+    content[4:40] = b"\xff" * 36  # the header of the first page
+    path.write_bytes(content)
+
+
+def drop_column(path, name):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop_columns([name]), path)
+
+
+def without_validation(root, folders):
+    for path in root.glob("validation-*"):
+        path.unlink()
+    write_parquet(root, "test", [{**row, "label": -1} for row in rows_of(folders / "val")])
+
+
+TRAIN = "train-00000-of-00002.parquet"
+CHANGES = [
+    (lambda root, _: cut(root / TRAIN, 5000), f"{TRAIN} is damaged or cut short .*download it again"),
+    (lambda root, _: cut(root / TRAIN, 0), f"{TRAIN} is damaged or cut short"),
+    (lambda root, _: spoil(root / TRAIN), f"{TRAIN} is damaged or cut short"),
+    (lambda root, _: (root / TRAIN).unlink(), r"holds 1 parquet files of train, and their names announce 2; download"),
+    (lambda root, _: drop_column(root / TRAIN, "label"), rf"{TRAIN} holds the columns image.bytes, image.path; expec"),
+    (lambda root, folders: relabel(root, folders, l2=1000), r"holds the label 1000, and labels are 0 to 999"),
+    (lambda root, folders: relabel(root, folders, l2=-7), r"holds the label -7, and labels are 0 to 999"),
+    (lambda root, folders: relabel(root, folders, l2=None), r"cut short \(row 0 of row group 0 holds no image or no"),
+    (lambda root, folders: relabel(root, folders, l2=1), r"has the label 1, and other images of .* or of that label"),
+    (without_validation, r"test-00000-of-00002.parquet holds images without labels \(-1\), as the hub's test set; val"),
+    (lambda root, folders: write_parquet(root, "train", rows_of(folders / "train") + rows_of(folders / "train")[:2]),
+     "hold 2 images twice: n0"),
+    (lambda root, folders: write_parquet(root, "train", []), "Parquet files of train hold no image"),
+    (lambda root, folders: change_paths(root, folders, WNIDS[0], "n00000001"), "n00000001_.* has the label 0|of n0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_what_is_not_right_gets_one_sentence(folders, tmp_path, change, message):
+    change(write_set(tmp_path, folders), folders)
+    with pytest.raises(DataError, match=f"^root: .*{message}") as caught:
+        open_splits(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_label_beyond_the_names_is_told(folders, tmp_path):
+    write_set(tmp_path, folders, names=NAMES[:2])
+    with pytest.raises(DataError, match="holds the label 2, and labels are 0 to 1"):
+        open_splits(str(tmp_path))
+
+
+def test_damage_after_indexing_is_an_unreadable_image(folders, tmp_path):
+    write_set(tmp_path, folders)
+    train, _ = open_splits(str(tmp_path))
+    path = train.archives[0]
+    content = bytearray(path.read_bytes())
+    content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
+    path.write_bytes(content)
+    with pytest.raises(OSError):
+        [train.read(i) for i in range(len(train))]
+
+
+WITHOUT = """
+import sys
+sys.modules["pyarrow"] = None
+from onlinenorm.data.imagenet import open_splits
+try:
+    open_splits(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_pyarrow_one_sentence_says_what_to_install(folders, tmp_path):
+    write_set(tmp_path, folders)
+    shown = subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("root: Parquet files are read by pyarrow, which is not installed: pip install")
+    assert len(shown.stdout.splitlines()) == 1
