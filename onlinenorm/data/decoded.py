@@ -21,7 +21,7 @@ from onlinenorm.data.decoders import decode_whole, named_warnings
 from onlinenorm.data.index_cache import Arrays, cached_arrays
 from onlinenorm.data.jpeg_header import read_frame
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
-from onlinenorm.data.nvjpeg_loader import decode_all
+from onlinenorm.data.nvjpeg_loader import decode_all, wait_for
 from onlinenorm.data.progress import Progress
 from onlinenorm.data.sampler import Request, split_requests
 from onlinenorm.data.workers import worker_loader
@@ -136,6 +136,7 @@ def _nvjpeg_pieces(dataset: NvjpegDataset, device: torch.device) -> Iterator[Pie
                     yield on_cpu.__getitems__([(0, i)])
                 else:
                     yield image_CHW.flatten(), torch.tensor([image_CHW.shape[:0:-1]]), torch.tensor([True])
+            wait_for(device)  # until they have been copied
 
 
 def kept_images(dataset: FolderDataset, workers: int, device: torch.device) -> DecodedImages:

@@ -9,6 +9,7 @@ torchvision's decoder stays though 0.29 deprecates it, as its successor, TorchCo
 EXIF orientation, so that boxes planned from the header and the CPU decoders' pixels would be those of another image.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -74,7 +75,33 @@ def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.de
 
 
 def decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor | None], set[int]]:
-    """Decoded images, 3 x H x W uint8, and the positions of those that could not be."""
+    """Decoded images, 3 x H x W uint8, and the positions of those that could not be.
+
+    Whoever reads the images waits for that to end (`wait_for`) before dropping them: the next call may get their
+    memory, and torchvision's decoder, on a stream of its own, writes there at once. So memory comes from a stream that
+    serves nothing else.
+    """
+    stream = _decoding_stream(device) if device.type == "cuda" else None
+    try:
+        with torch.cuda.stream(stream):
+            return _decode_all(files, device)
+    finally:
+        if stream is not None:
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@functools.cache
+def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when a GPU has done all that was asked of it on the current stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor | None], set[int]]:
     with warnings_lock, warnings.catch_warnings():
         # torchvision 0.29 announces a move to TorchCodec, whose decode_jpeg takes the same arguments
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -102,5 +129,6 @@ def crop_all(images: list[torch.Tensor], plans_N9: torch.Tensor, size: int, devi
     starts_N = 3 * np.cumsum(sizes_N2.prod(axis=1)) - 3 * sizes_N2.prod(axis=1)
     table = crop_table(plans_N9.numpy(), starts_N, sizes_N2, of_torch_M=True)
     pixels = torch.cat([image.flatten() for image in images] or [torch.empty(0, dtype=torch.uint8, device=device)])
+    wait_for(device)  # for the copy, so that the images may go; the crops are made while the next ones are decoded
     on_device = to_device(torch.from_numpy(table), device)
     return resize_crops(pixels, on_device, most_taps(table), size, channels=3)

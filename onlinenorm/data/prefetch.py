@@ -66,7 +66,8 @@ def _produce(
     results: queue.Queue,
     stopped: threading.Event,
 ) -> None:
-    stream = None if begun is None else torch.cuda.Stream(device)
+    # its kernels are few and go first, that batches are there in time
+    stream = None if begun is None else torch.cuda.Stream(device, priority=-1)
     try:
         with torch.cuda.stream(stream):
             if stream is not None and begun is not None:

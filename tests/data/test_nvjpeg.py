@@ -145,6 +145,28 @@ def test_without_a_gpu_it_is_refused(tree, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_next_batch_is_not_decoded_over_one_that_is_still_read(tmp_path, monkeypatch):
+    """The stream that reads is kept busy, so that a decoder that does not wait would be ahead of it."""
+    monkeypatch.undo()
+    data = module(write_tree(tmp_path / "set", train=20, size=(500, 375)), image_size=224, batch_size=10)
+    dataset = data._sets[0]
+    encoded = [dataset.__getitems__([(0, 6 * k + i) for i in range(6)]) for k in range(10)]
+    device = torch.device("cuda", 0)
+    expected = []
+    for batch in encoded:
+        expected.append(nvjpeg_loader.decode_batch(batch, dataset, device)[0].clone())
+        torch.cuda.synchronize()
+    found = []
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        for batch in encoded:
+            torch.cuda._sleep(20_000_000)
+            found.append(nvjpeg_loader.decode_batch(batch, dataset, device)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_gpu_gives_the_pixels_of_the_cpu(tmp_path, monkeypatch):
     monkeypatch.undo()
     root = write_tree(tmp_path / "set", train=20, size=(500, 375))
