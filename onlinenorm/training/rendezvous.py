@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onlinenorm.errors import RunError
 from onlinenorm.text import first_line
+from onlinenorm.training.children import WatchingLauncher
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import launched
 
@@ -40,6 +41,10 @@ class MeetingDDPStrategy(DDPStrategy):
             # kept: torch's rendezvous goes on with the store that rank 0 serves
             self._store = meet(host, port, self.global_rank, self.world_size, self.num_processes, self.stop)
         super().setup_distributed()
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = WatchingLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         # DDP is made on a stream of its own, and a 3x3 kernel of one input channel has two names for one layout: both

@@ -1,0 +1,82 @@
+"""The processes that a run's first one starts on its machine, and what is said when one of them dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pytorch_lightning.strategies.launchers.subprocess_script import (
+    _set_num_threads_if_needed,
+    _SubprocessScriptLauncher,
+)
+
+from onlinenorm.errors import RANK_ZERO_SECONDS, RunError
+
+POLL_SECONDS = 0.2
+PATIENCE_SECONDS = RANK_ZERO_SECONDS + 2.0  # in which a process says why it ends, and the first may notice by itself
+
+
+class WatchingLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher; where a process dies, the first one says which and how, ends the others, and exits with 1.
+
+    Lightning's own would kill the first by SIGKILL, without a word.
+    """
+
+    said = False  # what is to be said of a dead one
+
+    def launch(self, function: Callable, *args: Any, trainer=None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=self._watch, daemon=True, name="child-process-observer").start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if not self.procs or hasattr(error, "exit_code"):  # which says what is wrong
+                raise
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while not (lost := lost_process(self.procs)) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+            if not lost:
+                raise
+            self.said = True
+            self._end_others()
+            raise RunError(lost) from error
+
+    def _watch(self) -> None:
+        """Ends this process where it waits for one that is gone, in a collective that no exception reaches."""
+        while not (lost := lost_process(self.procs)):
+            if all(process.returncode == 0 for process in self.procs):
+                return
+            time.sleep(POLL_SECONDS)
+        time.sleep(PATIENCE_SECONDS)
+        if not self.said:
+            print(lost, file=sys.stderr, flush=True)
+        self._end_others()
+        os._exit(RunError.exit_code)
+
+    def _end_others(self) -> None:
+        for process in self.procs:
+            process.kill()  # what hangs in a collective hears nothing else
+
+
+def lost_process(processes: list[subprocess.Popen]) -> str:
+    """What to say of the first of these that has failed, or ""; they are a machine's, in order, without its first."""
+    for number, process in enumerate(processes, 1):
+        code = process.poll()
+        if not code:
+            continue
+        how = f"has ended with exit code {code}; its own words are above"
+        if code < 0:
+            name = signal.Signals(-code).name
+            how = f"was killed by {name}" + (", as a system short of memory does" if name == "SIGKILL" else "")
+        return (
+            f"process {number} of 0 to {len(processes)} on this machine (PID {process.pid}) {how}. The others end too; "
+            "the same command continues the run from its last checkpoint"
+        )
+    return ""

@@ -1,0 +1,67 @@
+"""A process of a run that Lightning's launcher started dies: the first says so and ends, and the run continues."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests_training import ROOT, TINY
+
+RUN = (*TINY, "normalizer=online_clamp", "recipe.epochs=8", "recipe.milestones=[6]", "trainer.strategy=ddp")
+RUN += ("trainer.devices=2", "trainer.checkpoint_every_n_steps=1")
+
+
+def train(folder):
+    command = [sys.executable, "train.py", *RUN, f"run_dir={folder}"]
+    environment = {k: v for k, v in os.environ.items() if "RANK" not in k} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
+
+
+def children(process):
+    """Processes that a run's first one has started to train with it."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in listed if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_killed_process_is_told_of_and_the_run_continues(tmp_path):
+    run, last = train(tmp_path), tmp_path / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.05)
+    (child,) = children(run)
+    os.kill(child, signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1, errors
+    assert errors.count(f"process 1 of 0 to 1 on this machine (PID {child}) was killed by SIGKILL") == 1, errors
+    assert "the same command continues the run from its last checkpoint" in errors and "Traceback" not in errors
+    again = train(tmp_path)
+    _, errors = again.communicate(timeout=240)
+    assert again.returncode == 0, errors
+    assert json.loads((tmp_path / "results.json").read_text())["resumed"] == 1
+
+
+HUNG = """
+import subprocess, sys, time
+from types import SimpleNamespace
+from onlinenorm.training.children import WatchingLauncher
+
+environment = SimpleNamespace(validate_settings=lambda **_: None, creates_processes_externally=False)
+launcher = WatchingLauncher(environment, 3, 1)
+commands = "exec sleep 10000", "sleep 0.2; {end}"
+launcher._call_children_scripts = lambda: launcher.procs.extend(
+    subprocess.Popen(["sh", "-c", command]) for command in commands
+)
+launcher.launch(time.sleep, 10_000)
+"""
+
+
+@pytest.mark.parametrize("end, words", [("kill -9 $$", "was killed by SIGKILL"), ("exit 3", "ended with exit code 3")])
+def test_a_first_process_that_waits_for_a_dead_one_ends(end, words):
+    done = subprocess.run([sys.executable, "-c", HUNG.format(end=end)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr, done
+    assert "process 2 of 0 to 2 on this machine" in done.stderr
