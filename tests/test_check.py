@@ -8,13 +8,21 @@ import torch
 sys.path.append(str(Path(__file__).parent / "data"))
 
 from image_folders import write_tree
+from tests_training import load_train_module
 
 from onlinenorm.training import ImageClassifier, preflight
+from onlinenorm.training.config_check import AUTO_KEYS
+from onlinenorm.training.fast_path import Choice, left_to_choose, with_values
 from onlinenorm.training.trainer import resolve
 from scripts import check
 
 TINY = ("recipe=cifar", "model=cifar_resnet8", "trainer=cpu", "normalizer=batch", "recipe.batch_size=8")
 SYNTHETIC = (*TINY, "data=synthetic", "data.num_train=64", "data.num_val=16", "data.image_size=16")
+
+
+@pytest.fixture
+def train_module():
+    return load_train_module()
 
 
 @pytest.fixture
@@ -43,7 +51,10 @@ def test_a_run_that_would_train_is_ready(findings, tmp_path):
     rates = found["speed"]["loader_images_per_second"], found["speed"]["network_images_per_second"]
     assert found["speed"]["bottleneck"] == ("loader" if rates[0] < rates[1] else "network")
     steps, validation = 64 / min(rates), 16 / found["speed"]["val_images_per_second"]
-    assert found["time"]["expected_seconds"] == pytest.approx(250 * (steps + validation))
+    expected = 250 * (steps + validation) + found["step"]["first_seconds"]
+    assert found["time"]["expected_seconds"] == pytest.approx(expected)
+    assert f"to {found['time']['expected_end']}" in found["time"]["text"]
+    assert {key: found["step"][key] for key in AUTO_KEYS} == AUTO_KEYS, "as the run would resolve them"
     assert not (tmp_path / "run").exists(), "nothing is written"
 
 
@@ -154,15 +165,49 @@ def test_the_step_that_is_timed_is_the_run_s_own(findings, monkeypatch):
         return step(module, batch, batch_idx)
 
     monkeypatch.setattr(ImageClassifier, "training_step", watched)
-    monkeypatch.setattr(ImageClassifier, "graph_steps", lambda module: captured.append(module))
+    monkeypatch.setattr(ImageClassifier, "graph_steps", lambda module: captured.append(module.trainer.datamodule))
     monkeypatch.setattr(preflight, "resolve", lambda node: {**resolve({**node, "cuda_graph": False}), **node})
     monkeypatch.setattr(check, "resolve", preflight.resolve)
     precision = "trainer.precision=64-true", "trainer.accumulate_grad_batches=2"
     code, found = findings(*SYNTHETIC, *precision, "trainer.cuda_graph=true")
-    assert code == 0 and found["step"]["batch"] == 4 and len(captured) == 1
+    assert code == 0 and found["step"]["batch"] == 4
+    (data,) = captured
+    assert data.name == "synthetic" and not data.raw_training, "which a captured step asks how its input is made"
     assert {entry[:3] for entry in seen} == {(torch.float64, 2, 4)} and len(seen) >= 3
     kept = {type(callback).__name__ for callback in seen[0][3]}
     assert {"TrainingGraph", "StepTimer"} <= kept and not kept & {"EpochLog", "Checkpoints", "RunProgress"}
+
+
+def test_what_is_left_of_a_run_that_was_begun_is_forecast(findings, train_module, tmp_path, monkeypatch, capsys):
+    overrides = [*SYNTHETIC, "recipe.epochs=4", "recipe.milestones=[]"]
+    folder = tmp_path / "run"
+    train_module.train(train_module.load_config([*overrides, f"run_dir={folder}"]))
+    (folder / "results.json").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(preflight, "resumable", lambda *_: (None, {"epoch": 2, "step": 4, "global_step": 20}))
+    _, found = findings(*overrides)
+    rates = found["speed"]["loader_images_per_second"], found["speed"]["network_images_per_second"]
+    epoch = 64 / min(rates) + 16 / found["speed"]["val_images_per_second"]
+    assert found["time"]["expected_seconds"] == pytest.approx(1.5 * epoch + found["step"]["first_seconds"])
+    assert "1.5 of them left" in found["time"]["text"]
+
+
+def test_what_the_run_would_do_without_is_told_and_not_timed(findings, monkeypatch):
+    """Capturing fails where auto chose it: a warning, and the step as the run would then take it."""
+
+    def refuse(module):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def chosen(config, open_data):
+        graphed = config["trainer"]["cuda_graph"] == "auto"
+        values = {key: AUTO_KEYS[key] for key in left_to_choose(config)} | {"trainer.cuda_graph": graphed}
+        config = with_values(config, values)
+        return Choice(config, open_data(config), {}, ["trainer.cuda_graph"] * graphed)
+
+    monkeypatch.setattr(ImageClassifier, "graph_steps", refuse)
+    monkeypatch.setattr(preflight, "choose", chosen)
+    code, found = findings(*SYNTHETIC)
+    assert code == 0 and found["step"]["trainer.cuda_graph"] is False and found["step"]["images_per_second"] > 0
 
 
 @pytest.mark.parametrize("first, enough", [(59.0, False), (61.0, True)])
@@ -180,3 +225,12 @@ def test_times_that_are_none(script, capsys, text):
     with pytest.raises(SystemExit):
         script.main([f"--time-limit={text}"])
     assert f"{text!r} is no time; write 90 (minutes)" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_step_is_the_captured_one_and_the_set_lies_there(findings):
+    """The default settings of a run of some length: images as bytes go into the graph, as in the run."""
+    overrides = [word for word in SYNTHETIC if word != "trainer=cpu"]
+    code, found = findings(*overrides, "trainer=gpu")
+    assert code == 0 and found["step"]["trainer.cuda_graph"] and found["step"]["data.on_device"]
+    assert "as CUDA graphs" in found["step"]["text"] and "(on the device)" in found["speed"]["text"]

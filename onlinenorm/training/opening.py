@@ -41,16 +41,12 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
     trainer = config["trainer"]
     processes = trainer["devices"] * trainer["num_nodes"]
     on_gpu = trainer["accelerator"] == "gpu"
-    fast = [
-        _switch("compiled", config, "model.compile", reasons, on_gpu),
-        _switch("as CUDA graphs", config, "trainer.cuda_graph", reasons, on_gpu),
-    ]
     where = f"{f'{processes} x ' * (processes > 1)}{device_name(on_gpu)}"
     images = "on the device" if lookup(config, "data.on_device") else "from memory"
     if isinstance(data._sets[0], FolderDataset):
         images = f"decoded by {data.decoder}" + (" once, then on the device" if data.on_device else "")
     return [
-        f"  on {where}, {trainer['precision']}" + "".join(f", {text}" for text in fast if text),
+        f"  on {where}, {trainer['precision']}{how(config, reasons)}",
         f"  {data.name}: {data.train_images:,} training and {data.val_images:,} validation images of "
         f"{data.num_classes:,} classes at {data.image_size} px, {images}",
         f"  learning rate {recipe.scaled_lr:g}, momentum {recipe.scaled_momentum:g}; "
@@ -58,9 +54,12 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
     ]
 
 
-def _switch(word: str, config: dict[str, Any], key: str, reasons: dict[str, str], on_gpu: bool) -> str:
-    if lookup(config, key):
-        return word
-    if not on_gpu:
-        return ""
-    return f"not {word}" + (f" ({reasons[key]})" if key in reasons else "")
+def how(config: dict[str, Any], reasons: dict[str, str]) -> str:
+    """ ", compiled, not as CUDA graphs (why)" of a run on a GPU, "" on the CPU; arguments as of `details`."""
+    text = ""
+    for word, key in (("compiled", "model.compile"), ("as CUDA graphs", "trainer.cuda_graph")):
+        on = lookup(config, key)
+        if on or config["trainer"]["accelerator"] == "gpu":
+            why = f" ({reasons[key]})" if key in reasons and not on else ""
+            text += f", {'' if on else 'not '}{word}{why}"
+    return text

@@ -3,11 +3,11 @@
 Nothing is trained and nothing is written but the index of the images.
 """
 
+import copy
 import os
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,23 @@ import torch
 from onlinenorm.data import ImageDataModule
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
-from onlinenorm.records import run_path
+from onlinenorm.records import lookup, run_path
 from onlinenorm.text import duration
-from onlinenorm.training.checkpoint import Checkpoints
-from onlinenorm.training.config_check import build, check_config, full_keys
+from onlinenorm.training.checkpoint import Checkpoints, resumable
+from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.epoch_log import EpochLog
-from onlinenorm.training.fast_path import adopt, choose, open_data
+from onlinenorm.training.fast_path import (
+    Choice,
+    FastPathFailed,
+    adopt,
+    choose,
+    free_device,
+    naming_fast_path,
+    open_data,
+    with_values,
+)
 from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.opening import how
 from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.run_folder import RunFolder
@@ -60,7 +70,9 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
     probe_normalizer(normalizer, config["normalizer"], config["trainer"])
     yield finding("config", OK, " ".join(f"{key}={name}" for key, name in config["choices"].items() if name))
-    config, data, _, _ = choose(config, lambda config: open_data(config, recipe))
+    asked = config
+    choice = choose(asked, lambda config: open_data(config, recipe))
+    config, data = choice.config, choice.data
     probe_data(data, config)
     probe_batch(config, normalizer, data.in_channels, data.image_size)
     yield check_data(data)
@@ -68,20 +80,40 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     with full_keys(config, "data", "recipe"):
         GlobalBatchSampler(data.train_images, recipe.batch_size, 0, 0, processes, accumulate)
         ValidationSampler(data.val_images, data.val_batch_size or 2, 0, processes)
-    torch.manual_seed(config["seed"])
-    sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}
-    with full_keys(config, "normalizer"):
-        network = build(config, "model", normalizer=normalizer, **sizes)
     run_folder.check_config(config)
-    yield check_disk(folder, network, recipe)
-    classifier = build(config, "classifier", network=network, recipe=recipe)
-    step = check_step(classifier, data, recipe, config, seconds)
+    position = {"epoch": 0, "step": 0}
+    if any(run_folder.checkpoints.glob("*.ckpt")):
+        position |= resumable(run_folder.checkpoints, config, data)[1] or {}
+    yield check_disk(folder, _network(choice, normalizer), recipe)
+    step, device = None, _device(config)
+    while step is None:
+        try:
+            choice.data.feeds = device  # as the Trainer's loaders do
+            loader = choice.data.train_dataloader()
+            step = check_step(choice, _network(choice, normalizer), loader, recipe, seconds)
+        except FastPathFailed as failure:
+            key, message = failure.key, str(failure)
+        if step is None:
+            yield finding("step", WARN, message)
+            free_device()
+            asked = with_values(asked, {key: AUTO_KEYS[key]})
+            choice = choose(asked, lambda config: open_data(config, recipe))
     yield step
-    speed = None
     if step["status"] != FAIL:
-        speed = check_speed(data, config["trainer"], step, seconds)
+        speed = check_speed(choice.data, loader, choice.config["trainer"], step, seconds)
         yield speed
-        yield check_time(data, recipe, speed, limit)
+        yield check_time(choice.data, recipe, step, speed, position, limit)
+
+
+def _device(config: dict[str, Any]) -> torch.device:
+    return torch.device("cuda", 0) if config["trainer"]["accelerator"] == "gpu" else torch.device("cpu")
+
+
+def _network(choice: Choice, normalizer: Any) -> torch.nn.Module:
+    torch.manual_seed(choice.config["seed"])
+    sizes = {"num_classes": choice.data.num_classes, "in_channels": choice.data.in_channels}
+    with full_keys(choice.config, "normalizer"):
+        return build(choice.config, "model", normalizer=normalizer, **sizes)
 
 
 def check_data(data: ImageDataModule) -> Finding:
@@ -177,19 +209,24 @@ class StepTimer(pl.Callback):
         self._began, self._since = now, 0
 
 
-def check_step(classifier, data: ImageDataModule, recipe, config: dict[str, Any], seconds: float) -> Finding:
+def check_step(choice: Choice, network: torch.nn.Module, loader: Any, recipe: Any, seconds: float) -> Finding:
     """Steps of the run's own trainer at the batch of one process, as compiled, captured and rounded as the run's.
 
-    On the CPU a single one where it is slow. Of several processes one is timed, without what they exchange.
+    On the CPU a single one where it is slow. Of several processes one is timed, without what they exchange. The batch
+    is the first of the run's own loader, again and again. Raises FastPathFailed where the run would go on without
+    something that auto chose.
     """
+    config, data = choice.config, choice.data
     trainer = config["trainer"]
-    device = torch.device("cuda", 0) if trainer["accelerator"] == "gpu" else torch.device("cpu")
+    device = _device(config)
     parts = trainer["devices"] * trainer["num_nodes"] * trainer["accumulate_grad_batches"]
     batch = max(recipe.batch_size // parts, 1)
-    images = torch.randn((batch, data.in_channels, data.image_size, data.image_size), device=device)
-    numbers = torch.arange(batch, device=device)
-    timer = StepTimer((images, numbers % data.num_classes, numbers), seconds)
+    timer = StepTimer(tuple(part[:batch] for part in next(iter(loader))), seconds)
+    repeated = copy.copy(data)  # the run's own way from a batch to the network's input
+    vars(repeated)["train_dataloader"] = lambda: timer
+    classifier = build(config, "classifier", network=network, recipe=recipe)
     figures = {"batch": batch, "device": str(device), "precision": trainer["precision"]}
+    figures |= {key: lookup(config, key) for key in AUTO_KEYS}
     alone = {**config, "trainer": {**trainer, "devices": 1, "num_nodes": 1, "strategy": "auto"}}
     try:
         if device.type == "cuda":
@@ -198,12 +235,12 @@ def check_step(classifier, data: ImageDataModule, recipe, config: dict[str, Any]
             log = EpochLog(Path(folder, "metrics.csv"))
             kept = {"folder": Path(folder), "epoch_log": log, "stop": StopSignals(), "loggers": []}
             own = build(alone, "trainer", max_epochs=1, **kept)
+            own.limit_val_batches = 0
             writes = EpochLog, RunProgress, Checkpoints
             own.callbacks = [callback for callback in own.callbacks if not isinstance(callback, writes)]
             own.callbacks.append(timer)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "You defined a `validation_step`")
-                own.fit(classifier, timer)
+            with naming_fast_path(choice, own):
+                own.fit(classifier, datamodule=repeated)
     except torch.OutOfMemoryError:
         text = (
             f"a batch of {batch} does not fit into the GPU's {_gpu_memory(device):.0f} GiB; "
@@ -214,36 +251,43 @@ def check_step(classifier, data: ImageDataModule, recipe, config: dict[str, Any]
     each = timer.seconds_a_batch
     rate = batch / each
     text = f"a batch of {batch} takes {1e3 * each:,.1f} ms: {rate:,.0f} images/s on {device}, {trainer['precision']}"
+    text += how(config, choice.reasons)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         total = _gpu_memory(device)
         figures |= {"peak_memory_gib": round(peak, 2), "memory_gib": round(total, 1)}
         text += f", {peak:.1f} of {total:.0f} GiB"
-    return finding("step", OK, text, images_per_second=rate, milliseconds=1e3 * each, **figures)
+    first = timer.times[0] - each if len(timer.times) > 1 else 0.0
+    if first > 1:
+        text += f"; {duration(first)} before the first step"
+    return finding("step", OK, text, images_per_second=rate, milliseconds=1e3 * each, first_seconds=first, **figures)
 
 
 def _gpu_memory(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
-def check_speed(data: ImageDataModule, trainer: dict[str, Any], step: Finding, seconds: float) -> Finding:
-    """Images/s of the loaders on this machine against those of the network on all its devices; the slower is named."""
+def check_speed(data: ImageDataModule, loader: Any, trainer: dict[str, Any], step: Finding, seconds: float) -> Finding:
+    """Images/s of the loaders on this machine against those of the network on all its devices; the slower is named.
+
+    `loader` is that of the training images.
+    """
     processes = trainer["devices"] * trainer["num_nodes"]
     device = torch.device(step["device"])
     # a process's share of the cores is what num_workers=null gives it; a number is taken by each
     loaders = trainer["num_nodes"] if data.num_workers is None else processes
-    data.feeds = device  # as the Trainer's loaders do
-    train = loaders * loader_rate(data, data.train_dataloader(), device, seconds)
+    train = loaders * loader_rate(data, loader, device, seconds)
     val = loaders * loader_rate(data, data.val_dataloader(), device, seconds / 2)
     model = processes * step["images_per_second"]
     slow = train < model
-    text = f"loader {train:,.0f} images/s ({data.decoder}), network {model:,.0f}: "
+    files = isinstance(data._sets[0], FolderDataset) and not data.on_device
+    source = data.decoder if files else "on the device" if data.on_device else "from memory"
+    text = f"loader {train:,.0f} images/s ({source}), network {model:,.0f}: "
     text += f"the {'loader' if slow else 'network'} is the bottleneck"
     if slow:
-        text += (
-            f", {train / model:.0%} of what the network takes; more data.num_workers, a faster data.decoder "
-            "(torchvision, nvjpeg) or a local disk would help"
-        )
+        text += f", {train / model:.0%} of what the network takes"
+    if slow and files:
+        text += "; more data.num_workers, a faster data.decoder (torchvision, nvjpeg) or a local disk would help"
     return finding(
         "speed", WARN if slow else OK, text, loader_images_per_second=train, network_images_per_second=model,
         val_images_per_second=min(val, FORWARD_SHARE * model), bottleneck="loader" if slow else "network",
@@ -269,19 +313,25 @@ def loader_rate(data: ImageDataModule, loader, device: torch.device, seconds: fl
     return images / (time.perf_counter() - began)
 
 
-def check_time(data: ImageDataModule, recipe, speed: Finding, limit: float | None) -> Finding:
-    """When the run would end, against the time that is left."""
+def check_time(
+    data: ImageDataModule, recipe: Any, step: Finding, speed: Finding, position: dict[str, int], limit: float | None
+) -> Finding:
+    """When the run would end if it began or continued (at `position`) now, against the seconds that are left."""
     rate = min(speed["loader_images_per_second"], speed["network_images_per_second"])
     epoch = data.train_images / rate + data.val_images / speed["val_images_per_second"]
-    total = recipe.epochs * epoch
-    text = f"{recipe.epochs} epochs of {duration(epoch)} take {duration(total)}, without checkpoints"
+    done = position["epoch"] + position["step"] * recipe.batch_size / data.train_images
+    total = max(recipe.epochs - done, 0.0) * epoch + step["first_seconds"]
+    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + total))
+    text = f"{recipe.epochs} epochs of {duration(epoch)}"
+    text += f", {recipe.epochs - done:.1f} of them left, take" if done else " take"
+    text += f" {duration(total)}, without checkpoints: to {end}"
     status = OK
     if limit is not None:
         status = WARN if total > limit else OK
         text += f"; the time limit leaves {duration(limit)}"
         if total > limit:
             text += f": the job has to be started {int(-(-total // max(limit, 1)))} times (the same command continues)"
-    return finding("time", status, text, expected_seconds=total, limit_seconds=limit)
+    return finding("time", status, text, expected_seconds=total, limit_seconds=limit, expected_end=end)
 
 
 def finding(name: str, status: str, text: str, **figures: Any) -> Finding:
