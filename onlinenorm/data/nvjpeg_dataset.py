@@ -77,7 +77,7 @@ class NvjpegDataset(FolderDataset):
                 crops.append(crops_KHWC[0])
         size = self.crop_size
         return EncodedBatch(
-            torch.frombuffer(bytearray(b"".join(files)) or bytearray(1), dtype=torch.uint8),
+            torch.frombuffer(bytearray().join(files) or bytearray(1), dtype=torch.uint8),
             torch.from_numpy(np.concatenate([[0], np.cumsum([len(data) for data in files])]).astype(np.int64)),
             torch.from_numpy(plans_N9),
             torch.from_numpy(np.stack(crops) if crops else np.empty((0, size, size, 3), dtype=np.uint8)),

@@ -48,6 +48,7 @@ from scripts.bench import common
 from scripts.bench.jpeg_set import make_set
 from scripts.bench.training import NORMALIZERS
 
+CORES = len(os.sched_getaffinity(0))
 RESULTS = ROOT / "results" / "end_to_end.json"
 TRAIN = "train.py"
 PEERS = {"reference": "torchvision reference loop", "timm": "timm loader, same loop"}
@@ -72,14 +73,17 @@ class Bench:
         self.end = time.perf_counter() + args.seconds
         self.started = 0
 
-    def start(self, command: list[str]) -> tuple[subprocess.Popen, Path]:
-        """A process of its own session, and the file of what it prints."""
+    def start(self, command: list[str], beside: int = 1) -> tuple[subprocess.Popen, Path]:
+        """A process of its own session, one of `beside`, and the file of what it prints."""
         self.started += 1
+        # else each of them starts as many compiling processes as there are cores
+        threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, CORES // beside))} if beside > 1 else {}
         log = self.scratch / f"{self.started}.log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+                [sys.executable, *command], cwd=ROOT, env=os.environ | threads, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
         return process, log
 
     def peer(self, program: str, **options) -> float:
@@ -99,7 +103,7 @@ class Bench:
         captured = str(self.args.device == "cuda").lower()
         common_words = [f"model.compile={compiled}", f"trainer.cuda_graph={captured}", *overrides, *self.args.set]
         started = [
-            self.start(["train.py", *common_words, f"seed={seed}", f"run_dir={folder}"])
+            self.start(["train.py", *common_words, f"seed={seed}", f"run_dir={folder}"], runs)
             for seed, folder in enumerate(folders)
         ]
         return list(zip(folders, self.follow(started, folders), strict=True))
@@ -322,7 +326,6 @@ def draw(path: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cores = len(os.sched_getaffinity(0))
     folder = Path(tempfile.gettempdir()) / "onlinenorm-bench-images"
     parser.add_argument("--normalizer", nargs="+", default=["online_clamp", "batch"], choices=list(NORMALIZERS))
     parser.add_argument("--data", nargs="*", default=["jpeg", "on_device"], choices=DATA)
@@ -342,7 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--unique", type=int, default=512, help="different files (%(default)s)")
     parser.add_argument("--train", type=int, default=81_920, help="files of an epoch (%(default)s)")
     parser.add_argument("--on-device", type=int, default=40_960, help="of them for on_device (%(default)s)")
-    parser.add_argument("--workers", type=int, default=min(cores, 16))
+    parser.add_argument("--workers", type=int, default=min(CORES, 16))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20, help="bare steps a round, three times (%(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="ends what runs then (none)")
@@ -355,7 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.epochs < 2 or args.cifar_epochs < 2:
             parser.error("the first epoch is not counted: --epochs and --cifar-epochs are at least 2")
         began = time.perf_counter()
-        results = earlier(args.output, common.head(torch.device(args.device)) | {"cores": cores})
+        results = earlier(args.output, common.head(torch.device(args.device)) | {"cores": CORES})
         if args.peers or set(args.data) - {"cifar10"}:
             results["images"] = make_set(args.images, args.unique, args.train, 64)
             print(f"files: {time.perf_counter() - began:.0f} s", flush=True)
