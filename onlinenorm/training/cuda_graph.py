@@ -1,41 +1,135 @@
-"""Forward and backward of a training step as CUDA graphs: two replays in place of hundreds of kernel launches."""
+"""Steps of training and validation as CUDA graphs: a few replays in place of hundreds of kernel launches."""
 
-import functools
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 
 _WARM_UPS = 3  # compilation, choice of algorithms and workspaces belong before the capture
 
 
-class GraphedStep:
-    """`step(module, images, labels)` -> (loss, figures), with the device's work replayed from captured graphs.
+def warm_up(function: Callable[[], Any], device: torch.device) -> torch.cuda.Stream:
+    """Runs what will be captured a few times; returns the stream to capture it on."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return stream
 
-    The first batch is captured, after warm-up passes that leave no trace in the module's buffers; batches like it are
-    replayed, others run as they are. Gradients reach the parameters through autograd, so that hooks, data-parallel
-    wrappers and optimizers see no difference; they are the graph's own memory until the next step, so set them to None
-    between steps, as Lightning does, not to zero. The memory of activations stays reserved between steps.
+
+def capture(
+    function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The graph of what `function` does, which is not done yet, and its result: memory that each replay writes."""
+    graph = torch.cuda.CUDAGraph()
+    # other threads go on: loaders pin memory and decode, NCCL watches its work
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        result = function()
+    return graph, result
+
+
+def kind_of(*inputs: Tensor) -> list[tuple]:
+    """What inputs must have in common with those of a capture to be replayed."""
+    return [(tensor.shape, tensor.dtype, tensor.stride()) for tensor in inputs]
+
+
+@contextlib.contextmanager
+def undone(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Context after which the tensors hold again what they held before."""
+    kept = [(tensor, tensor.clone()) for tensor in tensors]
+    yield
+    with torch.no_grad():
+        for tensor, value in kept:
+            tensor.copy_(value)
+
+
+class GraphedEvaluation:
+    """`function(*inputs)`, which adds to tensors in place, replayed from a captured graph.
+
+    The first inputs are captured; inputs like them are replayed, others run as they are. What a replay returns is the
+    graph's own memory until the next.
+
+    Args:
+        function: of tensors on a CUDA device; returns a tensor.
+        state: what it changes, which the capture leaves as it was.
+        pool: memory of another graph, which is never replayed at the same time, or None.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], state: Iterable[Tensor], pool: Any = None):
+        self.function, self.state, self.pool = function, tuple(state), pool
+        self._kind: list[tuple] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self._kind is None:
+            self._kind = kind_of(*inputs)
+            self._inputs = [tensor.clone() for tensor in inputs]
+
+            def evaluate() -> list[Tensor]:
+                return [self.function(*self._inputs)]
+
+            with undone(self.state):
+                self._graph, self._result = capture(evaluate, warm_up(evaluate, inputs[0].device), self.pool)
+        if kind_of(*inputs) != self._kind:
+            return self.function(*inputs)
+        for memory, value in zip(self._inputs, inputs, strict=True):
+            memory.copy_(value)
+        self._graph.replay()
+        return self._result[0]
+
+
+class GraphedStep:
+    """`step(module, images, labels)` -> loss, with the device's work replayed from captured graphs.
+
+    The first batch is captured, after warm-up passes that leave no trace in the module's buffers and in `state`;
+    batches like it are replayed, others run as they are. The memory of activations stays reserved between steps.
+
+    With an optimizer the loss has no gradient function: `backward` replays the gradients, `step_optimizer` the step,
+    and the parameters' `grad` stays None. Without one, gradients reach the parameters through autograd, so that
+    data-parallel wrappers, loss scalers and optimizers see no difference; they are the graph's own memory until the
+    next step, so set them to None between steps, as Lightning does, not to zero.
 
     Args:
         module: its parameters are trained; buffers are updated in place; on a CUDA device.
-        step: (forward, images, labels) -> (loss, figures); figures do not require gradients.
-        accumulates: gradients of several calls are added up before a step of the optimizer.
+        step: (forward, images, labels) -> loss.
+        state: other tensors that `step` updates in place.
+        optimizer: of all parameters that are trained; its step must launch the same kernels each time.
+        accumulates: without an optimizer: gradients of several calls are added up before a step of it.
     """
 
-    def __init__(self, module: nn.Module, step: Callable[..., tuple[Tensor, Tensor]], accumulates: bool):
-        self.module, self.step, self.accumulates = module, step, accumulates
-        self._kind: tuple | None = None
+    def __init__(
+        self,
+        module: nn.Module,
+        step: Callable[..., Tensor],
+        state: Iterable[Tensor] = (),
+        optimizer: Optimizer | None = None,
+        accumulates: bool = False,
+    ):
+        self.module, self.step, self.state = module, step, tuple(state)
+        self.optimizer, self.accumulates = optimizer, accumulates
+        self._kind: list[tuple] | None = None
+        self._replayed = False  # the last call
+        self._optimizer_step: torch.cuda.CUDAGraph
+        # settings of the optimizer: when its step was captured, and at the last step
+        self._captured: list[dict] | None = None
+        self._last: list[dict] | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        kind = images.shape, images.dtype, images.stride()
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         if self._kind is None:
-            self._capture(images, labels)
-            self._kind = kind
-        if kind != self._kind:
+            with undone((*self.module.buffers(), *self.state)):
+                self._capture(images, labels)
+            self._kind = kind_of(images, labels)
+        self._replayed = kind_of(images, labels) == self._kind
+        if not self._replayed:
             return self.step(self.module, images, labels)
-        return _Replay.apply(self, images, labels, *self._parameters)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        return self.replay_forward() if self.optimizer else _Replay.apply(self, *self._parameters)
 
     def _capture(self, images: Tensor, labels: Tensor) -> None:
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -43,44 +137,42 @@ class GraphedStep:
         # Stand-ins that share memory: autograd ties a parameter it has met to the stream of the capture.
         stand_ins: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in trained.items()}
         self.images, self.labels = images.detach().clone(), labels.clone()
+        kind = images.device.type
 
-        def forward(x: Tensor) -> Tensor:
+        def network(x: Tensor) -> Tensor:
             return functional_call(self.module, stand_ins, (x,))
 
-        def gradients(loss: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(loss, tuple(stand_ins.values()), self.grad_loss)
+        def forward() -> None:
+            # weights cast by autocast are cast again in every replay, not once and kept
+            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+                self._loss = self.step(network, self.images, self.labels)
 
-        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(images.device)
-        stream.wait_stream(torch.cuda.current_stream(images.device))
-        # weights cast by autocast are cast again in every replay, not once and kept
-        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    loss, _ = self.step(forward, self.images, self.labels)
-                    self.grad_loss = torch.ones_like(loss)
-                    gradients(loss)
-                del loss
-            torch.cuda.current_stream(images.device).wait_stream(stream)
-            # other threads go on: loaders pin memory and decode, NCCL watches its work
-            capture = functools.partial(torch.cuda.graph, stream=stream, capture_error_mode="thread_local")
-            with capture(self._forward):
-                loss, figures = self.step(forward, self.images, self.labels)
-            with capture(self._backward, pool=self._forward.pool()):
-                captured = gradients(loss)
-        self._outputs, self._gradients = (loss.detach(), figures), captured
-        with torch.no_grad():
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(buffers[name])
+        def backward() -> list[Tensor]:
+            with torch.autocast(kind, enabled=False):  # as outside of graphs
+                gradients = torch.autograd.grad(self._loss, tuple(stand_ins.values()), self.grad_loss)
+            # laid out as the parameters are, which autograd would see to
+            pairs = zip(gradients, self._parameters, strict=True)
+            return [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
 
-    def replay_forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        self.images.copy_(images)
-        self.labels.copy_(labels)
+        def both() -> None:
+            forward()
+            self.grad_loss = torch.ones_like(self._loss)
+            backward()
+
+        self._stream = warm_up(both, images.device)
+        self._forward, _ = capture(forward, self._stream)
+        self._backward, self._gradients = capture(backward, self._stream, self._forward.pool())
+        self._loss = self._loss.detach()
+
+    @property
+    def pool(self) -> Any:
+        """Memory of the graphs, of which losses and gradients alone outlive a step; None before there are graphs."""
+        return None if self._kind is None else self._forward.pool()
+
+    def replay_forward(self) -> Tensor:
         self._forward.replay()
-        loss, figures = self._outputs
-        return loss.clone(), figures.clone()
+        return self._loss.detach().clone()
 
     def replay_backward(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
         self.grad_loss.copy_(grad_loss)
@@ -88,18 +180,48 @@ class GraphedStep:
         # where they are added up, the next replay must not write over them
         return tuple(g.clone() if self.accumulates else g.detach() for g in self._gradients)
 
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of the loss that the last call returned."""
+        if self._replayed:
+            self._backward.replay()
+        else:
+            loss.backward()
+
+    def step_optimizer(self) -> None:
+        """A step of the optimizer after `backward`; captured, and captured anew, once its settings rest for a step.
+
+        A learning rate of every step's own is not captured: a graph would have to read it from a tensor, which kernels
+        take in float32 only, and the bits would not be those of the optimizer's own steps.
+        """
+        assert self.optimizer is not None
+        groups = self.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        if not self._replayed:
+            self.optimizer.step()
+        elif settings == self._captured:
+            self._optimizer_step.replay()
+        else:
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                parameter.grad = gradient
+            if settings == self._last:
+                self._optimizer_step, _ = capture(self.optimizer.step, self._stream, self._forward.pool())
+                self._optimizer_step.replay()
+                self._captured = settings
+            else:  # also the first step, which makes the optimizer's state
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        self._last = settings
+
 
 class _Replay(torch.autograd.Function):
-    """The replays as one operation on the parameters."""
+    """The replays of forward and backward as one operation on the parameters."""
 
     @staticmethod
-    def forward(ctx, graphed: GraphedStep, images: Tensor, labels: Tensor, *parameters: Tensor):
+    def forward(ctx, graphed: GraphedStep, *parameters: Tensor):
         ctx.graphed = graphed
-        loss, figures = graphed.replay_forward(images, labels)
-        ctx.mark_non_differentiable(figures)
-        return loss, figures
+        return graphed.replay_forward()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor, _):
-        return None, None, None, *ctx.graphed.replay_backward(grad_loss)
+    def backward(ctx, grad_loss: Tensor):
+        return None, *ctx.graphed.replay_backward(grad_loss)

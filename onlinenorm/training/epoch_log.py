@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from onlinenorm.files import write_atomically
+from onlinenorm.training.host_copy import host_copy
 
 COLUMNS = (
     "epoch",
@@ -52,6 +54,8 @@ class EpochLog(pl.Callback):
         self._wall_before = 0.0
         self._training = self._epoch = 0.0  # seconds of this epoch before `_mark`
         self._mark = self._began
+        # at a step, not yet logged: its number, learning rate, and (loss, first bad step)
+        self._look: tuple[int, float, torch.Tensor, torch.cuda.Event | None] | None = None
 
     @property
     def wall_seconds(self) -> float:
@@ -90,15 +94,32 @@ class EpochLog(pl.Callback):
         self._trained = False
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if self._look is not None and (bad_step := self._log_look(trainer)) >= 0:
+            module.refuse("the loss", bad_step)
         if batch_idx + 1 == trainer.num_training_batches:
             module.train_sums.sum().item()  # waits for the device, so that the time is that of the work
             self._training += time.perf_counter() - self._mark
             self._trained = True
         elif (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches) == 0:
-            module.assert_finite()
+            loss = outputs["loss"] * trainer.accumulate_grad_batches  # as Lightning divides it
+            figures = torch.stack([loss.double(), module.bad_step().double()])
+            self._look = trainer.global_step, module.optimizers().param_groups[0]["lr"], *host_copy(figures)
+
+    def on_exception(self, trainer, module, exception) -> None:
+        if self._look is not None:
+            self._log_look(trainer)
+
+    def _log_look(self, trainer) -> int:
+        """Logs a look; returns the first bad step, or -1. A step later the device has work while the host waits."""
+        assert self._look is not None
+        (step, lr, figures, ready), self._look = self._look, None
+        if ready is not None:
+            ready.synchronize()
+        loss, bad_step = figures.tolist()
+        if bad_step < 0:
             for logger in trainer.loggers:
-                lr = module.optimizers().param_groups[0]["lr"]
-                logger.log_metrics({"step_loss": float(outputs["loss"]), "step_lr": lr}, step=trainer.global_step)
+                logger.log_metrics({"step_loss": loss, "step_lr": lr}, step=step)
+        return int(bad_step)
 
     def on_train_epoch_end(self, trainer, module) -> None:
         loss, top1, _, images = module.reduced(module.train_sums)

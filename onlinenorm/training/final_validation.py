@@ -44,7 +44,7 @@ def validate(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule
     # hooks on single layers count only where the network is not compiled as a whole
     with torch.compiler.set_stance("force_eager"):
         trainer.validate(module, datamodule=data, verbose=False)
-    table_3N = torch.cat(module.collected, dim=1)
+    table_3N = torch.cat(module.collected, dim=1).cpu()
     module.collected = None
     if trainer.world_size > 1:
         data.agree_on_unreadable()

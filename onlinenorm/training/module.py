@@ -1,12 +1,13 @@
 """The LightningModule: what one step of training and one batch of validation do."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -15,7 +16,7 @@ from onlinenorm.errors import Diverged, RunError
 from onlinenorm.normalizers import average_statistics, gather_statistics, merged
 from onlinenorm.training.accuracy import full_precision, predicted, rank
 from onlinenorm.training.clamping import ClampMeter, ClampSchedule
-from onlinenorm.training.cuda_graph import GraphedStep
+from onlinenorm.training.cuda_graph import GraphedEvaluation, GraphedStep
 from onlinenorm.training.recipe import Recipe, build_optimizer, build_schedule, lr_of_step
 
 IGNORED = -1  # label of an image that could not be read
@@ -40,9 +41,14 @@ class ImageClassifier(pl.LightningModule):
         self.recipe = recipe
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self.memory_format)
-        self.train_sums = self.val_sums = torch.zeros(4, dtype=torch.float64)
-        self.bad_step = torch.tensor(-1)
+        # changed in place by each step, which may be captured
+        self.val_sums = torch.zeros(4, dtype=torch.float64)
+        self.train_sums = torch.zeros(4, dtype=torch.float64)
+        self.batches = torch.tensor(0)  # of this fit
+        self.bad_batch = torch.tensor(-1)  # the first of them, from 1, whose loss was not finite
+        self._resumed_step = 0
         self.graph: GraphedStep | None = None  # set where training replays CUDA graphs
+        self.graphed_evaluation: GraphedEvaluation | None = None  # of validation between its epochs
         self.clamps = ClampSchedule(network, recipe)
         self.clamp_meter: ClampMeter | None = None  # of the last validation
         self.collected: list[Tensor] | None = None  # a list: validation keeps (index, label, prediction) of each batch
@@ -71,10 +77,15 @@ class ImageClassifier(pl.LightningModule):
         return [self.clamps]
 
     def on_fit_start(self) -> None:
-        self.train_sums, self.bad_step = self.train_sums.to(self.device), self.bad_step.to(self.device)
+        self.train_sums, self.val_sums = self.train_sums.to(self.device), self.val_sums.to(self.device)
+        self.batches, self.bad_batch = self.batches.to(self.device).zero_(), self.bad_batch.to(self.device).fill_(-1)
+        self._resumed_step = self.global_step
+
+    def on_fit_end(self) -> None:
+        self.graph = self.graphed_evaluation = None  # Lightning moves the parameters now, and memory is needed
 
     def on_train_epoch_start(self) -> None:  # not called where a run continues within an epoch
-        self.train_sums = torch.zeros_like(self.train_sums)
+        self.train_sums.zero_()
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         steps = int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches
@@ -84,50 +95,89 @@ class ImageClassifier(pl.LightningModule):
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         images, labels, _ = batch
-        smoothing = self.recipe.label_smoothing
-        loss, sums = _step(self, images, labels, smoothing) if self.graph is None else self.graph(images, labels)
-        self._watch(loss.detach())
-        self.train_sums = self.train_sums + sums
+        return self.training_loss(self, images, labels) if self.graph is None else self.graph(images, labels)
+
+    def training_loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of a batch, which is added to `train_sums` and watched; without a word with the host."""
+        logits = forward(images)
+        loss, total = _losses(logits, labels, self.recipe.label_smoothing)
+        with torch.no_grad():
+            self.train_sums += _sums(logits, labels, total)
+            self.batches += 1
+            self._watch(loss)
         return loss
 
     def graph_steps(self) -> None:
-        """Has training steps replayed as CUDA graphs from the next one on."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # set where there is one
+        """Has steps of training and validation replayed as CUDA graphs, captured from the next one.
+
+        The optimizer's step too, but where gradients are added up, reduced over processes, unscaled or clipped between
+        backward and it.
+        """
+        trainer = self.trainer
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set where there is one
         # a quarter of the bytes goes to the graph, which makes the network's input itself; colours are another input
         raw = data.augmentation != "scale_jitter"
         if raw:
             data.raw_training = True
 
-        def step(forward, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        def step(forward, images: Tensor, labels: Tensor) -> Tensor:
             if raw:
                 with torch.autocast(images.device.type, enabled=False):
                     images = data.network_input(images)
-            return _step(forward, images, labels, self.recipe.label_smoothing)
+            return self.training_loss(forward, images, labels)
 
-        self.graph = GraphedStep(self, step, self.trainer.accumulate_grad_batches > 1)
+        accumulates = trainer.accumulate_grad_batches > 1
+        between = getattr(trainer.precision_plugin, "scaler", None) is not None or trainer.gradient_clip_val is not None
+        whole = trainer.model is self and not accumulates and not between
+        state = self.train_sums, self.batches, self.bad_batch
+        self.graphed_evaluation = None
+        self.graph = GraphedStep(self, step, state, trainer.optimizers[0] if whole else None, accumulates)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.graph is None or self.graph.optimizer is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            self.graph.backward(loss)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        if self.graph is None or self.graph.optimizer is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()
+            self.graph.step_optimizer()
 
     def _watch(self, loss: Tensor) -> None:
-        # the step of the first loss that is not finite, found without asking the device
-        first = (self.bad_step < 0) & ~torch.isfinite(loss)
-        self.bad_step = self.bad_step.masked_fill(first, self.global_step + 1)
+        # found without asking the device
+        first = (self.bad_batch < 0) & ~torch.isfinite(loss)
+        self.bad_batch.copy_(torch.where(first, self.batches, self.bad_batch))
+
+    def bad_step(self) -> Tensor:
+        """Step of the first loss that was not finite, over all processes, or -1; every process calls this."""
+        accumulated = self.trainer.accumulate_grad_batches
+        step = self._resumed_step + (self.bad_batch + accumulated - 1) // accumulated
+        return self._of_any_process(torch.where(self.bad_batch < 0, -1, step))
+
+    def _of_any_process(self, step: Tensor) -> Tensor:
+        if self.trainer.world_size > 1:
+            dist.all_reduce(step, dist.ReduceOp.MAX)
+        return step
 
     def assert_finite(self) -> None:
         """Raises Diverged, on every process, where a loss or the network is not finite. Waits for the device."""
-        states = [value for value in self.network.state_dict().values() if value.is_floating_point()]
-        healthy = torch.stack([torch.isfinite(value).all() for value in states]).all()
-        bad_step = torch.where((self.bad_step < 0) & ~healthy, self.global_step, self.bad_step).long()
-        if self.trainer.world_size > 1:
-            bad_step = self.trainer.strategy.reduce(bad_step, reduce_op="max")
-        if (step := int(bad_step)) >= 0:
-            what = "the loss" if int(self.bad_step) >= 0 else "a weight or statistic of the network"
-            self._refuse(what, step)
+        step = torch.where(all_finite(self.network.state_dict().values()), -1, self.global_step)
+        found, of_network = torch.stack([self.bad_step(), self._of_any_process(step)]).tolist()
+        if found >= 0:
+            self.refuse("the loss", found)
+        if of_network >= 0:
+            self.refuse("a weight or statistic of the network", of_network)
 
     def assert_finite_validation(self, loss: float) -> None:
         """Raises Diverged where the validation loss, already that of all processes, is not finite."""
         if not math.isfinite(loss):
-            self._refuse("the validation loss", self.global_step)
+            self.refuse("the validation loss", self.global_step)
 
-    def _refuse(self, what: str, step: int) -> NoReturn:
+    def refuse(self, what: str, step: int) -> NoReturn:
+        """Raises Diverged of what stopped being finite at a step."""
         lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.trainer.optimizers[0].param_groups[0]["lr"]
         self.trainer.strategy.checkpoint_io.teardown()  # one that is being written counts
         last = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt")
@@ -142,20 +192,27 @@ class ImageClassifier(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         average_statistics(self.network)  # where each process has a stream of its own: all validate one network
-        self.val_sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.val_sums = self.val_sums.to(self.device).zero_()
         self.clamp_meter = ClampMeter(self.network)
+        if self.graph is not None and self.graphed_evaluation is None:
+            state = self.val_sums, *self.buffers()
+            self.graphed_evaluation = GraphedEvaluation(self._evaluate, state, self.graph.pool)
 
     def validation_step(self, batch, batch_idx: int) -> Tensor:
         images, labels, indices = batch
-        logits = self(images)
+        logits = (self.graphed_evaluation or self._evaluate)(images, labels)
         assert self.clamp_meter is not None
         if self.clamp_meter.layers and self.collected is None and batch_idx % self._metered_every() == 0:
             # once more for the meter, whose hooks a compiled network would not call
             with torch.compiler.set_stance("force_eager"), self.clamp_meter:
                 self(images)
-        self.val_sums = self.val_sums + _sums(logits, labels, _losses(logits, labels)[1])
         if self.collected is not None:
-            self.collected.append(torch.stack([indices, labels, predicted(logits)]).cpu())
+            self.collected.append(torch.stack([indices.to(labels.device), labels, predicted(logits)]))
+        return logits
+
+    def _evaluate(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self(images)
+        self.val_sums += _sums(logits, labels, _losses(logits, labels)[1])
         return logits
 
     def _metered_every(self) -> int:
@@ -212,13 +269,10 @@ class ImageClassifier(pl.LightningModule):
                 checkpoint["state_dict"][name] = table[self.trainer.global_rank]
 
 
-def _step(
-    forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """(mean loss, sums of the batch) of a training step."""
-    logits = forward(images)
-    loss, total = _losses(logits, labels, label_smoothing)
-    return loss, _sums(logits.detach(), labels, total)
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether every element of those of real numbers is finite, on their device: in a few kernels for all of them."""
+    real = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return torch.isfinite(nn.utils.get_total_norm(real, norm_type=math.inf))  # the largest magnitude
 
 
 def _losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:

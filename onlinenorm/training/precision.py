@@ -1,5 +1,6 @@
 """Half precision with a loss scale, which OnlineNorm's controls follow."""
 
+import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 
 from onlinenorm.normalizers import rescale_controls
@@ -15,9 +16,8 @@ class ScaledHalf(MixedPrecision):
         super().__init__("16-mixed", device)
 
     def optimizer_step(self, optimizer, model, closure, **kwargs):
-        before = self.scaler.get_scale()
+        one = torch.ones((), device=model.device)
+        before = self.scaler.scale(one)  # get_scale() waits for the device
         result = super().optimizer_step(optimizer, model, closure, **kwargs)
-        after = self.scaler.get_scale()
-        if after != before > 0:
-            rescale_controls(model, after / before)
+        rescale_controls(model, torch.where(before > 0, self.scaler.scale(one) / before, 1.0))
         return result

@@ -139,15 +139,14 @@ class Loss(nn.Module):
     def __init__(self, network: nn.Module, mode: str):
         super().__init__()
         self.network = torch.compile(network, dynamic=False) if mode == "compile" else network
-        self.graphed = GraphedStep(network, self.step, accumulates=False) if mode == "graph" else None
+        self.graphed = GraphedStep(network, self.step) if mode == "graph" else None
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return (self.graphed or partial(self.step, self.network))(images, labels)[0]
+        return (self.graphed or partial(self.step, self.network))(images, labels)
 
     @staticmethod
-    def step(forward, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = F.cross_entropy(forward(images), labels)
-        return loss, loss.detach()
+    def step(forward, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(forward(images), labels)
 
 
 class Row:

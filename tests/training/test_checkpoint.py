@@ -14,6 +14,7 @@ from tests_training import ROOT
 
 from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.training import checkpoint
+from onlinenorm.training.host_copy import host_copy
 from onlinenorm.training.trainer import quiet_lightning
 
 
@@ -93,6 +94,17 @@ def test_what_cannot_be_read_back_never_becomes_the_last(folder, monkeypatch):
     assert checkpoint.read(folder / "last.ckpt")["position"]["epoch"] == 2
 
 
+@pytest.mark.gpu
+def test_a_copy_of_the_device_is_that_of_the_call():
+    weight = torch.randn(64, 32, 3, 3, device="cuda").to(memory_format=torch.channels_last)
+    expected = weight.cpu()
+    torch.cuda._sleep(10**8)  # what is queued before
+    copied, ready = host_copy({"weight": weight})
+    weight.zero_()
+    ready.synchronize()
+    assert torch.equal(copied["weight"], expected) and copied["weight"].stride() == weight.stride()
+
+
 @pytest.fixture
 def held(monkeypatch):
     """Keeps the writing thread waiting until it is set."""
@@ -167,6 +179,7 @@ KILLED_OVER_AND_OVER = """
 import itertools, os, random, signal, sys, time
 from pathlib import Path
 from onlinenorm.training import checkpoint
+from onlinenorm.training.host_copy import host_copy
 from test_checkpoint import state
 
 folder, draw, before = Path(sys.argv[1]), random.Random(0), 0

@@ -11,10 +11,12 @@ from onlinenorm import models
 from onlinenorm.data import Synthetic
 from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d
+from onlinenorm.training import cuda_graph
 from onlinenorm.training.cuda_graph import GraphedStep
-from onlinenorm.training.module import ImageClassifier, _step
+from onlinenorm.training.module import ImageClassifier
+from onlinenorm.training.precision import ScaledHalf
 from onlinenorm.training.recipe import Recipe
-from onlinenorm.training.trainer import TrainingGraph
+from onlinenorm.training.trainer import TrainingGraph, quiet_lightning
 
 
 def test_without_a_gpu_it_is_refused(run, tmp_path):
@@ -22,41 +24,156 @@ def test_without_a_gpu_it_is_refused(run, tmp_path):
         run(tmp_path, "trainer.cuda_graph=true")
 
 
+class Again:
+    """Stands for a graph: what was captured is done again, into the memory of its first result."""
+
+    def __init__(self, function, result, parameters):
+        self.function, self.result = function, result
+        self.gradients = [(parameter, parameter.grad) for parameter in parameters]
+
+    def pool(self):
+        return None
+
+    def replay(self):
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        with torch.enable_grad():
+            result = self.function()
+        for parameter, _ in self.gradients:
+            parameter.grad = None
+        for memory, value in zip(self.result or (), result or (), strict=True):
+            memory.copy_(value)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Lets what is captured run again where a graph would be replayed; a list of what was captured, by name."""
+    captured, graphed = [], []
+    original = GraphedStep.__init__
+
+    def capture(function, stream, pool=None):
+        captured.append(function.__name__)
+        if function.__name__ == "step":  # of the optimizer: a capture does nothing, and what is else done is undone
+            return Again(function, None, graphed[-1]._parameters), None
+        result = function()
+        return Again(function, result, ()), result
+
+    def initialise(self, *arguments):
+        original(self, *arguments)
+        graphed.append(self)
+
+    monkeypatch.setattr(cuda_graph, "warm_up", lambda function, device: [function() for _ in range(3)])
+    monkeypatch.setattr(cuda_graph, "capture", capture)
+    monkeypatch.setattr(GraphedStep, "__init__", initialise)
+    return captured
+
+
+def train(graph, augmentation="pad_crop", recipe=None, **options):
+    """Weights, statistics and sums of a short run on the CPU."""
+    torch.manual_seed(0)
+    data = Synthetic(num_train=32, num_val=20, batch_size=8, val_batch_size=8, image_size=16, augmentation=augmentation)
+    recipe = Recipe(epochs=3, batch_size=8, **(recipe or {"milestones": (2,)}))
+    module = ImageClassifier(models.cifar_resnet8(OnlineNorm2d), recipe)
+    with quiet_lightning():
+        pl.Trainer(
+            accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False, callbacks=[TrainingGraph()] if graph else [],
+            **options,
+        ).fit(module, data)  # fmt: skip
+    sums = {"train_sums": module.train_sums, "val_sums": module.val_sums, "batches": module.batches}
+    return module.network.state_dict() | sums
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice on loggers and numbers of workers
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "options, whole",
+    [
+        ({}, True),
+        ({"precision": "bf16-mixed"}, True),
+        ({"accumulate_grad_batches": 2}, False),
+        ({"gradient_clip_val": 0.5}, False),
+        ({"precision": "16-mixed"}, False),
+    ],
+    ids=str,
+)
+def test_what_is_captured_makes_the_bits_of_a_run_without(on_the_cpu, options, whole):
+    half = options.get("precision") == "16-mixed"
+
+    def run(graph):
+        plugins = {"plugins": ScaledHalf("cpu")} if half else options
+        return train(graph, **plugins)
+
+    plain, graphed = run(False), run(True)
+    assert all(torch.equal(graphed[name], value) for name, value in plain.items())
+    # the optimizer's step again where the learning rate has changed, after the second epoch
+    assert on_the_cpu == ["forward", "backward", *(["step", "evaluate", "step"] if whole else ["evaluate"])]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "recipe, steps",
+    [
+        ({"warmup_epochs": 1, "milestones": (2,)}, ["evaluate", "step", "step"]),
+        ({"schedule": "cosine"}, ["evaluate"]),
+        ({"clamp_raise_epochs": 1}, ["step", "evaluate", "forward", "backward", "step", "evaluate"]),
+    ],
+    ids=str,
+)
+def test_what_changes_between_steps_is_followed(on_the_cpu, recipe, steps):
+    """A learning rate of every step's own is not captured; one that rests is, and clamps of another value are."""
+    plain, graphed = (train(graph, recipe=recipe) for graph in (False, True))
+    assert all(torch.equal(graphed[name], value) for name, value in plain.items())
+    assert on_the_cpu == ["forward", "backward", *steps]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("augmentation", ["pad_crop", "random_resized_crop", "scale_jitter"])
-def test_bytes_go_to_the_graph(monkeypatch, augmentation):
-    """What is captured makes the network's input itself, and the weights are those of a run without; on the CPU."""
+def test_bytes_go_to_the_graph(on_the_cpu, monkeypatch, augmentation):
+    """What is captured makes the network's input itself."""
+    dtypes, original = set(), GraphedStep.__call__
 
-    class Eager:
-        def __init__(self, module, step, accumulates):
-            self.module, self.step = module, step
+    def call(self, images, labels):
+        dtypes.add(images.dtype)
+        return original(self, images, labels)
 
-        def __call__(self, images, labels):
-            dtypes.append(images.dtype)
-            return self.step(self.module, images, labels)
-
-    def train(callbacks):
-        torch.manual_seed(0)
-        data = Synthetic(num_train=32, num_val=16, batch_size=8, image_size=16, augmentation=augmentation)
-        module = ImageClassifier(models.cifar_resnet8(OnlineNorm2d), Recipe(epochs=2, batch_size=8))
-        pl.Trainer(
-            accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False, callbacks=callbacks,
-        ).fit(module, data)  # fmt: skip
-        return module.network.state_dict()
-
-    dtypes = []
-    plain = train([])
-    monkeypatch.setattr("onlinenorm.training.module.GraphedStep", Eager)
-    graphed = train([TrainingGraph()])
-    assert set(dtypes) == {torch.float32 if augmentation == "scale_jitter" else torch.uint8} and len(dtypes) == 8
+    monkeypatch.setattr(GraphedStep, "__call__", call)
+    plain, graphed = (train(graph, augmentation) for graph in (False, True))
+    assert dtypes == {torch.float32 if augmentation == "scale_jitter" else torch.uint8}
     assert all(torch.equal(graphed[name], value) for name, value in plain.items())
 
 
+def test_a_batch_of_another_shape_runs_as_it_is(on_the_cpu):
+    found = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9)
+        step = GraphedStep(network, loss_of, (), optimizer) if graphed else partial(loss_of, network)
+        for images in (8, 8, 8, 5, 8):
+            loss = step(torch.randn(images, 3, 2, 2), torch.arange(images) % 5)
+            if graphed:
+                step.backward(loss)
+                assert all((p.grad is None) == (images == 8) for p in network.parameters())
+                step.step_optimizer()
+            else:
+                loss.backward()
+                optimizer.step()
+            optimizer.zero_grad()
+        found.append([loss, *network.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def loss_of(forward, images, labels):
+    return torch.nn.functional.cross_entropy(forward(images), labels)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("whole", [True, False], ids=["with_the_optimizer", "passes_only"])
 @pytest.mark.parametrize("normalizer", ["online_clamp", "online_layer_scaling", "batch", "batch_renorm"])
-def test_same_gradients_and_buffers_as_without(normalizer):
+def test_same_gradients_and_buffers_as_without(normalizer, whole):
     makers = {
         "online_clamp": OnlineNorm2d,
         "online_layer_scaling": lambda c: OnlineNorm2d(c, error_compensation="layer_scaling"),
@@ -68,16 +185,20 @@ def test_same_gradients_and_buffers_as_without(normalizer):
     for graphed in (False, True):
         torch.manual_seed(0)
         network = models.cifar_resnet8(makers[normalizer], in_channels=1).cuda().train()
-        run = GraphedStep(network, _step, accumulates=False) if graphed else partial(_step, network)
-        optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9)
+        optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9, fused=True)
+        run = GraphedStep(network, loss_of, (), optimizer if whole else None) if graphed else partial(loss_of, network)
         for _ in range(5):
             x = torch.randn(16, 1, 28, 28, device="cuda")
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cuda", torch.bfloat16):
-                loss, sums = run(x, torch.arange(16, device="cuda") % 10)
-            loss.backward()
-            optimizer.step()
-        found.append({**network.state_dict(), "loss": loss.detach(), "sums": sums})
+                loss = run(x, torch.arange(16, device="cuda") % 10)
+            if graphed and whole:
+                run.backward(loss)
+                run.step_optimizer()
+            else:
+                loss.backward()
+                optimizer.step()
+        found.append({**network.state_dict(), "loss": loss.detach()})
     torch.backends.cudnn.benchmark = before
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -96,3 +217,53 @@ def test_same_run_as_without(run, tmp_path, overrides):
     rows = [outcome(tmp_path / name)[1] for name in ("plain", "graphed")]
     for a, b in zip(*rows, strict=True):
         assert float(b["train_loss"]) == pytest.approx(float(a["train_loss"]), rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("normalizer", ["online_clamp", "batch"])
+def test_same_bits_as_without(run, tmp_path, normalizer, precision):
+    """Of a deterministic run, over a drop of the learning rate."""
+    shared = ["trainer=gpu", f"trainer.precision={precision}", "trainer.deterministic=true", f"normalizer={normalizer}"]
+    plain, graphed = (
+        run(tmp_path / str(graph), *shared, f"trainer.cuda_graph={graph}")["parameters_sha256"]
+        for graph in ("false", "true")
+    )
+    assert graphed == plain
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.cuda_graph=false"],
+        ["trainer.cuda_graph=true"],
+        ["trainer.cuda_graph=true", "trainer.accumulate_grad_batches=2"],
+        ["trainer.cuda_graph=true", "trainer.precision=16-mixed"],
+        ["trainer.cuda_graph=true", "data.on_device=true"],
+    ],
+    ids=str,
+)
+def test_no_step_waits_for_the_device(run, tmp_path, monkeypatch, overrides):
+    """Between two batches too, with a look at the loss after each; but for captures, and what ends an epoch."""
+    watched = []
+
+    original = ImageClassifier.on_train_batch_start
+
+    def begin(self, batch, batch_idx):
+        original(self, batch, batch_idx)
+        if self.current_epoch == 1 and batch_idx + 1 < self.trainer.num_training_batches:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def end(self, outputs, batch, batch_idx):
+        watched.append(torch.cuda.get_sync_debug_mode())
+        if batch_idx + 2 >= self.trainer.num_training_batches:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(ImageClassifier, "on_train_batch_start", begin)
+    monkeypatch.setattr(ImageClassifier, "on_train_batch_end", end)
+    try:
+        run(tmp_path, "trainer=gpu", "trainer.log_every_n_steps=1", "recipe.batch_size=8", *overrides)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watched.count(2) >= 7

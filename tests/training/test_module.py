@@ -1,12 +1,14 @@
 """One step and one validation batch of the classifier."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from onlinenorm.records import read_rows
-from onlinenorm.training.module import ImageClassifier, _losses, _sums
+from onlinenorm.training.module import ImageClassifier, _losses, _sums, all_finite
 from onlinenorm.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=1, batch_size=4)
@@ -60,11 +62,25 @@ def test_channels_last_reaches_weights_and_images():
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_first_bad_step_is_remembered():
+def test_the_first_bad_batch_is_remembered():
     module = ImageClassifier(nn.Linear(2, 2), RECIPE, channels_last=False)
-    for loss in (1.0, float("inf"), float("nan"), 2.0):
-        module._watch(torch.tensor(loss))
-    assert module.bad_step == 1  # global_step is 0 without a trainer: the step being taken is 1
+    for value in (1.0, float("inf"), float("nan"), 2.0):
+        module.training_loss(lambda x: x, torch.full((3, 2), value), torch.zeros(3, dtype=torch.int64))
+    assert module.bad_batch == 2 and module.batches == 4 and module.train_sums[3] == 12
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_element_of_many_tensors_that_is_not_finite_is_found(device):
+    tensors = [torch.randn(size, device=device) for size in (1, 70000, 3, 0, 129)]
+    tensors += [torch.tensor([torch.finfo(torch.float32).max], device=device), torch.tensor(5, device=device)]
+    tensors += [torch.randn(40, device=device, dtype=dtype) for dtype in (torch.float64, torch.bfloat16)]
+    assert all_finite(tensors)
+    for tensor in (tensors[0], tensors[1], tensors[4], *tensors[-2:]):
+        for value in (math.nan, math.inf, -math.inf):
+            before, tensor[-1] = tensor[-1].clone(), value
+            assert not all_finite(tensors)
+            tensor[-1] = before
+    assert all_finite(tensors)
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_before_it_is_saved(run, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def test_what_is_not_there_is_said(gpus):
 def test_half_precision_scales_the_loss_on_the_cpu_too(run, tmp_path, monkeypatch, overrides):
     """An overflow at first halves the scale until there is none; controls follow every change of it."""
     factors = []
-    monkeypatch.setattr(precision, "rescale_controls", lambda network, factor: factors.append(factor))
+    monkeypatch.setattr(precision, "rescale_controls", lambda network, factor: factors.append(float(factor)))
     monkeypatch.setattr(precision.ScaledHalf, "__init__", scaled_by(2.0**20, growth_interval=2))
     results = run(tmp_path, "trainer.precision=16-mixed", *overrides)
     end = checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["ScaledHalf"]["scale"]
