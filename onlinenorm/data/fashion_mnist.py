@@ -117,13 +117,15 @@ def _download(cache: Path, searched: list[str]) -> Path:
     try:
         Downloader(str(cache), download=True)
     except (RuntimeError, OSError, urllib.error.URLError, EOFError, zlib.error) as error:
+        folders = "\n  ".join(searched)
+        cause = " ".join(str(error).split())
         raise DataError(
-            f"Fashion-MNIST was not found in {', '.join(searched)}, "
-            f"and its download into {cache} failed ({error}).\n"
-            "Any of these helps: apt install dataset-fashion-mnist; or data.root=FOLDER with the four files "
-            "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
-            "t10k-labels-idx1-ubyte.gz from https://github.com/zalandoresearch/fashion-mnist; "
-            "or data=embedded, which needs no download.",
+            f"Fashion-MNIST is in none of\n  {folders}\nand its download into {cache} failed ({cause}).\n"
+            "Expected in ROOT: train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and\n"
+            "t10k-labels-idx1-ubyte.gz, or what they unpack to\n"
+            "To get it: https://github.com/zalandoresearch/fashion-mnist, or apt install dataset-fashion-mnist\n"
+            "Then: python train.py data=fashion_mnist data.root=ROOT\n"
+            "Without any download: data=embedded, a part of it",
             key="root",
         ) from error
     return cache / "FashionMNIST" / "raw"

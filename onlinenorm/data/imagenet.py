@@ -17,7 +17,7 @@ from onlinenorm.data.kaggle import COMPETITION, LABELS, ZIP, find_images, load_f
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.parquet import load_tables
-from onlinenorm.data.verify import recorded, scale_of
+from onlinenorm.data.verify import is_resized, recorded, scale_of
 from onlinenorm.errors import ArgumentError, DataError
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,10 @@ class ImageNet(ImageDataModule):
     The forms are class folders (test/ stands in for a missing val/), Kaggle's folders and its zip file, Parquet files
     of the hub, tar shards, and the official archives; images, order and fingerprint are the same in all. Labels are
     positions in the sorted list of class folders. `scale` is "imagenet" only for 1,000 classes with 1,281,167 and
-    50,000 images, "imagenet-subset" for other sets of classes named by WordNet's ids (n01440764), else "folder", and
-    `name` then that of the folder. Training crops have `image_size` pixels; validation resizes the shorter side to
-    image_size * 256 / 224 first. pad_crop and none are meant for small images. Arguments are those of ImageDataModule.
+    50,000 images, "imagenet-resized" where their files have other sizes, "imagenet-subset" for other sets of classes
+    named by WordNet's ids (n01440764), else "folder", and `name` then that of the folder. Training crops have
+    `image_size` pixels; validation resizes the shorter side to image_size * 256 / 224 first. pad_crop and none are
+    meant for small images. Arguments are those of ImageDataModule.
     """
 
     num_workers: int | None = None
@@ -100,7 +101,9 @@ class ImageNet(ImageDataModule):
 
     @property
     def scale(self) -> str:
-        return scale_of(self.class_names, self.train_images, self.val_images)
+        scale = scale_of(self.class_names, self.train_images, self.val_images)
+        assert self._sets  # opened
+        return "imagenet-resized" if scale == "imagenet" and is_resized(self._splits[0]) else scale
 
     @property
     def licence(self) -> str:

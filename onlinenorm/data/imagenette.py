@@ -24,7 +24,7 @@ CLASSES = {
 }
 _LAYOUT = """\
 Expected in ROOT: imagenette2-160.tgz, imagenette2-320.tgz or imagenette2.tgz, unpacked, or what it unpacks to:
-train/CLASS/*.JPEG and val/CLASS/*.JPEG, CLASS from n01440764 to n03888257
+train/CLASS/*.JPEG and val/CLASS/*.JPEG (or test/), CLASS from n01440764 to n03888257
 To get it: https://github.com/fastai/imagenette
 Then: python train.py experiment=table1 data=imagenette data.root=ROOT
 Without any download: python train.py experiment=quickstart"""
@@ -63,7 +63,7 @@ class Imagenette(ImageNet):
             )
         if not found:
             raise DataError(
-                f"{root} {'holds no Imagenette' if root.is_dir() else 'is no folder'}.\n{_LAYOUT}", key="root"
+                f"{root} {'holds no Imagenette' if root.is_dir() else 'does not exist'}.\n{_LAYOUT}", key="root"
             )
         return found[0]
 

@@ -138,7 +138,7 @@ def _labels_of(images: Path) -> Path | None:
 
 def _read_zip(archive: Path, progress: Progress) -> dict[str, Arrays]:
     """The arrays of both splits."""
-    progress(f"reading the directory of {archive.name}", 0, None)
+    progress(f"reading the directory of {archive.name}", 0, 1)
     try:
         with zipfile.ZipFile(archive) as file:
             found = _members(file, archive)

@@ -111,11 +111,12 @@ def load_tables(train: list[Path], val: list[Path], progress: Progress = silent)
 def _members(splits: dict[str, list[Path]], progress: Progress) -> dict[str, list[tuple]]:
     """Split -> members of a ParquetIndex."""
     files = [(split, place, path) for split, paths in splits.items() for place, path in enumerate(paths)]
-    tables = []
+    what, tables = "finding the images in Parquet files", []
+    progress(what, 0, len(files))
     with ThreadPoolExecutor(_THREADS) as pool:
         for done, table in enumerate(pool.map(_read_table, (path for *_, path in files)), 1):
             tables.append(table)
-            progress("finding the images in Parquet files", done, len(files))
+            progress(what, done, len(files))
     classes = _class_names(tables, files[0][2].parent)
     members: dict[str, list[tuple]] = {split: [] for split in splits}
     for (split, place, path), table in zip(files, tables, strict=True):

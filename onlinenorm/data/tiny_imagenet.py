@@ -15,7 +15,7 @@ _LAYOUT = """\
 Expected in ROOT: tiny-imagenet-200.zip, unpacked, or the folder that it unpacks to:
   wnids.txt (the classes) and words.txt (their names)
   train/CLASS/images/*.JPEG, or train/CLASS/*.JPEG
-  val/images/*.JPEG and val/val_annotations.txt, or val/CLASS/*.JPEG
+  val/images/*.JPEG and val/val_annotations.txt, or val/CLASS/*.JPEG (or test/CLASS/*.JPEG)
 To get it: http://cs231n.stanford.edu/tiny-imagenet-200.zip
 Then: python train.py experiment=table1 data=tiny_imagenet data.root=ROOT
 Without any download: python train.py experiment=quickstart"""
@@ -55,7 +55,7 @@ class TinyImageNet(ImageNet):
             if (folder / "train").is_dir():
                 return folder
         raise DataError(
-            f"{root} {'holds no Tiny ImageNet' if root.is_dir() else 'is no folder'}.\n{_LAYOUT}", key="root"
+            f"{root} {'holds no Tiny ImageNet' if root.is_dir() else 'does not exist'}.\n{_LAYOUT}", key="root"
         )
 
     @property

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PUBLISHED = 1000, 1_281_167, 50_000  # classes, training and validation images of ILSVRC 2012
 VAL_IMAGES_A_CLASS = 50
+FILE_BYTES = 115_000  # mean of the training images; those of other forms differ by a few
 _WHAT = "classes", "training images", "validation images"
 
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -40,6 +41,11 @@ def scale_of(class_names: list[str], train_images: int, val_images: int) -> str:
     if not all(_WORDNET_ID.fullmatch(name) for name in class_names):
         return "folder"
     return "imagenet" if (len(class_names), train_images, val_images) == PUBLISHED else "imagenet-subset"
+
+
+def is_resized(train: FolderIndex) -> bool:
+    """Whether as many training images as ImageNet has are other files: a copy that was resized or compressed anew."""
+    return len(train) == PUBLISHED[1] and not 0.85 < train.sizes.mean() / FILE_BYTES < 1.15
 
 
 def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress: Progress = silent) -> dict[str, Any]:
@@ -60,6 +66,11 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress
             if found != published
         ]
         a_class = Counter(val.labels.tolist())
+        if is_resized(train):
+            problems.append(
+                f"training images of {train.sizes.mean() / 1e3:.0f} KB on average, not {FILE_BYTES / 1e3:.0f}: resized "
+                "or compressed anew"
+            )
         wrong = [f"{val.class_names[c]} {n}" for c, n in sorted(a_class.items()) if n != VAL_IMAGES_A_CLASS]
         if wrong:
             problems.append(

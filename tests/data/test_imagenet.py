@@ -49,6 +49,24 @@ def test_only_the_published_counts_are_called_imagenet(tree, monkeypatch):
         assert data.scale == scale
 
 
+@pytest.mark.parametrize(("kilobytes", "scale"), [(115, "imagenet"), (24, "imagenet-resized")])
+def test_a_resized_copy_is_not_called_imagenet(tmp_path, monkeypatch, kilobytes, scale):
+    def index(images):
+        labels = np.arange(images) * 1000 // images
+        arrays = {"names": np.empty(0, np.uint8), "offsets": np.zeros(images + 1, np.int64), "labels": labels}
+        names = [f"n{c:08d}" for c in range(1000)]
+        return FolderIndex(tmp_path, names, sizes=np.full(images, 1000 * kilobytes), **arrays)
+
+    splits = index(1281167), index(50000)
+    monkeypatch.setattr(ImageNet, "open_splits", lambda self: splits)
+    assert ImageNet(root=str(tmp_path)).scale == scale
+    assert ImageNet(root=str(tmp_path), limit_train=1281166).scale == "imagenet-subset"
+    problems = verify(splits, decode=0)["problems"]
+    assert problems == ([] if scale == "imagenet" else [
+        "training images of 24 KB on average, not 115: resized or compressed anew"
+    ])  # fmt: skip
+
+
 def test_a_folder_of_imagenets_name_does_not_make_imagenet(tree):
     data = module(tree.rename(tree.with_name("imagenet")))
     data.setup()
