@@ -27,7 +27,7 @@ CODECS = "", "snappy", "gzip", "brotli", "zstd", "lz4_raw"
 LABELS = 1000  # where the file does not say how many
 
 _BYTES, _PATH, _LABEL = "image.bytes", "image.path", "label"
-_COSTLY = 4  # bytes read for a byte of an image above which another form is advised
+_LARGE, _COSTLY = 1 << 19, 4  # bytes read for an image, and for a byte of it, above which another form is advised
 _THREADS = 4  # each holds a row group several times
 _MORE = {"stored": np.int64, "rooms": np.int64, "skips": np.int64, "codecs": np.int8}
 
@@ -98,8 +98,8 @@ def load_tables(train: list[Path], val: list[Path], progress: Progress = silent)
         return ParquetIndex(files, **arrays)
 
     indexes = load("train"), load("val")
-    cost = max(index.stored.sum() / max(index.sizes.sum(), 1) for index in indexes)
-    if cost > _COSTLY:
+    read, cost = max((index.stored.mean(), index.stored.sum() / max(index.sizes.sum(), 1)) for index in indexes)
+    if read > _LARGE and cost > _COSTLY:
         log.warning(
             "%s: these Parquet files are compressed so that an image reads %.0f times its bytes; faster are shards of "
             "them: python scripts/prepare_imagenet.py %s NEW_ROOT --packed",
