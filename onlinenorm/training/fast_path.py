@@ -10,7 +10,7 @@ commit baa1591, before the stem had kernels of its own; loaders of results/bench
 - trainer.cuda_graph: on from a hundred steps. A step of 32 images takes 7 ms in place of 28, one of 256 1.5 % less; the
   capture takes a few steps' time.
 - data.on_device: on where the decoded set takes at most a quarter of the GPU's memory and half of what is free. Files
-  are then decoded once, and by Pillow, whose pixels are the reference.
+  are then decoded once, and by Pillow, whose pixels are the reference; so they are where there is no room just now.
 - data.decoder: else nvjpeg, 7,045 images/s on 16 cores, where Pillow has 3,374 and torchvision 4,138; torchvision where
   the GPU does not decode.
 
@@ -19,6 +19,7 @@ Each is off where it is refused, or where nobody has seen it to be right: see th
 
 import contextlib
 import copy
+import functools
 import gc
 import importlib.util
 import os
@@ -132,8 +133,7 @@ def choose(config: dict[str, Any], open_data: Callable[[dict[str, Any]], ImageDa
             values[key] = not reason
             reasons |= {key: reason} if reason else {}
     if "data.decoder" in keys:
-        on_device = values.get("data.on_device", lookup(config, "data.on_device"))
-        values["data.decoder"] = _decoder(config, data, on_device)
+        values["data.decoder"] = _decoder(config, data)
     chosen = with_values(plain, values)
     fast = [key for key, value in values.items() if value is True]
     return Choice(chosen, data if chosen["data"] == plain["data"] else open_data(chosen), reasons, fast)
@@ -244,23 +244,40 @@ def _against_capturing(config: dict[str, Any], data: ImageDataModule) -> str:
 
 
 def _against_keeping(config: dict[str, Any], data: ImageDataModule) -> str:
-    if not all(isinstance(dataset, InMemoryDataset | FolderDataset) for dataset in data._sets):
-        return "a set of your own"
-    total = torch.cuda.get_device_properties(_device()).total_memory
-    folders = [dataset for dataset in data._sets if isinstance(dataset, FolderDataset)]
-    files = sum(int(dataset.index.sizes.sum()) for dataset in folders)  # decoded they are larger
-    needed = files if files > SHARE_OF_MEMORY * total else decoded_bytes(data._sets)
-    if needed > SHARE_OF_MEMORY * total:
-        return f"the set is larger than {SHARE_OF_MEMORY:.0%} of the GPU's {total / 1e9:,.0f} GB"
+    if reason := _too_large(data):
+        return reason
     alone = config["trainer"]["devices"] * config["trainer"]["num_nodes"] == 1  # several must choose alike
-    if alone and needed > (free := free_memory(_device()) or 0) / 2:
+    needed, free = _decoded_bytes(data), (free_memory(_device()) or 0) if alone else None
+    if free is not None and needed > free / 2:
         return f"{needed / 1e9:,.1f} GB decoded, and the GPU has {free / 1e9:,.1f} GB free"
     return ""
 
 
-def _decoder(config: dict[str, Any], data: ImageDataModule, on_device: bool) -> str:
+def _too_large(data: ImageDataModule) -> str:
+    """Why a set is not one for a GPU's memory, whoever uses that now."""
+    if not all(isinstance(dataset, InMemoryDataset | FolderDataset) for dataset in data._sets):
+        return "a set of your own"
+    room = SHARE_OF_MEMORY * torch.cuda.get_device_properties(_device()).total_memory
+    folders = [dataset for dataset in data._sets if isinstance(dataset, FolderDataset)]
+    files = sum(int(dataset.index.sizes.clip(0).sum()) for dataset in folders)
+    if files > room or _decoded_bytes(data) > room:  # decoded they are larger
+        return f"the set is larger than {SHARE_OF_MEMORY:.0%} of the GPU's {room / SHARE_OF_MEMORY / 1e9:,.0f} GB"
+    return ""
+
+
+@functools.lru_cache(maxsize=1)
+def _decoded_bytes(data: ImageDataModule) -> float:
+    return decoded_bytes(data._sets)  # which reads many files
+
+
+def _decoder(config: dict[str, Any], data: ImageDataModule) -> str:
     files = all(isinstance(dataset, FolderDataset) for dataset in data._sets)
-    if not files or on_device or config["data"]["_target_"] not in NAMED["data"]:
+    if not files or config["data"]["_target_"] not in NAMED["data"]:
+        return AUTO_KEYS["data.decoder"]
+    kept = lookup(config, "data.on_device")
+    if kept is True or (
+        kept == AUTO and not _too_large(data)
+    ):  # the same pixels in all runs, also with little room now
         return AUTO_KEYS["data.decoder"]
     return "nvjpeg" if gpu_decodes(_device()) else "torchvision"
 

@@ -45,6 +45,8 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
     images = "on the device" if lookup(config, "data.on_device") else "from memory"
     if isinstance(data._sets[0], FolderDataset):
         images = f"decoded by {data.decoder}" + (" once, then on the device" if data.on_device else "")
+        if on_gpu and "data.on_device" in reasons:
+            images += f", not kept on the device ({reasons['data.on_device']})"
     return [
         f"  on {where}, {trainer['precision']}{how(config, reasons)}",
         f"  {data.name}: {data.train_images:,} training and {data.val_images:,} validation images of "

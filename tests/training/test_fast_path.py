@@ -124,6 +124,8 @@ def test_files_are_decoded_by_the_gpu_unless_it_holds_them_decoded(gpu, tmp_path
     assert decoder() == ("pillow", True)
     assert decoder("data.on_device=false") == ("nvjpeg", False)
     assert decoder("data.decoder=torchvision", "data.on_device=false") == ("torchvision", False)
+    gpu.setattr(fast_path, "free_memory", lambda device: 0)
+    assert decoder() == ("pillow", False), "as other runs on such a GPU, which was less busy"
     gpu.setattr(fast_path, "gpu_decodes", lambda device: False)
     assert decoder("data.on_device=false") == ("torchvision", False)
     gpu.setattr(fast_path, "decoded_bytes", lambda sets: 1e12)

@@ -1,0 +1,85 @@
+"""What a run says before it trains: at once, on which machine, how fast and why not faster."""
+
+import subprocess
+import sys
+
+import pytest
+from tests_training import ROOT, TINY
+
+from onlinenorm import provenance
+from onlinenorm.cli.compose import load_config
+from onlinenorm.training import fast_path
+from onlinenorm.training.fast_path import open_data, with_values
+from onlinenorm.training.opening import announce, details
+from onlinenorm.training.recipe import Recipe
+
+RECIPE = Recipe(epochs=3, batch_size=16, lr=0.1, base_batch_size=16)
+
+
+def lines(*overrides, reasons=None, **values):
+    config = with_values(load_config([*TINY, *overrides]), {key.replace("__", "."): v for key, v in values.items()})
+    config["trainer"] |= {"devices": 1, "num_nodes": 1, "precision": "bf16-mixed"}
+    config = with_values(config, {"data.decoder": "pillow"})
+    return details(config, open_data(config, RECIPE), RECIPE, reasons or {})
+
+
+def test_the_first_lines_come_before_torch_is_loaded(tmp_path):
+    code = (
+        "import sys, train\n"
+        "from onlinenorm.cli.compose import load_config\n"
+        "train.announce(load_config(sys.argv[1:]))\n"
+        "print({name for name in ('torch', 'pytorch_lightning', 'torchvision') if name in sys.modules})\n"
+    )
+    words = [*TINY, f"run_dir={tmp_path / 'run'}", "trainer.checkpoint_every_n_steps=2000"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f"{tmp_path / 'run'}: new run: normalizer=online_clamp model=cifar_resnet8 data=synthetic recipe=cifar "
+        "trainer=cpu experiment=default seed=0",
+        "  3 epochs in batches of 16; saves at the end of each epoch, every 2,000 steps and when asked to stop "
+        "(Ctrl-C, SIGTERM, SIGUSR1)",
+        "set()",
+    ]
+
+
+def test_fresh_continued_and_finished(tmp_path, capsys, monkeypatch):
+    config = load_config([*TINY, f"run_dir={tmp_path}"])
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "previous.ckpt").touch()
+    announce(config)
+    assert capsys.readouterr().out.startswith(f"{tmp_path}: continues: ")
+    (tmp_path / "results.json").touch()
+    announce(config)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "results.json").unlink()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    announce(config)
+    assert capsys.readouterr().out == "", "the first process says it"
+
+
+def test_a_run_says_where_it_continues(run, tmp_path, capsys):
+    run(tmp_path)
+    out = capsys.readouterr().out
+    assert "  learning rate 0.00163546, momentum 0.986916; 4 steps an epoch\n" in out
+    assert "70 training and 21 validation images of 10 classes at 8 px, from memory\n" in out and "continues" not in out
+    (tmp_path / "results.json").unlink()
+    run(tmp_path)
+    assert f"  continues from {tmp_path}/checkpoints/last.ckpt: epoch 4, step 0\n" in capsys.readouterr().out
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(provenance, "device_name", lambda on_gpu: "H200" if on_gpu else "EPYC")
+
+
+def test_on_a_gpu_what_is_off_has_its_reason(gpu):
+    on = {"trainer__accelerator": "gpu", "model__compile": True, "trainer__cuda_graph": True, "data__on_device": True}
+    assert lines(**on)[0] == "  on H200, bf16-mixed, compiled, as CUDA graphs"
+    assert lines(**on)[1].endswith("at 8 px, on the device")
+    off = on | {"model__compile": False, "trainer__cuda_graph": False}
+    reasons = {"model.compile": "there is no C compiler"}
+    assert lines(reasons=reasons, **off)[0] == (
+        "  on H200, bf16-mixed, not compiled (there is no C compiler), not as CUDA graphs"
+    )
+    cpu = dict.fromkeys(["model__compile", "trainer__cuda_graph", "data__on_device"], False)
+    reasons = dict.fromkeys(fast_path.AUTO_KEYS, "on the CPU")
+    assert lines(reasons=reasons, **cpu)[0] == "  on EPYC, bf16-mixed", "where nobody expects it, nothing is said"
