@@ -62,7 +62,8 @@ class ImageClassifier(pl.LightningModule):
             return self.network(images.contiguous(memory_format=self.memory_format))
         crops = self.network(images.flatten(0, 1).contiguous(memory_format=self.memory_format))
         log_p_NKC = F.log_softmax(crops.float(), dim=1).unflatten(0, images.shape[:2])
-        return log_p_NKC.logsumexp(1) - torch.tensor(float(images.shape[1]), device=crops.device).log()
+        # filled on the device, where a value from the host could not be captured
+        return log_p_NKC.logsumexp(1) - torch.full((), float(images.shape[1]), device=crops.device).log()
 
     def configure_optimizers(self):
         # The schedule is stepped in on_train_epoch_end and saved here: Lightning would step one that waits for a metric
@@ -155,7 +156,7 @@ class ImageClassifier(pl.LightningModule):
         """Step of the first loss that was not finite, over all processes, or -1; every process calls this."""
         accumulated = self.trainer.accumulate_grad_batches
         step = self._resumed_step + (self.bad_batch + accumulated - 1) // accumulated
-        return self._of_any_process(torch.where(self.bad_batch < 0, -1, step))
+        return self._of_any_process(step.masked_fill(self.bad_batch < 0, -1))
 
     def _of_any_process(self, step: Tensor) -> Tensor:
         if self.trainer.world_size > 1:

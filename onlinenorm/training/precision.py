@@ -19,5 +19,5 @@ class ScaledHalf(MixedPrecision):
         one = torch.ones((), device=model.device)
         before = self.scaler.scale(one)  # get_scale() waits for the device
         result = super().optimizer_step(optimizer, model, closure, **kwargs)
-        rescale_controls(model, torch.where(before > 0, self.scaler.scale(one) / before, 1.0))
+        rescale_controls(model, (self.scaler.scale(one) / before).masked_fill(before <= 0, 1.0))
         return result

@@ -207,7 +207,14 @@ def test_same_gradients_and_buffers_as_without(normalizer, whole):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["trainer.accumulate_grad_batches=2"], ["model.compile=true"], ["trainer.precision=16-mixed"]],
+    [
+        [],
+        ["trainer.accumulate_grad_batches=2"],
+        ["model.compile=true"],
+        ["trainer.precision=16-mixed"],
+        ["recipe.evaluation=ten_crop"],
+        ["recipe.schedule=cosine", "recipe.milestones=[]"],
+    ],
 )
 def test_same_run_as_without(run, tmp_path, overrides):
     shared = ["trainer=gpu", "trainer.precision=32-true", "trainer.deterministic=true", *overrides]
