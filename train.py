@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from onlinenorm.cli import help
 from onlinenorm.cli.arguments import Arguments, literal, parse
 from onlinenorm.cli.compose import jobs, load_config, to_plain
+from onlinenorm.cli.files import CONFIGS
 from onlinenorm.errors import ConfigError, cli_errors
 from onlinenorm.training.opening import announce
 
@@ -35,7 +36,7 @@ def main(words: list[str]) -> None:
     """The command line: help, one run, or with -m several; Hydra answers --cfg and the like."""
     arguments = parse(words)
     if {"-h", "--help"} & set(arguments.flags):
-        print(help.render(arguments.overrides), end="")
+        print(help.render(arguments.overrides, config_dir=arguments.config_dir), end="")
         return
     if arguments.multirun:
         check_jobs(arguments)
@@ -67,7 +68,7 @@ def check_jobs(arguments: Arguments) -> None:
         )
 
 
-@hydra.main(config_path=str(help.CONFIGS), config_name="train", version_base="1.3")
+@hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
 def hydra_main(config) -> None:
     """What Hydra calls for each job of --multirun."""
     with cli_errors():

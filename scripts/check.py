@@ -79,7 +79,7 @@ def time_left() -> float | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for train.py")
-    parser.add_argument("--config-dir", metavar="DIR", help="more configurations, as for train.py")
+    parser.add_argument("--config-dir", metavar="DIR", action="append", help="more configurations, as for train.py")
     parser.add_argument("--time-limit", type=parse_limit, metavar="TIME", help="as sbatch takes it, e.g. 24:00:00")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print findings as JSON")

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="where the folders go")
     parser.add_argument("--parallel", metavar="N", type=int, default=1, help="that many at a time, a GPU or none each")
     parser.add_argument("--sbatch", metavar="SCRIPT", type=Path, help="submit each run with this batch script")
-    parser.add_argument("--config-dir", metavar="DIR", help="more configurations, as for train.py")
+    parser.add_argument("--config-dir", metavar="DIR", action="append", help="more configurations, as for train.py")
     parser.add_argument("--retry", action="store_true", help="start diverged runs once more")
     parser.add_argument("--status", action="store_true", help="show the table and start nothing")
     parser.add_argument("--dry-run", action="store_true", help="show the table and the commands, start nothing")

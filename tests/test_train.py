@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from tests_training import ROOT, TINY, load_train_module, outcome
 
-from onlinenorm.cli.help import GROUPS
+from onlinenorm.cli.files import GROUPS
 from onlinenorm.data import DataError
 from onlinenorm.errors import ConfigError, Interrupted, RunError, cli_errors
 from onlinenorm.training.checkpoint import resumable

@@ -1,11 +1,13 @@
 """The words of a command line: flags, overrides KEY=VALUE, and paths as the shell gave them."""
 
 import argparse
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from onlinenorm.cli.help import GROUPS, key_names
+from onlinenorm.cli.files import GROUPS
+from onlinenorm.cli.help import key_names
 from onlinenorm.errors import ConfigError
 from onlinenorm.training.hints import SYNONYMS, nearest
 
@@ -45,7 +47,8 @@ def parse(words: Iterable[str]) -> Arguments:
             if not value:
                 raise ConfigError(f"{name}: needs a value")
             flags += [name, value]
-            config_dir = value if name in ("--config-dir", "-cd") else config_dir
+            if name in ("--config-dir", "-cd"):
+                config_dir = _one_folder(config_dir, value)
         elif word in _SWITCHES or name == "--info":
             flags.append("--info=all" if word in ("--info", "-i") else word)  # which would take the next word
         elif word.startswith("-"):
@@ -78,11 +81,22 @@ def unknown_flag(word: str, rest: Iterator[str]) -> ConfigError:
 
 
 def parse_script(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
-    """What a parser with positional overrides makes of a command line, flags anywhere among them."""
+    """What a parser with positional overrides makes of a command line, flags anywhere among them.
+
+    Its --config-dir, where it has one, is of action "append".
+    """
     options, unknown = parser.parse_known_intermixed_args(words)
+    if isinstance(folders := getattr(options, "config_dir", None), list):
+        options.config_dir = functools.reduce(_one_folder, folders, None)
     if unknown:
         raise unknown_flag(unknown[0], iter(unknown[1:]))
     return options
+
+
+def _one_folder(before: str | None, folder: str) -> str:
+    if before is not None:
+        raise ConfigError(f"--config-dir: {before} and {folder} are two, and one is read; put their files into one")
+    return folder
 
 
 def literal(overrides: Iterable[str], several: bool = False) -> list[str]:

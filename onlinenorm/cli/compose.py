@@ -12,12 +12,13 @@ import hydra
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from onlinenorm.cli.arguments import literal, quoted
-from onlinenorm.cli.help import CONFIGS, GROUPS, settings
+from onlinenorm.cli.files import CONFIGS, GROUPS, check_experiment, group_files
+from onlinenorm.cli.help import settings
 from onlinenorm.errors import ConfigError
 from onlinenorm.records import run_path
 from onlinenorm.text import first_line
@@ -41,7 +42,8 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
     """
     # without an experiment is the default, and the defaults list asks for its name
     overrides = [text for text in literal(overrides) if text.partition("=")[0] != "~experiment"]
-    options = {group: group_options(group, config_dir) for group in GROUPS}
+    files = {group: group_files(group, config_dir) for group in GROUPS}
+    options = {group: list(files[group]) for group in GROUPS}
     parsed = [parse_override(override) for override in overrides]
     for override in parsed:
         key = override.key_or_group
@@ -54,6 +56,8 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
         for name in _names(override) if key in GROUPS and not override.is_delete() else ():
             if name not in options[key]:
                 raise unknown_option(key, name, options[key])
+            if key == "experiment":
+                check_experiment(files[key][name])
     groups = [override.input_line or "" for override in parsed if override.key_or_group in GROUPS]
     keys = [override.key_or_group for override in parsed if not override.is_hydra_override()]
     try:
@@ -65,6 +69,15 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
             values = _to_plain(config)
             _check_code(written, config, values)
             return values
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{mark.name}, line {mark.line + 1}" if mark else shlex.join(overrides)
+        raise ConfigError(f"{place}: is no YAML ({error.problem})") from None
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if group not in GROUPS:
+            raise ConfigError(f"{shlex.join(overrides)}: {first_line(error)}") from None
+        raise unknown_option(group, name, options[group]) from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{shlex.join(overrides)}: {first_line(error)}") from None
 
@@ -127,13 +140,7 @@ def limited_experiment(names: dict[str, str], overrides: list[str]) -> str:
 
 def group_options(group: str, config_dir: str | None = None) -> list[str]:
     """Names of a group's files."""
-    return sorted({file.stem for folder in _folders(config_dir) for file in (folder / group).glob("*.yaml")})
-
-
-def _folders(config_dir: str | None) -> list[Path]:
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise ConfigError(f"--config-dir: {config_dir} is no folder")
-    return [CONFIGS] if config_dir is None else [CONFIGS, Path(config_dir)]
+    return list(group_files(group, config_dir))
 
 
 def _compose(overrides: list[str]) -> DictConfig:
@@ -213,9 +220,8 @@ def _values(override: Override, config_dir: str | None) -> list[str]:
 def _elsewhere(config_dir: str | None) -> dict[str, list[str]]:
     """Dotted key -> the choices of its group that have it."""
     choices: dict[str, list[str]] = {}
-    for folder in _folders(config_dir):
-        for group in GROUPS[:-1]:
-            for file in sorted((folder / group).glob("*.yaml")):
-                for key in settings(file):
-                    choices.setdefault(f"{group}.{key}", []).append(file.stem)
+    for group in GROUPS[:-1]:
+        for name, file in group_files(group, config_dir).items():
+            for key in settings(file):
+                choices.setdefault(f"{group}.{key}", []).append(name)
     return choices

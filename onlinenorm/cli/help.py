@@ -6,8 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-GROUPS = ("normalizer", "model", "data", "recipe", "trainer", "logger", "experiment")
+from onlinenorm.cli.files import CONFIGS, GROUPS, group_files
+
 USAGE = """\
 python train.py [KEY=VALUE ...]              a run: started, continued where it was stopped, reprinted where it is done
 python train.py -m KEY=VALUE,VALUE ...       a run for each combination; or scripts/sweep.py, which can be repeated
@@ -19,7 +19,7 @@ python train.py --help [KEY=VALUE ...]       this page for other choices, as in 
 A path may hold any character; quote for the shell alone. Another text with = [ ( , or spaces: 'KEY="TEXT"'.
 Exit code 0: done; 1: the run failed; 2: the configuration cannot be meant; 128 + signal: stopped and saved.
 """
-_INHERITED = re.compile(r"  - (?P<file>[\w/]+)(@_here_)?")
+_INHERITED = re.compile(r"  - (?P<file>[\w/]+)(@_here_)?(?: +#.*)?")
 _LINE = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: +(?P<value>[^#\s].*?))?(?: +# ?(?P<comment>.*))?")
 
 
@@ -72,21 +72,21 @@ def key_names() -> list[str]:
     """All keys of all choices, dotted."""
     names = dict.fromkeys(settings(CONFIGS / "train.yaml"))
     for group in GROUPS[:-1]:
-        for file in _files(group).values():
+        for file in group_files(group).values():
             names |= dict.fromkeys(f"{group}.{key}" for key in settings(file))
     return list(names)
 
 
-def defaults(experiment: str | None = None) -> tuple[dict[str, str], dict[str, str]]:
+def defaults(experiment: str | None = None, config_dir: str | None = None) -> tuple[dict[str, str], dict[str, str]]:
     """(group -> choice, key -> value) of train.yaml, changed by an experiment."""
     choices: dict[str, str] = {}
     values: dict[str, str] = {}
-    file = CONFIGS / "experiment" / f"{experiment}.yaml" if experiment else CONFIGS / "train.yaml"
+    file = group_files("experiment", config_dir)[experiment] if experiment else CONFIGS / "train.yaml"
     for entry, choice in re.findall(r"^  - (?:override /)?(\w+)(?:: (\w+))?", file.read_text("utf-8"), re.MULTILINE):
         if choice:
             choices[entry] = choice
         elif experiment and entry != "_self_":
-            choices, values = defaults(entry)
+            choices, values = defaults(entry, config_dir)
     if experiment:
         base, _ = defaults()
         values |= {key: setting.value for key, setting in settings(file).items()}
@@ -94,18 +94,19 @@ def defaults(experiment: str | None = None) -> tuple[dict[str, str], dict[str, s
     return choices, values
 
 
-def render(overrides: list[str], width: int | None = None) -> str:
-    """The page, for the choices among `overrides`."""
+def render(overrides: list[str], width: int | None = None, config_dir: str | None = None) -> str:
+    """The page, for the choices among `overrides`, those of the folder `config_dir` among them."""
     width = width or max(shutil.get_terminal_size((120, 0)).columns, 80)
     given = dict(override.partition("=")[::2] for override in overrides)
     named = given.get("experiment")
-    choices, values = defaults(named if named in _files("experiment") else None)
-    choices |= {group: given[group] for group in GROUPS if given.get(group) in _files(group)}
+    files_of = {group: group_files(group, config_dir) for group in GROUPS}
+    choices, values = defaults(named if named in files_of["experiment"] else None, config_dir)
+    choices |= {group: given[group] for group in GROUPS if given.get(group) in files_of[group]}
     lines = [USAGE]
     for key, setting in settings(CONFIGS / "train.yaml").items():
         lines += _setting(key, setting, width)
     for group in GROUPS:
-        files = _files(group)
+        files = files_of[group]
         lines += ["", f"{group}={choices.get(group, 'null')}    of:"]
         lines += [_row(f"  {name}", about(file), width) for name, file in files.items()]
         chosen = settings(files[choices[group]]) if group != "experiment" else {}
@@ -118,10 +119,6 @@ def render(overrides: list[str], width: int | None = None) -> str:
             for key, setting in others.items():
                 lines += _setting(f"{group}.{key}", Setting(setting.value, _comment(key, files)), width)
     return "\n".join(lines) + "\n"
-
-
-def _files(group: str) -> dict[str, Path]:
-    return {file.stem: file for file in sorted((CONFIGS / group).glob("*.yaml"))}
 
 
 def _comment(key: str, files: dict[str, Path]) -> str:

@@ -48,6 +48,10 @@ def check_config(config: dict[str, Any]) -> None:
     """
     for key in PROVIDED:
         if not isinstance(config.get(key), dict) or "_target_" not in config[key]:
+            if name := config.get("choices", {}).get(key):
+                raise ConfigError(
+                    f"{key}._target_: {key}/{name}.yaml does not name a class; add the line '_target_: MODULE.CLASS'"
+                )
             raise ConfigError(f"{key}: is missing; name one, as in {key}=NAME")
     for key, value in config.items():
         if key not in KNOWN and key != "choices":

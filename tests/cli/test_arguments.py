@@ -63,6 +63,8 @@ def test_flags_with_a_value_keep_it():
         parse(["--cfg", "job", "a=1,2", "-m"])
     with pytest.raises(ConfigError, match="--cfg: needs a value"):
         parse(["--cfg"])
+    with pytest.raises(ConfigError, match=r"^--config-dir: more and own are two, and one is read"):
+        parse(["--config-dir", "more", "a=1", "-cd=own"])
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,8 @@ def test_scripts_take_flags_among_overrides():
     assert options.overrides == ["a=1", "b=2"] and options.parallel == 2
     with pytest.raises(ConfigError, match=r"--epochs: no such flag.*recipe.epochs="):
         parse_script(parser, ["a=1", "--epochs", "10"])
+    parser.add_argument("--config-dir", action="append")
+    assert parse_script(parser, ["a=1", "--config-dir", "own"]).config_dir == "own"
+    assert parse_script(parser, ["a=1"]).config_dir is None
+    with pytest.raises(ConfigError, match=r"^--config-dir: more and own are two"):
+        parse_script(parser, ["a=1", "--config-dir", "more", "--config-dir=own"])

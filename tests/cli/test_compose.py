@@ -5,7 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from onlinenorm.cli.compose import CONFIGS, jobs, load_config
+from onlinenorm.cli.compose import jobs, load_config
+from onlinenorm.cli.files import CONFIGS
 from onlinenorm.errors import ConfigError
 
 MISTAKES = [
@@ -120,9 +121,37 @@ def test_more_configurations_from_a_folder(tmp_path):
         load_config(["normalizer=min"], str(tmp_path))
     with pytest.raises(ConfigError, match="--config-dir: /nowhere is no folder"):
         load_config([], "/nowhere")
-    file.write_text("_target_: [\n")
-    with pytest.raises(ConfigError, match="normalizer=mine: "):
-        load_config(["normalizer=mine"], str(tmp_path))
+    with pytest.raises(ConfigError, match=f"holds none of the folders .*above it: --config-dir {tmp_path}$"):
+        load_config([], str(tmp_path / "normalizer"))
+    load_config([], str(CONFIGS))
+
+
+GLOBAL = "# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    "file, text, override, message",
+    [
+        ("normalizer/batch", "_target_: a.B\n", "seed=1", "^normalizer: batch is also in configs/.* rename FILE$"),
+        ("experiment/quickstart", GLOBAL, "experiment=quickstart", "^experiment: quickstart is also .*rename FILE$"),
+        ("data/base/images", "root: x\n", "seed=1", "^data/base: images is also in configs/.* rename FILE$"),
+        ("normalizer/mine", "# mine\n_target_: [\n", "normalizer=mine", "^FILE, line 3: is no YAML"),
+        ("normalizer/mine", "a: 1\n\tb: 2\n", "normalizer=mine", r"^FILE, line 2: is no YAML \(.*'\\t'"),
+        ("experiment/mine", "recipe:\n  epochs: 1\n", "experiment=mine", "^FILE: sets nothing .*@package _global_"),
+        (
+            "experiment/mine",
+            f"{GLOBAL}defaults:\n  - override /model: cifar_resnet21\n",
+            "experiment=mine",
+            r"^model: 'cifar_resnet21' is not one .* did you mean model=cifar_resnet",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_ones_own(tmp_path, file, text, override, message):
+    path = tmp_path / f"{file}.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message.replace("FILE", str(path))):
+        load_config([override], str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from onlinenorm.arguments import flatten
 from onlinenorm.cli import help
 from onlinenorm.cli.compose import load_config
+from onlinenorm.cli.files import CONFIGS, GROUPS, group_files
 
 
 @pytest.mark.parametrize("overrides", [[], ["experiment=quickstart"], ["normalizer=batch", "data=synthetic"]])
@@ -19,8 +20,8 @@ def test_every_key_has_its_value_and_a_meaning(overrides):
             shown = page.partition(f" {key}=")[2]
             if isinstance(value, int) and not isinstance(value, bool):
                 assert shown.split()[0] == str(value), key
-    for group in help.GROUPS:
-        for name in help._files(group):
+    for group in GROUPS:
+        for name in group_files(group):
             assert f" {name} " in page
 
 
@@ -31,14 +32,30 @@ def test_what_a_file_inherits_is_told_too(tmp_path, defaults):
     own.write_text(f"{defaults}\n\nclamp_value: 3.0 # mine\n")
     found = help.settings(own)
     assert found["clamp_value"] == help.Setting("3.0", "mine") and found["error_compensation"].value == "none"
-    assert found.keys() == help.settings(help.CONFIGS / "normalizer" / "online_clamp.yaml").keys()
+    assert found.keys() == help.settings(CONFIGS / "normalizer" / "online_clamp.yaml").keys()
     config = load_config(["normalizer=own"], str(tmp_path))["normalizer"]
     assert config["_target_"].endswith("OnlineNorm2d") and config["clamp_value"] == 3
 
 
+def test_what_is_ones_own_is_told_too(tmp_path):
+    """The folder of --config-dir, with an experiment that chooses from it and a file that builds on one of ours."""
+    for name, text in {
+        "normalizer/own.yaml": "# Of my own.\ndefaults: [batch, _self_]\nmomentum: 0.5 # mine\n",
+        "data/own.yaml": "defaults:\n  - base/images@_here_ # of all\n  - _self_\n_target_: mine.Own\n",
+        "experiment/own.yaml": "# @package _global_\ndefaults:\n  - override /normalizer: own\nseed: 3\n",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    page = help.render(["experiment=own", "data=own"], 120, str(tmp_path))
+    assert "normalizer=own    of:" in page and "Of my own" in page and "experiment=own " in page
+    own = page.partition("  of other choices:")[0]
+    assert "normalizer.momentum=0.5" in own and "mine" in own
+    assert "  data.limit_train=" in page.partition("\ndata=own    of:")[2].partition("  of other choices:")[0]
+
+
 def test_each_setting_is_commented():
-    for group in help.GROUPS[:-1]:
-        files = help._files(group)
+    for group in GROUPS[:-1]:
+        files = group_files(group)
         assert files
         for file in files.values():
             assert help.about(file), file

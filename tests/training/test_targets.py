@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from onlinenorm.cli.compose import load_config
-from onlinenorm.cli.help import CONFIGS, GROUPS
+from onlinenorm.cli.files import CONFIGS, GROUPS
 from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.training.config_check import check_config
 from onlinenorm.training.targets import NAMED, locate, targets
