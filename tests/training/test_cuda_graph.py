@@ -223,7 +223,8 @@ def test_same_run_as_without(run, tmp_path, overrides):
     assert graphed["last"]["val_loss"] == pytest.approx(plain["last"]["val_loss"], rel=1e-4)
     rows = [outcome(tmp_path / name)[1] for name in ("plain", "graphed")]
     for a, b in zip(*rows, strict=True):
-        assert float(b["train_loss"]) == pytest.approx(float(a["train_loss"]), rel=1e-4)
+        for key in ("train_loss", "val_loss"):
+            assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), key
 
 
 @pytest.mark.gpu
