@@ -61,7 +61,12 @@ class ImageNet(ImageDataModule):
         self.name = "imagenet"
 
     def build(self) -> tuple[FolderDataset, FolderDataset]:
-        train, val = self._splits = self.open_splits()
+        try:
+            train, val = self._splits = self.open_splits()
+        except PermissionError as error:
+            raise DataError(
+                f"{error.filename} cannot be read ({error.strerror}); correct its permissions", key="root"
+            ) from error
         if scale_of(train.class_names, len(train), len(val)) == "folder":
             name = Path(self.root or "").expanduser().resolve().name
             self.name = name if name and not name.lower().startswith("imagenet") else f"folder {name}".rstrip()

@@ -63,7 +63,7 @@ class Imagenette(ImageNet):
             )
         if not found:
             raise DataError(
-                f"{root} {'holds no Imagenette' if root.is_dir() else 'does not exist'}.\n{_LAYOUT}", key="root"
+                f"{root} {'holds no Imagenette' if root.is_dir() else 'is no folder'}.\n{_LAYOUT}", key="root"
             )
         return found[0]
 

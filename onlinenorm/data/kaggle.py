@@ -6,7 +6,6 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +87,7 @@ def load_folders(images: Path) -> tuple[FolderIndex, FolderIndex]:
             f"{LABELS} is missing, which says the classes of {val}/*.JPEG; put it beside ILSVRC/, as it lies in {ZIP}",
             key="root",
         )
-    with open(labels, encoding="utf-8", newline="") as file:
-        wnids = read_labels(file, labels)
+    wnids = read_labels(labels.read_bytes(), labels)
     return load_index(train), sorted_by_list(load_index(images, ["val"]), wnids, labels)
 
 
@@ -109,11 +107,11 @@ def load_zip(archive: Path, progress: Progress = silent) -> tuple[ZipIndex, ZipI
     return load("train"), load("val")
 
 
-def read_labels(lines: Iterable[str], source: Path) -> dict[str, str]:
+def read_labels(content: bytes, source: Path) -> dict[str, str]:
     """File -> class of the validation images by LOC_val_solution.csv; DataError, with the line, where it is none."""
     wnids: dict[str, str] = {}
-    rows = csv.reader(lines)
     try:
+        rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))
         if next(rows, None) != _HEAD:
             raise DataError(f"{source} does not begin with {','.join(_HEAD)}; fetch it again", key="root")
         for row in filter(None, rows):
@@ -151,13 +149,13 @@ def _read_zip(archive: Path, progress: Progress) -> dict[str, Arrays]:
                     "to be unpacked",
                     key="root",
                 )
-            text = io.TextIOWrapper(io.BytesIO(file.read(labels)), encoding="utf-8", newline="")
+            content = file.read(labels)
     except OSError as error:
         raise DataError(f"{archive} cannot be read ({error.strerror}); correct its permissions", key="root") from error
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
         raise DataError(f"{archive} is damaged or cut short ({error}); fetch it again", key="root") from error
     source = archive / labels.filename
-    wnids = read_labels(text, source)
+    wnids = read_labels(content, source)
     check_listed(source, wnids, found["val"], f"{IMAGES}/val/")
     members = {
         "train": [(path, *place) for path, place in found["train"].items()],

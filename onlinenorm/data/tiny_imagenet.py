@@ -55,7 +55,7 @@ class TinyImageNet(ImageNet):
             if (folder / "train").is_dir():
                 return folder
         raise DataError(
-            f"{root} {'holds no Tiny ImageNet' if root.is_dir() else 'does not exist'}.\n{_LAYOUT}", key="root"
+            f"{root} {'holds no Tiny ImageNet' if root.is_dir() else 'is no folder'}.\n{_LAYOUT}", key="root"
         )
 
     @property

@@ -224,6 +224,17 @@ def test_of_several_forms_one_is_named_and_read(tree, caplog):
     )
 
 
+def test_a_folder_that_may_not_be_read_is_named(tree, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("onlinenorm.data.index.os.scandir", scandir)
+    with pytest.raises(
+        DataError, match=r"^root: .*/train cannot be read \(Permission denied\); correct its permissions"
+    ):
+        module(tree).setup()
+
+
 def test_paths_of_any_kind(tree, tmp_path):
     expected = module(tree)
     expected.setup()
