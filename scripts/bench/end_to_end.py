@@ -263,7 +263,10 @@ def measure(args: argparse.Namespace, results: dict, scratch: Path) -> None:
             of_rounds = rounds[measured]
             record = {name: statistics.median(figures[name] for figures in of_rounds) for name in figures}
             record = {name: round(value, 3 if name == "ratio" else 1) for name, value in record.items()}
-            results["rows"] = [*without(results["rows"], key), {**key, **record, "rounds": len(of_rounds)}]
+            results["rows"] = [
+                *without(results["rows"], key),
+                {**key, **record, "model": of_step[1], "rounds": len(of_rounds)},
+            ]
             results["not_run"] = without(results["not_run"], key)
             print(results["rows"][-1], flush=True)
             common.write(str(args.output), results)
@@ -292,8 +295,8 @@ def draw(path: Path) -> Path:
 
     spec, results = load_spec(), json.loads(path.read_text())
     panels = [
-        ("ResNet-50 on ImageNet's sizes", [row for row in results["rows"] if row["data"] != "cifar10"]),
-        ("ResNet-20 on CIFAR-10's sizes", [row for row in results["rows"] if row["data"] == "cifar10"]),
+        ("ImageNet's sizes", [row for row in results["rows"] if row["data"] != "cifar10"]),
+        ("CIFAR-10's sizes", [row for row in results["rows"] if row["data"] == "cifar10"]),
     ]
     panels = [(title, rows) for title, rows in panels if rows]
     heights = [1 + len(rows) for _, rows in panels]
@@ -314,7 +317,7 @@ def draw(path: Path) -> Path:
         ax.set_yticks(range(len(rows)), names, fontsize=8)
         ax.invert_yaxis()
         ax.set_xlim(0, 1.25 * max(max(row["images_per_second"], row["step_images_per_second"]) for row in rows))
-        ax.set_title(title, fontsize=9, loc="left")
+        ax.set_title(f"{', '.join(sorted({row['model'] for row in rows}))}, {title}", fontsize=9, loc="left")
         ax.legend(fontsize=8, loc="lower right")
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("images/s over whole epochs (over the bare step)", fontsize=9)
