@@ -4,8 +4,9 @@
     scripts/audit_clamping.py runs/quickstart/online_clamp/seed0
     scripts/audit_clamping.py runs/table1/online_clamp/seed0 --values 2 3 8 --data-root IMAGENET --output audit
 
-Validates as trained, without clamp and at each clamp value; prints two tables and writes clamping.json, clamping.md and
-clamping.png. Exit code 0: written; 2: the run, its data or the arguments do not allow it.
+Validates as trained, without clamp, at each clamp value, and with the clamps up to each layer removed; prints two
+tables and the layer where the cost of removal starts; writes clamping.json, clamping.md and clamping.png. Exit code 0:
+written; 2: the run, its data or the arguments do not allow it.
 """
 
 import argparse

@@ -17,6 +17,8 @@ from onlinenorm.training import ImageClassifier
 from onlinenorm.training.accuracy import predicted
 from onlinenorm.training.clamping import ClampMeter
 
+STARTS = 0.1  # share of the changed predictions
+
 
 @dataclass
 class Setting:
@@ -33,7 +35,10 @@ class Setting:
 
 @dataclass
 class Layer:
-    """What reaches one clamp, as trained: |w| > clamp_value as a fraction of activations, and the largest |w|."""
+    """What reaches one clamp, as trained: |w| > clamp_value as a fraction of activations, and the largest |w|.
+
+    And validation with the clamps up to this one removed, those behind it in place.
+    """
 
     name: str
     channels: int
@@ -41,6 +46,9 @@ class Layer:
     activations: int
     clamped_fraction: float
     max_abs_activation: float
+    removed_val_loss: float
+    removed_val_top1: float
+    removed_changed_predictions: int
 
 
 @dataclass
@@ -50,13 +58,20 @@ class Audit:
     settings: list[Setting]
     layers: list[Layer]
 
+    @property
+    def start(self) -> Layer | None:
+        """Where the cost of removal starts: the layer up to which it changes a tenth as many predictions as in all."""
+        changed = self.settings[1].changed_predictions
+        reached = (layer for layer in self.layers if layer.removed_changed_predictions >= STARTS * changed)
+        return next(reached, None) if changed else None
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "start": self.start and self.start.name}
 
 
 @torch.no_grad()
 def audit(trained: Trained, values: Sequence[float], limit: int | None, device: torch.device) -> Audit:
-    """Validates `trained` as it is, without clamp and at each of `values`, all on the same images in float32.
+    """Validates `trained` as it is, without clamp, at each of `values` and layer by layer, all in float32.
 
     Args:
         trained: a network with clamps.
@@ -77,6 +92,7 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
     usual = next(iter(clamp_values.values()))
     settings = [Setting(usual, trained=True), Setting(None)]
     settings += [Setting(float(value)) for value in sorted(set(values) - {usual})]
+    prefixes = [Setting(None) for _ in layers]
     meters = [{name: ClampMeter(layer) for name, layer in layers.items()} for _ in settings]
     channels_last = trained.config["classifier"].get("channels_last", True)
     module = ImageClassifier(trained.network, trained.recipe, channels_last).to(device).eval()
@@ -95,14 +111,22 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
                 logits = module(images)
             reference = predicted(logits) if reference is None else reference
             _add(setting, logits, labels, reference)
+        for name, layer in layers.items():
+            layer.error_compensation, layer.clamp_value = "clamp", clamp_values[name]
+        assert reference is not None  # of the first setting
+        for layer, setting in zip(layers.values(), prefixes, strict=True):
+            layer.error_compensation = "none"
+            _add(setting, module(images), labels, reference)
     for name, layer in layers.items():
         layer.error_compensation, layer.clamp_value = "clamp", clamp_values[name]
-    for setting, meter in zip(settings, meters, strict=True):
+    for setting in (*settings, *prefixes):
         setting.val_loss /= max(setting.images, 1)
         setting.val_top1 /= max(setting.images, 1)
+    for setting, meter in zip(settings, meters, strict=True):
         count = sum(float(m.count) for m in meter.values())
         setting.clamped_fraction = sum(float(m.clamped) for m in meter.values()) / count if count else 0.0
-    return Audit(settings, [_layer(name, layers[name], meter) for name, meter in meters[0].items()])
+    measured = zip(meters[0].items(), prefixes, strict=True)
+    return Audit(settings, [_layer(name, layers[name], meter, prefix) for (name, meter), prefix in measured])
 
 
 def _add(setting: Setting, logits: Tensor, labels: Tensor, reference: Tensor) -> None:
@@ -114,14 +138,17 @@ def _add(setting: Setting, logits: Tensor, labels: Tensor, reference: Tensor) ->
     setting.changed_predictions += int((prediction != reference).sum())
 
 
-def _layer(name: str, layer: OnlineNorm, meter: ClampMeter) -> Layer:
+def _layer(name: str, layer: OnlineNorm, meter: ClampMeter, prefix: Setting) -> Layer:
     count = float(meter.count)
     fraction = float(meter.clamped) / count
-    return Layer(name, layer.num_features, layer.clamp_value, int(count), fraction, float(meter.largest))
+    return Layer(
+        name, layer.num_features, layer.clamp_value, int(count), fraction, float(meter.largest),
+        prefix.val_loss, prefix.val_top1, prefix.changed_predictions,
+    )  # fmt: skip
 
 
 def render_audit(result: Audit) -> str:
-    """Both tables as Markdown."""
+    """Both tables as Markdown, and where the cost of removal starts."""
     lines = ["| clamp | val loss | val top-1 | predictions changed | activations clamped |", "|---|---|---|---|---|"]
     for s in result.settings:
         name = "removed" if s.clamp_value is None else f"{s.clamp_value:g}" + (" (as trained)" if s.trained else "")
@@ -131,14 +158,23 @@ def render_audit(result: Audit) -> str:
         )
     lines += [
         "",
-        "| layer | channels | clamp | activations clamped | largest activation before the clamp |",
-        "|---|---|---|---|---|",
+        "| layer | channels | clamp | activations clamped | largest activation before the clamp "
+        "| removed up to here: val loss | val top-1 | predictions changed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {x.name} | {x.channels} | {x.clamp_value:g} | {x.clamped_fraction:.2e} | {x.max_abs_activation:.2f} |"
+        f"| {x.name} | {x.channels} | {x.clamp_value:g} | {x.clamped_fraction:.2e} | {x.max_abs_activation:.2f} "
+        f"| {x.removed_val_loss:.4f} | {x.removed_val_top1:.2%} | {x.removed_changed_predictions} |"
         for x in result.layers
     ]
-    return "\n".join(lines) + "\n"
+    if (start := result.start) is None:
+        told = "Removing the clamps changes no prediction."
+    else:
+        changed, total = start.removed_changed_predictions, result.settings[1].changed_predictions
+        told = (
+            f"What removal costs starts at {start.name}: up to there {changed} predictions change, of {total} in all."
+        )
+    return "\n".join([*lines, "", told]) + "\n"
 
 
 def draw_audit(result: Audit, path) -> None:

@@ -6,6 +6,7 @@ from onlinenorm.deploy.predict import class_names
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.verification import Agreement
 
+FREE = 0.001
 TORCHSCRIPT = "TorchScript is deprecated by PyTorch and not supported from Python 3.14 on; prefer exported-program"
 
 
@@ -26,11 +27,24 @@ def accuracy_lines(trained: Trained) -> list[str]:
 
 
 def removal_line(found: dict) -> str:
-    """What removing the clamp did on the images of the verification, from `Agreement.as_dict`."""
-    return (
+    """What removing the clamp did on the images of the verification, of `export.facts`, and what to do about it.
+
+    It is taken as free where it costs at most `FREE` of top-1.
+    """
+    line = (
         f"Removing the clamp changed {found['changed_predictions']} of {found['images']} predictions "
         f"(logits by up to {found['max_logit_difference']:.2e})."
     )
+    if found.get("top1_with_clamp") is None:  # no label is known, or recorded before it was measured
+        return line
+    cost = found["top1_with_clamp"] - found["top1"]
+    line = f"{line} Top-1 went from {found['top1_with_clamp']:.2%} to {found['top1']:.2%} there"
+    if cost <= FREE:
+        return f"{line}: free, no remedy needed."
+    line += ". Better keep it, with --keep-clamp in a form that holds it (onnx, torchscript, exported-program)"
+    if again := found.get("reestimated_top1"):
+        line += f"; on statistics estimated anew without it the run measured {again:.2%}"
+    return f"{line}; or train without it at the end (recipe.clamp_off_epochs)."
 
 
 def preparation(trained: Trained) -> str:
@@ -63,10 +77,10 @@ def preparation(trained: Trained) -> str:
 
 
 def render_card(
-    trained: Trained, form: Form, file: str, clamp_kept: bool, agreement: Agreement, removal: Agreement | None,
+    trained: Trained, form: Form, file: str, clamp_kept: bool, agreement: Agreement, removal: dict | None,
     command: str, made_with: dict[str, str],
 ) -> str:  # fmt: skip
-    """The card as Markdown. `removal` is the effect of clamp removal, if it took place; `made_with` name -> value."""
+    """The card as Markdown. `removal` is what `removal_line` takes, if it took place; `made_with` name -> value."""
     data, config, environment = trained.data, trained.config, trained.environment
     dataset = (trained.results or {}).get("dataset", {"name": data.name})
     mean, std = data.mean_std
@@ -110,7 +124,7 @@ def render_card(
 
 Against the {reference}, on {agreement.images} validation images in float32: largest logit difference
 {agreement.max_difference:.2e}, {agreement.changed_predictions} predictions changed.
-{removal_line(removal.as_dict()) if removal else ""}
+{removal_line(removal) if removal else ""}
 
 ## Use
 

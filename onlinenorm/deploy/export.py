@@ -49,11 +49,11 @@ class Row:
 
 @dataclass
 class Export:
-    """What `export` did: the forms, the source's own latency, and what removing the clamp changed (None: kept)."""
+    """What `export` did: the forms, the source's own latency, and what removing the clamp did (None: kept)."""
 
     rows: list[Row]
     source_milliseconds: float | None
-    removal: Agreement | None
+    removal: dict | None
 
 
 def export(
@@ -83,7 +83,7 @@ def export(
     kept = keep_clamp and trained.guard == "clamp"
     candidates: dict[str, tuple[Logits, Logits]] = {}
     if trained.guard == "clamp" and not kept:
-        candidates["removal"] = (bare, trained.network)
+        candidates |= {"removal": (bare, trained.network), "trained": (trained.network, trained.network)}
     with staging(output, DeployError) as work:
         rows = [_stage(trained, FORMS[name], work, keep_clamp, alone=len(names) == 1) for name in names]
         for row in rows:
@@ -93,7 +93,7 @@ def export(
         if not any(row.file for row in rows):
             raise DeployError("no form can hold this network: " + "; ".join(row.reason for row in rows))
         compared = agreements(candidates, validation_batches(trained, limit, torch.device("cpu")))
-        removal = compared.pop("removal", None)
+        removal = _removal(trained, compared.pop("removal"), compared.pop("trained")) if "removal" in compared else None
         image = torch.zeros(1, trained.in_channels, trained.data.image_size, trained.data.image_size)
         for row in rows:
             if row.file:
@@ -112,6 +112,15 @@ def export(
             (work / "exports.json").write_text(text, encoding="utf-8")
             (work / "exports.md").write_text(page(content), encoding="utf-8", errors="backslashreplace")
     return result
+
+
+def _removal(trained: Trained, without: Agreement, as_trained: Agreement) -> dict:
+    again = (trained.results or {}).get("reestimated") or {}
+    return {
+        **without.as_dict(),
+        "top1_with_clamp": as_trained.top1,
+        **({"reestimated_top1": again["val_top1"]} if again else {}),
+    }
 
 
 def _stage(trained: Trained, form: Form, work: Path, keep_clamp: bool, alone: bool) -> Row:
@@ -175,7 +184,7 @@ def facts(trained: Trained, result: Export, command: str) -> dict:
         "threads": torch.get_num_threads(),
         "made_with": made_with(),
         "source_milliseconds": result.source_milliseconds,
-        "clamp_removal": result.removal and result.removal.as_dict(),
+        "clamp_removal": result.removal,
         "rows": [row.as_dict() for row in result.rows],
     }
 

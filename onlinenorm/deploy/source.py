@@ -14,15 +14,16 @@ from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.records import read_record
 from onlinenorm.training import targets
 from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
+from onlinenorm.training.clamping import ClampSchedule
 from onlinenorm.training.config_check import build, check_config, made_by
 from onlinenorm.training.final_validation import parameters_sha256
-from onlinenorm.training.recipe import Recipe
+from onlinenorm.training.recipe import Recipe, clamp_factor
 from onlinenorm.training.targets import NAMED, OWN
 
 
 @dataclass
 class Trained:
-    """A network in eval mode on the CPU, and what is known about it.
+    """A network in eval mode on the CPU, its clamps as in the epoch of its weights, and what is known about it.
 
     `results` is None where the run has not finished or `checkpoint` holds other weights than it ended with; `top1` is
     the accuracy that the checkpoint itself records, if any.
@@ -120,6 +121,7 @@ def load_trained(
     except (ConfigError, RunError, ValueError) as error:
         raise DeployError(f"{folder / 'config.yaml'}: {error}") from error
     _load(trained.network, state, checkpoint)
+    ClampSchedule(trained.network, recipe).set(clamp_factor(recipe, _epoch(content, recipe.epochs)))
     results = _read_json(folder, "results.json")
     if results.get("parameters_sha256") == parameters_sha256(trained.network):
         trained.results = results
@@ -210,6 +212,15 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise DeployError(f"{path}: holds no network (neither a training state nor a best.ckpt)")
     return state, content
+
+
+def _epoch(content: dict[str, Any], epochs: int) -> int:
+    """The epoch, from 1, whose weights a checkpoint holds; where it does not tell, the last."""
+    if position := content.get("position"):  # of last.ckpt: epochs done, and steps of the next
+        epoch = position["epoch"] + (position["step"] > 0)
+    else:
+        epoch = content.get("epoch", epochs)
+    return min(max(epoch, 1), epochs)
 
 
 def _load(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:

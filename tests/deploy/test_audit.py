@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from onlinenorm.deploy import DeployError, load_trained
-from onlinenorm.deploy.audit import audit
+from onlinenorm.deploy.audit import audit, render_audit
 from onlinenorm.deploy.images import validation_batches
 from onlinenorm.normalizers import OnlineNorm
 
@@ -41,6 +41,31 @@ def test_layers_are_measured_one_by_one(clamp_run):
     clamped = sum(layer.clamped_fraction * layer.activations for layer in layers)
     assert clamped / sum(layer.activations for layer in layers) == pytest.approx(recorded["clamped_fraction"], rel=1e-3)
     assert layers[0].activations == 60 * 16 * 28 * 28
+
+
+def test_the_layer_where_removal_starts_to_cost_is_named(clamp_run):
+    trained = load_trained(clamp_run)
+    for layer in trained.network.modules():
+        if isinstance(layer, OnlineNorm):
+            layer.clamp_value = 0.5
+    images = torch.cat([images for images, _, _ in validation_batches(trained, None, CPU)])
+    trained.network.fc.bias -= trained.network(images).mean(0)  # so that its predictions differ, and change
+    result = audit(trained, [], None, CPU)
+    removed, last = result.settings[1], result.layers[-1]
+    assert last.removed_val_loss == pytest.approx(removed.val_loss, rel=1e-6)
+    assert last.removed_changed_predictions == removed.changed_predictions > 0
+    start = [layer.name for layer in result.layers].index(result.start.name)
+    changed = [layer.removed_changed_predictions for layer in result.layers]
+    assert changed[start] >= 0.1 * removed.changed_predictions > max(changed[:start], default=0)
+    third = result.layers[2]
+    for layer in [module for module in trained.network.modules() if isinstance(module, OnlineNorm)][:3]:
+        layer.error_compensation = "none"
+    logits, labels = zip(*((trained.network(x), y) for x, y, _ in validation_batches(trained, None, CPU)), strict=True)
+    loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
+    assert third.removed_val_loss == pytest.approx(float(loss), rel=1e-5)
+    assert f"costs starts at {result.start.name}:" in render_audit(result)
+    result.settings[1].changed_predictions = 0
+    assert result.start is None and "changes no prediction" in render_audit(result)
 
 
 def test_the_first_layer_against_a_direct_computation(clamp_run):
@@ -78,7 +103,11 @@ def test_script_writes_numbers_tables_and_picture(clamp_run, script, tmp_path, c
     assert {path.name for path in output.iterdir()} == {"clamping.json", "clamping.md", "clamping.png"}
     content = json.loads((output / "clamping.json").read_text())
     assert [setting["clamp_value"] for setting in content["settings"]] == [2.0, None, 1.0, 4.0]
-    assert len(content["layers"]) == 9 and content["command"].startswith("scripts/audit_clamping.py")
+    assert (
+        len(content["layers"]) == 9
+        and "start" in content
+        and content["command"].startswith("scripts/audit_clamping.py")
+    )
     with Image.open(output / "clamping.png") as picture:
         assert picture.format == "PNG" and picture.size[0] > 800
     printed = capsys.readouterr().out

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from onlinenorm.deploy import FORMS, DeployError, load_folded, load_trained
+from onlinenorm.deploy.card import removal_line
 from onlinenorm.deploy.export import export, page
 from onlinenorm.deploy.forms import fold, prepare, stock_network, stock_state
 from onlinenorm.deploy.images import validation_batches
@@ -111,13 +112,16 @@ def test_card_says_what_it_is_and_how_it_was_made(exported, clamp_run):
     assert "prefer exported-program" in (exported / "cifar_resnet8-torchscript.md").read_text()
 
 
-def test_table_has_sizes_latencies_and_agreement(exported):
+def test_table_has_sizes_latencies_and_agreement(exported, clamp_run):
     facts = json.loads((exported / "exports.json").read_text())
     assert [row["form"] for row in facts["rows"]] == list(FORMS)
     for row in facts["rows"]:
         assert row["max_logit_difference"] < 1e-4 and row["changed_predictions"] == 0 and row["images"] == 60
         assert row["bytes"] == (exported / row["file"]).stat().st_size and row["milliseconds"] > 0
-    assert facts["clamp_removal"]["max_logit_difference"] > 1e-2  # the clamps of this network do act
+    removal, recorded = facts["clamp_removal"], json.loads((clamp_run / "results.json").read_text())["clamping"]
+    assert removal["max_logit_difference"] > 1e-2  # the clamps of this network do act
+    sides = [recorded[side]["val_top1"] for side in ("with", "without")]
+    assert [removal["top1_with_clamp"], removal["top1"]] == pytest.approx(sides)
     assert facts["hardware"] and facts["made_with"]["commit"] and facts["source_milliseconds"] > 0
 
 
@@ -196,6 +200,37 @@ def test_resnet50_trained_a_few_steps_is_torchvisions(train_run, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(stock.eval()(images), trained.network(images), atol=1e-4, rtol=0)
     assert "torchvision.models.resnet50(num_classes=10)" in (tmp_path / "resnet50-torchvision.md").read_text()
+
+
+def test_onnx_and_exported_programs_hold_the_clamp(clamp_run, tmp_path, script):
+    for form in ("onnx", "exported-program"):
+        assert script("export")(clamp_run, "--to", form, "--output", tmp_path, "--keep-clamp") == 0
+    nodes = [node.op_type for node in onnx.load(tmp_path / "cifar_resnet8-onnx.onnx").graph.node]
+    assert nodes.count("Clip") == 9
+    program = torch.export.load(tmp_path / "cifar_resnet8-exported-program.pt2")
+    assert sum("clamp" in str(node.target) or "hardtanh" in str(node.target) for node in program.graph.nodes) == 9
+
+
+def test_what_removal_costs_and_what_helps_is_said():
+    found = {"changed_predictions": 3, "images": 60, "max_logit_difference": 0.5, "top1": 0.5}
+    assert removal_line(found).endswith("predictions (logits by up to 5.00e-01).")  # recorded before
+    assert removal_line({**found, "top1_with_clamp": 0.5005}).endswith(
+        "50.05% to 50.00% there: free, no remedy needed."
+    )
+    line = removal_line({**found, "top1_with_clamp": 0.6, "reestimated_top1": 0.59})
+    assert "from 60.00% to 50.00% there. Better keep it, with --keep-clamp" in line and "measured 59.00%" in line
+
+
+def test_a_run_that_ended_without_its_clamp_is_exported_so(train_run, tmp_path):
+    tiny = ("data=synthetic", "data.image_size=8", "data.num_train=32", "data.num_val=8", "recipe.batch_size=8")
+    remedy = ("recipe.clamp_off_epochs=1", "recipe.reestimate_images=16")
+    run = train_run("off", "experiment=quickstart", "recipe.epochs=2", "recipe.milestones=[]", *tiny, *remedy)
+    trained = load_trained(run)
+    assert trained.guard == "none" and trained.results["clamping"]["layers"] == 9
+    assert trained.results["reestimated"]["images"] == 16
+    result = export(trained, ["folded"], tmp_path, "test", latency_runs=0)
+    assert result.removal is None and result.rows[0].agreement.within(1e-4)
+    assert "Activation clamp: none" in (tmp_path / "cifar_resnet8-folded.md").read_text()
 
 
 @pytest.mark.parametrize("by", [1e-3, float("nan")])
