@@ -108,13 +108,21 @@ def _decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[t
         try:
             return decode_jpeg(files, mode=ImageReadMode.RGB, device=device), set()
         except RuntimeError:
+            _end_of_decoding(device)
             decoded: list[torch.Tensor | None] = []
             for file in files:
                 try:
                     decoded.append(decode_jpeg([file], mode=ImageReadMode.RGB, device=device)[0])
                 except RuntimeError:
+                    _end_of_decoding(device)
                     decoded.append(None)
     return decoded, {k for k, image in enumerate(decoded) if image is None}
+
+
+def _end_of_decoding(device: torch.device) -> None:
+    """Returns when a call that failed halfway writes no more: its images are dropped, others may get their memory."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def gpu_decodes(device: torch.device) -> bool:
