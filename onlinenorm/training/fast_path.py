@@ -178,9 +178,12 @@ def naming_fast_path(choice: Choice, trainer: pl.Trainer) -> Iterator[None]:
         if key is None:
             raise
         value = str(lookup(choice.config, key)).lower()
+        said = first_line(error)
+        if said.endswith(":"):  # the compiler's errors name the cause in their second line
+            said += f" {str(error).strip().splitlines()[1]}"
         raise FastPathFailed(
             key,
-            f"{key}: auto chose {value}, which failed before the first step ({first_line(error)}); the run goes on "
+            f"{key}: auto chose {value}, which failed before the first step ({said}); the run goes on "
             f"with {key}={str(AUTO_KEYS[key]).lower()}",
         ) from error
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from onlinenorm.errors import ConfigError
 from onlinenorm.training import fast_path
 from onlinenorm.training import run as run_module
 from onlinenorm.training.config_check import AUTO_KEYS, check_config
-from onlinenorm.training.fast_path import Choice, adopt, choose, culprit, with_values
+from onlinenorm.training.fast_path import Choice, FastPathFailed, adopt, choose, culprit, naming_fast_path, with_values
 from onlinenorm.training.module import ImageClassifier
 from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.run_folder import changed_keys
@@ -214,14 +215,33 @@ def test_what_an_error_is_due_to(error, keys, expected):
     assert culprit(error, keys) == expected
 
 
-def test_errors_of_the_compiler_are_known_by_where_they_come_from():
-    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+def test_errors_of_the_compiler_are_known_by_where_they_come_from(monkeypatch):
+    """As torch wraps what Inductor raises, and below another error; the message names the cause."""
 
-    try:
-        raise RuntimeError("the step failed") from Unsupported("a call", "gb")
-    except RuntimeError as error:
-        assert culprit(error, list(FAST)) == "model.compile"
-    assert issubclass(BackendCompilerFailed, Exception) and BackendCompilerFailed.__module__.startswith("torch._dynamo")
+    def refuse(*_, **__):
+        raise RuntimeError("no code today")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", refuse)
+    layer = torch.nn.Linear(2, 2)
+    layer.compile()
+    choice = Choice(with_values(load_config([*LONG]), FAST), None, {}, ["model.compile"])
+    trainer = SimpleNamespace(global_step=0, world_size=1)
+    with (
+        pytest.raises(
+            FastPathFailed, match=r"\(backend='inductor' raised: RuntimeError: no code today\); the run goes"
+        ) as e,
+        naming_fast_path(choice, trainer),
+    ):
+        layer(torch.zeros(1, 2))
+    assert e.value.key == "model.compile"
+    outer = RuntimeError("the step failed")
+    outer.__cause__ = e.value.__cause__
+    assert culprit(outer, list(FAST)) == "model.compile"
+    for begun in (SimpleNamespace(global_step=1, world_size=1), SimpleNamespace(global_step=0, world_size=2)):
+        with pytest.raises(Exception, match="no code today") as e, naming_fast_path(choice, begun):
+            layer(torch.zeros(1, 2))
+        assert not isinstance(e.value, FastPathFailed)
+    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -293,7 +313,8 @@ def test_a_long_run_on_a_gpu_is_compiled_and_goes_on_without_a_compiler(run, tmp
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", refuse)
     torch.compiler.reset()
     run(tmp_path / "not", "trainer=gpu")
-    assert "model.compile: auto chose true, which failed before the first step" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "model.compile: auto chose true, which failed before the first step" in said and "no code today" in said
     assert yaml.safe_load((tmp_path / "not" / "config.yaml").read_text())["model"]["compile"] is False
     shutil.rmtree(tmp_path / "not")
     torch.compiler.reset()
