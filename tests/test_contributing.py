@@ -125,10 +125,33 @@ ROLE_UNKNOWN = r"moving_rms.MovingRMS: whether weight decay acts on its paramete
     "section, path, old, new, message",
     [
         ("normalizer", "mine/moving_rms.py", '"gamma": "norm_weight", ', "", ROLE_UNKNOWN),
+        (
+            "normalizer",
+            "mine/moving_rms.py",
+            "1, 1))\n\n",
+            "1, 1), persistent=False)\n\n",
+            "Keep mean_square in buffers",
+        ),
+        (
+            "normalizer",
+            "mine/moving_rms.py",
+            "Module):",
+            "Module)",
+            r"could not be imported \(SyntaxError.*rms.py, line 5",
+        ),
         ("normalizer", "mine/moving_rms.py", "register_buffer(", "__setattr__(", r"keeps the tensor mean_square"),
         ("normalizer", "mine/normalizer/moving_rms.yaml", "moving RMS", "a|b", r"normalizer._label_: 'a\|b' is not"),
         ("data set", "mine/stripes.py", "scale, licence =", "name_of_set, licence =", r"stripes.Stripes has no scale"),
         ("data set", "mine/stripes.py", "scale, licence =", "scale, terms =", r"stripes.Stripes has no licence"),
+        (
+            "data set",
+            "mine/stripes.py",
+            "def build(",
+            "def bild(",
+            r"Stripes could not be opened \(NotImplementedError",
+        ),
+        ("data set", "mine/stripes.py", "= 8\n", "= 4\n", "^data.image_size: 4 is not a whole number 8"),
+        ("network", "mine/two_layers.py", "normalizer(width), ", "", "TwoLayers holds no layer of the normalizer"),
         (
             "network",
             "mine/two_layers.py",

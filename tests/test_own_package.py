@@ -141,7 +141,10 @@ def test_two_processes_report_the_network_of_the_checkpoint(folder):
         (["model=wrong"], r"model._target_: .*WrongNet built with num_classes=7 makes \[16, 4, 3, 3\] of 16 images"),
         (["model=none"], r"model._target_: .*no_net makes a int and not a torch.nn.Module"),
         (["data=bars"], r"data._target_: .*Mislabelled.scale is 'a \| b'; it is a text of at most 40"),
-        (["data=flattered"], r"data._target_: .*Flattered.scale is 'imagenet', which published figures are of"),
+        (
+            ["data=flattered"],
+            r"data._target_: .*Flattered.scale is 'imagenet', which published figures or margins are of",
+        ),
         (["data=unlicensed"], r"data._target_: .*Unlicensed.licence is ''; say in a line how the images may be used"),
         (["data=unlabelled"], r"data._target_: .*Unlabelled has no scale; onlinenorm.data.ImageDataModule says"),
     ],

@@ -44,10 +44,18 @@ class PixelSource(Protocol):
 
 
 class ArraySource:
-    """Images and labels held as arrays; `images_NCHW` uint8, `labels_N` any integer type."""
+    """Images and labels held as arrays; `images_NCHW` uint8, `labels_N` any integer type. Else raises ValueError."""
 
     def __init__(self, images_NCHW: np.ndarray, labels_N: np.ndarray):
-        assert len(images_NCHW) == len(labels_N) and images_NCHW.dtype == np.uint8
+        if images_NCHW.dtype != np.uint8 or images_NCHW.ndim != 4:
+            raise ValueError(
+                f"images are {images_NCHW.dtype} of shape {images_NCHW.shape}, and not uint8 of N, C, H, W"
+            )
+        if not np.issubdtype(labels_N.dtype, np.integer) or labels_N.shape != images_NCHW.shape[:1]:
+            raise ValueError(
+                f"labels are {labels_N.dtype} of shape {labels_N.shape}, and not whole numbers, one for each of "
+                f"{len(images_NCHW)} images"
+            )
         self._images_NCHW = np.ascontiguousarray(images_NCHW)
         self._labels_N = labels_N.astype(np.int64)
 

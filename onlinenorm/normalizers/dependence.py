@@ -17,7 +17,7 @@ def statistics_depend_on(normalizer: nn.Module, synchronised: bool = False) -> s
     runs whose batches are divided otherwise are then other runs. Raises ValueError where something else is said.
     """
     if (said := getattr(normalizer, "statistics_depend_on", None)) is not None:
-        if isinstance(said, str) or not {PROCESSES, ACCUMULATION}.issuperset(said):
+        if not isinstance(said, tuple | list | set) or not {PROCESSES, ACCUMULATION}.issuperset(said):
             raise ValueError(
                 f"{type(normalizer).__name__}.statistics_depend_on: {said!r} is no tuple of {PROCESSES!r} and "
                 f"{ACCUMULATION!r}"

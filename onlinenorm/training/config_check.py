@@ -13,7 +13,7 @@ from onlinenorm.arguments import flatten
 from onlinenorm.errors import ArgumentError, ConfigError, DataError
 from onlinenorm.scales import COLOUR, LABEL, is_colour, is_label
 from onlinenorm.training.hints import PROVIDED, nearest, unknown_key
-from onlinenorm.training.targets import locate, targets
+from onlinenorm.training.targets import OWN, locate, own_errors, targets
 
 KNOWN = (*PROVIDED, "experiment", "seed", "run_dir")  # keys at the top, beside the names of the chosen files
 # Keys that may be "auto" -> their value where speed is not sought; what auto stands for is `fast_path`'s to say.
@@ -75,8 +75,17 @@ def build(config: dict[str, Any], path: str, /, **provided: Any) -> Any:
         from onlinenorm.training.roles import make_normalizer  # not above: wrong keys come before torch is loaded
 
         return functools.partial(make_normalizer, target, **arguments, **provided)
-    with full_keys(config, path):
-        return target(**arguments, **provided)
+    try:
+        with full_keys(config, path), _sentences(path, node["_target_"]):
+            return target(**arguments, **provided)
+    except ArgumentError as error:  # about a key that the file leaves to the class
+        if error.key in provided:
+            raise
+        raise ConfigError(f"{path}.{error}") from error
+
+
+def _sentences(path: str, target: str) -> contextlib.AbstractContextManager:
+    return own_errors(path, target, "could not be built") if path in OWN else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -114,6 +123,7 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
             continue
         if key in provided or (key not in parameters and (str(key).startswith("_") or not takes_all)):
             options = [p for p in parameters if p not in provided]
+            options += _SHOWN if path == "normalizer" and str(key).startswith("_") else ()
             raise unknown_key(f"{path}.{key}", [f"{path}.{option}" for option in options])
         if any(targets(value)):
             raise ConfigError(f"{path}.{key}: a node within a node would be built once and shared; use plain values")
@@ -134,7 +144,7 @@ def _check_normalizer(node: dict[str, Any], parameters: Mapping[str, inspect.Par
         )
     for key, (fits, words) in _SHOWN.items():
         if key in node and not fits(node[key]):
-            raise ConfigError(f"normalizer.{key}: {node[key]!r} is not {words}; leave it out for the row's own name")
+            raise ConfigError(f"normalizer.{key}: {node[key]!r} is not {words}; leave it out for the row's own")
     if not _takes("num_features", parameters):
         raise ConfigError(
             f"normalizer._target_: {name} takes no num_features, the argument that says how many channels a layer has "

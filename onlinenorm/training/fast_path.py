@@ -41,8 +41,9 @@ from onlinenorm.errors import ConfigError
 from onlinenorm.records import lookup
 from onlinenorm.text import first_line
 from onlinenorm.training.config_check import AUTO, AUTO_KEYS, build
+from onlinenorm.training.probe_data import BUILD
 from onlinenorm.training.recipe import Recipe
-from onlinenorm.training.targets import NAMED
+from onlinenorm.training.targets import NAMED, own_errors
 
 WORTH_COMPILING = 2_000_000  # images of 224 px
 WORTH_CAPTURING = 100  # steps
@@ -104,8 +105,9 @@ def make_data(config: dict[str, Any], recipe: Recipe) -> ImageDataModule:
 def open_data(config: dict[str, Any], recipe: Recipe) -> ImageDataModule:
     """The same set up; raises DataError for images that are not there."""
     data = make_data(config, recipe)
-    data.prepare_data()
-    data.setup("fit")
+    with own_errors("data", config["data"]["_target_"], "could not be opened", BUILD):
+        data.prepare_data()
+        data.setup("fit")
     return data
 
 

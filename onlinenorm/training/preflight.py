@@ -35,7 +35,8 @@ from onlinenorm.training.fast_path import (
 )
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.opening import how
-from onlinenorm.training.probe import probe_batch, probe_data, probe_normalizer
+from onlinenorm.training.probe import probe_batch, probe_normalizer
+from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.run_folder import RunFolder
 from onlinenorm.training.trainer import resolve

@@ -1,5 +1,6 @@
 """What is wrong with a network before it trains: one layer built, one batch sent through without its numbers."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,14 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from onlinenorm.errors import ArgumentError, ConfigError
 from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.normalizers.dependence import statistics_depend_on
-from onlinenorm.scales import COMPARABLE, LABEL, is_label
+from onlinenorm.normalizers.online_norm import STATISTICS
 from onlinenorm.text import first_line
 from onlinenorm.training.config_check import build, full_keys
-from onlinenorm.training.roles import parameter_roles
-from onlinenorm.training.targets import NAMED
+from onlinenorm.training.roles import is_normalizer, parameter_roles
+from onlinenorm.training.targets import NAMED, own_errors
 
 CHANNELS, BATCH = 64, 3  # of the layer that is tried, and the images it is tried with
 CLASSES = 7  # of the network that is tried
+MISTAKES = (AttributeError, TypeError, NameError, LookupError)  # of a class, wherever it is tried
+_UNDECIDED = (RuntimeError, NotImplementedError, AssertionError)  # of a layer of somebody's own that needs numbers
 _SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm2d)
 
 
@@ -34,12 +37,14 @@ def probe_normalizer(
     torch's own layers take any eps and momentum; the ranges of both are checked here for every layer that has them.
     """
     name = node["_target_"]
-    with full_keys({"normalizer": node}, "normalizer"):
+    with full_keys({"normalizer": node}, "normalizer"), own_errors("normalizer", name, "could not be built"):
         try:
             layer = factory(num_features=CHANNELS)
         except ArgumentError:
             raise
         except (TypeError, ValueError, RuntimeError) as error:
+            if name not in NAMED["normalizer"]:
+                raise
             raise ConfigError(f"normalizer: {name} could not be built ({first_line(error)})") from error
     if not isinstance(layer, nn.Module):
         raise ConfigError(f"normalizer._target_: {name} makes a {type(layer).__name__} and not a torch.nn.Module")
@@ -65,7 +70,7 @@ def probe_normalizer(
             "without what it does otherwise; leave it false"
         )
     if name not in NAMED["normalizer"]:
-        _probe_own(layer, name)
+        _probe_own(factory, layer, name, tried=not several and trainer.get("accelerator") == "cpu")
     eps, momentum = getattr(layer, "eps", None), getattr(layer, "momentum", None)
     if "eps" in node and isinstance(eps, int | float) and not 0 < eps < math.inf:
         raise ConfigError(f"normalizer.eps: {eps!r} must be larger than 0: it is added to the variance, as 1e-5 is")
@@ -76,14 +81,31 @@ def probe_normalizer(
         )
 
 
-def _probe_own(layer: nn.Module, name: str) -> None:
-    """Raises ConfigError for a layer of the user's own that changes a shape, or keeps what no checkpoint holds."""
-    x = torch.randn(BATCH, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.no_grad():
-            y = layer.train()(x)
-    except Exception:  # it may need a GPU; what else is wrong shows where it trains
-        y = x
+def _probe_own(factory: Callable[..., Any], layer: nn.Module, name: str, tried: bool) -> None:
+    """Raises ConfigError for a layer of the user's own that a batch, or its own state_dict(), shows to be wrong.
+
+    Args:
+        factory: makes such layers; `layer` is one.
+        name: of the class, in full.
+        tried: whether it trains where it is tried; elsewhere it may need a GPU, or other processes.
+    """
+    for part in layer.modules():
+        if isinstance(said := getattr(part, "statistics", None), str) and said not in STATISTICS:
+            raise ConfigError(
+                f"normalizer._target_: {name} says statistics = {said!r}, which is not one of {', '.join(STATISTICS)}"
+            )
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(BATCH, CHANNELS, 8, 8, generator=generator) * 3 + 1 for _ in range(3)]
+    with own_errors("normalizer", name, "fails with a batch"), torch.no_grad():
+        try:
+            outputs = [layer.train()(x.clone()) for x in batches]
+        except MISTAKES:
+            raise
+        except Exception:
+            if tried:
+                raise
+            return
+    x, y = batches[0], outputs[0]
     if not isinstance(y, torch.Tensor) or y.shape != x.shape:
         made = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
         raise ConfigError(f"normalizer._target_: {name} makes {made} of {list(x.shape)}; it must keep the shape")
@@ -95,71 +117,121 @@ def _probe_own(layer: nn.Module, name: str) -> None:
                     "buffers, where no checkpoint holds it and no device gets it; make it one: "
                     f'self.register_buffer("{key}", ...)'
                 )
+    with own_errors("normalizer", name, "does not take its own state_dict()"), torch.no_grad():
+        _probe_state(factory, layer, name, x)
+    if getattr(layer, "fuses_residual", False):
+        with own_errors("normalizer", name, "says fuses_residual and fails"), torch.no_grad():
+            want, fused = (layer.eval()(x.clone()) + x).relu(), layer(x.clone(), residual=x.clone(), relu=True)
+        if not torch.allclose(want, fused, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise ConfigError(
+                f"normalizer._target_: {name} says fuses_residual, and layer(x, residual=r, relu=True) is not "
+                "relu(layer(x) + r)"
+            )
+
+
+def _probe_state(factory: Callable[..., Any], trained: nn.Module, name: str, x: torch.Tensor) -> None:
+    """Raises ConfigError where new layers with the state_dict() of a trained one compute something else than it."""
+    state = copy.deepcopy(trained.state_dict())
+    layers = [trained, *(factory(num_features=CHANNELS) for _ in range(2))]
+    lost = _unsaved(trained, layers[1])
+    for new in layers[1:]:
+        new.load_state_dict(state)
+    for training in (False, True):
+        outputs = []
+        for layer in layers:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                outputs.append(layer.train(training)(x.clone()))
+        was, loaded, again = outputs
+        same = [torch.allclose(loaded, other, rtol=1e-5, atol=1e-6, equal_nan=True) for other in (was, again)]
+        if same == [False, True]:  # else it draws random numbers of its own
+            raise ConfigError(
+                f"normalizer._target_: {name} {'trains on' if training else 'evaluates'} otherwise once its "
+                "state_dict() is loaded into a new layer: checkpoints and exports would not hold what it has learnt. "
+                f"Keep {', '.join(lost) or 'all of it'} in buffers that are saved: self.register_buffer(NAME, TENSOR)"
+            )
+
+
+def _unsaved(trained: nn.Module, new: nn.Module) -> list[str]:
+    """Names of what a layer keeps and does not save, and what it is not in a new one."""
+    names = []
+    modules = dict(new.named_modules())
+    for path, part in trained.named_modules():
+        names += [f"{path}.{key}" for key in part._non_persistent_buffers_set]
+        before = vars(modules.get(path, new))
+        for key in vars(part).keys() - vars(nn.Module()).keys():
+            if isinstance(vars(part)[key], int | float | list | tuple | dict) and key != "training":
+                names += [f"{path}.{key}"] if repr(vars(part)[key]) != repr(before.get(key)) else []
+    return sorted(key.lstrip(".") for key in names)
 
 
 def probe_network(network: Any, config: dict[str, Any]) -> None:
-    """Raises ConfigError for what a model's function made where that is not a network."""
+    """Raises ConfigError for what a model's function made where that is no network with the normalizer in it."""
+    name = config["model"]["_target_"]
     if not isinstance(network, nn.Module):
-        name = config["model"]["_target_"]
         raise ConfigError(f"model._target_: {name} makes a {type(network).__name__} and not a torch.nn.Module")
-
-
-def probe_data(data: Any, config: dict[str, Any]) -> None:
-    """Raises ConfigError for a data set of the user's own that lacks what a run and its table need."""
-    name = config["data"]["_target_"]
-    for key in ("scale", "licence", "class_names", "mean_std"):
-        try:
-            value = getattr(data, key)
-        except (NotImplementedError, AttributeError):
-            raise ConfigError(
-                f"data._target_: {name} has no {key}; onlinenorm.data.ImageDataModule says what a data set provides"
-            ) from None
-        if key == "scale" and not is_label(value):
-            raise ConfigError(f"data._target_: {name}.scale is {value!r}; it is {LABEL}, such as flowers")
-        if key == "licence" and (not isinstance(value, str) or not value.strip() or "\n" in value):
-            raise ConfigError(f"data._target_: {name}.licence is {value!r}; say in a line how the images may be used")
-    if name not in NAMED["data"] and data.scale == COMPARABLE:
+    if not any(map(is_normalizer, network.modules())):
         raise ConfigError(
-            f"data._target_: {name}.scale is {COMPARABLE!r}, which published figures are of; name it otherwise"
+            f"model._target_: {name} holds no layer of the normalizer, and its run would be reported as one of it; "
+            "build each norm by the argument normalizer: self.norm = normalizer(channels)"
         )
+    try:
+        parameter_roles(network)
+    except ConfigError as error:
+        raise ConfigError(f"model._target_: {error}") from error
 
 
 def probe_batch(config: dict[str, Any], factory: Callable[..., Any], in_channels: int, image_size: int) -> None:
     """Raises ConfigError where a training batch leaves a layer of torch's norms a single value to normalise with.
 
-    So it does where a network of the user's own does not give a logit for each class.
+    So it does for a network of the user's own that fails, leaves the normalizer out, or does not give a logit a class.
 
     Args:
         config: of the run, its trainer resolved.
         factory: of its normalizer.
         in_channels, image_size: of the images.
     """
-    own = config["model"]["_target_"] not in NAMED["model"]
+    name = config["model"]["_target_"]
+    own = name not in NAMED["model"]
     if not own and not any(isinstance(layer, _NormBase) for layer in factory(num_features=CHANNELS).modules()):
         return
     trainer = {"devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1, "sync_batchnorm": False} | config["trainer"]
     parts = trainer["accumulate_grad_batches"]
     parts *= 1 if trainer["sync_batchnorm"] else trainer["devices"] * trainer["num_nodes"]
     batch = max(config["recipe"]["batch_size"] // parts, 1)
+    used: set[nn.Module] = set()
     try:
-        with torch.no_grad(), FakeTensorMode(), torch.compiler.set_stance("force_eager"):  # shapes without numbers
+        with (
+            torch.no_grad(),
+            FakeTensorMode(),  # shapes without numbers
+            torch.compiler.set_stance("force_eager"),
+            own_errors("model", name, "fails with a batch"),
+        ):
             network = build(config, "model", normalizer=factory, num_classes=CLASSES, in_channels=in_channels)
             probe_network(network, config)
+            for layer in filter(is_normalizer, network.modules()) if own else ():
+                layer.register_forward_hook(lambda layer, *_: used.add(layer))
             logits = network.train()(torch.empty(batch, in_channels, image_size, image_size))
-    except (RuntimeError, NotImplementedError):
-        return  # a layer of somebody's own that needs numbers
-    except ValueError as error:
-        if not str(error).startswith("Expected more than 1"):
+    except (ValueError, *_UNDECIDED) as error:
+        cause = (error.__cause__ or error) if isinstance(error, ConfigError) else error
+        if isinstance(cause, _UNDECIDED):
+            return
+        if not str(cause).startswith("Expected more than 1"):
             raise
-        alone = "spatial" in str(error)  # InstanceNorm: whatever the batch
+        alone = "spatial" in str(cause)  # InstanceNorm: whatever the batch
         raise ConfigError(
             f"normalizer: {config['choices']['normalizer']} has a single value a channel to take statistics of: images "
             f"of {image_size} pixels end in maps of 1 x 1{'' if alone else ' and a batch is one image'}; use a larger "
             f"data.image_size{'' if alone else ' or recipe.batch_size'}, or another normalizer"
         ) from error
+    if own and not used:
+        raise ConfigError(
+            f"model._target_: {name} calls no layer of the normalizer in forward(), and its run would be reported as "
+            "one of it; call them"
+        )
     if own and (not isinstance(logits, torch.Tensor) or logits.shape != (batch, CLASSES)):
         made = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ConfigError(
-            f"model._target_: {config['model']['_target_']} built with num_classes={CLASSES} makes {made} of {batch} "
+            f"model._target_: {name} built with num_classes={CLASSES} makes {made} of {batch} "
             f"images, and not their logits, [{batch}, {CLASSES}]"
         )

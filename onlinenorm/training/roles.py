@@ -1,7 +1,8 @@
 """What each parameter of a network is for, which decides whether weight decay acts on it."""
 
+import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,11 @@ def make_normalizer(target: Callable[..., Any], num_features: int, **arguments: 
     return layer
 
 
+def is_normalizer(module: nn.Module) -> bool:
+    """Whether `make_normalizer` made a module, or what holds it."""
+    return getattr(module, "is_normalizer", False) is True
+
+
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Name -> role of every trained parameter, once each: "weight", "bias", "norm_weight" or "norm_bias".
 
@@ -53,6 +59,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     roles: dict[str, str] = {}
     seen = set()
     for path, module, above in _walk(model, "", ()):
+        _check_declared(module)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -81,6 +88,24 @@ def _walk(module: nn.Module, path: str, above: tuple) -> Iterator[tuple[str, nn.
         yield from _walk(child, f"{path}{name}.", above)
 
 
+def _check_declared(module: nn.Module) -> None:
+    """Raises ConfigError for a ``parameter_roles`` that is no mapping, or names what the module does not have."""
+    declared = getattr(module, "parameter_roles", {})
+    if not isinstance(declared, Mapping):
+        raise ConfigError(
+            f"{_class(module)}: parameter_roles is {declared!r}; it maps names of parameters to what they are, as in "
+            '{"gamma": "norm_weight"}'
+        )
+    for name in declared:
+        try:
+            operator.attrgetter(name)(module)
+        except (AttributeError, TypeError):
+            raise ConfigError(
+                f"{_class(module)}: parameter_roles names {name!r}, which it does not have; correct the name (a "
+                "parameter that is left out in some cases is set to None there)"
+            ) from None
+
+
 def _declared(full: str, above: tuple) -> str | None:
     for path, module in reversed(above):
         declared = getattr(module, "parameter_roles", {})
@@ -98,7 +123,7 @@ def _implied(name: str, parameter: nn.Parameter, module: nn.Module, above: tuple
     ordinary_name = name in ("weight", "bias")
     if isinstance(module, NORM_TYPES):
         return f"norm_{name}" if ordinary_name else None
-    if any(getattr(outer, "is_normalizer", False) for _, outer in above):
+    if any(is_normalizer(outer) for _, outer in above):
         one_a_channel = parameter.numel() == max(parameter.shape, default=1)
         return f"norm_{name}" if ordinary_name and one_a_channel else None
     if type(module) in _CONTAINERS:
@@ -112,7 +137,7 @@ def _implied(name: str, parameter: nn.Parameter, module: nn.Module, above: tuple
 
 
 def _unknown(full: str, parameter: nn.Parameter, above: tuple) -> str:
-    path, module = next(((p, m) for p, m in above if getattr(m, "is_normalizer", False)), above[-1])
+    path, module = next(((p, m) for p, m in above if is_normalizer(m)), above[-1])
     if type(module) in _CONTAINERS and len(above) > 1:
         path, module = above[-2]
     name = full.removeprefix(path)

@@ -32,7 +32,8 @@ from onlinenorm.training.final_validation import build_results, final_validation
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import is_rank_zero
 from onlinenorm.training.opening import details
-from onlinenorm.training.probe import probe_batch, probe_data, probe_network, probe_normalizer
+from onlinenorm.training.probe import probe_batch, probe_network, probe_normalizer
+from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.run_folder import RunFolder
 from onlinenorm.training.trainer import quiet_lightning, resolve

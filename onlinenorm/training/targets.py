@@ -1,16 +1,19 @@
 """What the `_target_` of a configuration's node may name: what configs/ names of ours, or a class of the user's own."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
 import sysconfig
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from onlinenorm.errors import ConfigError, RunError
+from onlinenorm.errors import ArgumentError, ConfigError, RunError
+from onlinenorm.text import first_line
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Where this project's code of a group lies: what a file of configs/ names of it may be built.
@@ -88,14 +91,51 @@ def locate(group: str, name: Any) -> Any:
         if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "?"):
             raise RunError(f"{group}: {name} needs the package {error.name}, which is not installed") from None
         raise ConfigError(f"{group}._target_: {name!r} does not exist ({error})") from None
+    except Exception as error:
+        if not is_own:
+            raise
+        raise _failed(group, name, "could not be imported", error) from error
     if is_own:
         _check_own(group, name, target)
     return target
 
 
+@contextlib.contextmanager
+def own_errors(group: str, name: str, doing: str, hint: str = "") -> Iterator[None]:
+    """Context in which a class of the user's own is used: an error of its code becomes a sentence with its line.
+
+    Errors that are sentences stay as they are, and so does whatever is wrong with this project's own classes.
+
+    Args:
+        group, name: of configs/ and of the class, in full.
+        doing: what could not be done, as "could not be built".
+        hint: what to do, at the end of the sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        if name in NAMED[group] or hasattr(error, "exit_code") or isinstance(error, ArgumentError):
+            raise
+        raise _failed(group, name, doing, error, hint) from error
+
+
+def _failed(group: str, name: str, doing: str, error: Exception, hint: str = "") -> ConfigError:
+    kind, text = type(error).__name__, first_line(error)
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    ours = str(CONFIGS.parent / "onlinenorm")
+    users = [f"{file}, line {line}" for file, line in places if is_users(file) and not file.startswith(("<", ours))]
+    words = [kind if text == kind else f"{kind}: {text}", *users[-1:]]
+    return ConfigError(f"{group}._target_: {name} {doing} ({'; '.join(words)}){hint}")
+
+
 def refused(group: str, name: Any) -> ConfigError:
     """The error for a `_target_` that is not built."""
     more = f", and of a package of your own a {OWN[group]} or a function that makes one" if group in OWN else ""
+    package, dot, _ = name.partition(".") if isinstance(name, str) else ("", "", "")
+    if group in OWN and dot and package in sys.stdlib_module_names:
+        more += f"; {package} is a module of Python itself: give yours another name"
     return ConfigError(f"{group}._target_: {name!r} is refused; there are {', '.join(NAMED.get(group, ()))}{more}")
 
 

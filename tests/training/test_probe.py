@@ -2,14 +2,17 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tests_training import TINY, load_train_module
 from torch import nn
 
 from onlinenorm.errors import ConfigError
+from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d, identity
 from onlinenorm.training.config_check import build, check_config
 from onlinenorm.training.probe import probe_batch, probe_normalizer
+from onlinenorm.training.roles import make_normalizer
 
 load_config = load_train_module().load_config
 
@@ -69,7 +72,9 @@ def test_what_is_no_layer_is_told():
     node = {"_target_": "mine.Norm"}
     with pytest.raises(ConfigError, match=r"^normalizer._target_: mine.Norm makes a int and not a torch.nn.Module"):
         probe_normalizer(lambda num_features: num_features, node)
-    with pytest.raises(ConfigError, match=r"^normalizer: mine.Norm could not be built"):
+    with pytest.raises(
+        ConfigError, match=r"^normalizer\._target_: mine.Norm could not be built \(TypeError: .*nonsense"
+    ):
         probe_normalizer(lambda num_features: nn.BatchNorm2d(num_features, nonsense=1), node)
 
 
@@ -141,14 +146,171 @@ def test_what_a_normalizer_of_ones_own_must_not_do(factory, message):
         probe_normalizer(factory, {"_target_": "own.Norm"})
 
 
-@pytest.mark.parametrize("factory", [Watched, Demanding, nn.BatchNorm2d])
+class Stateful(nn.Module):
+    """Divides by a moving root mean square, kept as the subclass says, in `level`."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.keep(torch.ones(1, num_features, 1, 1))
+
+    def keep(self, level):
+        self.register_buffer("level", level)
+
+    def forward(self, x):
+        if self.training:
+            self.level.lerp_(x.detach().square().mean((0, 2, 3), keepdim=True), 0.1)
+        return x * self.level.rsqrt()
+
+
+class Unsaved(Stateful):
+    def keep(self, level):
+        self.register_buffer("level", level, persistent=False)
+
+
+class Listed(Stateful):
+    def keep(self, level):
+        self.levels = [level]
+
+    @property
+    def level(self):
+        return self.levels[0]
+
+
+class Counting(Stateful):
+    """Warms up over steps that only Python counts, which shows where it trains on."""
+
+    steps = 0
+
+    def forward(self, x):
+        self.steps += self.training
+        return super().forward(x) * (min(self.steps / 10, 1) if self.training else 1)
+
+
+class Number(Watched):
+    level = 1.0
+
+    def forward(self, x):
+        if self.training:
+            self.level = 0.9 * self.level + 0.1 * float(x.square().mean())
+        return x * self.level**-0.5
+
+
+class Growing(Stateful):
+    def forward(self, x):
+        self.keep(torch.ones(1, x.shape[1], *x.shape[2:]))
+        return x
+
+
+class Noisy(Stateful):
+    def forward(self, x):
+        return super().forward(x) * (1 + 0.1 * torch.rand_like(x) + 0.1 * float(np.random.rand()) * self.training)
+
+
+class Fused(Stateful):
+    fuses_residual = True
+
+    def forward(self, x, residual=None, relu=False):
+        y = super().forward(x)
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
+
+
+class Halved(Fused):
+    def forward(self, x, residual=None, relu=False):
+        return super().forward(x, None if residual is None else residual / 2, relu)
+
+
+def says(base=Stateful, **declared):
+    return type("Says", (base,), declared)
+
+
+LOST = r"once its state_dict\(\) is loaded into a new layer: .* Keep NAME in buffers that are saved"
+
+
+@pytest.mark.parametrize(
+    "factory, message",
+    [
+        (Unsaved, f"evaluates otherwise {LOST.replace('NAME', 'level')}"),
+        (Listed, f"evaluates otherwise {LOST.replace('NAME', 'levels')}"),
+        (Number, f"evaluates otherwise {LOST.replace('NAME', 'level')}"),
+        (Counting, f"trains on otherwise {LOST.replace('NAME', 'steps')}"),
+        (lambda num_features: nn.Sequential(Unsaved(num_features)), LOST.replace("NAME", r"0\.level")),
+        (Growing, r"does not take its own state_dict\(\) \(RuntimeError: "),
+        (says(forward=lambda self, x: self.gamm * x), r"fails with a batch \(AttributeError: .* 'gamm'"),
+        (says(keep=lambda self, level: {}["k"]), r"could not be built \(KeyError: 'k'"),
+        (says(__init__=lambda self, num_features: self.keep(torch.ones(2))), r"could not be built \(AttributeError: "),
+        (says(fuses_residual=True), r"says fuses_residual and fails \(TypeError: .*'residual'"),
+        (Halved, r"says fuses_residual, and layer\(x, residual=r, relu=True\) is not"),
+        (says(statistics="golbal"), "says statistics = 'golbal', which is not one of"),
+        (says(statistics_depend_on=3), "3 is no tuple of 'processes'"),
+        (says(parameter_roles=["gamma"]), r"parameter_roles is \['gamma'\]; it maps names"),
+        (says(parameter_roles={"betta": "bias"}), "parameter_roles names 'betta', which it does not have"),
+    ],
+)
+def test_what_a_batch_or_its_own_state_shows_of_a_normalizer_of_ones_own(factory, message):
+    with pytest.raises(ConfigError, match=rf"^normalizer._target_: .*{message}"):
+        probe_normalizer(factory, {"_target_": "own.Norm"})
+
+
+def test_what_fails_where_it_trains_is_told():
+    with pytest.raises(ConfigError, match=r"own.Norm fails with a batch \(RuntimeError: needs a GPU\)$"):
+        probe_normalizer(Demanding, {"_target_": "own.Norm"}, {"accelerator": "cpu", "devices": 1})
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [Watched, Demanding, nn.BatchNorm2d, partial(nn.BatchNorm2d, momentum=None), Stateful, Noisy, Fused, OnlineNorm2d,
+     BatchRenorm2d, says(parameter_roles={"gamma": "norm_weight"}, gamma=None)],
+)  # fmt: skip
 def test_what_it_may_do(factory):
     probe_normalizer(factory, {"_target_": "own.Norm"})
+
+
+class Net(nn.Module):
+    """A network of one's own: `made` says what it does with the factory, `called` whether with the layer."""
+
+    def __init__(self, normalizer, num_classes, in_channels, made, called):
+        super().__init__()
+        self.norm = made(normalizer)
+        self.called, self.head = called, nn.Conv2d(in_channels, num_classes, 1)
+
+    def forward(self, x):
+        x = self.norm(x) if self.called else x
+        return self.head(x).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "made, called, message",
+    [
+        (lambda normalizer: normalizer(3), True, None),
+        (lambda normalizer: nn.BatchNorm2d(3), True, "holds no layer of the normalizer, and its run would be reported"),
+        (lambda normalizer: [normalizer(3)], False, "holds no layer of the normalizer"),
+        (lambda normalizer: normalizer(3), False, r"calls no layer of the normalizer in forward\(\)"),
+        (lambda normalizer: Stateful(3), True, "holds no layer of the normalizer"),
+        (lambda normalizer: says(gain=nn.Parameter(torch.ones(3)))(3), True, "holds no layer"),
+        (lambda normalizer: {}["k"], True, r"could not be built \(KeyError: 'k'"),
+        (lambda normalizer: normalizer, True, r"holds no layer of the normalizer"),
+    ],
+)
+@pytest.mark.parametrize("choice", ["batch", "none", "online_clamp"])
+def test_a_network_of_ones_own_has_the_normalizer_in_it(monkeypatch, made, called, message, choice):
+    config = load_config([*TINY, f"normalizer={choice}"])
+    config["model"] = {"_target_": "own.Net"}
+    network = partial(Net, made=made, called=called)
+    monkeypatch.setattr("onlinenorm.training.config_check.locate", lambda path, name: network)
+    factory = partial(
+        make_normalizer, {"batch": nn.BatchNorm2d, "none": identity, "online_clamp": OnlineNorm2d}[choice]
+    )
+    if message is None:
+        probe_batch(config, factory, 3, 8)
+        return
+    with pytest.raises(ConfigError, match=rf"^model\._target_: own.Net {message}"):
+        probe_batch(config, factory, 3, 8)
 
 
 def test_arguments_that_a_layer_of_ones_own_refuses_are_told():
     def refuses(num_features):
         raise ValueError("eps cannot be that\nadvice to programmers")
 
-    with pytest.raises(ConfigError, match=r"^normalizer: mine.Norm could not be built \(eps cannot be that\)$"):
+    with pytest.raises(ConfigError, match=r"mine.Norm could not be built \(ValueError: eps cannot be that\)$"):
         probe_normalizer(refuses, {"_target_": "mine.Norm"})
