@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from onlinenorm.training.roles import parameter_roles
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = dict(re.findall(r"^### (?:A|An) ([\w ]+)\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL))
+PLACES = {"moving_rms": "normalizers", "stripes": "data", "two_layers": "models"}  # module -> its folder in onlinenorm
 # Added to a quickstart, which takes minutes.
 SHORT = ("recipe.epochs=1", "recipe.milestones=[]", "data.limit_train=64", "data.limit_val=16")
 
@@ -76,6 +80,44 @@ def test_a_thing_is_at_most_two_files():
     assert len(PAGE.splitlines()) < 200
     fences = [line for line in PAGE.splitlines() if line.startswith("```")]
     assert len(fences) == 2 * (7 + 5), "a block that no test writes or runs"
+
+
+def check(*command, cwd, **environment):
+    """Runs a tool of the one check; fails with what it prints."""
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=cwd, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_the_types_of_what_is_printed_are_right(tmp_path):
+    for section in SECTIONS:
+        for path, content in files(section).items():
+            (tmp_path / Path(path).name).write_text(content)
+    modules = sorted(tmp_path.glob("*.py"))
+    assert {path.stem for path in modules} == set(PLACES)
+    check("mypy", *modules, cwd=ROOT)  # with the cache of the one check
+
+
+def test_in_the_repository_it_passes_lint_and_the_tests_of_all_normalizers_and_networks(tmp_path):
+    for folder in ("onlinenorm", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    tests = ("tests/models/test_model_configs.py", "tests/normalizers/test_dependence.py")
+    for file in ("pyproject.toml", *tests):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, tmp_path / file)
+    for section in SECTIONS:
+        for path, content in files(section).items():
+            module, target = Path(path).stem, f"_target_: onlinenorm.{PLACES.get(Path(path).stem)}.{Path(path).stem}."
+            place = tmp_path / "configs" / Path(path).relative_to("mine")
+            if path.endswith(".py"):
+                place = tmp_path / "onlinenorm" / PLACES[module] / f"{module}.py"
+            place.write_text(content.replace(f"_target_: {module}.", target))
+    check("ruff", "check", "--no-cache", "onlinenorm", cwd=tmp_path)
+    check("ruff", "format", "--check", "--no-cache", "onlinenorm", cwd=tmp_path)
+    chosen = "two_layers or moving_rms or every_network"
+    told = check("pytest", "-p", "no:cacheprovider", "-k", chosen, *tests, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "4 passed" in told, "of the network: a config, its arguments, what it makes; of the normalizer: dependence"
 
 
 def test_a_normalizer_to_the_table(walk):

@@ -148,7 +148,7 @@ class ImageDataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     @property
-    def class_names(self) -> list[str]:
+    def class_names(self) -> list[str] | tuple[str, ...]:
         """Names of the classes, in label order."""
         raise NotImplementedError
 

@@ -57,7 +57,7 @@ def class_names(trained: Trained) -> tuple[list[str], str]:
         return [f"class {label}" for label in range(trained.num_classes)], reason
     if len(names) != trained.num_classes:
         raise DeployError(f"the dataset has {len(names)} classes and the network {trained.num_classes}")
-    return names, ""
+    return list(names), ""
 
 
 def read_image(file: Path, trained: Trained) -> torch.Tensor:
