@@ -53,11 +53,11 @@ def check_jobs(arguments: Arguments) -> None:
     """Raises ConfigError, before the first run of --multirun starts, for one that cannot be meant or has no folder."""
     configs = [load_config(job, arguments.config_dir) for job in jobs(arguments.overrides, arguments.config_dir)]
     from onlinenorm.records import run_path
-    from onlinenorm.training.config_check import check_config
+    from onlinenorm.training.probe import probe_settings
 
     folders: Counter[Path] = Counter()
     for config in configs:
-        check_config(config)
+        probe_settings(config)
         if config["trainer"].get("devices") != 1:
             raise ConfigError("trainer.devices: --multirun is for one process a run; for several use scripts/sweep.py")
         folders[run_path(config)] += 1

@@ -176,6 +176,8 @@ def test_multirun_is_checked_job_by_job_before_the_first_starts():
     assert len(jobs) == 4 and jobs[0] == ["normalizer=batch", "seed=0", "recipe.milestones=[1,2]", "~recipe.lr"]
     with pytest.raises(ConfigError, match=r"'bach' is not one of its options; did you mean normalizer=batch"):
         [train.load_config(job) for job in jobs]
+    with pytest.raises(ConfigError, match=r"^normalizer.momentum: 7 must be larger than 0 and at most 1"):
+        train.main(["-m", *TINY, "normalizer=batch", "normalizer.momentum=0.1,7"])
 
 
 def test_multirun_makes_a_folder_a_job_and_nothing_else(tmp_path):

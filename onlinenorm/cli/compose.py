@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from onlinenorm.cli.arguments import literal, quoted
-from onlinenorm.cli.files import CONFIGS, GROUPS, check_experiment, group_files
+from onlinenorm.cli.files import CONFIGS, GROUPS, check_experiment, check_label, group_files
 from onlinenorm.cli.help import settings
 from onlinenorm.errors import ConfigError
 from onlinenorm.records import run_path
@@ -68,6 +68,7 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
             config = _compose([*overrides, *search])
             values = _to_plain(config)
             _check_code(written, config, values)
+            check_label(values, files["normalizer"])
             return values
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark

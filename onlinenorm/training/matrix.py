@@ -19,7 +19,7 @@ from onlinenorm.errors import ConfigError, FolderInUse, RunError
 from onlinenorm.records import FAILURE_TEXT, read_failure, read_record, read_rows, run_path
 from onlinenorm.text import duration
 from onlinenorm.training.attempts import former_attempts
-from onlinenorm.training.config_check import check_config
+from onlinenorm.training.probe import probe_settings
 from onlinenorm.training.run_folder import RunFolder
 
 # exit codes of runs that have saved themselves, or had not begun
@@ -78,7 +78,7 @@ def plan_row(
         swept: keys besides experiment, normalizer and seed of which there are several values.
         runs: where the folders go.
     """
-    check_config(config)
+    probe_settings(config)
     values = sorted(part for part in overrides if part.partition("=")[0].lstrip("+") in set(swept))
     between = [",".join(values).replace("/", "_")] if values else []
     names = config["choices"]

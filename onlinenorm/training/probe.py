@@ -1,6 +1,8 @@
 """What is wrong with a network before it trains: one layer built, one batch sent through without its numbers."""
 
 import copy
+import functools
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +17,8 @@ from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.normalizers.dependence import statistics_depend_on
 from onlinenorm.normalizers.online_norm import STATISTICS
 from onlinenorm.text import first_line
-from onlinenorm.training.config_check import build, full_keys
+from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
+from onlinenorm.training.fast_path import left_to_choose, make_data, with_values
 from onlinenorm.training.roles import is_normalizer, parameter_roles
 from onlinenorm.training.targets import NAMED, own_errors
 
@@ -24,6 +27,32 @@ CLASSES = 7  # of the network that is tried
 MISTAKES = (AttributeError, TypeError, NameError, LookupError)  # of a class, wherever it is tried
 _UNDECIDED = (RuntimeError, NotImplementedError, AssertionError)  # of a layer of somebody's own that needs numbers
 _SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm2d)
+
+
+def probe_settings(config: dict[str, Any]) -> None:
+    """Raises ConfigError for what is wrong whatever the data hold, and wherever a run takes place: of many, beforehand.
+
+    Each combination of values is tried once.
+    """
+    check_config(config)
+    _probe_settings(json.dumps({group: config[group] for group in ("normalizer", "model", "data", "recipe")}))
+
+
+@functools.cache
+def _probe_settings(nodes: str) -> None:
+    config = {**json.loads(nodes), "seed": 0}
+    config = with_values(config, {key: AUTO_KEYS[key] for key in left_to_choose(config)})
+    recipe, factory = build(config, "recipe"), build(config, "normalizer")
+    probe_normalizer(factory, config["normalizer"])
+    with full_keys(config, "data", "recipe"):
+        in_channels = make_data(config, recipe).in_channels
+    try:
+        with torch.no_grad(), FakeTensorMode(), full_keys(config, "normalizer"):
+            network = build(config, "model", normalizer=factory, num_classes=CLASSES, in_channels=in_channels)
+            probe_network(network, config)
+    except (ConfigError, *_UNDECIDED) as error:
+        if not isinstance(error.__cause__ or error, _UNDECIDED):
+            raise
 
 
 def probe_normalizer(

@@ -139,6 +139,14 @@ GLOBAL = "# @package _global_\n"
         ("normalizer/mine", "a: 1\n\tb: 2\n", "normalizer=mine", r"^FILE, line 2: is no YAML \(.*'\\t'"),
         ("experiment/mine", "recipe:\n  epochs: 1\n", "experiment=mine", "^FILE: sets nothing .*@package _global_"),
         (
+            "normalizer/mine",
+            "defaults: [batch_renorm, _self_]\n",
+            "normalizer=mine",
+            "^normalizer._label_: 'BatchRenorm'",
+        ),
+        ("normalizer/mine", "_label_: Batch Norm\n", "normalizer=mine", "the row of normalizer=batch is.* into FILE$"),
+        ("normalizer/mine", '_label_: "no normalizer" # x\n', "normalizer=mine", "the row of normalizer=none is"),
+        (
             "experiment/mine",
             f"{GLOBAL}defaults:\n  - override /model: cifar_resnet21\n",
             "experiment=mine",

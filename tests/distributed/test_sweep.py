@@ -100,6 +100,11 @@ def test_folders_of_swept_keys_reach_the_run(tmp_path, name):
         (["run_dir=x"], "run_dir: a sweep names its folders itself"),
         (["seed=0,0"], "two runs would share"),
         (["recipe.epocs=1,2"], "did you mean recipe.epochs"),
+        (["normalizer=batch", "normalizer.momentum=0.1,7"], "normalizer.momentum: 7 must be larger than 0 and at most"),
+        (["normalizer=group", "normalizer.num_groups=1,3"], "normalizer.num_groups: 3"),
+        (["recipe.lr=0.1,-1"], "recipe.lr: must be a number > 0, got -1"),
+        (["data.image_size=8,4"], "data.image_size: 4 is not a whole number 8 or larger"),
+        (["recipe.augmentation=none,crop"], "recipe.augmentation: 'crop' is not"),
     ],
 )
 def test_nothing_starts_where_one_row_cannot_be_meant(run_sweep, tmp_path, arguments, message):
