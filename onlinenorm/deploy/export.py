@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import platform
 import shutil
@@ -99,6 +100,7 @@ def export(
             if row.file:
                 row.agreement = compared[row.form]
                 _check(row, tolerance)
+                _check_recorded(trained, row.agreement, kept)
                 if latency_runs:
                     row.milliseconds = latency_ms(candidates[row.form][0], image, latency_runs)
                 card = render_card(
@@ -156,6 +158,29 @@ def _check(row: Row, tolerance: float) -> None:
             f"--to {row.form}: refused, because the export does not compute what the network does: logits differ by up "
             f"to {agreement.max_difference:.3g} (--tolerance {tolerance:g}) and {agreement.changed_predictions} of "
             f"{agreement.images} predictions change; nothing was written"
+        )
+
+
+def _check_recorded(trained: Trained, agreement: Agreement, kept: bool) -> None:
+    """Raises VerificationError where a network is not as accurate as its run has recorded, on the run's own images.
+
+    So it is where it keeps state that no checkpoint holds. Two points are for other arithmetic, and five standard
+    deviations for a part of the images.
+    """
+    results, data = trained.results, trained.data
+    if results is None or agreement.top1 is None or data.evaluation != trained.recipe.evaluation:
+        return
+    if data.fingerprint != results["dataset"].get("fingerprint"):
+        return
+    clamping = results.get("clamping")
+    recorded = (clamping["with" if kept else "without"] if clamping else results["last"])["val_top1"]
+    images = agreement.labelled
+    part = 5 * math.sqrt(recorded * (1 - recorded) / images) if images < data.val_images else 0.0
+    if abs(agreement.top1 - recorded) > 0.02 + 2 / images + part:
+        raise VerificationError(
+            f"{trained.checkpoint}: refused, because the network loaded from it has {agreement.top1:.2%} top-1 on "
+            f"{images} images of the run, and results.json says {recorded:.2%}: it keeps state that checkpoints do not "
+            "hold, outside of buffers that are saved, or its class has changed; nothing was written"
         )
 
 

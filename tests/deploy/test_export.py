@@ -23,6 +23,7 @@ from onlinenorm.deploy.forms import fold, prepare, stock_network, stock_state
 from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.predict import read_image
 from onlinenorm.deploy.verification import Agreement, latency_ms
+from onlinenorm.errors import VerificationError
 from onlinenorm.models import cifar_resnet8
 from onlinenorm.normalizers import OnlineNorm, remove_clamping
 
@@ -359,3 +360,21 @@ def test_a_form_that_cannot_be_made_is_an_exit_code(scaling_run, tmp_path, scrip
     told = capsys.readouterr()
     assert "export.py: not made: torchvision, folded; the reasons" in told.err
     assert (tmp_path / "cifar_resnet8-onnx.onnx").exists(), "the others are"
+
+
+def test_a_network_less_accurate_than_its_run_is_refused(copied, batch_run, tmp_path):
+    """As one is that keeps statistics outside of its checkpoint; images of another folder are not compared."""
+    run = copied(batch_run)
+    results = json.loads((run / "results.json").read_text())
+
+    def exported(**changes):
+        (run / "results.json").write_text(json.dumps(results | changes))
+        return export(load_trained(run), ["exported-program"], tmp_path / "out", "test", latency_runs=0).rows
+
+    better = {"last": results["last"] | {"val_top1": results["last"]["val_top1"] + 0.28}}
+    with pytest.raises(
+        VerificationError, match=r"last.ckpt: refused, .* top-1 on 60 images of the run, and results.js"
+    ):
+        exported(**better)
+    assert not list((tmp_path / "out").glob("*"))
+    assert exported(**better, dataset=results["dataset"] | {"fingerprint": "of others"})

@@ -8,6 +8,7 @@ import torch
 from tests_training import TINY, load_train_module
 from torch import nn
 
+from onlinenorm.cli.compose import group_options
 from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d, identity
 from onlinenorm.training.config_check import build, check_config
@@ -264,6 +265,12 @@ def test_what_fails_where_it_trains_is_told():
 )  # fmt: skip
 def test_what_it_may_do(factory):
     probe_normalizer(factory, {"_target_": "own.Norm"})
+
+
+@pytest.mark.parametrize("choice", group_options("normalizer"))
+def test_ours_keep_to_it(choice):
+    config = load_config([f"normalizer={choice}"])
+    probe_normalizer(build(config, "normalizer"), config["normalizer"] | {"_target_": "own.Norm"})
 
 
 class Net(nn.Module):
