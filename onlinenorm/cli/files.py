@@ -29,6 +29,8 @@ def folders(config_dir: str | None) -> list[Path]:
         place = own.resolve()
         above = f"; give the folder above it: --config-dir {own.parent}" if place.name in GROUPS else ""
         raise ConfigError(f"--config-dir: {config_dir} holds none of the folders {'/, '.join(GROUPS)}/{above}")
+    if other := next((file for folder in groups for file in folder.glob("*.yml")), None):
+        raise ConfigError(f"--config-dir: {other} is not read: names of files end in .yaml; rename it")
     for file in (*own.glob("train.yaml"), *(file for folder in groups for file in folder.rglob("*.yaml"))):
         name = file.relative_to(own)
         if (CONFIGS / name).is_file() and not (CONFIGS / name).samefile(file):

@@ -90,7 +90,8 @@ def _check_batch(data: Any, dataset: InMemoryDataset | FolderDataset, what: str)
     if channels != described or channels not in (1, data.in_channels):
         raise ConfigError(
             f"data._target_: {what} is {list(images.shape)}, with {channels} channels, mean_std has {described}, and "
-            f"the network takes data.in_channels={data.in_channels}; they are the same (gray images are repeated)"
+            f"the network takes data.in_channels={data.in_channels}; the first two are the same, and so is the "
+            "third, but for gray images, which are repeated"
         )
     x = data.network_input(images, *colour)
     if x.shape[-3:] != (data.in_channels, data.image_size, data.image_size) or not x.isfinite().all():

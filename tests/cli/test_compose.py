@@ -124,6 +124,9 @@ def test_more_configurations_from_a_folder(tmp_path):
     with pytest.raises(ConfigError, match=f"holds none of the folders .*above it: --config-dir {tmp_path}$"):
         load_config([], str(tmp_path / "normalizer"))
     load_config([], str(CONFIGS))
+    file.rename(file.with_suffix(".yml"))
+    with pytest.raises(ConfigError, match=r"mine.yml is not read: names of files end in .yaml"):
+        load_config(["normalizer=batch"], str(tmp_path))
 
 
 GLOBAL = "# @package _global_\n"

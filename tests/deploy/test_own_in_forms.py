@@ -16,8 +16,10 @@ from onlinenorm import OnlineNorm2d
 
 
 class Squashed(OnlineNorm2d):
-    def forward(self, x, residual=None, relu=False, max_pool=False):
-        return torch.tanh(super().forward(x, residual=residual, relu=relu, max_pool=max_pool))
+    fuses_residual = fuses_max_pool = False
+
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
 
 
 class Gated(nn.BatchNorm2d):
