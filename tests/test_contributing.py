@@ -122,8 +122,9 @@ def test_in_the_repository_it_passes_lint_and_the_tests_of_all_normalizers_and_n
 
 def test_a_normalizer_to_the_table(walk):
     walk("normalizer")
-    page, rows, _ = table()
+    page, rows, told = table()
     row = rows["moving_rms"]
+    assert ("moving_rms", "batch") in {(found["first"], found["second"]) for found in told["comparisons"]}
     assert "moving RMS" in page and (row["label"], row["colour"]) == ("moving RMS", "#332288")
     trained = load_trained("runs/quickstart/moving_rms/seed0", allowed=["moving_rms.MovingRMS"])
     for parameter in trained.network.parameters():

@@ -158,7 +158,7 @@ def pool_runs(runs: pd.DataFrame, spec: ReportSpec) -> pd.DataFrame:
     told = runs[runs["finished"]]
     told = told[told["folder"].map(lambda folder: (Path(folder) / "predictions.npz").exists()).astype(bool)]
     pooled = []
-    for names in spec.comparisons:
+    for names in spec.pairs(runs):
         sides = [list(told[told["normalizer"] == name].itertuples()) for name in names]
         if not {run.seed for run in sides[0]} & {run.seed for run in sides[1]}:
             continue

@@ -103,6 +103,7 @@ class StudySpec:
 class ReportSpec:
     """Everything that is fixed before runs are looked at; `margins` maps scale -> metric -> margin.
 
+    Further rows that are there are each compared with the row `baseline`, after the pairs of `comparisons`.
     The published values are of `published_scale`; those of other scales are in `elsewhere`.
     """
 
@@ -110,6 +111,7 @@ class ReportSpec:
     rows: dict[str, RowSpec]
     further_rows: dict[str, RowSpec]
     comparisons: list[tuple[str, str]]
+    baseline: str
     alpha: float
     confidence: float
     margins: dict[str, dict[str, float]]
@@ -124,6 +126,15 @@ class ReportSpec:
         known = {**self.further_rows, **self.rows}
         spare = _SPARE_COLOURS[sum(map(ord, normalizer)) % len(_SPARE_COLOURS)]
         return known.get(normalizer) or RowSpec(label=normalizer, colour=spare)
+
+    def extra_rows(self, runs: pd.DataFrame) -> list[str]:
+        """Normalizers of the runs beside those of `rows`, in the order of the file, then by name."""
+        found = set(runs["normalizer"]) - set(self.rows)
+        return [*(name for name in self.further_rows if name in found), *sorted(found - set(self.further_rows))]
+
+    def pairs(self, runs: pd.DataFrame) -> list[tuple[str, str]]:
+        """What is compared with what in a table of these runs: the first minus the second."""
+        return [*self.comparisons, *((name, self.baseline) for name in self.extra_rows(runs))]
 
     def with_rows_of(self, runs: pd.DataFrame) -> "ReportSpec":
         """With the rows that the normalizers' own files describe (``_label_``, ``_colour_``), where this one does not.
@@ -183,6 +194,7 @@ def parse_spec(content: Mapping[str, Any]) -> ReportSpec:
             rows={name: _row(row) for name, row in content["rows"].items()},
             further_rows={name: _row(row) for name, row in content.get("further_rows", {}).items()},
             comparisons=[(first, second) for first, second in content["comparisons"]],
+            baseline=content["baseline"],
             alpha=equivalence["alpha"],
             confidence=equivalence["confidence"],
             margins=equivalence["margins"],

@@ -127,11 +127,7 @@ def build_report(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Report
     spec = spec.with_rows_of(runs)
     scale, label, short = scale_labels(runs, spec)
     spec = spec.published_on(scale)
-    known = list(spec.further_rows)
-    extra = sorted(
-        set(runs["normalizer"]) - set(spec.rows), key=lambda n: (known.index(n) if n in known else len(known), n)
-    )
-    rows = _rows([*spec.rows, *extra], runs, spec)
+    rows = _rows([*spec.rows, *spec.extra_rows(runs)], runs, spec)
     found = departures(zip(runs["normalizer"], runs["config"], strict=True), spec.published_setting)
     recounts = recount(runs)
     return Report(
@@ -218,7 +214,7 @@ def _comparisons(
             target, lost = getattr(row.published, metric), diverged(row.normalizer)
             verdict = compare_published(values, target, margin, obstacles, spec.alpha, lost)
             comparisons.append((row.normalizer, None, metric, margin, verdict))
-    for first, second in spec.comparisons:
+    for first, second in spec.pairs(runs):
         for metric in COMPARED_METRICS:
             margin = spec.margins.get(scale, spec.margins[COMPARABLE])[metric]
             a, b = figures(first, metric), figures(second, metric)

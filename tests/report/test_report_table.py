@@ -241,6 +241,21 @@ def test_a_spec_with_an_unknown_key_or_a_margin_of_zero_is_refused():
         parse_spec(content)
 
 
+@pytest.mark.parametrize("name", ["mine", "batch_renorm", "group"])
+def test_any_other_row_is_compared_with_batch_norm(name, tmp_path, spec):
+    for seed, top1 in enumerate((0.880, 0.882, 0.884)):
+        write_run(tmp_path, "batch", seed, top1=top1)
+        write_run(tmp_path, name, seed, top1=top1 - 0.002 + 0.0001 * seed)
+    report = report_on(tmp_path, spec)
+    assert list(verdicts(report))[-1] == (name, "batch") and ("batch", "batch") not in verdicts(report)
+    assert f"{report.rows.iloc[-1].label} − BatchNorm | **equivalent**<br>-0.19 points" in render_markdown(report)
+
+
+def test_a_row_without_batch_norm_beside_it_is_told_to_be_compared_with_nothing(tmp_path, spec):
+    write_run(tmp_path, "mine", top1=0.88)
+    assert verdicts(report_on(tmp_path, spec))["mine", "batch"].outcome == "not run"
+
+
 def test_images_of_ones_own_have_a_table_and_no_verdict(tmp_path, spec):
     for seed in range(3):
         for normalizer in ("online_clamp", "batch"):
