@@ -1,6 +1,7 @@
 """Batch Renormalization: BatchNorm whose training output is moved towards that of evaluation."""
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,10 @@ from onlinenorm.normalizers.transforms import LeafOfGraphs
 
 # The schedule of the paper, which has momentum 0.01, in time constants of the moving statistics, 1 / momentum batches.
 WARMUP, R_MAX_REACHED, D_MAX_REACHED = 50, 400, 250
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class _BatchRenorm(LeafOfGraphs, FullPrecision, _BatchNorm):
@@ -36,11 +41,13 @@ class _BatchRenorm(LeafOfGraphs, FullPrecision, _BatchNorm):
         device=None,
         dtype=None,
     ):
+        check_int("num_features", num_features, 1)
         for key, value, low in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < math.inf:
+            if not _is_number(value) or not low <= value < math.inf:
                 raise ArgumentError(key, f"{value!r} must be a number of at least {low}")
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 < momentum <= 1:
-            raise ArgumentError("momentum", f"{momentum!r} must be a number with 0 < momentum <= 1")
+        for key, value, high in (("momentum", momentum, 1), ("eps", eps, sys.float_info.max)):
+            if not _is_number(value) or not 0 < value <= high:
+                raise ArgumentError(key, f"{value!r} must be a number with 0 < {key}{' <= 1' * (high == 1)}")
         check_int("warmup_steps", warmup_steps, 0, optional=True)
         warmup = round(WARMUP / momentum) if warmup_steps is None else warmup_steps
         check_int("r_max_steps", r_max_steps, warmup, optional=True)

@@ -187,8 +187,9 @@ def _plain_base(cls: type, bases: tuple[type, ...]) -> type:
         )
     own = {name for c in cls.__mro__ if c not in base.__mro__ for name in vars(c)} - _COSMETIC
     if own:
+        told = {"forward"} & own or {name for name in own if not name.startswith("_")} or own  # what tells it best
         raise ValueError(
-            f"{cls.__name__} has no counterpart: it is a {base.__name__} with its own {', '.join(sorted(own))}, which "
+            f"{cls.__name__} has no counterpart: it is a {base.__name__} with its own {', '.join(sorted(told))}, which "
             f"a conversion would lose; put a plain {base.__name__} in its place first"
         )
     return base

@@ -226,6 +226,13 @@ def test_a_single_value_a_channel_is_batch_norms_error_and_moves_nothing():
         ({"r_max": 0.5}, "r_max: 0.5 must be a number of at least 1"),
         ({"d_max": -1}, "d_max: -1 must be a number of at least 0"),
         ({"momentum": None}, "momentum: None must be a number with 0 < momentum <= 1"),
+        ({"eps": 0}, "eps: 0 must be a number with 0 < eps$"),
+        ({"eps": -1.0}, "eps: -1.0 must be a number with 0 < eps$"),
+        ({"eps": "a"}, "eps: 'a' must be a number with 0 < eps$"),
+        ({"eps": float("inf")}, "eps: inf must be a number with 0 < eps$"),
+        ({"momentum": float("nan")}, "momentum: nan must be a number with 0 < momentum <= 1"),
+        ({"num_features": 0}, "num_features: 0 is not a whole number 1 or larger"),
+        ({"num_features": 4.0}, "num_features: 4.0 is not a whole number 1 or larger"),
         ({"warmup_steps": -1}, "warmup_steps: -1 is not a whole number 0 or larger"),
         ({"warmup_steps": 10, "r_max_steps": 5}, "r_max_steps: 5 is not a whole number 10 or larger"),
         ({"d_max_steps": 100}, "d_max_steps: 100 is not a whole number 5000 or larger"),
@@ -233,7 +240,7 @@ def test_a_single_value_a_channel_is_batch_norms_error_and_moves_nothing():
 )
 def test_wrong_arguments_are_told(arguments, message):
     with pytest.raises(ValueError, match=message):
-        BatchRenorm2d(4, **arguments)
+        BatchRenorm2d(**({"num_features": 4} | arguments))
 
 
 def test_checkpointing_is_told_and_a_layer_without_affine_has_no_parameters():

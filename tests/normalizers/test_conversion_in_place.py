@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from onlinenorm import OnlineNorm2d, convert
-from onlinenorm.normalizers import SyncBatchNorm2d, synchronise_batch_norm
+from onlinenorm.normalizers import BatchRenorm2d, SyncBatchNorm2d, synchronise_batch_norm
 
 KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
@@ -155,6 +155,10 @@ class Louder(OnlineNorm2d):
 TO_ONLINE = {
     "a frozen one": (lambda: Frozen(4), "Frozen has no counterpart: it is a BatchNorm2d with its own train, "),
     "one with a method": (lambda: Helpful(4), "Helpful has no counterpart: .* own fold"),
+    "ours": (
+        lambda: BatchRenorm2d(4),
+        "BatchRenorm2d has no counterpart: it is a BatchNorm2d with its own forward, wh",
+    ),
     "pruned": (pruned, r"holds weight_mask, weight_orig beside .*prune\.remove"),
     "parametrised": (parametrised, "holds parametrizations beside"),
     "weight norm": (lambda: parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None), "holds parametrizations"),

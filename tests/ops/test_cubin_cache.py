@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -118,6 +119,26 @@ def test_a_damaged_file_is_compiled_anew_and_replaced(damage, compiled, tmp_path
     assert cubin_cache.cubin(*ASKED) == code and len(compiled) == 3
     assert str(file) in caplog.text and file.read_bytes() == whole
     assert cubin_cache.cubin(*ASKED) == code and len(compiled) == 3
+
+
+@pytest.mark.parametrize("age, stays", [(7200, False), (5, True)])
+def test_what_a_killed_writer_left_is_removed_by_a_later_one(age, stays, compiled, tmp_path):
+    left = tmp_path / "onlinenorm" / "key.cubinabc.tmp"
+    left.parent.mkdir()
+    left.write_bytes(b"part")
+    os.utime(left, (time.time() - age,) * 2)
+    cubin_cache.cubin(*ASKED)
+    assert left.exists() == stays and len(list(left.parent.glob("*.cubin"))) == 1
+
+
+def test_an_interrupted_write_leaves_nothing(compiled, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cubin_cache.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cubin_cache.cubin(*ASKED)
+    assert not any((tmp_path / "onlinenorm").iterdir())
 
 
 def unwritable(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from onlinenorm.ops.fused.nvrtc import compile_source, compiler_version
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 DIGEST = hashlib.sha256().digest_size
 HEADER = 8 + DIGEST  # bytes before the code: its length, and a digest of key and code
+ABANDONED = 3600.0  # seconds after which a file that is not yet in place belongs to nobody
 
 
 def cubin(source: str, architecture: str, options: tuple[str, ...]) -> bytes:
@@ -69,12 +71,21 @@ def _read(file: Path, key: str) -> bytes | None:
 def _write(file: Path, key: str, code: bytes) -> None:
     """Put a whole file in place at once, whatever other processes write there at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(file.parent)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(_header(key, code) + code)
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         os.unlink(temporary)
         raise
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what writers that were killed have left; a write takes milliseconds, and none an hour."""
+    for temporary in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if time.time() - temporary.stat().st_mtime > ABANDONED:
+                temporary.unlink()
