@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import scripts._venv  # noqa: F401  (starts .venv's Python where this one lacks packages)
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 

@@ -5,27 +5,44 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv" / "bin" / "python"
-NEEDED = ("torch", "torchvision", "pytorch_lightning", "hydra", "matplotlib", "scipy", "rich", "yaml")
+# The modules of the extras train, report and deploy, which scripts/environment.sh installs.
+NEEDED = (
+    "torch", "torchvision", "pytorch_lightning", "hydra", "wandb", "tensorboard", "rich", "platformdirs", "yaml",
+    "matplotlib", "scipy", "pandas", "jinja2", "safetensors",
+)  # fmt: skip
 
 
 def enter() -> None:
-    """Replaces a command of this folder by itself under .venv's Python, where this one lacks packages and there is one.
+    """Replaces train.py or a script by itself under .venv's Python, where this one lacks packages and there is one.
 
-    Ends it where torch is missing and there is no .venv. A module that is imported changes nothing.
+    Without a .venv it goes on, for a command needs but some of the packages; one that is missing ends it in a line. A
+    module that is imported changes nothing.
     """
     program = Path(sys.argv[0]).resolve()
     lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if not lacking or ROOT / "scripts" not in program.parents:
+    if not lacking or (ROOT / "scripts" not in program.parents and program != ROOT / "train.py"):
         return
     if PYTHON.exists() and Path(sys.prefix) != PYTHON.parents[1]:
         os.execv(PYTHON, [str(PYTHON), *sys.argv])
+    sys.excepthook = _tell_missing
     if "torch" in lacking:
-        sys.exit(
-            f"{program.name}: {sys.executable} has no torch, and {PYTHON} is not there; run scripts/environment.sh"
-        )
+        raise ModuleNotFoundError(name="torch")
+
+
+def _tell_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """The hook for what ends the process: a package that is not installed is a line, anything else a traceback."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name or error.name.startswith(("onlinenorm", "scripts")):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    print(
+        f"{Path(sys.argv[0]).name}: {sys.executable} has no {error.name.partition('.')[0]}; run "
+        "scripts/environment.sh, which makes .venv, or pip install -e '.[train,report,deploy]'",
+        file=sys.stderr,
+    )
 
 
 def run_main(main: Callable[[], int | None]) -> None:

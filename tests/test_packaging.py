@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -156,9 +157,45 @@ def instructions() -> list[tuple[str, str]]:
 def test_what_a_container_runs_can_be_run():
     commands = [shlex.split(rest) for word, rest in instructions() if word == "RUN"]
     commands += [json.loads(rest) for word, rest in instructions() if word == "CMD"]
-    ours = [command[0] for command in commands if command[0].startswith("scripts/")]
+    ours = [word for command in commands for word in command if word.startswith("scripts/")]
     assert ours == ["scripts/environment.sh", "scripts/quickstart.sh"]
     assert all(os.access(ROOT / script, os.X_OK) for script in ours)
+
+
+def test_a_change_of_code_does_not_install_everything_anew():
+    """What an installation reads is copied before it, the rest of the repository after."""
+    order = [(word, rest) for word, rest in instructions() if word in ("COPY", "RUN", "USER")]
+    installs = next(i for i, (word, rest) in enumerate(order) if word == "RUN" and "environment.sh" in rest)
+    copied = " ".join(rest for word, rest in order[:installs] if word == "COPY").split()
+    assert {"pyproject.toml", "constraints.txt", *PROJECT["license-files"], "scripts/environment.sh"} <= set(copied)
+    assert "." not in copied and any(word == "COPY" and rest.endswith(". .") for word, rest in order[installs:])
+    assert [rest for word, rest in order if word == "USER"] not in ([], ["root"]), "a container needs no root"
+
+
+def test_an_image_holds_nothing_that_git_leaves_out():
+    left_out = {line.strip("/").removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if "results" not in line}
+    assert ignored <= left_out and "build" in ignored
+
+
+def test_a_source_distribution_is_the_repository(tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    files = {file for file in files if file and not file.startswith("results/study/")}  # whose runs are many
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    code = "import setuptools.build_meta as build; print(build.build_sdist('dist'))"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+        metadata_of_it = packed.extractfile(f"{packed.getnames()[0]}/PKG-INFO").read().decode()
+    assert not files - held
+    assert "repository" in metadata_of_it and not re.search(r"\]\((?!https:)", metadata_of_it), (
+        "links lead nowhere there"
+    )
 
 
 def test_an_image_records_the_commit_that_it_was_built_from(tmp_path):
@@ -190,7 +227,10 @@ def test_what_is_to_be_cited_is_this_version():
 def test_hooks_and_ci_run_what_is_there(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     yaml.safe_load(text)
-    named = re.findall(r"(?:entry|run): (\S+)", text)
+    named = re.findall(r"^ *(?:- )?(?:entry|run): (.+)", text, re.MULTILINE)
     assert named
-    for program in named:
-        assert (Path(sys.prefix, "bin", Path(program).name) if ".venv" in program else ROOT / program).exists(), program
+    for command in named:
+        if tool := re.search(r'exec "\$\{VENV:-\.venv\}/bin/(\w+)"', command):  # of the environment that VENV names
+            assert Path(sys.prefix, "bin", tool[1]).exists(), command
+        else:
+            assert (ROOT / command.split()[0]).exists(), command

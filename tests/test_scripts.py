@@ -1,14 +1,18 @@
 """Every script is a module with a main(), starts in .venv where the calling Python lacks packages, and ends alike."""
 
 import importlib
+import importlib.metadata
 import inspect
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from scripts import _venv
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").rglob("*.py"))
@@ -32,7 +36,8 @@ def test_one_place_starts_another_python():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of scripts/ alone."""
+    """A copy of train.py and scripts/ alone."""
+    shutil.copyfile(ROOT / "train.py", tmp_path / "train.py")
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
@@ -41,7 +46,7 @@ def call(checkout, *words):
     return subprocess.run([*BARE, *words], cwd=checkout, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["scripts/table1.py", "scripts/bench/loaders.py"])
+@pytest.mark.parametrize("script", ["train.py", "scripts/table1.py", "scripts/bench/loaders.py"])
 def test_a_python_without_packages_hands_over_to_the_environment(checkout, script):
     python = checkout / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -51,9 +56,39 @@ def test_a_python_without_packages_hands_over_to_the_environment(checkout, scrip
     assert (done.returncode, done.stdout) == (7, f"environment: {script} runs --output a b\n"), done.stderr
 
 
-def test_without_an_environment_it_says_how_to_make_one(checkout):
-    done = call(checkout, "scripts/check.py")
-    assert done.returncode == 1 and "scripts/environment.sh" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "script, there, missing",
+    [
+        ("scripts/check.py", (), "torch"),
+        ("train.py", (), "torch"),
+        ("train.py", ("torch",), "hydra"),
+        ("scripts/table1.py", ("torch",), "rich"),
+    ],
+)
+def test_a_missing_package_is_told_with_what_installs_it(checkout, script, there, missing):
+    """As after `pip install .`, which brings torch alone."""
+    for module in there:
+        (checkout / f"{module}.py").write_text("")
+    done = call(checkout, script)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert f" has no {missing}; " in done.stderr and "pip install -e '.[train,report,deploy]'" in done.stderr
+    assert "scripts/environment.sh" in done.stderr
+
+
+def test_an_error_of_our_own_keeps_its_traceback(checkout):
+    (checkout / "torch.py").write_text("")
+    (checkout / "scripts" / "own.py").write_text("import scripts._venv\nimport onlinenorm.absent\n")
+    done = call(checkout, "-c", "import runpy, sys; sys.argv = ['scripts/own.py']; runpy.run_path('scripts/own.py')")
+    assert "Traceback" in done.stderr and "has no onlinenorm" not in done.stderr
+
+
+def test_all_packages_of_the_extras_are_looked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = (project["optional-dependencies"][extra] for extra in ("train", "report", "deploy"))
+    wanted = {re.match(r"[\w-]+", r)[0] for requirements in extras for r in requirements} - {"onlinenorm"}
+    owners = importlib.metadata.packages_distributions()
+    found = {owner.lower().replace("_", "-") for module in _venv.NEEDED for owner in owners.get(module, ())}
+    assert wanted <= found and "torch" in _venv.NEEDED
 
 
 def test_a_program_that_imports_a_script_is_not_replaced(checkout):
