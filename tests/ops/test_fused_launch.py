@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from onlinenorm.ops.fused import nvrtc, single_read, tiling, workspace
 from onlinenorm.ops.spec import NormSpec
 
-TUNINGS = [row[-1] for row in tiling.TUNINGS]
+TUNINGS = [*(row[-1] for row in tiling.TUNINGS), *tiling.SHORTCUT_TUNINGS.values()]
 
 
 @pytest.mark.parametrize("group", sorted({tuning.group for tuning in TUNINGS}))
@@ -36,6 +36,7 @@ def test_tiles_cover_every_row_once_and_fit(group):
 def test_tunings_are_such_as_the_kernels_can_be_cut(tuning):
     assert tuning.group % tiling.WIDTH == 0 and tuning.threads <= 1024
     assert tuning.chunk % (tuning.group // tiling.WIDTH) == 0 and tuning.stages >= 2
+    assert tuning.group >= 2 * tiling.WIDTH or tuning not in tiling.SHORTCUT_TUNINGS.values()  # a column a thread
 
 
 def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
@@ -44,15 +45,16 @@ def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
     assert single_read.supports(images_on_a_gpu((2, 64, 8, 8)), NormSpec(alpha_fwd=1 - 1e-7))
 
 
-@pytest.mark.parametrize("pool", [0, 1])
+@pytest.mark.parametrize("fused", ["", "POOL", "SHORTCUT"])
 @pytest.mark.parametrize("error_compensation", ["CLAMP", "SCALED"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_cuda_compiles_without_a_gpu(direction, error_compensation, pool):
+def test_cuda_compiles_without_a_gpu(direction, error_compensation, fused):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA carries no NVRTC")
     source = single_read.source_of(direction)
-    flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1 - pool, "SKIP_GRAD": 1, "CLAMP": 0, "SCALED": 0, "POOL": pool}
-    flags |= {**TUNINGS[-1].defines, error_compensation: 1}
+    names = "HALF", "RELU", "RESIDUAL", "SKIP_GRAD", "CLAMP", "SCALED", "POOL", "SHORTCUT"
+    ones = {"HALF", "RELU", "SKIP_GRAD", error_compensation, fused, "" if fused == "POOL" else "RESIDUAL"}
+    flags = {name: int(name in ones) for name in names} | TUNINGS[-1].defines
     code = nvrtc.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
     assert code[:4] == b"\x7fELF" and f"online_norm_{direction}".encode() in code
     with pytest.raises(RuntimeError, match="NVRTC failed"):
@@ -60,10 +62,17 @@ def test_cuda_compiles_without_a_gpu(direction, error_compensation, pool):
 
 
 def test_parameters_are_laid_out_as_the_kernels_read_them():
-    source = (single_read.SOURCES / "common.cu").read_text()
-    body = re.sub(r"//.*", "", source.partition("struct Params {")[2].partition("};")[0])
-    declared = [name for line in body.split(";") for name in re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", line.strip())]
-    assert declared == [name for name, *_ in single_read.Params._fields_ if name != "padding"]
+    source = re.sub(r"//.*", "", (single_read.SOURCES / "common.cu").read_text())
+
+    def declared(structure):
+        lines = source.partition(f"struct {structure} {{")[2].partition("};")[0].split(";")
+        return [name for line in lines for name in re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", line.strip())]
+
+    assert declared("Norm") == list(single_read.NORM) and "Norm norms[2];" in source
+    at = declared("Params").index("norms")
+    names = declared("Params")[:at] + list(single_read.NORM)
+    names += [single_read.SHORTCUT + name for name in single_read.NORM] + declared("Params")[at + 1 :]
+    assert names == [name for name, *_ in single_read.Params._fields_ if name != "padding"]
     assert ctypes.sizeof(single_read.Params) % 64 == 0
 
 
@@ -130,6 +139,33 @@ def test_a_launch_passes_every_tensor(residual, error_compensation, without_gpu)
     assert params.tile_counter - params.channel_sums == 8 * 5 * scaled
 
 
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_a_launch_for_two_layers_passes_the_tensors_of_both(error_compensation, without_gpu):
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 5, 64, 30, 30).bfloat16())
+    layer, second = torch.rand(2, 4, 64)
+    spec, scaled = NormSpec(error_compensation=error_compensation), error_compensation == "layer_scaling"
+    y, mask, flags = torch.empty_like(x), torch.empty(10), ("RELU", "RESIDUAL", "SHORTCUT")
+    tables = single_read.launch_forward((x, other), flags, spec, layer, y, mask, second)
+    found = single_read.launch_backward((y, x, other), flags, spec, layer, tables, mask, other, second)
+    forward, backward = (params for _, _, params, _ in FakeKernel.launched)
+    assert tables.shape == (2, 10 + scaled, 128) and len(found) == 5
+    for params in (forward, backward):
+        for prefix, table, own in (("", tables[0], layer), ("shortcut_", tables[1], second)):
+            passed = {"tables": table, "moments": table[5:], "weight": own[0], "bias": own[1]}
+            passed |= {"state_a": own[2], "state_b": own[3]} | ({"rzeta": table[10]} if scaled else {})
+            for name, tensor in passed.items():
+                assert getattr(params, prefix + name) == tensor.data_ptr(), (prefix, name)
+        assert params.shortcut_sample_sums - params.channel_sums == 8 * 5 * scaled
+        assert params.shortcut_tile_sums - params.shortcut_sample_sums == params.tile_sums - params.sample_sums
+        assert params.tile_counter - params.shortcut_channel_sums == 8 * 5 * scaled
+    assert (forward.out, forward.mask, backward.out) == (y.data_ptr(), mask.data_ptr(), found[0].data_ptr())
+    assert backward.out_residual == other.data_ptr()
+    for tensor, name in zip(found[1:], ("grad_weight", "grad_bias"), strict=False):
+        assert getattr(backward, name) == tensor.data_ptr()
+    for tensor, name in zip(found[3:], ("shortcut_grad_weight", "shortcut_grad_bias"), strict=True):
+        assert getattr(backward, name) == tensor.data_ptr()
+
+
 def images_on_a_gpu(shape):
     """As far as `supports` looks at them."""
     return SimpleNamespace(
@@ -147,6 +183,11 @@ def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, 
         shape = (rng.randint(1, 3), channels, height, width)
         monkeypatch.setattr(H100, "multi_processor_count", rng.choice([16, 114, 132]))
         x = images_on_a_gpu(shape)
+        if single_read.supports(x, spec, tensors=4):
+            for direction, flags in (("forward", ()), ("backward", ("SKIP_GRAD",))):
+                flags += "RELU", "RESIDUAL", "SHORTCUT"
+                tuning = tiling.SHORTCUT_TUNINGS[direction, True]
+                assert single_read._plan(0, direction, shape, False, flags, spec, tuning).cooperative
         if not single_read.supports(x, spec):
             continue
         taken += 1

@@ -54,6 +54,12 @@ POOLED_TUNINGS = {  # with a max-pool: (direction, layer scaling)
     ("backward", False): Tuning(128, stages=2, chunk=8, rows=448),
     ("backward", True): Tuning(128, stages=2, chunk=8, rows=448),
 }
+SHORTCUT_TUNINGS = {  # with a shortcut's norm: (direction, layer scaling)
+    ("forward", False): Tuning(128, stages=3, chunk=16, rows=400),
+    ("forward", True): Tuning(128, stages=4, chunk=16, rows=400),
+    ("backward", False): Tuning(128, stages=2, chunk=8, rows=400),
+    ("backward", True): Tuning(128, stages=2, chunk=8, rows=400),
+}
 
 
 @functools.cache
@@ -116,18 +122,19 @@ class Tiling:
 def shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling: Tiling) -> int:
     """Bytes that a CTA takes, as the kernels lay them out."""
     rows, segments, warps = tiling.boxes * tiling.box_rows, tuning.group // WIDTH, tuning.group // 32
+    norms = 1 + values["SHORTCUT"]
     scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * (2 * 8 * warps + 8 * segments)
     if direction == "forward":
         stage = rows * 2 * WIDTH * (1 + values["RESIDUAL"])
-        scratch += WIDTH * (8 * tuning.chunk + 2 * 4 * segments) + 4 * segments
+        scratch += norms * (WIDTH * (8 * tuning.chunk + 2 * 4 * segments) + 4 * segments)
     else:
         grads = (tiling.tile_rows // 2 + tiling.line) // 2 if tiling.line else rows
-        stage = (rows + grads * (1 + values["SKIP_GRAD"])) * 2 * WIDTH + tiling.segments * 8 * WIDTH
+        stage = (norms * rows + grads * (1 + values["SKIP_GRAD"])) * 2 * WIDTH + norms * tiling.segments * 8 * WIDTH
         if tiling.line:
             stage += -(-grads * 32 // 128) * 128
         if values["RELU"] and values["RESIDUAL"]:
             stage += -(-tiling.segments * even(tiling.tile_rows) * 8 // 128) * 128
-        scratch += WIDTH * (6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments
+        scratch += norms * (WIDTH * (6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments)
     return tuning.stages * stage + scratch
 
 

@@ -1,6 +1,6 @@
 // Single-read kernels for Hopper: x (and the gradient) pass through shared memory once, because sample n needs statistics of
-// earlier samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, SKIP_GRAD, CLAMP, SCALED, POOL (0 or 1),
-// GROUP, STAGES, CHUNK.
+// earlier samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, SKIP_GRAD, CLAMP, SCALED, POOL, SHORTCUT
+// (0 or 1), GROUP, STAGES, CHUNK.
 //
 // Tile scheduler. Tensors are channels_last 16-bit matrices (N * pixels rows, channels). A CTA serves one slab of 64
 // channels; an item is a tile of rows: a part of one sample, or several whole samples (segments) where they are small. An
@@ -23,12 +23,17 @@
 // a row. Forward brings the row above a tile too, and writes pooled pixels and, in 4 bits each, which of the window's
 // nine pixels was taken, or NOTHING where ReLU or clamp let no gradient through. Backward brings the pooled gradients of
 // the windows that a tile's pixels are in, and gathers.
+// Shortcut (SHORTCUT). The residual is normalised too, by a layer of its own, the second of `norms`: an item is a tile of both
+// inputs, whose sums are published side by side. In table work half of the threads serve the one layer, half the other. An
+// item still waits for earlier items only (of layer scaling: for those that the chip holds at once).
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
 constexpr int WARPS = GROUP / 32, WIDTH = 64, LANES = WIDTH / 8, SEGMENTS = GROUP / WIDTH;
-constexpr int WORDS = CHUNK / SEGMENTS;  // mailboxes a thread of the write warps reads of a chunk of samples
+constexpr int NORMS = 1 + SHORTCUT, COLUMNS = NORMS * WIDTH;  // layers, and their channels in a slab
+constexpr int READERS = GROUP / COLUMNS;                      // threads of the write warps that serve the same column
+constexpr int WORDS = CHUNK / READERS;                        // mailboxes each of them reads of a chunk of samples
 constexpr u64 EMPTY = ~0ull;
 #define INFINITE __int_as_float(0x7f800000)
 
@@ -36,19 +41,24 @@ struct alignas(64) TensorMap {
     unsigned char bytes[128];
 };
 
-struct Params {
-    TensorMap maps[3];                           // x and residual, or grad, x and skip_grad: boxes of box_rows by 64
-    uint4 *out, *out_residual;                   // y forward, grad_x and the residual's gradient backward
-    unsigned char* mask;                         // ReLU bits, (slab, sample, pixels made even, 8 bytes), or indices of a
-                                                 // max-pool, (slab, sample, pooled pixels, 32 bytes)
-    const float *weight, *bias;                  // null: 1 and 0
-    float *state_a, *state_b;                    // in place: mean and variance, or u and v
-    float2 *tables, *moments;                    // (N, C): mean and variance before each sample, and those of it
+// What belongs to one layer.
+struct Norm {
+    const float *weight, *bias;        // null: 1 and 0
+    float *state_a, *state_b;          // in place: mean and variance, or u and v
+    float2 *tables, *moments;          // (N, C): mean and variance before each sample, and those of it
+    float* rzeta;                      // 1 / zeta of each sample, of layer scaling
     float *grad_weight, *grad_bias;
-    float* rzeta;                                // 1 / zeta of each sample, of layer scaling
     // mailboxes, EMPTY at launch, a pair each: (N, C), (N, C / 64, tiles, 64), and (N, C / 64) of two warps' channels
     u64 *sample_sums, *tile_sums, *channel_sums;
-    int* tile_counter;                           // of the tile scheduler, -1 at launch, one a slab
+};
+
+struct Params {
+    TensorMap maps[4];                 // x and residual, or grad, x, the shortcut's x and skip_grad: boxes of box_rows by 64
+    uint4 *out, *out_residual;         // y forward; grad_x and the gradient of the residual, or of the shortcut's x, backward
+    unsigned char* mask;               // ReLU bits, (slab, sample, pixels made even, 8 bytes), or indices of a max-pool,
+                                       // (slab, sample, pooled pixels, 32 bytes)
+    int* tile_counter;                 // of the tile scheduler, -1 at launch, one a slab
+    Norm norms[2];
     int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
     int width;  // of an image that is pooled
     float alpha_fwd, one_minus_alpha_fwd, alpha_bkw, one_minus_alpha_bkw;
@@ -185,6 +195,7 @@ __device__ __forceinline__ float finite(float x) { return is_finite(x) ? x : 0.f
 // What a thread of the reduce or write warps knows of its place: 16 bytes of every row it owns, one segment.
 struct Place {
     int thread, warp_lane, slab, c, lane, segment, row, step, slabs, channel;
+    int norm, column, reader;  // layer and column that it serves in the write warps' table work, and as which of READERS
 
     __device__ Place(const Params& p, int index) : thread(index) {
         warp_lane = thread % 32;
@@ -196,6 +207,9 @@ struct Place {
         step = GROUP / LANES / p.segments;
         segment = thread / LANES / step;
         row = thread / LANES % step;
+        norm = thread / WIDTH % NORMS;
+        column = thread % COLUMNS;
+        reader = thread / COLUMNS;
     }
 };
 
@@ -349,14 +363,14 @@ __device__ __forceinline__ float sum_of_lanes(float x) {
     return x;
 }
 
-__device__ __forceinline__ void publish_channel_sum(const Params& p, const Place& at, int sample, float value) {
-    u64* word = p.channel_sums + (long long)sample * at.slabs + at.slab;
+__device__ __forceinline__ void publish_channel_sum(const Norm& norm, const Place& at, int sample, float value) {
+    u64* word = norm.channel_sums + (long long)sample * at.slabs + at.slab;
     if (at.warp_lane == 0) publish_half(reinterpret_cast<u32*>(word) + at.thread / 32 % 2, value);
 }
 
 // The sums that the thread adds up: those of one slab, of which there are 32 at most.
-__device__ __forceinline__ u64 peek_channel_sums(const Params& p, const Place& at, int sample) {
-    return at.warp_lane < at.slabs ? peek(p.channel_sums + (long long)sample * at.slabs + at.warp_lane) : 0;
+__device__ __forceinline__ u64 peek_channel_sums(const Norm& norm, const Place& at, int sample) {
+    return at.warp_lane < at.slabs ? peek(norm.channel_sums + (long long)sample * at.slabs + at.warp_lane) : 0;
 }
 
 __device__ __forceinline__ float total_of_channel_sums(u64 word) {
@@ -364,9 +378,9 @@ __device__ __forceinline__ float total_of_channel_sums(u64 word) {
     return sum_of_lanes(halves.x + halves.y);
 }
 
-__device__ __forceinline__ float wait_for_channel_sums(const Params& p, const Place& at, int sample) {
-    u64 word = peek_channel_sums(p, at, sample);
-    while (half_empty(word)) word = peek_channel_sums(p, at, sample);
+__device__ __forceinline__ float wait_for_channel_sums(const Norm& norm, const Place& at, int sample) {
+    u64 word = peek_channel_sums(norm, at, sample);
+    while (half_empty(word)) word = peek_channel_sums(norm, at, sample);
     return total_of_channel_sums(word);
 }
 
@@ -385,8 +399,8 @@ __device__ __forceinline__ float value_of(const uint4* row, int c) {
 }
 
 // The mailboxes of a sample's tiles, 64 channels each.
-__device__ __forceinline__ u64* tile_sums_of(const Params& p, const Place& at, int sample) {
-    return p.tile_sums + ((long long)sample * at.slabs + at.slab) * p.tiles * WIDTH;
+__device__ __forceinline__ u64* tile_sums_of(const Params& p, const Norm& norm, const Place& at, int sample) {
+    return norm.tile_sums + ((long long)sample * at.slabs + at.slab) * p.tiles * WIDTH;
 }
 
 // ReLU bits of a sample's row, 8 bytes; a sample has an even number of rows, so that every tile begins at 16 bytes.
