@@ -27,13 +27,15 @@ MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the sums o
 DEPTH = 4  # samples, of all tensors, that must fit on the chip at once for it
 SOURCES = Path(__file__).parent / "cuda"
 
-POINTERS = ("out", "out_residual", "mask", "tile_counter")
+POINTERS = ("out", "out_residual", "mask", "tile_counter", "clear")
 NORM = (
     "weight", "bias", "state_a", "state_b", "tables", "moments", "rzeta", "grad_weight", "grad_bias", "sample_sums",
     "tile_sums", "channel_sums",
 )  # fmt: skip
 SHORTCUT = "shortcut_"  # before the names of the second layer's
-INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes", "width")
+INTEGERS = (
+    "samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes", "width", "clear_count",
+)  # fmt: skip
 REALS = ("alpha_fwd", "one_minus_alpha_fwd", "alpha_bkw", "one_minus_alpha_bkw", "eps", "clamp", "zeta_eps", "scale")
 
 
@@ -45,7 +47,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (*POINTERS, *NORM, *(SHORTCUT + name for name in NORM))),
         *((name, ctypes.c_int) for name in INTEGERS),
         *((name, ctypes.c_float) for name in REALS),
-        ("padding", ctypes.c_char * 28),  # to whole 64 bytes, as the maps are aligned
+        ("padding", ctypes.c_char * 16),  # to whole 64 bytes, as the maps are aligned
     )
 
 
@@ -216,21 +218,25 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(params, name, tensor.data_ptr())
-    # Mailboxes between CTAs and the tile scheduler's counters, empty at first: all bits set.
-    address, held = workspace.empty(plan.workspace, device, stream)
-    _place_tables(params, "", address, plan)
-    if "SHORTCUT" in flags:
-        address += plan.messages
-        params.shortcut_tables = params.tables + 8 * channels * table_rows(samples, channels, spec.error_compensation)
-        _place_tables(params, SHORTCUT, address, plan)
-    params.tile_counter = address + plan.messages
     maps = b""
     for tensor in inputs:  # a box of a pooled one is a row of it
         box_rows = plan.box_rows if tensor.shape == shape else width // 2
         maps += tensor_map(tensor.data_ptr(), tensor.numel() // channels, channels, box_rows, WIDTH)
     ctypes.memmove(ctypes.addressof(params) + Params.maps.offset, maps, len(maps))
-    plan.kernel.launch(plan.ctas, plan.threads, plan.shared_memory, stream, params, plan.cooperative)
-    del held
+
+    def queue(address: int, clear: int, clear_bytes: int) -> None:
+        """Launch with mailboxes between CTAs and the tile scheduler's counters at ``address``, empty: all bits set."""
+        _place_tables(params, "", address, plan)
+        if "SHORTCUT" in flags:
+            address += plan.messages
+            rows = table_rows(samples, channels, spec.error_compensation)
+            params.shortcut_tables = params.tables + 8 * channels * rows
+            _place_tables(params, SHORTCUT, address, plan)
+        params.tile_counter = address + plan.messages
+        params.clear, params.clear_count = clear, clear_bytes // 16
+        plan.kernel.launch(plan.ctas, plan.threads, plan.shared_memory, stream, params, plan.cooperative)
+
+    workspace.with_messages(plan.workspace, device, stream, queue)
 
 
 def _place_tables(params: Params, layer: str, address: int, plan: Launch) -> None:

@@ -397,6 +397,7 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm_back
     if (role == 0) {
         reduce_warps(p, at, s, memory);
     } else if (role == 1) {
+        clear_messages(p, at.thread);
         write_warps(p, at, s, memory, u, v);
     } else if (at.warp_lane == 0) {
         load_tiles(p, s.stages, [&](const Item& item, int stage) {

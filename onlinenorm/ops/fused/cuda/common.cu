@@ -13,7 +13,8 @@
 // sample's last tile, for its other tiles), write warps for sums of earlier samples, loads for a stage that write warps have
 // released: each only for earlier items.
 // Flag-in-value mailboxes. A published pair of floats is one 8-byte relaxed store over memory filled with EMPTY, so the value
-// is its own flag. The reduce warps of a sample's last tile add the sums of its tiles in order; every CTA advances its own
+// is its own flag. Launches of a stream take turns in two regions of memory: each makes EMPTY what the last one left in the
+// other, while its write warps have no tile yet. The reduce warps of a sample's last tile add the sums of its tiles in order; every CTA advances its own
 // copy of the recurrence over all samples. Fixed orders throughout: equal input gives equal bits.
 // Layer scaling (SCALED). A sample's tiles are written once sums over all of its channels are known: a tile waits for later
 // items too. So the launch is cooperative, which has all CTAs run at once, and their stages together hold a sample at least.
@@ -58,9 +59,11 @@ struct Params {
     unsigned char* mask;               // ReLU bits, (slab, sample, pixels made even, 8 bytes), or indices of a max-pool,
                                        // (slab, sample, pooled pixels, 32 bytes)
     int* tile_counter;                 // of the tile scheduler, -1 at launch, one a slab
+    uint4* clear;                      // what an earlier launch left of its messages, to be made EMPTY for a later one
     Norm norms[2];
     int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
-    int width;  // of an image that is pooled
+    int width;        // of an image that is pooled
+    int clear_count;  // of 16 bytes
     float alpha_fwd, one_minus_alpha_fwd, alpha_bkw, one_minus_alpha_bkw;
     float eps, clamp, zeta_eps, scale;  // the last is the unit of u and v
 };
@@ -267,6 +270,11 @@ __device__ __forceinline__ void load_tiles(const Params& p, Stages& s, Fetch fet
         }
         fetch(Item(p, index), stage);
     }
+}
+
+// Write warps, while the first tile is on its way: make EMPTY what this launch was given for it. A launch reads nothing there.
+__device__ __forceinline__ void clear_messages(const Params& p, int thread) {
+    for (int i = blockIdx.x * GROUP + thread; i < p.clear_count; i += gridDim.x * GROUP) p.clear[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
 }
 
 // Reduce and write warps: visit(item, stage, number of the item within the CTA) for every item of the CTA.

@@ -329,6 +329,7 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) 
     if (role == 0) {
         reduce_warps(p, at, s, memory);
     } else if (role == 1) {
+        clear_messages(p, at.thread);
         write_warps(p, at, s, memory, mean, var);
     } else if (index >= 32) {
         if (blockIdx.x < at.slabs) scale_warps(p, Place(p, index - 32));
