@@ -3,7 +3,7 @@
     python scripts/bench/shortcut.py                                 # the four sites of ResNet-50, one Hopper GPU
     python scripts/bench/shortcut.py --tuning 128,2,16,300 ...       # and other tunings of the one kernel
 
-What SHORTCUT_TUNINGS of onlinenorm/ops/fused/tiling.py is chosen from. Both ways run in one process on the same
+What TUNINGS of onlinenorm/ops/fused/tiling.py are chosen from. Both ways run in one process on the same
 tensors, in CUDA graphs over rotating inputs, in turn; a row gives the median microseconds of each and the bytes that it
 moves, every tensor counted once. Backward adds a second gradient, as a block's output has two readers. A tuning whose
 results leave those of two kernels, or that gives other bits the second time, is told and left out.
@@ -13,6 +13,7 @@ import argparse
 import itertools
 import statistics
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor
 
 from onlinenorm.ops.fused import shortcut, single_read
-from onlinenorm.ops.fused.tiling import SHORTCUT_TUNINGS, Tuning
+from onlinenorm.ops.fused.tiling import Tuning
 from onlinenorm.ops.spec import NormSpec
 from scripts.bench import common, norm_sites
-from scripts.bench.kernels import SPECS, drawn, microseconds, name_of
+from scripts.bench.kernels import SPECS, Use, drawn, microseconds, name_of
 
 SITES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # channels and side
 
@@ -66,21 +67,6 @@ class Layers:
         return grad_x, grad_y, *of_layer, *of_other
 
 
-class Use:
-    """Context in which both directions take one tuning; None: those of the table."""
-
-    def __init__(self, tuning: Tuning | None):
-        self.tuning = tuning
-
-    def __enter__(self):
-        self.usual = dict(SHORTCUT_TUNINGS)
-        if self.tuning is not None:
-            SHORTCUT_TUNINGS.update(dict.fromkeys(SHORTCUT_TUNINGS, self.tuning))
-
-    def __exit__(self, *_):
-        SHORTCUT_TUNINGS.update(self.usual)
-
-
 def agrees(tuning: Tuning | None, spec: NormSpec, shape: tuple[int, ...]) -> bool:
     """Whether one kernel gives what two give, and the same bits twice."""
 
@@ -92,7 +78,7 @@ def agrees(tuning: Tuning | None, spec: NormSpec, shape: tuple[int, ...]) -> boo
         found = getattr(layers, f"backward_{way}")(saved, *tensors)
         return [saved[0], *found, *itertools.chain(*layers.layers)]
 
-    with Use(tuning):
+    with use(tuning):
         found, again = step("one"), step("one")
     far = max(common._distance(a, b) for a, b in zip(found, step("two"), strict=True))
     same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
@@ -101,6 +87,11 @@ def agrees(tuning: Tuning | None, spec: NormSpec, shape: tuple[int, ...]) -> boo
     where = f"{label(tuning)} at {shape}, {spec.error_compensation}"
     print(f"{where}: off by {far:.1e}, the same bits twice: {same}", flush=True)
     return False
+
+
+def use(tuning: Tuning | None):
+    """Context in which both directions take one tuning; None: those of the table."""
+    return nullcontext() if tuning is None else Use(tuning)
 
 
 def label(tuning: Tuning | None) -> str:
@@ -118,7 +109,7 @@ def measure(spec: NormSpec, shape: tuple[int, ...], tunings: list, rounds: int, 
         times: dict[str, list[float]] = {}
         for _ in range(rounds):
             for way, tuning in (("two", None), *(("one", tuning) for tuning in fit)):
-                with Use(tuning):
+                with use(tuning):
                     saved = {id(given[0]): getattr(layers, f"forward_{way}")(*given) for given in sets}
                     call = getattr(layers, f"{direction}_{way}")
                     if direction == "backward":

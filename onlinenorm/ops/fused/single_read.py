@@ -11,16 +11,7 @@ from torch import Tensor
 from onlinenorm.ops.fused import workspace
 from onlinenorm.ops.fused.cubin_cache import cubin
 from onlinenorm.ops.fused.nvrtc import Kernel, architecture, tensor_map
-from onlinenorm.ops.fused.tiling import (
-    POOLED_TUNINGS,
-    SHORTCUT_TUNINGS,
-    WIDTH,
-    Tiling,
-    Tuning,
-    even,
-    shared_memory,
-    tuning_for,
-)
+from onlinenorm.ops.fused.tiling import POOLED_TUNINGS, WIDTH, Tiling, Tuning, even, shared_memory, tuning_for
 from onlinenorm.ops.spec import NormSpec
 
 MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the sums of their slabs
@@ -54,7 +45,8 @@ class Params(ctypes.Structure):
 @functools.cache
 def source_of(direction: str) -> str:
     """The CUDA source of the forward or the backward kernel."""
-    return "".join((SOURCES / f"{name}.cu").read_text() for name in ("common", "max_pool", direction))
+    names = ("common", "sums", "max_pool", *(("backward_stage",) if direction == "backward" else ()), direction)
+    return "\n".join((SOURCES / f"{name}.cu").read_text() for name in names)
 
 
 @functools.cache
@@ -207,11 +199,9 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     scaled = spec.error_compensation == "layer_scaling"
     if "POOL" in flags:
         tuning = POOLED_TUNINGS[direction, scaled]
-    elif "SHORTCUT" in flags:
-        tuning = SHORTCUT_TUNINGS[direction, scaled]
     else:
-        residual = "RESIDUAL" in flags or "SKIP_GRAD" in flags
-        tuning = tuning_for(direction, scaled, residual, samples, height * width)
+        others = 1 + ("SHORTCUT" in flags) if "RESIDUAL" in flags or "SKIP_GRAD" in flags else 0
+        tuning = tuning_for(direction, scaled, others, samples, height * width)
     plan = _plan(device.index, direction, shape, x.dtype == torch.float16, flags, spec, tuning)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     params = Params.from_buffer_copy(plan.params)
