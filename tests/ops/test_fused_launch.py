@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from onlinenorm.ops.fused import nvrtc, single_read, tiling, workspace
 from onlinenorm.ops.spec import NormSpec
 
-TUNINGS = [row[-1] for row in tiling.TUNINGS]
-OF_SHORTCUTS = [row[-1] for row in tiling.TUNINGS if row[2] == 2]
+OF_SHORTCUTS = [row[-1] for row in tiling.SHORTCUT_TUNINGS if row[-1]]
+TUNINGS = [row[-1] for row in tiling.TUNINGS] + OF_SHORTCUTS
 
 
 @pytest.mark.parametrize("group", sorted({tuning.group for tuning in TUNINGS}))

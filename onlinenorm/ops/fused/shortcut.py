@@ -2,7 +2,8 @@
 
 Forward reads the inputs of both norms and writes relu(norm(x) + norm(shortcut's x)) and its ReLU's bits; what the
 shortcut's norm gives never goes through memory. Backward reads the gradient once for both, and writes those of both
-inputs. Both layers have a state of their own and the same constants.
+inputs; where that does not pay (``tiling.SHORTCUT_TUNINGS``), it is a kernel of each layer. Both layers have a state of
+their own and the same constants.
 """
 
 import torch
@@ -18,12 +19,21 @@ TENSORS = 4  # tiles of which backward holds: two gradients, and two inputs
 
 
 def supports(x: Tensor, shortcut_x: Tensor, spec: NormSpec) -> bool:
-    """Whether to use these kernels: where single-read kernels serve, for inputs alike."""
+    """Whether to use these kernels: where single-read kernels serve and forward pays, for inputs alike."""
+    if not _pays("forward", x, spec):
+        return False
     if spec.processes > 1 or shortcut_x.shape != x.shape or shortcut_x.dtype != x.dtype:
         return False
     if not single_read.supports(x, spec, TENSORS):
         return False
     return not torch.compiler.is_compiling() or inductor_pass.install()
+
+
+def _pays(direction: str, x: Tensor, spec: NormSpec) -> bool:
+    """Whether one kernel for both layers is faster than two."""
+    samples, _, height, width = x.shape
+    scaled = spec.error_compensation == "layer_scaling"
+    return single_read.shortcut_tuning_for(direction, scaled, samples, height * width) is not None
 
 
 @operator("running_mean", "running_var", "shortcut_mean", "shortcut_var")
@@ -105,7 +115,20 @@ def fused_shortcut_backward(
         gradient_scale,
     )  # fmt: skip
     tensors = (grad, x, shortcut_x) if skip_grad is None else (grad, x, shortcut_x, skip_grad)
-    inputs = tuple(tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors)
+    inputs: tuple[Tensor, ...] = tuple(tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors)
+    if not _pays("backward", x, spec):
+        other_grad = inputs[3] if len(inputs) > 3 else None
+        layer = weight, bias, tables[:1], control_u, control_v
+        shortcut = shortcut_weight, shortcut_bias, tables[1:], shortcut_u, shortcut_v
+        with torch.cuda.device_of(x):
+            grad_x, residual, *of_layer = single_read.backward(
+                inputs[0], other_grad, inputs[1], mask, *layer, spec, relu=True
+            )
+            assert residual is not None, "there is a mask"
+            grad_shortcut_x, _, *of_shortcut = single_read.backward(
+                residual, None, inputs[2], None, *shortcut, spec, relu=False
+            )
+        return grad_x, grad_shortcut_x, of_layer[0], of_layer[1], of_shortcut[0], of_shortcut[1]
     flags = ("RELU", "RESIDUAL", "SHORTCUT") + ("SKIP_GRAD",) * (skip_grad is not None)
     with torch.cuda.device_of(x):
         grad_shortcut_x = torch.empty_like(inputs[1])

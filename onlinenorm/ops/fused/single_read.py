@@ -11,7 +11,16 @@ from torch import Tensor
 from onlinenorm.ops.fused import workspace
 from onlinenorm.ops.fused.cubin_cache import cubin
 from onlinenorm.ops.fused.nvrtc import Kernel, architecture, tensor_map
-from onlinenorm.ops.fused.tiling import POOLED_TUNINGS, WIDTH, Tiling, Tuning, even, shared_memory, tuning_for
+from onlinenorm.ops.fused.tiling import (
+    POOLED_TUNINGS,
+    WIDTH,
+    Tiling,
+    Tuning,
+    even,
+    shared_memory,
+    shortcut_tuning_for,
+    tuning_for,
+)
 from onlinenorm.ops.spec import NormSpec
 
 MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the sums of their slabs
@@ -197,11 +206,15 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
     shape, device = tuple(x.shape), x.device
     samples, channels, height, width = shape
     scaled = spec.error_compensation == "layer_scaling"
+    tuning: Tuning | None
     if "POOL" in flags:
         tuning = POOLED_TUNINGS[direction, scaled]
+    elif "SHORTCUT" in flags:
+        tuning = shortcut_tuning_for(direction, scaled, samples, height * width)
+        assert tuning, "`shortcut` asks first"
     else:
-        others = 1 + ("SHORTCUT" in flags) if "RESIDUAL" in flags or "SKIP_GRAD" in flags else 0
-        tuning = tuning_for(direction, scaled, others, samples, height * width)
+        residual = "RESIDUAL" in flags or "SKIP_GRAD" in flags
+        tuning = tuning_for(direction, scaled, residual, samples, height * width)
     plan = _plan(device.index, direction, shape, x.dtype == torch.float16, flags, spec, tuning)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     params = Params.from_buffer_copy(plan.params)

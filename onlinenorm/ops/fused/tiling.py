@@ -29,30 +29,24 @@ class Tuning:
 
 # Chosen on an H100 at the norm sites of ResNet-50, batches 32 and 256; what each loses to the fastest tuning that was
 # measured stands in results/bench_kernels.md:
-# (direction, layer scaling, 1 with a residual or second gradient and 2 with a shortcut's norm, rows N * H * W from,
-# pixels H * W from, tuning); the first match counts. Those of a shortcut's norm are not measured yet.
+# (direction, layer scaling, residual or second gradient, rows N * H * W from, pixels H * W from, tuning); the first
+# match counts.
 TUNINGS = (
-    ("forward", False, 0, 0, 3136, Tuning(256, stages=4, chunk=16, rows=400)),
-    ("forward", False, 0, 0, 0, Tuning(256, stages=3, chunk=32, rows=400)),
-    ("forward", False, 1, 200_000, 0, Tuning(128, stages=3, chunk=16, rows=400)),
-    ("forward", False, 1, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
-    ("forward", True, 0, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
-    ("forward", True, 1, 50_000, 0, Tuning(128, stages=4, chunk=16, rows=400)),
-    ("forward", True, 1, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
-    ("backward", False, 0, 0, 784, Tuning(256, stages=2, chunk=8, rows=400)),
-    ("backward", False, 0, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
-    ("backward", False, 1, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
-    ("backward", False, 1, 0, 0, Tuning(256, stages=2, chunk=16, rows=400)),
-    ("backward", True, 0, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
-    ("backward", True, 1, 0, 784, Tuning(128, stages=4, chunk=8, rows=400)),
-    ("backward", True, 1, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
-    ("backward", True, 1, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
-    ("forward", False, 2, 0, 0, Tuning(128, stages=3, chunk=16, rows=400)),
-    ("forward", True, 2, 0, 0, Tuning(128, stages=4, chunk=16, rows=400)),
-    ("backward", False, 2, 0, 200, Tuning(128, stages=2, chunk=8, rows=400)),
-    ("backward", False, 2, 0, 0, Tuning(128, stages=4, chunk=8, rows=400)),
-    ("backward", True, 2, 0, 200, Tuning(128, stages=2, chunk=8, rows=400)),
-    ("backward", True, 2, 0, 0, Tuning(128, stages=4, chunk=8, rows=400)),
+    ("forward", False, False, 0, 3136, Tuning(256, stages=4, chunk=16, rows=400)),
+    ("forward", False, False, 0, 0, Tuning(256, stages=3, chunk=32, rows=400)),
+    ("forward", False, True, 200_000, 0, Tuning(128, stages=3, chunk=16, rows=400)),
+    ("forward", False, True, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
+    ("forward", True, False, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
+    ("forward", True, True, 50_000, 0, Tuning(128, stages=4, chunk=16, rows=400)),
+    ("forward", True, True, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
+    ("backward", False, False, 0, 784, Tuning(256, stages=2, chunk=8, rows=400)),
+    ("backward", False, False, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
+    ("backward", False, True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", False, True, 0, 0, Tuning(256, stages=2, chunk=16, rows=400)),
+    ("backward", True, False, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
+    ("backward", True, True, 0, 784, Tuning(128, stages=4, chunk=8, rows=400)),
+    ("backward", True, True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", True, True, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
 )
 POOLED_TUNINGS = {  # with a max-pool: (direction, layer scaling)
     ("forward", False): Tuning(256, stages=2, chunk=16, rows=672),
@@ -62,13 +56,43 @@ POOLED_TUNINGS = {  # with a max-pool: (direction, layer scaling)
 }
 
 
+# With a shortcut's norm: (direction, layer scaling, rows from, pixels from, tuning), chosen likewise from what
+# scripts/bench/shortcut.py measures; None where two kernels, one of each layer, are as fast.
+SHORTCUT_TUNINGS = (
+    ("forward", False, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("forward", False, 0, 0, Tuning(128, stages=3, chunk=8, rows=400)),
+    ("forward", True, 0, 784, Tuning(128, stages=3, chunk=8, rows=400)),
+    ("forward", True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("forward", True, 0, 0, Tuning(128, stages=4, chunk=8, rows=400)),
+    ("backward", False, 0, 3136, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", False, 200_000, 784, None),
+    ("backward", False, 0, 784, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", False, 0, 196, None),
+    ("backward", False, 0, 0, Tuning(128, stages=3, chunk=8, rows=400)),
+    ("backward", True, 0, 3136, Tuning(128, stages=3, chunk=8, rows=400)),
+    ("backward", True, 0, 784, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", True, 0, 196, None),
+    ("backward", True, 6_000, 0, None),
+    ("backward", True, 0, 0, Tuning(128, stages=2, chunk=8, rows=400)),
+)
+
+
 @functools.cache
-def tuning_for(direction: str, scaled: bool, others: int, samples: int, pixels: int) -> Tuning:
+def tuning_for(direction: str, scaled: bool, residual: bool, samples: int, pixels: int) -> Tuning:
     """Row of TUNINGS for a tensor of ``samples`` images of ``pixels``."""
     for *key, rows, least, tuning in TUNINGS:
-        if key == [direction, scaled, others] and samples * pixels >= rows and pixels >= least:
+        if key == [direction, scaled, residual] and samples * pixels >= rows and pixels >= least:
             return tuning
-    raise AssertionError(f"TUNINGS has no row for {direction}, {scaled}, {others}")
+    raise AssertionError(f"TUNINGS has no row for {direction}, {scaled}, {residual}")
+
+
+@functools.cache
+def shortcut_tuning_for(direction: str, scaled: bool, samples: int, pixels: int) -> Tuning | None:
+    """Row of SHORTCUT_TUNINGS; None: the layers run in a kernel each."""
+    for *key, rows, least, tuning in SHORTCUT_TUNINGS:
+        if key == [direction, scaled] and samples * pixels >= rows and pixels >= least:
+            return tuning
+    return None
 
 
 @dataclass(frozen=True)
@@ -123,8 +147,9 @@ def shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling
     """Bytes that a CTA takes, as the kernels lay them out."""
     rows, segments, warps = tiling.boxes * tiling.box_rows, tuning.group // WIDTH, tuning.group // 32
     norms = 1 + values["SHORTCUT"]
-    scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * (2 * 8 * warps + 8 * segments)
+    scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * 8 * segments
     if direction == "forward":
+        scratch += WIDTH * 2 * 8 * warps
         stage = rows * 2 * WIDTH * (1 + values["RESIDUAL"])
         scratch += norms * (WIDTH * (8 * tuning.chunk + 2 * 4 * segments) + 4 * segments)
     else:
@@ -134,7 +159,7 @@ def shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling
             stage += -(-grads * 32 // 128) * 128
         if values["RELU"] and values["RESIDUAL"]:
             stage += -(-tiling.segments * even(tiling.tile_rows) * 8 // 128) * 128
-        scratch += norms * (WIDTH * (6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments)
+        scratch += norms * (WIDTH * (2 * 8 * warps + 6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments)
     return tuning.stages * stage + scratch
 
 

@@ -4,7 +4,7 @@
 
 struct Scratch {
     Stages stages;
-    alignas(16) float2 warps[2][WARPS * WIDTH];
+    alignas(16) float2 warps[2][NORMS][WARPS * WIDTH];
     float2 parts[SEGMENTS][WIDTH];
     float table[6][CHUNK][COLUMNS];  // of the samples to advance over, see `row_of`
     float gain[SEGMENTS][COLUMNS], slope[SEGMENTS][COLUMNS], constant[SEGMENTS][COLUMNS];
@@ -38,85 +38,86 @@ __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, S
         const unsigned char* bits = reinterpret_cast<const unsigned char*>(start + mask_at(p)) + at.segment * even(p.pixels) * 8 + at.lane;
         uint4* out_residual = p.out_residual + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
         const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
-        float rstd[NORMS];
+        float m[NORMS][8], scale[NORMS][8], rstd[NORMS], sum[NORMS][8] = {}, product[NORMS][8] = {};  // w = (x - m) scale + bias
 #pragma unroll
         for (int t = 0; t < NORMS; t++) {
-            const Norm& norm = p.norms[t];
             const uint4* own = start + states_at(p) + t * p.segments * WIDTH / 2;
-            float m[8], scale[8], weight[8];  // w = (x - m) scale + bias
-            parameters8(norm.weight, at, 1.f, weight);
+            float weight[8];
+            parameters8(p.norms[t].weight, at, 1.f, weight);
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 const float4 two = reinterpret_cast<const float4*>(own + (at.segment * WIDTH + at.lane * 8) / 2)[k];
-                m[2 * k] = two.x, scale[2 * k] = weight[2 * k] * rsqrtf(two.y + p.eps);
-                m[2 * k + 1] = two.z, scale[2 * k + 1] = weight[2 * k + 1] * rsqrtf(two.w + p.eps);
+                m[t][2 * k] = two.x, scale[t][2 * k] = weight[2 * k] * rsqrtf(two.y + p.eps);
+                m[t][2 * k + 1] = two.z, scale[t][2 * k + 1] = weight[2 * k + 1] * rsqrtf(two.w + p.eps);
             }
-            const float2* states = reinterpret_cast<const float2*>(own);
-            rstd[t] = SCALED && segment < item.count ? rsqrtf(states[segment * WIDTH + at.c].y + p.eps) : 0.f;
-            float sum[8] = {}, product[8] = {};
+            const float2* states = reinterpret_cast<const float2*>(own) + (segment < item.count ? segment : 0) * WIDTH;
+            rstd[t] = SCALED ? rsqrtf(states[at.c].y + p.eps) : 0.f;
+        }
 #if POOL
-            if (SKIP_GRAD) add_skip_grad(p, at, start);
-            visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start), [&](int, const float (&g)[8], const float (&x)[8]) {
+        if (SKIP_GRAD) add_skip_grad(p, at, start);
+        visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start), [&](int, const float (&g)[8], const float (&x)[8]) {
 #pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    sum[k] += g[k];
-                    product[k] += g[k] * (x[k] - m[k]);
-                }
-            });
+            for (int k = 0; k < 8; k++) {
+                sum[0][k] += g[k];
+                product[0][k] += g[k] * (x[k] - m[0][k]);
+            }
+        });
 #else
 #pragma unroll 2
-            for (int row = at.row; row < rows; row += at.step) {
-                float g[8], x[8];
-                unpack(tile[row * LANES], g);
-                unpack(tile[(1 + t) * tile_size + row * LANES], x);
-                const bool first = t == 0;  // the second layer finds the gradient masked
+        for (int row = at.row; row < rows; row += at.step) {
+            float g[8];
+            unpack(tile[row * LANES], g);
 #if SKIP_GRAD
-                if (first) {
-                    float other[8];
-                    unpack(tile[(1 + NORMS) * tile_size + row * LANES], other);
+            float other[8];
+            unpack(tile[(1 + NORMS) * tile_size + row * LANES], other);
 #pragma unroll
-                    for (int k = 0; k < 8; k++) g[k] += other[k];
-                }
+            for (int k = 0; k < 8; k++) g[k] += other[k];
 #endif
-                const u32 mask = MASK && first ? bits[row * 8] : 0;
+#if RELU && RESIDUAL
+            const u32 mask = bits[row * 8];
+#pragma unroll
+            for (int k = 0; k < 8; k++) g[k] = mask >> k & 1 ? g[k] : 0.f;
+            if (!SHORTCUT) out_residual[(long long)row * pitch] = pack(g);
+#endif
+            if (REWRITES && SHORTCUT) tile[row * LANES] = pack(g);
+#pragma unroll
+            for (int t = 0; t < NORMS; t++) {
+                float x[8];
+                unpack(tile[(1 + t) * tile_size + row * LANES], x);
 #pragma unroll
                 for (int k = 0; k < 8; k++) {
-                    x[k] -= m[k];
-                    if (MASK && first) g[k] = mask >> k & 1 ? g[k] : 0.f;
-                    else if (RELU && !MASK) g[k] = x[k] * scale[k] + bias[t][k] <= 0.f ? 0.f : g[k];
+                    x[k] -= m[t][k];
+                    float own = g[k];
+                    if (RELU && !MASK) own = x[k] * scale[t][k] + bias[t][k] <= 0.f ? 0.f : own;
+                    if (CLAMP) own = fabsf(fmaf(x[k], scale[t][k], bias[t][k])) < p.clamp ? own : 0.f;
+                    sum[t][k] += own;
+                    product[t][k] += own * x[k];
+                    if (!SHORTCUT) g[k] = own;
                 }
-                if (MASK && !SHORTCUT) out_residual[(long long)row * pitch] = pack(g);
-                if (REWRITES && SHORTCUT && first) tile[row * LANES] = pack(g);
-#pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    if (CLAMP) g[k] = fabsf(fmaf(x[k], scale[k], bias[t][k])) < p.clamp ? g[k] : 0.f;
-                    sum[k] += g[k];
-                    product[k] += g[k] * x[k];
-                }
-                if (REWRITES && !SHORTCUT) tile[row * LANES] = pack(g);
             }
+            if (REWRITES && !SHORTCUT) tile[row * LANES] = pack(g);
+        }
 #endif
-            if (t == NORMS - 1) {
-                if (REWRITES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // TMA writes here next
-                release(s.stages.reduced + stage, at);
-            }
-            float2* warps = s.warps[(NORMS * i + t) & 1];
-            sum_within_warp(sum, product, warps, at);
-            sync<1>();
-            if (segment < item.count) {
-                const float2 total = sum_of_warps(p, warps, at);
+        if (REWRITES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // TMA writes here next
+        release(s.stages.reduced + stage, at);
+#pragma unroll
+        for (int t = 0; t < NORMS; t++) sum_within_warp(sum[t], product[t], s.warps[i & 1][t], at);
+        sync<1>();
+        if (segment < item.count) {
+#pragma unroll
+            for (int t = 0; t < NORMS; t++) {
+                const float2 total = sum_of_warps(p, s.warps[i & 1][t], at);
                 if (p.tiles == 1) announce(t, item.sample + segment, total, rstd[t]);
-                else publish(tile_sums_of(p, norm, at, item.sample) + item.tile * WIDTH + at.c, total.x, total.y);
+                else publish(tile_sums_of(p, p.norms[t], at, item.sample) + item.tile * WIDTH + at.c, total.x, total.y);
             }
         }
         if (p.tiles == 1 || item.tile < p.tiles - 1) return;
+        float centre;
+        const float2 total = merge_tile_sums(p, at, tile_sums_of(p, p.norms[at.norm], at, item.sample), s.parts, centre,
+                                             [](float2& sum, float2 part, int) { sum.x += part.x, sum.y += part.y; });
 #pragma unroll
-        for (int t = 0; t < NORMS; t++) {
-            float centre;
-            const float2 total = merge_tile_sums(p, at, tile_sums_of(p, p.norms[t], at, item.sample), s.parts, centre,
-                                                 [](float2& sum, float2 part, int) { sum.x += part.x, sum.y += part.y; });
-            if (at.thread < WIDTH) announce(t, item.sample, total, rstd[t]);
-        }
+        for (int t = 0; t < NORMS; t++)
+            if (at.thread / WIDTH == t) announce(t, item.sample, total, rstd[t]);
     });
 }
 
@@ -291,48 +292,53 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         sync<2>();
 #endif
         wait(s.stages.reduced + stage, i / STAGES & 1);
+        const long long at_row = (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
+        float gain[NORMS][8], slope[NORMS][8], constant[NORMS][8], centre[NORMS][8];
 #pragma unroll
         for (int t = 0; t < NORMS; t++) {
-            uint4* out = (t ? p.out_residual : p.out) + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
             const int column = t * WIDTH + at.lane * 8;
-            float gain[8], slope[8], constant[8], centre[8];
-            load8(s.gain[at.segment] + column, gain);
-            load8(s.slope[at.segment] + column, slope);
-            load8(s.constant[at.segment] + column, constant);
+            load8(s.gain[at.segment] + column, gain[t]);
+            load8(s.slope[at.segment] + column, slope[t]);
+            load8(s.constant[at.segment] + column, constant[t]);
 #pragma unroll
-            for (int k = 0; k < 8; k++) centre[k] = own[(t * p.segments + at.segment) * WIDTH + at.lane * 8 + k].x;
+            for (int k = 0; k < 8; k++) centre[t][k] = own[(t * p.segments + at.segment) * WIDTH + at.lane * 8 + k].x;
 #if SCALED
             const float own_rzeta = s.scaling[at.segment][t].x, kappa = s.scaling[at.segment][t].y;
 #pragma unroll
             for (int k = 0; k < 8; k++) {
-                slope[k] -= gain[k] * gain[k] * own_rzeta * kappa;
-                gain[k] *= own_rzeta;
-                constant[k] -= gain[k] * kappa * bias[t][k];
-            }
-#endif
-            auto put = [&](int row, const float (&g)[8], const float (&x)[8]) {
-                float r[8];
-#pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    const float d = x[k] - centre[k];
-                    float masked = g[k];
-                    if (CLAMP && SHORTCUT) masked = fabsf(fmaf(d, gain[k], bias[t][k])) < p.clamp ? masked : 0.f;  // as above
-                    r[k] = masked * gain[k] + (d * slope[k] + constant[k]);
-                }
-                out[(long long)row * pitch] = pack(r);
-            };
-#if POOL
-            visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start), put);
-#else
-#pragma unroll 4
-            for (int row = at.row; row < rows; row += at.step) {
-                float g[8], x[8];
-                unpack(tile[row * LANES], g);
-                unpack(tile[(1 + t) * tile_size + row * LANES], x);
-                put(row, g, x);
+                slope[t][k] -= gain[t][k] * gain[t][k] * own_rzeta * kappa;
+                gain[t][k] *= own_rzeta;
+                constant[t][k] -= gain[t][k] * kappa * bias[t][k];
             }
 #endif
         }
+        auto put = [&](int t, int row, const float (&g)[8], const float (&x)[8]) {
+            float r[8];
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const float d = x[k] - centre[t][k];
+                float masked = g[k];
+                if (CLAMP && SHORTCUT) masked = fabsf(fmaf(d, gain[t][k], bias[t][k])) < p.clamp ? masked : 0.f;  // as above
+                r[k] = masked * gain[t][k] + (d * slope[t][k] + constant[t][k]);
+            }
+            (t ? p.out_residual : p.out)[at_row + (long long)row * pitch] = pack(r);
+        };
+#if POOL
+        visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start),
+                     [&](int row, const float (&g)[8], const float (&x)[8]) { put(0, row, g, x); });
+#else
+#pragma unroll 4 / NORMS
+        for (int row = at.row; row < rows; row += at.step) {
+            float g[8];
+            unpack(tile[row * LANES], g);
+#pragma unroll
+            for (int t = 0; t < NORMS; t++) {
+                float x[8];
+                unpack(tile[(1 + t) * tile_size + row * LANES], x);
+                put(t, row, g, x);
+            }
+        }
+#endif
         release(s.stages.empty + stage, at);
     });
     if (closing && at.thread < COLUMNS) {

@@ -64,18 +64,15 @@ __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, S
             }
         }
         if (p.tiles == 1 || item.tile < p.tiles - 1) return;
-#pragma unroll
-        for (int t = 0; t < NORMS; t++) {
-            const Norm& norm = p.norms[t];
-            float centre;
-            float2 total = merge_tile_sums(p, at, tile_sums_of(p, norm, at, item.sample), s.parts, centre, [&](float2& sum, float2 part, int t) {
-                const float count = min(p.tile_rows, p.pixels - t * p.tile_rows), d = part.x - centre;
-                sum.x += count * d;
-                sum.y += part.y + count * d * d;
-            });
-            if (at.thread < WIDTH)
-                announce(norm, item.sample, centre + total.x / p.pixels, max_nan(total.y - total.x * (total.x / p.pixels), 0.f) / p.pixels);
-        }
+        const Norm& norm = p.norms[at.norm];
+        float centre;
+        float2 total = merge_tile_sums(p, at, tile_sums_of(p, norm, at, item.sample), s.parts, centre, [&](float2& sum, float2 part, int t) {
+            const float count = min(p.tile_rows, p.pixels - t * p.tile_rows), d = part.x - centre;
+            sum.x += count * d;
+            sum.y += part.y + count * d * d;
+        });
+        if (at.thread < COLUMNS)
+            announce(norm, item.sample, centre + total.x / p.pixels, max_nan(total.y - total.x * (total.x / p.pixels), 0.f) / p.pixels);
     });
 }
 

@@ -30,12 +30,12 @@ __device__ __forceinline__ float2 sum_of_warps(const Params& p, const float2* wa
     return total;
 }
 
-// The reduce warps of a sample's last tile add the sums of all its tiles in order, in parts side by side.
-// combine(accumulator, sums of a tile, tile) folds one in; centre is the first sum of tile 0.
+// The reduce warps of a sample's last tile add the sums of all its tiles in order, in parts side by side, each thread those
+// of layer at.norm. combine(accumulator, sums of a tile, tile) folds one in; centre is the first sum of tile 0.
 template <class Combine>
 __device__ __forceinline__ float2 merge_tile_sums(const Params& p, const Place& at, const u64* tile_sums, float2 (*parts)[WIDTH], float& centre, Combine combine) {
-    const int part = at.thread / WIDTH;
-    const int per_part = (p.tiles + SEGMENTS - 1) / SEGMENTS, begin = part * per_part, end = min(p.tiles, begin + per_part);
+    constexpr int PARTS = SEGMENTS / NORMS;
+    const int per_part = (p.tiles + PARTS - 1) / PARTS, begin = at.thread / COLUMNS * per_part, end = min(p.tiles, begin + per_part);
     centre = finite(wait_for(tile_sums + at.c).x);
     float2 sum = make_float2(0.f, 0.f);
     for (int t = begin; t < end; t += 8) {
@@ -55,10 +55,10 @@ __device__ __forceinline__ float2 merge_tile_sums(const Params& p, const Place& 
         for (int j = 0; j < 8; j++)
             if (t + j < end) combine(sum, as_pair(words[j]), t + j);
     }
-    parts[part][at.c] = sum;
+    parts[at.thread / WIDTH][at.c] = sum;
     sync<1>();
-    sum = parts[0][at.c];
-    for (int q = 1; q < SEGMENTS; q++) sum.x += parts[q][at.c].x, sum.y += parts[q][at.c].y;
+    sum = parts[at.norm][at.c];
+    for (int q = at.norm + NORMS; q < SEGMENTS; q += NORMS) sum.x += parts[q][at.c].x, sum.y += parts[q][at.c].y;
     sync<1>();
     return sum;
 }
