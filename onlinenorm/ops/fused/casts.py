@@ -1,27 +1,95 @@
 """A torch.compile pass under autocast: weights are cast to 16 bits together, and their gradients back.
 
 Inductor makes a kernel of each cast that a convolution reads, and of each that turns its weight's gradient into that of
-the parameter: 104 small ones in ResNet-50. Two operators do the same, in a launch for some 64 tensors each.
+the parameter: 104 small ones in ResNet-50. Two operators do the same, in a launch for TENSORS tensors each.
 """
 
+import ctypes
+import functools
 from collections import defaultdict
 from operator import getitem
 
 import torch
 from torch import Tensor, fx
 
+from onlinenorm.ops.fused.cubin_cache import cubin
+from onlinenorm.ops.fused.nvrtc import Kernel, architecture
 from onlinenorm.ops.fused.operators import fake, operator
+from onlinenorm.ops.fused.single_read import SOURCES, supports_device
 
 aten = torch.ops.aten
 _cast = torch.ops.prims.convert_element_type.default
+
+TENSORS = 128  # a launch; its parameters may take 4 KB
+THREADS = 256
+EACH = 8 * THREADS * 4  # values that a CTA casts: eight a thread, four times
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class Cast(ctypes.Structure):
+    """One tensor; same order as in casts.cu."""
+
+    _fields_ = ("source", ctypes.c_void_p), ("target", ctypes.c_void_p), ("size", ctypes.c_int), ("end", ctypes.c_int)
+
+
+class Params(ctypes.Structure):
+    """The kernel's argument."""
+
+    _fields_ = ("casts", Cast * TENSORS), ("count", ctypes.c_int)
 
 
 @operator()
 def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each tensor in another dtype, in its own memory order."""
     found = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    torch._foreach_copy_(found, tensors)
+    served = []
+    for source, target in zip(tensors, found, strict=True):
+        if _kernel_serves(source, target, tensors[0]):
+            served.append((source, target))
+        else:
+            target.copy_(source)
+    for first in range(0, len(served), TENSORS):
+        _launch(served[first : first + TENSORS])
     return found
+
+
+def _kernel_serves(source: Tensor, target: Tensor, first: Tensor) -> bool:
+    """Whether one launch serves it together with the first: the same dtypes and memory order, on the same GPU."""
+    return (
+        source.is_cuda
+        and (source.device, source.dtype) == (first.device, first.dtype)
+        and {source.dtype, target.dtype} in ({torch.float32, half} for half in HALVES)
+        and source.stride() == target.stride()
+        and 0 < source.numel() < 2**31
+        and supports_device(source.device.index)
+    )
+
+
+def _launch(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    params, end = Params(count=len(pairs)), 0
+    for place, (source, target) in zip(params.casts, pairs, strict=False):
+        end += -(-source.numel() // EACH)
+        place.source, place.target = source.data_ptr(), target.data_ptr()
+        place.size, place.end = source.numel(), end
+    source, target = pairs[0]
+    with torch.cuda.device_of(source):
+        stream = torch._C._cuda_getCurrentRawStream(source.device.index)
+        half, to_float = torch.float16 in (source.dtype, target.dtype), target.dtype == torch.float32
+        kernel = _kernel(source.device.index, half, to_float)
+        kernel.launch(end, THREADS, 0, stream, params, False)
+
+
+@functools.cache
+def _kernel(device: int, half: bool, to_float: bool) -> Kernel:
+    target = architecture(*torch.cuda.get_device_capability(device))
+    assert target is not None, "`supports_device` is False for a device that NVRTC does not know"
+    return Kernel(cubin((SOURCES / "casts.cu").read_text(), target, options(half, to_float)), "cast_tensors")
+
+
+def options(half: bool, to_float: bool) -> tuple[str, ...]:
+    """How the kernel is compiled for float16 or bfloat16, to float or from it."""
+    values = {"HALF": half, "TO_FLOAT": to_float, "TENSORS": TENSORS, "THREADS": THREADS, "EACH": EACH}
+    return "--std=c++17", *(f"-D{name}={int(value)}" for name, value in values.items())
 
 
 @fake(cast_together)
