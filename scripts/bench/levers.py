@@ -22,8 +22,7 @@ import torch
 from onlinenorm.models.blocks import BasicBlock, Bottleneck
 from onlinenorm.ops.fused import workspace
 from onlinenorm.ops.fused.inductor_pass import FoldGradients
-from onlinenorm.report.words import markdown_table, origin
-from scripts.bench import common, training
+from scripts.bench import common, levers_table, training
 
 
 def _set_max_pool(model, on: bool) -> None:
@@ -90,18 +89,6 @@ def measure(variants: dict[str, tuple[str, ...]], batch: int, args) -> dict[str,
     return rows
 
 
-def render(results: dict) -> str:
-    """Markdown of a results file."""
-    head = "batch", "lever", "ms without", "ms with", "saved, ms", "predicted, ms"
-    lines = []
-    for row in results["rows"]:
-        saved, predicted = row["without"] - row["with"], row["predicted"]
-        cells = [str(row["batch"]), row["what"], f"{row['without']:.2f}", f"{row['with']:.2f}", f"{saved:.2f}"]
-        lines.append([*cells, "none" if predicted is None else f"{predicted:.2f}"])
-    title = f"# Levers of a training step of {results['model']}, {results['normalizer']}, on one {results['device']}"
-    return "\n".join([title, "", markdown_table(head, lines), "", origin(results)]) + "\n"
-
-
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
@@ -138,8 +125,8 @@ def main(argv=None) -> None:
                 "spread": round(common.spread([t for each in rows[name].rounds for t in each]), 4),
             })  # fmt: skip
         common.write(args.output, results)
-        Path(args.output).with_suffix(".md").write_text(render(results), encoding="utf-8")
-        print(render(results), flush=True)
+        levers_table.main([args.output])
+        print(levers_table.render(results), flush=True)
         del rows
         torch.cuda.empty_cache()
 
