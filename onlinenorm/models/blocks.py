@@ -21,7 +21,13 @@ Normalizer = Callable[[int], nn.Module]
 OVERWRITABLE = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.Identity)
 
 
-def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+def norm_act(
+    norm: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    shortcut: nn.Module | None = None,
+) -> Tensor:
     """relu(norm(x) + residual): one call where the normalizer has ``fuses_residual = True``, else torch's own ops.
 
     Args:
@@ -29,7 +35,10 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: b
         x: (N, C, H, W), an intermediate result that nothing else reads.
         residual: same shape as x, or None for no addition.
         relu: apply the ReLU.
+        shortcut: the norm that the residual passes first, of a normalizer with ``fuses_shortcut = True``.
     """
+    if shortcut is not None:
+        return norm(x, residual=residual, relu=relu, shortcut=shortcut)
     if getattr(norm, "fuses_residual", False):
         return norm(x, residual=residual, relu=relu)
     out = norm(x)
@@ -50,6 +59,25 @@ def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.MaxPool2d, fuse: bool
     return pool(norm_act(norm, x))
 
 
+def shortcut_of(block: "BasicBlock | Bottleneck", x: Tensor) -> tuple[Tensor, nn.Module | None]:
+    """The residual of a block, and the norm that it has yet to pass, in the kernel of the block's last norm, or None.
+
+    Eager networks call the layers one by one, so that hooks on them see what they expect.
+    """
+    downsample = block.downsample
+    if downsample is None:
+        return x, None
+    norm, fuses = block.last_norm, block.fuse_shortcut and torch.compiler.is_compiling()
+    if not fuses or not getattr(norm, "fuses_shortcut", False) or not _ends_in(downsample, type(norm)):
+        return downsample(x), None
+    return downsample[0](x), downsample[1]
+
+
+def _ends_in(downsample: nn.Module, norm: type) -> bool:
+    """Whether a shortcut is a convolution and a norm of this class."""
+    return type(downsample) is nn.Sequential and len(downsample) == 2 and type(downsample[1]) is norm
+
+
 def _is_resnets(pool: nn.Module) -> bool:
     return type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
 
@@ -68,10 +96,12 @@ class ResNet:
 class BasicBlock(torchvision_resnet.BasicBlock):
     """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 5 left)."""
 
+    fuse_shortcut = False
+
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
+        identity, shortcut = shortcut_of(self, x)
         out = norm_act(self.bn1, self.conv1(x))
-        return norm_act(self.bn2, self.conv2(out), residual=identity)
+        return norm_act(self.bn2, self.conv2(out), residual=identity, shortcut=shortcut)
 
     @property
     def last_norm(self) -> nn.Module:
@@ -81,11 +111,13 @@ class BasicBlock(torchvision_resnet.BasicBlock):
 class Bottleneck(torchvision_resnet.Bottleneck):
     """1x1, 3x3 and 1x1 convolutions and a shortcut; the 3x3 carries the stride ("v1.5")."""
 
+    fuse_shortcut = False
+
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
+        identity, shortcut = shortcut_of(self, x)
         out = norm_act(self.bn1, self.conv1(x))
         out = norm_act(self.bn2, self.conv2(out))
-        return norm_act(self.bn3, self.conv3(out), residual=identity)
+        return norm_act(self.bn3, self.conv3(out), residual=identity, shortcut=shortcut)
 
     @property
     def last_norm(self) -> nn.Module:

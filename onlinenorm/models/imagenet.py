@@ -51,6 +51,7 @@ def resnet(
     zero_init_last_gamma: bool = False,
     stem: str = "auto",
     fuse_max_pool: bool = True,
+    fuse_shortcut: bool = False,
     compile: bool = False,
 ) -> ImageNetResNet:
     """ResNet for images of about 224 x 224 with torchvision's parameter names, for (N, C, H, W) -> (N, num_classes).
@@ -70,6 +71,8 @@ def resnet(
             blocks, the same values up to the order of sums; "auto" whichever is faster (see ``StemConv2d``).
         fuse_max_pool: in a compiled network, run the first norm, its ReLU and the max-pool in one kernel each way where
             the normalizer has one (OnlineNorm on Hopper GPUs in 16 bits).
+        fuse_shortcut: in a compiled network, run the last norm of a residual block, the norm of its shortcut, their sum
+            and its ReLU in one kernel each way where the normalizer has one (likewise).
         compile: compile the network in place with torch.compile at its first call; parameter names stay.
 
     Raises:
@@ -92,6 +95,9 @@ def resnet(
     else:
         init_convolutions(conv1)
     model.conv1, model.fuse_max_pool = conv1, fuse_max_pool
+    for module in model.modules():
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            module.fuse_shortcut = fuse_shortcut
     plug_in(model, normalizer)
     if zero_init_last_gamma:
         zero_last_gammas(model)

@@ -53,6 +53,7 @@ class OnlineNorm(LeafOfGraphs, FullPrecision):
     control_v: Tensor
     fuses_residual = True
     fuses_max_pool = True
+    fuses_shortcut = True
     _dimensions: tuple[int, ...] = ()
     _layout = ""
     _announced: set[str] = set()  # noqa: RUF012  (shared on purpose: one log line a process and backend)
@@ -175,7 +176,19 @@ class OnlineNorm(LeafOfGraphs, FullPrecision):
             return self.backend
         return "fused" if device.type == "cuda" else "torch"
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False, max_pool: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        max_pool: bool = False,
+        shortcut: "OnlineNorm | None" = None,
+    ) -> Tensor:
+        if shortcut is not None:
+            if residual is None:
+                raise ArgumentError("shortcut", "is the layer that a residual passes first, and there is no residual")
+            if not relu or max_pool or not self._takes(shortcut, x):
+                residual, shortcut = shortcut(residual), None
         self._check_input(x, residual)
         if max_pool and x.dim() != 4:
             raise ArgumentError("max_pool", f"pools images (N, C, H, W), got an input of shape {tuple(x.shape)}")
@@ -193,10 +206,13 @@ class OnlineNorm(LeafOfGraphs, FullPrecision):
                 spec = replace(spec, counts=start.sizes.counts)
             if not start.sizes.same_pixels:
                 ops = backend_module("torch")  # the kernels take one number of pixels for all processes
-            state = (start.mean, start.var, self.control_u, self.control_v)
-            arguments = (x_NCHW, residual_NCHW, self.weight, self.bias, *state, spec, relu)
+            layer = (self.weight, self.bias, start.mean, start.var, self.control_u, self.control_v)
+            arguments: tuple = (x_NCHW, residual_NCHW, *layer, spec, relu)
             step = ops.train_step
-            if max_pool and relu and residual is None and hasattr(ops, "train_step_max_pool"):
+            if shortcut is not None and residual_NCHW is not None:
+                other = shortcut._layer(residual_NCHW)
+                step, arguments = ops.train_step_shortcut, (x_NCHW, residual_NCHW, layer, other, spec)
+            elif max_pool and relu and residual is None and hasattr(ops, "train_step_max_pool"):
                 step, max_pool = ops.train_step_max_pool, False
             repeats = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
             out = with_known_start(step, *arguments) if repeats else step(*arguments)
@@ -206,6 +222,25 @@ class OnlineNorm(LeafOfGraphs, FullPrecision):
         if max_pool:
             return F.max_pool2d(out, 3, 2, 1)
         return out.reshape(x.shape) if out.dim() != x.dim() else out
+
+    def _takes(self, shortcut: "OnlineNorm", x: Tensor) -> bool:
+        """Whether one operator may serve this layer and that of a residual: in training, of the same constants."""
+        backend = self.resolve_backend(x.device)
+        return (
+            type(shortcut) is type(self)
+            and self.training
+            and shortcut.training
+            and backend == shortcut.resolve_backend(x.device)
+            and hasattr(backend_module(backend), "train_step_shortcut")
+            and self.spec.processes == 1
+            and self.spec == shortcut.spec
+        )
+
+    def _layer(self, x_NCHW: Tensor) -> tuple:
+        """Parameters and state from which a pass over x starts."""
+        self._check_input(x_NCHW, None)
+        start = self._start(x_NCHW, self.spec)
+        return self.weight, self.bias, start.mean, start.var, self.control_u, self.control_v
 
     def _start(self, x_NCHW: Tensor, spec: NormSpec) -> Start:
         """Statistics for this pass to start from and move: the buffers, or copies where nothing may move.
@@ -296,7 +331,8 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
 
     with m and var exponential averages over the stream of samples (per channel, decay ``alpha_fwd``), so that no output
     depends on later samples and batches of one work like any other; residual and ReLU where asked for, and behind them
-    a 3x3 max-pool of stride 2 and padding 1 (``max_pool``, of images). The backward pass is a control process (decay
+    a 3x3 max-pool of stride 2 and padding 1 (``max_pool``, of images); ``shortcut`` is a layer that the residual passes
+    first. The backward pass is a control process (decay
     ``alpha_bkw``) that keeps gradients nearly orthogonal to y and to 1; it is not the derivative of the forward pass.
 
     Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order;

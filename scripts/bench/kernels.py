@@ -60,11 +60,11 @@ class Use:
         self.tuning = tuning
 
     def __enter__(self):
-        self.usual = single_read.tuning_for
-        single_read.tuning_for = lambda *_: self.tuning
+        self.usual = single_read.tuning_for, single_read.shortcut_tuning_for
+        single_read.tuning_for = single_read.shortcut_tuning_for = lambda *_: self.tuning
 
     def __exit__(self, *_):
-        single_read.tuning_for = self.usual
+        single_read.tuning_for, single_read.shortcut_tuning_for = self.usual
 
 
 def step(path, spec, tensors, weight, bias, state) -> list[torch.Tensor]:

@@ -23,6 +23,7 @@ from scripts import study, table1
 from scripts.bench import (
     distributed_table,
     kernels_table,
+    levers_table,
     loaders_picture,
     loaders_table,
     norm_sites_table,
@@ -33,8 +34,8 @@ from scripts.dev import gpu_tests
 
 RESULTS = ROOT / "results"
 PAGES = {
-    "training": training_table, "normalizer": norm_sites_table, "kernels": kernels_table,
-    "distributed": distributed_table, "data": loaders_table,
+    "bench_training": training_table, "bench_normalizer": norm_sites_table, "bench_kernels": kernels_table,
+    "bench_distributed": distributed_table, "bench_data": loaders_table, "levers": levers_table,
 }  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def rebuild(folder: Path) -> int:
     if (RESULTS / "study").is_dir():
         told = ["--page", str(RESULTS / "README.md.j2")]
         jobs.append((study, [str(RESULTS / "study"), "--output", str(folder / "study"), *told]))
-    data = {name: folder / f"bench_{name}.json" for name in PAGES if (RESULTS / f"bench_{name}.json").exists()}
+    data = {name: folder / f"{name}.json" for name in PAGES if (RESULTS / f"{name}.json").exists()}
     for name, file in data.items():
         shutil.copy(RESULTS / file.name, file)  # a page is written beside its data
         jobs.append((PAGES[name], [str(file)]))
@@ -54,11 +55,11 @@ def rebuild(folder: Path) -> int:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             if code := script.main(arguments):
                 return code
-    if "data" in data:
-        loaders_picture.draw(data["data"])
-    if "training" in data:
-        picture = data["training"].with_suffix(".png")
-        training.plot(json.loads(data["training"].read_text(encoding="utf-8")), str(picture))
+    if "bench_data" in data:
+        loaders_picture.draw(data["bench_data"])
+    if "bench_training" in data:
+        picture = data["bench_training"].with_suffix(".png")
+        training.plot(json.loads(data["bench_training"].read_text(encoding="utf-8")), str(picture))
     for file in data.values():
         file.unlink()
     for file in RESULTS.glob("exports/*/exports.json"):

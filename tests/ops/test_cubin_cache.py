@@ -31,7 +31,7 @@ def counted(*arguments):
 cubin_cache.compile_source = counted
 single_read.Kernel = lambda code, name: code
 torch.cuda.get_device_capability = lambda device: (9, 0)
-flags = dict.fromkeys(("HALF", "RESIDUAL", "SKIP_GRAD", "SCALED", "POOL"), 0) | {"RELU": 1, "CLAMP": 1}
+flags = dict.fromkeys(("HALF", "RESIDUAL", "SKIP_GRAD", "SCALED", "POOL", "SHORTCUT"), 0) | {"RELU": 1, "CLAMP": 1}
 flags |= TUNINGS[-1][-1].defines
 defines = tuple(f"-D{name}={value}" for name, value in flags.items())
 code = b"".join(single_read._kernel(0, direction, defines) for direction in ("forward", "backward"))

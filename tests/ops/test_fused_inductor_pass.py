@@ -71,8 +71,10 @@ def test_operators_of_deep_networks_are_known_to_inductor_before_it_meets_them()
     from torch._inductor.lowering import lowerings
 
     FoldGradients()(torch.fx.Graph())
-    pooled = torch.ops.onlinenorm.fused_max_pool_forward, torch.ops.onlinenorm.fused_max_pool_backward
-    assert all(operator.default in lowerings for operator in pooled)
+    operators = torch.ops.onlinenorm
+    pooled = operators.fused_max_pool_forward, operators.fused_max_pool_backward
+    shortcut = operators.fused_shortcut_forward, operators.fused_shortcut_backward
+    assert all(operator.default in lowerings for operator in (*pooled, *shortcut, operators.cast_together))
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 from onlinenorm.ops.fused import nvrtc, single_read, tiling, workspace
 from onlinenorm.ops.spec import NormSpec
 
-TUNINGS = [row[-1] for row in tiling.TUNINGS]
+OF_SHORTCUTS = [row[-1] for row in tiling.SHORTCUT_TUNINGS if row[-1]]
+TUNINGS = [row[-1] for row in tiling.TUNINGS] + OF_SHORTCUTS
 
 
 @pytest.mark.parametrize("group", sorted({tuning.group for tuning in TUNINGS}))
@@ -36,6 +37,7 @@ def test_tiles_cover_every_row_once_and_fit(group):
 def test_tunings_are_such_as_the_kernels_can_be_cut(tuning):
     assert tuning.group % tiling.WIDTH == 0 and tuning.threads <= 1024
     assert tuning.chunk % (tuning.group // tiling.WIDTH) == 0 and tuning.stages >= 2
+    assert tuning.group >= 2 * tiling.WIDTH or tuning not in OF_SHORTCUTS  # a column of either layer a thread
 
 
 def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
@@ -44,15 +46,16 @@ def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
     assert single_read.supports(images_on_a_gpu((2, 64, 8, 8)), NormSpec(alpha_fwd=1 - 1e-7))
 
 
-@pytest.mark.parametrize("pool", [0, 1])
+@pytest.mark.parametrize("fused", ["", "POOL", "SHORTCUT"])
 @pytest.mark.parametrize("error_compensation", ["CLAMP", "SCALED"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_cuda_compiles_without_a_gpu(direction, error_compensation, pool):
+def test_cuda_compiles_without_a_gpu(direction, error_compensation, fused):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA carries no NVRTC")
     source = single_read.source_of(direction)
-    flags = {"HALF": 1, "RELU": 1, "RESIDUAL": 1 - pool, "SKIP_GRAD": 1, "CLAMP": 0, "SCALED": 0, "POOL": pool}
-    flags |= {**TUNINGS[-1].defines, error_compensation: 1}
+    names = "HALF", "RELU", "RESIDUAL", "SKIP_GRAD", "CLAMP", "SCALED", "POOL", "SHORTCUT"
+    ones = {"HALF", "RELU", "SKIP_GRAD", error_compensation, fused, "" if fused == "POOL" else "RESIDUAL"}
+    flags = {name: int(name in ones) for name in names} | TUNINGS[-1].defines
     code = nvrtc.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
     assert code[:4] == b"\x7fELF" and f"online_norm_{direction}".encode() in code
     with pytest.raises(RuntimeError, match="NVRTC failed"):
@@ -60,10 +63,17 @@ def test_cuda_compiles_without_a_gpu(direction, error_compensation, pool):
 
 
 def test_parameters_are_laid_out_as_the_kernels_read_them():
-    source = (single_read.SOURCES / "common.cu").read_text()
-    body = re.sub(r"//.*", "", source.partition("struct Params {")[2].partition("};")[0])
-    declared = [name for line in body.split(";") for name in re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", line.strip())]
-    assert declared == [name for name, *_ in single_read.Params._fields_ if name != "padding"]
+    source = re.sub(r"//.*", "", (single_read.SOURCES / "common.cu").read_text())
+
+    def declared(structure):
+        lines = source.partition(f"struct {structure} {{")[2].partition("};")[0].split(";")
+        return [name for line in lines for name in re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", line.strip())]
+
+    assert declared("Norm") == list(single_read.NORM) and "Norm norms[2];" in source
+    at = declared("Params").index("norms")
+    names = declared("Params")[:at] + list(single_read.NORM)
+    names += [single_read.SHORTCUT + name for name in single_read.NORM] + declared("Params")[at + 1 :]
+    assert names == [name for name, *_ in single_read.Params._fields_ if name != "padding"]
     assert ctypes.sizeof(single_read.Params) % 64 == 0
 
 
@@ -130,6 +140,33 @@ def test_a_launch_passes_every_tensor(residual, error_compensation, without_gpu)
     assert params.tile_counter - params.channel_sums == 8 * 5 * scaled
 
 
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+def test_a_launch_for_two_layers_passes_the_tensors_of_both(error_compensation, without_gpu):
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 5, 64, 30, 30).bfloat16())
+    layer, second = torch.rand(2, 4, 64)
+    spec, scaled = NormSpec(error_compensation=error_compensation), error_compensation == "layer_scaling"
+    y, mask, flags = torch.empty_like(x), torch.empty(10), ("RELU", "RESIDUAL", "SHORTCUT")
+    tables = single_read.launch_forward((x, other), flags, spec, layer, y, mask, second)
+    found = single_read.launch_backward((y, x, other), flags, spec, layer, tables, mask, other, second)
+    forward, backward = (params for _, _, params, _ in FakeKernel.launched)
+    assert tables.shape == (2, 10 + scaled, 128) and len(found) == 5
+    for params in (forward, backward):
+        for prefix, table, own in (("", tables[0], layer), ("shortcut_", tables[1], second)):
+            passed = {"tables": table, "moments": table[5:], "weight": own[0], "bias": own[1]}
+            passed |= {"state_a": own[2], "state_b": own[3]} | ({"rzeta": table[10]} if scaled else {})
+            for name, tensor in passed.items():
+                assert getattr(params, prefix + name) == tensor.data_ptr(), (prefix, name)
+        assert params.shortcut_sample_sums - params.channel_sums == 8 * 5 * scaled
+        assert params.shortcut_tile_sums - params.shortcut_sample_sums == params.tile_sums - params.sample_sums
+        assert params.tile_counter - params.shortcut_channel_sums == 8 * 5 * scaled
+    assert (forward.out, forward.mask, backward.out) == (y.data_ptr(), mask.data_ptr(), found[0].data_ptr())
+    assert backward.out_residual == other.data_ptr()
+    for tensor, name in zip(found[1:], ("grad_weight", "grad_bias"), strict=False):
+        assert getattr(backward, name) == tensor.data_ptr()
+    for tensor, name in zip(found[3:], ("shortcut_grad_weight", "shortcut_grad_bias"), strict=True):
+        assert getattr(backward, name) == tensor.data_ptr()
+
+
 def images_on_a_gpu(shape):
     """As far as `supports` looks at them."""
     return SimpleNamespace(
@@ -147,6 +184,11 @@ def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, 
         shape = (rng.randint(1, 3), channels, height, width)
         monkeypatch.setattr(H100, "multi_processor_count", rng.choice([16, 114, 132]))
         x = images_on_a_gpu(shape)
+        if single_read.supports(x, spec, tensors=4):
+            for direction, flags in (("forward", ()), ("backward", ("SKIP_GRAD",))):
+                flags += "RELU", "RESIDUAL", "SHORTCUT"
+                for tuning in OF_SHORTCUTS:
+                    assert single_read._plan(0, direction, shape, False, flags, spec, tuning).cooperative
         if not single_read.supports(x, spec):
             continue
         taken += 1
@@ -230,6 +272,67 @@ def test_no_chunk_of_the_workspace_outlives_a_run_of_inductors_graphs(monkeypatc
     assert addresses[1] - addresses[0] == 1024 and list(workspace._chunks) == [(0, 8)]
     _, large = workspace.empty(workspace.LARGE + 1, here, 8)
     assert large.nbytes > workspace.LARGE and list(workspace._chunks) == [(0, 8)]
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """Launches that check and use the memory they are given, on the CPU."""
+    monkeypatch.setattr(workspace, "TAKES_TURNS", True)
+    for name in ("_pairs", "_largest", "_queues"):
+        monkeypatch.setattr(workspace, name, {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    fills = []
+    filled = workspace._filled
+    monkeypatch.setattr(workspace, "_filled", lambda size, device: fills.append(size) or filled(size, device))
+
+    def launch(size, stream=7, fails=False):
+        def queue(address, clear, clear_bytes):
+            messages = (ctypes.c_char * size).from_address(address)
+            assert messages.raw == b"\xff" * size, "messages of another launch"
+            assert not clear_bytes or clear + clear_bytes <= address or address + size <= clear
+            ctypes.memset(address, 0, size)
+            ctypes.memset(clear, 0xFF, clear_bytes)
+            if fails:
+                raise RuntimeError("refused")
+
+        workspace.with_messages(size, torch.device("cpu", 0), stream, queue)
+
+    return launch, fills
+
+
+def test_launches_that_take_turns_find_no_messages_of_one_another(turns, monkeypatch):
+    """Whatever their sizes and order, on several streams, while graphs are captured, and where a launch fails."""
+    (launch, fills), rng, capture = turns, random.Random(0), [0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capture[0] > 0)
+    monkeypatch.setattr(workspace, "capture_of", lambda stream: capture[0])
+    for _ in range(2000):
+        if rng.random() < 0.02:
+            capture[0] = rng.choice([0, capture[0] + 1])
+        if rng.random() < 0.01:
+            with pytest.raises(RuntimeError, match="refused"):
+                launch(rng.randint(1, 5000), fails=True)
+        launch(rng.choice([16, 300, 4096, 5000]), stream=rng.choice([7, 8]))
+    fills.clear()
+    for _ in range(100):
+        launch(4096)
+    assert len(fills) <= 1  # new regions at most
+
+
+def test_regions_are_as_large_as_the_largest_launch_of_the_device(turns):
+    launch, fills = turns
+    for size in (1000, 500, 3000, 1000, 3000, 200):
+        launch(size)
+    assert fills == [2 * 1024, 2 * 3072]
+    launch(100, stream=9)
+    assert fills[2:] == [2 * 3072]
+
+
+def test_where_inductor_makes_graphs_every_launch_fills_its_own(turns, monkeypatch):
+    launch, fills = turns
+    monkeypatch.setattr(workspace, "_inductor_makes_graphs_on", lambda *_: True)
+    for _ in range(3):
+        launch(1000)
+    assert fills == [1024] * 3 and not workspace._pairs
 
 
 class ThreadWithoutContext:

@@ -221,7 +221,7 @@ def test_everything_that_suits_fits_on_the_chip(error_compensation, monkeypatch)
         scaled = error_compensation == "layer_scaling"
         for direction in ("forward", "backward"):
             tuning = tiling.POOLED_TUNINGS[direction, scaled]
-            values = {"RESIDUAL": 0, "RELU": 1, "SKIP_GRAD": 1}
+            values = {"RESIDUAL": 0, "RELU": 1, "SKIP_GRAD": 1, "SHORTCUT": 0}
             cut = tiling.Tiling.of_pooled(*shape[2:], direction == "forward", 1)
             assert tiling.shared_memory(direction, values, tuning, cut) <= chip[1], (shape, direction)
             ctas = chip[0] // (shape[1] // 64)

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from onlinenorm.errors import ArgumentError
 from onlinenorm.ops import vectorized
-from onlinenorm.ops.fused import inductor_pass, max_pool
+from onlinenorm.ops.fused import inductor_pass, max_pool, shortcut
 from onlinenorm.ops.fused.kernels.forward import apply_kernel
 from onlinenorm.ops.fused.operators import OnlineNormFunction, dense, fused_evaluate
 from onlinenorm.ops.spec import NormSpec
 
-__all__ = ["evaluate", "train_step", "train_step_max_pool"]
+__all__ = ["evaluate", "train_step", "train_step_max_pool", "train_step_shortcut"]
 
 INTERPRETED = "Interpreted" in type(apply_kernel).__name__  # by Triton, on the CPU
+Layer = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor]  # weight, bias, mean, variance, u, v
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,6 +58,14 @@ def train_step_max_pool(
     if relu and residual is None and _kernels_serve(x, running_mean) and max_pool.supports(x, spec):
         return max_pool.OnlineNormMaxPool.apply(x, weight, bias, *state, spec)
     return F.max_pool2d(train_step(x, residual, weight, bias, *state, spec, relu), 3, 2, 1)
+
+
+def train_step_shortcut(x: Tensor, shortcut_x: Tensor, layer: Layer, shortcut_layer: Layer, spec: NormSpec) -> Tensor:
+    """relu(norm(x) + norm(shortcut_x)) of two layers of equal constants, in one operator each way if there is one."""
+    if _kernels_serve(x, layer[2]) and _kernels_serve(x, shortcut_layer[2]) and shortcut.supports(x, shortcut_x, spec):
+        return shortcut.OnlineNormShortcut.apply(x, shortcut_x, *layer, *shortcut_layer, spec)
+    residual = train_step(shortcut_x, None, *shortcut_layer, spec)
+    return train_step(x, residual, *layer, spec, True)
 
 
 def evaluate(

@@ -12,12 +12,15 @@ compiled does. A program that has a pass of its own keeps it; as a subclass of `
 """
 
 import functools
+import itertools
 import logging
 from pathlib import Path
 
 import torch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from onlinenorm.ops.fused.casts import gather_casts
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +30,19 @@ aten = torch.ops.aten
 class FoldGradients(CustomGraphPass):
     """Replace fused_backward(a + b, None, ...) by fused_backward(a, b, ...), and what is spread by what it spreads."""
 
+    casts_together = False  # cast all weights of convolutions at once, and their gradients
+
     def __call__(self, graph: torch.fx.Graph) -> None:
         _declare_operators()
+        if self.casts_together:
+            gather_casts(graph)
         backward = torch.ops.onlinenorm.fused_backward.default
-        pooled = torch.ops.onlinenorm.fused_max_pool_backward.default
+        others = (
+            torch.ops.onlinenorm.fused_max_pool_backward.default,
+            torch.ops.onlinenorm.fused_shortcut_backward.default,
+        )
         for node in list(graph.nodes):
-            if node.op != "call_function" or node.args[:1] not in ((backward,), (pooled,)):
+            if node.op != "call_function" or not node.args or node.args[0] not in (backward, *others):
                 continue
             grad = node.kwargs["grad"]
             if _is_plain_add(grad) and node.kwargs["skip_grad"] is None and len(grad.users) == 1:
@@ -49,8 +59,9 @@ class FoldGradients(CustomGraphPass):
 
     def uuid(self):
         # Part of the key of Inductor's cache on disk: none of its code expects other results of the operators.
-        results = [str(Path(__file__).with_name(name)) for name in ("max_pool.py", "operators.py", "single_read.py")]
-        return get_hash_for_files((__file__, *results))
+        names = "casts.py", "max_pool.py", "operators.py", "shortcut.py", "single_read.py"
+        results = [str(Path(__file__).with_name(name)) for name in names]
+        return get_hash_for_files((__file__, *results), str(self.casts_together))
 
 
 def _declare_operators() -> None:
@@ -62,7 +73,8 @@ def _declare_operators() -> None:
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
     from torch._library.utils import get_layout_constraint_tag
 
-    for name in ("fused_max_pool_forward", "fused_max_pool_backward"):
+    both = itertools.product(("fused_max_pool", "fused_shortcut"), ("forward", "backward"))
+    for name in ("cast_together", *map("_".join, both)):
         operator = getattr(torch.ops.onlinenorm, name).default
         if operator not in lowerings:
             make_fallback(operator, tag_to_layout_constraint(get_layout_constraint_tag(operator, with_default=True)))

@@ -66,8 +66,8 @@ def fused_max_pool_forward(
     check_first_pass()
     with torch.cuda.device_of(x):
         y, indices = _like_pooled(x), _indices(x)
-        tables = single_read.launch_forward((x,), ("RELU", "POOL"), spec, weight, bias, running_mean, running_var, y,
-                                            indices)  # fmt: skip
+        layer = weight, bias, running_mean, running_var
+        tables = single_read.launch_forward((x,), ("RELU", "POOL"), spec, layer, y, indices)
     return y, tables, indices
 
 
@@ -110,7 +110,9 @@ def fused_max_pool_backward(
         grads += (skip_grad.contiguous(**last),)
     flags = ("RELU", "POOL") + ("SKIP_GRAD",) * (skip_grad is not None)
     with torch.cuda.device_of(x):
-        return single_read.launch_backward(grads, flags, spec, weight, bias, tables, control_u, control_v, indices)
+        layer = weight, bias, control_u, control_v
+        grad_x, grad_weight, grad_bias = single_read.launch_backward(grads, flags, spec, layer, tables, indices)
+    return grad_x, grad_weight, grad_bias
 
 
 @fake(fused_max_pool_backward)

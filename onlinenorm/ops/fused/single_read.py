@@ -11,18 +11,31 @@ from torch import Tensor
 from onlinenorm.ops.fused import workspace
 from onlinenorm.ops.fused.cubin_cache import cubin
 from onlinenorm.ops.fused.nvrtc import Kernel, architecture, tensor_map
-from onlinenorm.ops.fused.tiling import POOLED_TUNINGS, WIDTH, Tiling, Tuning, even, shared_memory, tuning_for
+from onlinenorm.ops.fused.tiling import (
+    POOLED_TUNINGS,
+    WIDTH,
+    Tiling,
+    Tuning,
+    even,
+    shared_memory,
+    shortcut_tuning_for,
+    tuning_for,
+)
 from onlinenorm.ops.spec import NormSpec
 
 MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the sums of their slabs
-DEPTH = 4  # samples, of three tensors each, that must fit on the chip at once for it
+DEPTH = 4  # samples, of all tensors, that must fit on the chip at once for it
 SOURCES = Path(__file__).parent / "cuda"
 
-POINTERS = (
-    "out", "out_residual", "mask", "weight", "bias", "state_a", "state_b", "tables", "moments", "grad_weight",
-    "grad_bias", "rzeta", "sample_sums", "tile_sums", "channel_sums", "tile_counter",
+POINTERS = ("out", "out_residual", "mask", "tile_counter", "clear")
+NORM = (
+    "weight", "bias", "state_a", "state_b", "tables", "moments", "rzeta", "grad_weight", "grad_bias", "sample_sums",
+    "tile_sums", "channel_sums",
 )  # fmt: skip
-INTEGERS = ("samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes", "width")
+SHORTCUT = "shortcut_"  # before the names of the second layer's
+INTEGERS = (
+    "samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes", "width", "clear_count",
+)  # fmt: skip
 REALS = ("alpha_fwd", "one_minus_alpha_fwd", "alpha_bkw", "one_minus_alpha_bkw", "eps", "clamp", "zeta_eps", "scale")
 
 
@@ -30,18 +43,19 @@ class Params(ctypes.Structure):
     """The kernels' argument; same order as in common.cu."""
 
     _fields_ = (
-        ("maps", ctypes.c_char * 128 * 3),
-        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("maps", ctypes.c_char * 128 * 4),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, *NORM, *(SHORTCUT + name for name in NORM))),
         *((name, ctypes.c_int) for name in INTEGERS),
         *((name, ctypes.c_float) for name in REALS),
-        ("padding", ctypes.c_char * 60),  # to whole 64 bytes, as the maps are aligned
+        ("padding", ctypes.c_char * 16),  # to whole 64 bytes, as the maps are aligned
     )
 
 
 @functools.cache
 def source_of(direction: str) -> str:
     """The CUDA source of the forward or the backward kernel."""
-    return "".join((SOURCES / f"{name}.cu").read_text() for name in ("common", "max_pool", direction))
+    names = ("common", "sums", "max_pool", *(("backward_stage",) if direction == "backward" else ()), direction)
+    return "\n".join((SOURCES / f"{name}.cu").read_text() for name in names)
 
 
 @functools.cache
@@ -63,8 +77,8 @@ class Launch:
     box_rows: int
     tile_sums: int  # where these begin, in bytes behind the sums of samples
     channel_sums: int
-    tile_counter: int
-    workspace: int  # bytes of all of these
+    messages: int  # bytes of all of these, of one layer
+    workspace: int  # and of all layers with the tile scheduler's counters
     params: bytes
 
 
@@ -79,7 +93,7 @@ def _plan(
     """
     samples, channels, height, width = shape
     pixels, slabs = height * width, channels // WIDTH
-    names = "RELU", "RESIDUAL", "SKIP_GRAD", "POOL"
+    names = "RELU", "RESIDUAL", "SKIP_GRAD", "POOL", "SHORTCUT"
     scaled = spec.error_compensation == "layer_scaling"
     values: dict[str, int] = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", "SCALED": scaled}
     values |= {name: name in flags for name in names}
@@ -96,13 +110,14 @@ def _plan(
         most_rows -= 2
         tiling = cut(most_rows)
     kernel.allow_shared_memory(shared)
-    threads = tuning.threads + (WIDTH if scaled and direction == "forward" else 0)  # the scale warps
+    norms = 1 + values["SHORTCUT"]
+    threads = tuning.threads + (norms * WIDTH if scaled and direction == "forward" else 0)  # the scale warps
     resident = kernel.ctas_per_multiprocessor(threads, shared)
     ctas_per_slab = max(1, min(resident * multiprocessors // slabs, tiling.items(samples)))
     assert not scaled or (resident and ctas_per_slab * tuning.stages >= tiling.tiles), "more than `supports` allows"
     tile_sums = 8 * samples * channels
     channel_sums = tile_sums * (1 + tiling.tiles) if tiling.tiles > 1 else tile_sums
-    tile_counter = channel_sums + 8 * samples * slabs * scaled
+    messages = channel_sums + 8 * samples * slabs * scaled
     params = Params(
         samples=samples,
         channels=channels,
@@ -123,13 +138,16 @@ def _plan(
         scale=spec.gradient_scale,
     )
     return Launch(
-        kernel, ctas_per_slab * slabs, threads, shared, scaled, tiling.box_rows, tile_sums, channel_sums, tile_counter,
-        tile_counter + 4 * slabs, bytes(params),
+        kernel, ctas_per_slab * slabs, threads, shared, scaled, tiling.box_rows, tile_sums, channel_sums, messages,
+        norms * messages + 4 * slabs, bytes(params),
     )  # fmt: skip
 
 
-def supports(x: Tensor, spec: NormSpec) -> bool:
-    """Whether to use these kernels: Hopper or later, 16 bits, channels_last, whole slabs of 64 channels."""
+def supports(x: Tensor, spec: NormSpec, tensors: int = 3) -> bool:
+    """Whether to use these kernels: Hopper or later, 16 bits, channels_last, whole slabs of 64 channels.
+
+    ``tensors`` are the most that a kernel reads tiles of.
+    """
     return (
         x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -137,17 +155,17 @@ def supports(x: Tensor, spec: NormSpec) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
         and supports_device(x.device.index)
-        and (spec.error_compensation != "layer_scaling" or _fits_on_chip(x, spec))
+        and (spec.error_compensation != "layer_scaling" or _fits_on_chip(x, spec, tensors))
     )
 
 
-def _fits_on_chip(x: Tensor, spec: NormSpec) -> bool:
+def _fits_on_chip(x: Tensor, spec: NormSpec, tensors: int = 3) -> bool:
     """Whether whole samples wait on the chip, ``DEPTH`` times over, for the sums that layer scaling takes of them."""
     _, channels, height, width = x.shape
     if spec.layer_scaling_group_size not in (None, channels) or channels > MOST_SCALED:
         return False
     ctas = channels // WIDTH * ctas_per_slab(x)
-    return DEPTH * 3 * channels * height * width * x.element_size() <= ctas * _chip(x.device.index)[1]
+    return DEPTH * tensors * channels * height * width * x.element_size() <= ctas * _chip(x.device.index)[1]
 
 
 def ctas_per_slab(x: Tensor) -> int:
@@ -176,45 +194,65 @@ def _supports_device(device: int) -> bool:
     return capability >= (9, 0) and architecture(*capability) is not None
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """``tensor`` where 16 bytes at a time may be read, a copy if need be."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], spec: NormSpec, **tensors) -> None:
     """Queue a kernel over ``inputs``: x first forward and second backward."""
-    inputs = tuple([_aligned(tensor) for tensor in inputs])
+    inputs = tuple([aligned(tensor) for tensor in inputs])
     x = inputs[direction == "backward"]
     shape, device = tuple(x.shape), x.device
     samples, channels, height, width = shape
-    scaled, residual = spec.error_compensation == "layer_scaling", "RESIDUAL" in flags or "SKIP_GRAD" in flags
+    scaled = spec.error_compensation == "layer_scaling"
+    tuning: Tuning | None
     if "POOL" in flags:
         tuning = POOLED_TUNINGS[direction, scaled]
+    elif "SHORTCUT" in flags:
+        tuning = shortcut_tuning_for(direction, scaled, samples, height * width)
+        assert tuning, "`shortcut` asks first"
     else:
+        residual = "RESIDUAL" in flags or "SKIP_GRAD" in flags
         tuning = tuning_for(direction, scaled, residual, samples, height * width)
     plan = _plan(device.index, direction, shape, x.dtype == torch.float16, flags, spec, tuning)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     params = Params.from_buffer_copy(plan.params)
-    # Mailboxes between CTAs and the tile scheduler's counters, empty at first: all bits set.
-    address, held = workspace.empty(plan.workspace, device, stream)
-    params.sample_sums, params.tile_sums = address, address + plan.tile_sums
-    params.channel_sums, params.tile_counter = address + plan.channel_sums, address + plan.tile_counter
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(params, name, tensor.data_ptr())
-    params.moments = params.tables + 8 * samples * channels  # behind the states
-    params.rzeta = params.moments + 8 * samples * channels
     maps = b""
     for tensor in inputs:  # a box of a pooled one is a row of it
         box_rows = plan.box_rows if tensor.shape == shape else width // 2
         maps += tensor_map(tensor.data_ptr(), tensor.numel() // channels, channels, box_rows, WIDTH)
     ctypes.memmove(ctypes.addressof(params) + Params.maps.offset, maps, len(maps))
-    plan.kernel.launch(plan.ctas, plan.threads, plan.shared_memory, stream, params, plan.cooperative)
-    del held
+
+    def queue(address: int, clear: int, clear_bytes: int) -> None:
+        """Launch with mailboxes between CTAs and the tile scheduler's counters at ``address``, empty: all bits set."""
+        _place_tables(params, "", address, plan)
+        if "SHORTCUT" in flags:
+            address += plan.messages
+            rows = table_rows(samples, channels, spec.error_compensation)
+            params.shortcut_tables = params.tables + 8 * channels * rows
+            _place_tables(params, SHORTCUT, address, plan)
+        params.tile_counter = address + plan.messages
+        params.clear, params.clear_count = clear, clear_bytes // 16
+        plan.kernel.launch(plan.ctas, plan.threads, plan.shared_memory, stream, params, plan.cooperative)
+
+    workspace.with_messages(plan.workspace, device, stream, queue)
+
+
+def _place_tables(params: Params, layer: str, address: int, plan: Launch) -> None:
+    """What lies behind a layer's states in its table, and its messages from ``address`` on."""
+    size = 8 * params.samples * params.channels
+    moments = getattr(params, layer + "tables") + size
+    places = moments, moments + size, address, address + plan.tile_sums, address + plan.channel_sums
+    for name, place in zip(("moments", "rzeta", "sample_sums", "tile_sums", "channel_sums"), places, strict=True):
+        setattr(params, layer + name, place)
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _aligned(tensor.float().contiguous())
+    return None if tensor is None else aligned(tensor.float().contiguous())
 
 
 def mask_size(x: Tensor) -> int:
@@ -227,31 +265,45 @@ def table_rows(samples: int, channels: int, error_compensation: str) -> int:
     return 2 * samples + (-(-samples // (2 * channels)) if error_compensation == "layer_scaling" else 0)
 
 
-def launch_forward(inputs, flags, spec: NormSpec, weight, bias, running_mean, running_var, y, mask) -> Tensor:
-    """Fill y, and mask where the flags ask for one; returns the table (1, rows, 2 C) and moves the state."""
+def _layer(prefix: str, weight, bias, state_a, state_b) -> dict[str, Tensor | None]:
+    """Parameters and state of a layer by the kernels' names."""
+    values = _parameter(weight), _parameter(bias), state_a, state_b
+    return {prefix + name: value for name, value in zip(NORM, values, strict=False)}
+
+
+def launch_forward(inputs, flags, spec: NormSpec, layer, y, mask, shortcut=None) -> Tensor:
+    """Fill y, and mask where the flags ask for one; returns the table (layers, rows, 2 C) and moves the states.
+
+    ``layer``, and ``shortcut`` that normalises the residual, are each weight, bias, mean and variance.
+    """
     samples, channels = inputs[0].shape[:2]
-    rows = table_rows(samples, channels, spec.error_compensation)
-    tables = torch.empty((1, rows, 2 * channels), dtype=torch.float32, device=y.device)
-    _launch(
-        "forward", inputs, flags, spec, out=y, mask=mask, weight=_parameter(weight), bias=_parameter(bias),
-        state_a=running_mean, state_b=running_var, tables=tables,
-    )  # fmt: skip
+    rows, layers = table_rows(samples, channels, spec.error_compensation), 1 + (shortcut is not None)
+    tables = torch.empty((layers, rows, 2 * channels), dtype=torch.float32, device=y.device)
+    other = {} if shortcut is None else _layer(SHORTCUT, *shortcut)
+    _launch("forward", inputs, flags, spec, out=y, mask=mask, tables=tables, **_layer("", *layer), **other)
     return tables
 
 
 def launch_backward(
-    inputs, flags, spec: NormSpec, weight, bias, tables, control_u, control_v, mask, grad_residual=None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, which is ``inputs[1]``, weight and bias; moves u and v, and fills ``grad_residual``."""
+    inputs, flags, spec: NormSpec, layer, tables, mask, grad_residual=None, shortcut=None
+) -> tuple[Tensor, ...]:
+    """Gradients of x, which is ``inputs[1]``, and of weight and bias of each layer; moves u and v.
+
+    Fills ``grad_residual``. ``layer``, and ``shortcut``, whose x is ``inputs[2]``, are each weight, bias, u and v.
+    """
     x = inputs[1]
     grad_x = torch.empty_like(x)
-    grad_weight, grad_bias = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
+    arguments, gradients = _layer("", *layer), []
+    if shortcut is not None:
+        arguments |= _layer(SHORTCUT, *shortcut)
+    for name in ("grad_weight", "grad_bias", SHORTCUT + "grad_weight", SHORTCUT + "grad_bias")[: 2 * len(tables)]:
+        gradients.append(torch.empty(x.shape[1], dtype=torch.float32, device=x.device))
+        arguments[name] = gradients[-1]
     _launch(
-        "backward", inputs, flags, spec, out=grad_x, out_residual=grad_residual, mask=mask, weight=_parameter(weight),
-        bias=_parameter(bias), state_a=control_u, state_b=control_v, tables=_aligned(tables), grad_weight=grad_weight,
-        grad_bias=grad_bias,
+        "backward", inputs, flags, spec, out=grad_x, out_residual=grad_residual, mask=mask, tables=aligned(tables),
+        **arguments,
     )  # fmt: skip
-    return grad_x, grad_weight, grad_bias
+    return grad_x, *gradients
 
 
 def forward(
@@ -273,7 +325,7 @@ def forward(
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None
     inputs = (x,) if residual is None else (x, residual)
     flags = ("RESIDUAL",) * (residual is not None) + ("RELU",) * relu
-    return y, launch_forward(inputs, flags, spec, weight, bias, running_mean, running_var, y, mask), mask
+    return y, launch_forward(inputs, flags, spec, (weight, bias, running_mean, running_var), y, mask), mask
 
 
 def backward(
@@ -295,12 +347,12 @@ def backward(
     With ``overwrite`` the residual's gradient may take the memory of ``grad``: a CTA reads each element once, before
     it writes that of the residual.
     """
-    grad_residual, grad = None, _aligned(grad)
+    grad_residual, grad = None, aligned(grad)
     if mask is not None:
-        grad_residual, mask = grad if overwrite else torch.empty_like(x), _aligned(mask)
+        grad_residual, mask = grad if overwrite else torch.empty_like(x), aligned(mask)
     flags = ("RELU",) * relu + ("RESIDUAL",) * (mask is not None) + ("SKIP_GRAD",) * (skip_grad is not None)
     inputs = (grad, x) if skip_grad is None else (grad, x, skip_grad)
     grad_x, grad_weight, grad_bias = launch_backward(
-        inputs, flags, spec, weight, bias, tables, control_u, control_v, mask, grad_residual
+        inputs, flags, spec, (weight, bias, control_u, control_v), tables, mask, grad_residual
     )
     return grad_x, grad_residual, grad_weight, grad_bias

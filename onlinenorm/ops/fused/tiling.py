@@ -56,6 +56,27 @@ POOLED_TUNINGS = {  # with a max-pool: (direction, layer scaling)
 }
 
 
+# With a shortcut's norm: (direction, layer scaling, rows from, pixels from, tuning), chosen likewise from what
+# scripts/bench/shortcut.py measures; None where two kernels, one of each layer, are as fast.
+SHORTCUT_TUNINGS = (
+    ("forward", False, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("forward", False, 0, 0, Tuning(128, stages=3, chunk=8, rows=400)),
+    ("forward", True, 0, 784, Tuning(128, stages=3, chunk=8, rows=400)),
+    ("forward", True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("forward", True, 0, 0, Tuning(128, stages=4, chunk=8, rows=400)),
+    ("backward", False, 0, 3136, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", False, 200_000, 784, None),
+    ("backward", False, 0, 784, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", False, 0, 196, None),
+    ("backward", False, 0, 0, Tuning(128, stages=3, chunk=8, rows=400)),
+    ("backward", True, 0, 3136, Tuning(128, stages=3, chunk=8, rows=400)),
+    ("backward", True, 0, 784, Tuning(128, stages=2, chunk=8, rows=400)),
+    ("backward", True, 0, 196, None),
+    ("backward", True, 6_000, 0, None),
+    ("backward", True, 0, 0, Tuning(128, stages=2, chunk=8, rows=400)),
+)
+
+
 @functools.cache
 def tuning_for(direction: str, scaled: bool, residual: bool, samples: int, pixels: int) -> Tuning:
     """Row of TUNINGS for a tensor of ``samples`` images of ``pixels``."""
@@ -63,6 +84,15 @@ def tuning_for(direction: str, scaled: bool, residual: bool, samples: int, pixel
         if key == [direction, scaled, residual] and samples * pixels >= rows and pixels >= least:
             return tuning
     raise AssertionError(f"TUNINGS has no row for {direction}, {scaled}, {residual}")
+
+
+@functools.cache
+def shortcut_tuning_for(direction: str, scaled: bool, samples: int, pixels: int) -> Tuning | None:
+    """Row of SHORTCUT_TUNINGS; None: the layers run in a kernel each."""
+    for *key, rows, least, tuning in SHORTCUT_TUNINGS:
+        if key == [direction, scaled] and samples * pixels >= rows and pixels >= least:
+            return tuning
+    return None
 
 
 @dataclass(frozen=True)
@@ -116,18 +146,20 @@ class Tiling:
 def shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling: Tiling) -> int:
     """Bytes that a CTA takes, as the kernels lay them out."""
     rows, segments, warps = tiling.boxes * tiling.box_rows, tuning.group // WIDTH, tuning.group // 32
-    scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * (2 * 8 * warps + 8 * segments)
+    norms = 1 + values["SHORTCUT"]
+    scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * 8 * segments
     if direction == "forward":
+        scratch += WIDTH * 2 * 8 * warps
         stage = rows * 2 * WIDTH * (1 + values["RESIDUAL"])
-        scratch += WIDTH * (8 * tuning.chunk + 2 * 4 * segments) + 4 * segments
+        scratch += norms * (WIDTH * (8 * tuning.chunk + 2 * 4 * segments) + 4 * segments)
     else:
         grads = (tiling.tile_rows // 2 + tiling.line) // 2 if tiling.line else rows
-        stage = (rows + grads * (1 + values["SKIP_GRAD"])) * 2 * WIDTH + tiling.segments * 8 * WIDTH
+        stage = (norms * rows + grads * (1 + values["SKIP_GRAD"])) * 2 * WIDTH + norms * tiling.segments * 8 * WIDTH
         if tiling.line:
             stage += -(-grads * 32 // 128) * 128
         if values["RELU"] and values["RESIDUAL"]:
             stage += -(-tiling.segments * even(tiling.tile_rows) * 8 // 128) * 128
-        scratch += WIDTH * (6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments
+        scratch += norms * (WIDTH * (2 * 8 * warps + 6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments)
     return tuning.stages * stage + scratch
 
 

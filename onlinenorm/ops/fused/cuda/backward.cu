@@ -1,65 +1,36 @@
 // grad_x = A g + B (x - m) + D behind the masks of ReLU and clamp, the residual's gradient, those of the parameters, and
-// the controls moved past the batch. g replaces the gradient in shared memory once it is masked.
+// the controls moved past the batch. g replaces the gradient in shared memory once it is masked; with a SHORTCUT as far as
+// both layers share it, which is before the clamps.
 
 struct Scratch {
     Stages stages;
-    alignas(16) float2 warps[2][WARPS * WIDTH];
+    alignas(16) float2 warps[2][NORMS][WARPS * WIDTH];
     float2 parts[SEGMENTS][WIDTH];
-    float table[6][CHUNK][WIDTH];  // of the samples to advance over, see `row_of`
-    float gain[SEGMENTS][WIDTH], slope[SEGMENTS][WIDTH], constant[SEGMENTS][WIDTH];
-    float2 scaling[SEGMENTS];  // 1 / zeta and kappa, of layer scaling
+    float table[6][CHUNK][COLUMNS];  // of the samples to advance over, see `row_of`
+    float gain[SEGMENTS][COLUMNS], slope[SEGMENTS][COLUMNS], constant[SEGMENTS][COLUMNS];
+    float2 scaling[SEGMENTS][NORMS];  // 1 / zeta and kappa, of layer scaling
 };
 
-constexpr bool MASK = RELU && RESIDUAL, REWRITES = SKIP_GRAD || !POOL && (RELU || CLAMP);
-
-// A stage, in 16 bytes: tiles of grad, x and skip_grad, (m, var) of its samples, and the ReLU's bits or the indices of a
-// max-pool. A pooled gradient's tile has the rows of all windows that the tile's pixels are in, one more than it makes.
-__device__ __forceinline__ int grad_boxes(const Params& p) { return POOL ? p.tile_rows / (2 * p.width) + 1 : p.boxes; }
-__device__ __forceinline__ int grad_box_rows(const Params& p) { return POOL ? p.width / 2 : p.box_rows; }
-__device__ __forceinline__ int grad_size(const Params& p) { return grad_boxes(p) * grad_box_rows(p) * LANES; }
-__device__ __forceinline__ int skip_grad_at(const Params& p) { return grad_size(p) + stage_rows(p) * LANES; }
-__device__ __forceinline__ int states_at(const Params& p) { return skip_grad_at(p) + SKIP_GRAD * grad_size(p); }
-__device__ __forceinline__ int mask_at(const Params& p) { return states_at(p) + p.segments * WIDTH / 2; }
-__device__ __forceinline__ int mask_bytes(const Params& p) {
-    return POOL ? grad_size(p) / LANES * 32 : MASK ? p.segments * even(p.tile_rows) * 8 : 0;
-}
-__device__ __forceinline__ int stage_size(const Params& p) { return mask_at(p) + (mask_bytes(p) + 127) / 128 * 8; }
-
 // The mailbox of a sample's sums, of g and g (x - m), of the thread's channel.
-__device__ __forceinline__ u64* sums_of(const Params& p, const Place& at, int sample) {
-    return p.sample_sums + (long long)sample * p.channels + at.channel;
+__device__ __forceinline__ u64* sums_of(const Params& p, const Norm& norm, const Place& at, int sample) {
+    return norm.sample_sums + (long long)sample * p.channels + at.channel;
 }
-
-#if POOL
-__device__ __forceinline__ const u32* indices_of(const Params& p, const uint4* start) {
-    return reinterpret_cast<const u32*>(start + mask_at(p));
-}
-
-// Reduce warps: the sum of both pooled gradients in place of the first, rounded as torch's would be.
-__device__ __forceinline__ void add_skip_grad(const Params& p, const Place& at, uint4* start) {
-    const uint4* skip_grad = start + skip_grad_at(p);
-    for (int i = at.thread; i < grad_size(p); i += GROUP) {
-        float a[8], b[8];
-        unpack(start[i], a);
-        unpack(skip_grad[i], b);
-#pragma unroll
-        for (int k = 0; k < 8; k++) a[k] += b[k];
-        start[i] = pack(a);
-    }
-    sync<1>();
-}
-#endif
 
 __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, Scratch& s, uint4* memory) {
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
-    float bias[8];
-    parameters8(p.bias, at, 0.f, bias);
     // Layer scaling wants mean(g w) over a sample: this channel's part is taken from its sums.
-    const float own_bias = p.bias ? p.bias[at.channel] : 0.f, own_weight = p.weight ? p.weight[at.channel] : 1.f;
+    float bias[NORMS][8], own_bias[NORMS], own_weight[NORMS];
+#pragma unroll
+    for (int t = 0; t < NORMS; t++) {
+        const Norm& norm = p.norms[t];
+        parameters8(norm.bias, at, 0.f, bias[t]);
+        own_bias[t] = norm.bias ? norm.bias[at.channel] : 0.f, own_weight[t] = norm.weight ? norm.weight[at.channel] : 1.f;
+    }
     const float per_pixels = 1.f / p.pixels;
-    auto announce = [&](int n, float2 sums, float rstd) {
-        publish(sums_of(p, at, n), sums.x, sums.y);
-        if (SCALED) publish_channel_sum(p, at, n, sum_of_lanes((own_weight * rstd * sums.y + own_bias * sums.x) * per_pixels));
+    auto announce = [&](int t, int n, float2 sums, float rstd) {
+        publish(sums_of(p, p.norms[t], at, n), sums.x, sums.y);
+        const float part = own_weight[t] * rstd * sums.y + own_bias[t] * sums.x;
+        if (SCALED) publish_channel_sum(p.norms[t], at, n, sum_of_lanes(part * per_pixels));
     };
     visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
         uint4* start = memory + stage * stage_size(p);
@@ -67,81 +38,99 @@ __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, S
         const unsigned char* bits = reinterpret_cast<const unsigned char*>(start + mask_at(p)) + at.segment * even(p.pixels) * 8 + at.lane;
         uint4* out_residual = p.out_residual + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
         const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
-        float m[8], scale[8], weight[8];  // w = (x - m) scale + bias
-        parameters8(p.weight, at, 1.f, weight);
+        float m[NORMS][8], scale[NORMS][8], rstd[NORMS], sum[NORMS][8] = {}, product[NORMS][8] = {};  // w = (x - m) scale + bias
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const float4 two = reinterpret_cast<const float4*>(start + states_at(p) + (at.segment * WIDTH + at.lane * 8) / 2)[k];
-            m[2 * k] = two.x, scale[2 * k] = weight[2 * k] * rsqrtf(two.y + p.eps);
-            m[2 * k + 1] = two.z, scale[2 * k + 1] = weight[2 * k + 1] * rsqrtf(two.w + p.eps);
+        for (int t = 0; t < NORMS; t++) {
+            const uint4* own = start + states_at(p) + t * p.segments * WIDTH / 2;
+            float weight[8];
+            parameters8(p.norms[t].weight, at, 1.f, weight);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const float4 two = reinterpret_cast<const float4*>(own + (at.segment * WIDTH + at.lane * 8) / 2)[k];
+                m[t][2 * k] = two.x, scale[t][2 * k] = weight[2 * k] * rsqrtf(two.y + p.eps);
+                m[t][2 * k + 1] = two.z, scale[t][2 * k + 1] = weight[2 * k + 1] * rsqrtf(two.w + p.eps);
+            }
+            const float2* states = reinterpret_cast<const float2*>(own) + (segment < item.count ? segment : 0) * WIDTH;
+            rstd[t] = SCALED ? rsqrtf(states[at.c].y + p.eps) : 0.f;
         }
-        const float2* states = reinterpret_cast<const float2*>(start + states_at(p));
-        const float rstd = SCALED && segment < item.count ? rsqrtf(states[segment * WIDTH + at.c].y + p.eps) : 0.f;
-        float sum[8] = {}, product[8] = {};
 #if POOL
         if (SKIP_GRAD) add_skip_grad(p, at, start);
         visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start), [&](int, const float (&g)[8], const float (&x)[8]) {
 #pragma unroll
             for (int k = 0; k < 8; k++) {
-                sum[k] += g[k];
-                product[k] += g[k] * (x[k] - m[k]);
+                sum[0][k] += g[k];
+                product[0][k] += g[k] * (x[k] - m[0][k]);
             }
         });
 #else
 #pragma unroll 2
         for (int row = at.row; row < rows; row += at.step) {
-            float g[8], x[8];
+            float g[8];
             unpack(tile[row * LANES], g);
-            unpack(tile[tile_size + row * LANES], x);
 #if SKIP_GRAD
             float other[8];
-            unpack(tile[2 * tile_size + row * LANES], other);
+            unpack(tile[(1 + NORMS) * tile_size + row * LANES], other);
 #pragma unroll
             for (int k = 0; k < 8; k++) g[k] += other[k];
 #endif
-            const u32 mask = MASK ? bits[row * 8] : 0;
+#if RELU && RESIDUAL
+            const u32 mask = bits[row * 8];
 #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                x[k] -= m[k];
-                if (MASK) g[k] = mask >> k & 1 ? g[k] : 0.f;
-                else if (RELU) g[k] = x[k] * scale[k] + bias[k] <= 0.f ? 0.f : g[k];
-            }
-            if (MASK) out_residual[(long long)row * pitch] = pack(g);
+            for (int k = 0; k < 8; k++) g[k] = mask >> k & 1 ? g[k] : 0.f;
+            if (!SHORTCUT) out_residual[(long long)row * pitch] = pack(g);
+#endif
+            if (REWRITES && SHORTCUT) tile[row * LANES] = pack(g);
 #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                if (CLAMP) g[k] = fabsf(x[k] * scale[k] + bias[k]) < p.clamp ? g[k] : 0.f;
-                sum[k] += g[k];
-                product[k] += g[k] * x[k];
+            for (int t = 0; t < NORMS; t++) {
+                float x[8];
+                unpack(tile[(1 + t) * tile_size + row * LANES], x);
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    x[k] -= m[t][k];
+                    float own = g[k];
+                    if (RELU && !MASK) own = x[k] * scale[t][k] + bias[t][k] <= 0.f ? 0.f : own;
+                    if (CLAMP) own = fabsf(fmaf(x[k], scale[t][k], bias[t][k])) < p.clamp ? own : 0.f;
+                    sum[t][k] += own;
+                    product[t][k] += own * x[k];
+                    if (!SHORTCUT) g[k] = own;
+                }
             }
-            if (REWRITES) tile[row * LANES] = pack(g);
+            if (REWRITES && !SHORTCUT) tile[row * LANES] = pack(g);
         }
 #endif
         if (REWRITES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // TMA writes here next
         release(s.stages.reduced + stage, at);
-        float2* warps = s.warps[i & 1];
-        sum_within_warp(sum, product, warps, at);
+#pragma unroll
+        for (int t = 0; t < NORMS; t++) sum_within_warp(sum[t], product[t], s.warps[i & 1][t], at);
         sync<1>();
         if (segment < item.count) {
-            const float2 total = sum_of_warps(p, warps, at);
-            if (p.tiles == 1) announce(item.sample + segment, total, rstd);
-            else publish(tile_sums_of(p, at, item.sample) + item.tile * WIDTH + at.c, total.x, total.y);
+#pragma unroll
+            for (int t = 0; t < NORMS; t++) {
+                const float2 total = sum_of_warps(p, s.warps[i & 1][t], at);
+                if (p.tiles == 1) announce(t, item.sample + segment, total, rstd[t]);
+                else publish(tile_sums_of(p, p.norms[t], at, item.sample) + item.tile * WIDTH + at.c, total.x, total.y);
+            }
         }
-        if (p.tiles > 1 && item.tile == p.tiles - 1) {
-            float centre;
-            const float2 total = merge_tile_sums(p, at, tile_sums_of(p, at, item.sample), s.parts, centre,
+        if (p.tiles == 1 || item.tile < p.tiles - 1) return;
+        float centre;
+        const float2 total = merge_tile_sums(p, at, tile_sums_of(p, p.norms[at.norm], at, item.sample), s.parts, centre,
                                              [](float2& sum, float2 part, int) { sum.x += part.x, sum.y += part.y; });
-            if (at.thread < WIDTH) announce(item.sample, total, rstd);
-        }
+#pragma unroll
+        for (int t = 0; t < NORMS; t++)
+            if (at.thread / WIDTH == t) announce(t, item.sample, total, rstd[t]);
     });
 }
 
 __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory, float u, float v) {
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
-    const float weight = p.weight ? p.weight[at.channel] : 1.f, own_bias = p.bias ? p.bias[at.channel] : 0.f;
+    const Norm& norm = p.norms[at.norm];  // of table work
+    const float weight = norm.weight ? norm.weight[at.channel] : 1.f, own_bias = norm.bias ? norm.bias[at.channel] : 0.f;
     const float per_pixels = 1.f / p.pixels, per_channels = 1.f / p.channels;
-    float bias[8], grad_weight = 0.f, grad_bias = 0.f;
-    if (SCALED) parameters8(p.bias, at, 0.f, bias);
-    int position = 0;  // u and v are those before this sample, one channel a thread of the first 64
+    float bias[NORMS][8], grad_weight = 0.f, grad_bias = 0.f;
+#pragma unroll
+    for (int t = 0; t < NORMS; t++)
+        if (SCALED || CLAMP && SHORTCUT) parameters8(p.norms[t].bias, at, 0.f, bias[t]);
+    int position = 0;  // u and v are those before this sample, one column a thread of the first COLUMNS
     bool closing = false;
 
     // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's moments, the
@@ -174,25 +163,25 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
     };
     auto row_at = [&](int j, float (&row)[6]) {
 #pragma unroll
-        for (int i = 0; i < 6; i++) row[i] = s.table[i][j][at.c];
+        for (int i = 0; i < 6; i++) row[i] = s.table[i][j][at.column];
     };
 
     // Ask for the sums of the next samples up to `last`, which may not be there yet, and read their states and moments.
     u64 words[WORDS], channel_sums[WORDS] = {};
     float2 before[WORDS], moments[WORDS];
     float rzeta[WORDS] = {};
-    const int mine = at.thread / WIDTH;
+    auto mine = [&](int j) { return at.reader + READERS * j; };
     auto of_sample = [&](const float2* table, int sample) { return table[(long long)sample * p.channels + at.channel]; };
-    auto sample_of = [&](int j) { return position + mine + SEGMENTS * j; };
+    auto sample_of = [&](int j) { return position + mine(j); };
     auto ask = [&](int last) {
 #pragma unroll
         for (int j = 0; j < WORDS; j++) {
             const bool wanted = sample_of(j) < last;
-            words[j] = wanted ? peek(sums_of(p, at, sample_of(j))) : 0;
-            if (wanted) before[j] = of_sample(p.tables, sample_of(j)), moments[j] = of_sample(p.moments, sample_of(j));
+            words[j] = wanted ? peek(sums_of(p, norm, at, sample_of(j))) : 0;
+            if (wanted) before[j] = of_sample(norm.tables, sample_of(j)), moments[j] = of_sample(norm.moments, sample_of(j));
             if (SCALED) {
-                channel_sums[j] = wanted ? peek_channel_sums(p, at, sample_of(j)) : 0;
-                rzeta[j] = wanted ? p.rzeta[sample_of(j)] : 0.f;
+                channel_sums[j] = wanted ? peek_channel_sums(norm, at, sample_of(j)) : 0;
+                rzeta[j] = wanted ? norm.rzeta[sample_of(j)] : 0.f;
             }
         }
     };
@@ -202,13 +191,13 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
             missing = false;
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (words[j] == EMPTY) words[j] = peek(sums_of(p, at, sample_of(j)));
+                if (words[j] == EMPTY) words[j] = peek(sums_of(p, norm, at, sample_of(j)));
 #pragma unroll
             for (int j = 0; j < WORDS; j++) missing |= words[j] == EMPTY;
 #if SCALED
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (half_empty(channel_sums[j])) channel_sums[j] = peek_channel_sums(p, at, sample_of(j));
+                if (half_empty(channel_sums[j])) channel_sums[j] = peek_channel_sums(norm, at, sample_of(j));
 #pragma unroll
             for (int j = 0; j < WORDS; j++) missing |= half_empty(channel_sums[j]);
 #endif
@@ -224,13 +213,13 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
             collect();
 #pragma unroll
             for (int j = 0; j < WORDS; j++) {
-                const int k = mine + SEGMENTS * j;
+                const int k = mine(j);
                 if (k < batch) {
                     float row[6];
                     const float kappa = SCALED ? projection(total_of_channel_sums(channel_sums[j]), rzeta[j]) : 0.f;
                     row_of(before[j], moments[j], as_pair(words[j]), rzeta[j], kappa, row);
 #pragma unroll
-                    for (int i = 0; i < 6; i++) s.table[i][k][at.c] = row[i];
+                    for (int i = 0; i < 6; i++) s.table[i][k][at.column] = row[i];
                 }
             }
             sync<2>();
@@ -239,14 +228,14 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
                 ask(last);
                 position -= batch;
             }
-            if (at.thread < WIDTH) {
+            if (at.thread < COLUMNS) {
                 auto record = [&](int j) {
                     const int n = position + j;
                     if (n >= first && (j < batch || n == last)) {
-                        const float rstd = rsqrtf(own[(n - first) * WIDTH + at.c].y + p.eps), k = p.one_minus_alpha_bkw / p.scale;
-                        s.gain[n - first][at.c] = weight * rstd;
-                        s.slope[n - first][at.c] = -k * v * rstd * rstd;
-                        s.constant[n - first][at.c] = -k * u;
+                        const float rstd = rsqrtf(own[(at.norm * p.segments + n - first) * WIDTH + at.c].y + p.eps), k = p.one_minus_alpha_bkw / p.scale;
+                        s.gain[n - first][at.column] = weight * rstd;
+                        s.slope[n - first][at.column] = -k * v * rstd * rstd;
+                        s.constant[n - first][at.column] = -k * u;
                     }
                 };
                 const float start[4] = {u, v, grad_weight, grad_bias};
@@ -256,7 +245,7 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
                 for (; j + 4 <= passing; j += 4) {
                     float rows[4][6];
 #pragma unroll
-                    for (int i = 0; i < 24; i++) rows[i / 6][i % 6] = s.table[i % 6][j + i / 6][at.c];
+                    for (int i = 0; i < 24; i++) rows[i / 6][i % 6] = s.table[i % 6][j + i / 6][at.column];
 #pragma unroll
                     for (int i = 0; i < 4; i++) step(rows[i]);
                 }
@@ -288,60 +277,79 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
         const float2* own = reinterpret_cast<const float2*>(start + states_at(p));
         const int rows = item.rows_of(at.segment), last = item.sample + item.count - 1;
-        uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
         ask(last);
         advance(item.sample, last, own);
         closing |= last == p.samples - 1 && item.tile == 0;
-        float gain[8], slope[8], constant[8], centre[8];
-        load8(s.gain[at.segment] + at.lane * 8, gain);
-        load8(s.slope[at.segment] + at.lane * 8, slope);
-        load8(s.constant[at.segment] + at.lane * 8, constant);
-#pragma unroll
-        for (int k = 0; k < 8; k++) centre[k] = own[at.segment * WIDTH + at.lane * 8 + k].x;
 #if SCALED
         if (at.row < 32 / LANES && at.segment < item.count) {  // the segment's first warp waits for all
             const int n = item.sample + at.segment;
-            const float rzeta = p.rzeta[n], kappa = projection(wait_for_channel_sums(p, at, n), rzeta);
-            if (at.warp_lane == 0) s.scaling[at.segment] = make_float2(rzeta, kappa);
+#pragma unroll
+            for (int t = 0; t < NORMS; t++) {
+                const float rzeta = p.norms[t].rzeta[n], kappa = projection(wait_for_channel_sums(p.norms[t], at, n), rzeta);
+                if (at.warp_lane == 0) s.scaling[at.segment][t] = make_float2(rzeta, kappa);
+            }
         }
         sync<2>();
-        const float own_rzeta = s.scaling[at.segment].x, kappa = s.scaling[at.segment].y;
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            slope[k] -= gain[k] * gain[k] * own_rzeta * kappa;
-            gain[k] *= own_rzeta;
-            constant[k] -= gain[k] * kappa * bias[k];
-        }
 #endif
-        auto put = [&](int row, const float (&g)[8], const float (&x)[8]) {
+        wait(s.stages.reduced + stage, i / STAGES & 1);
+        const long long at_row = (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
+        float gain[NORMS][8], slope[NORMS][8], constant[NORMS][8], centre[NORMS][8];
+#pragma unroll
+        for (int t = 0; t < NORMS; t++) {
+            const int column = t * WIDTH + at.lane * 8;
+            load8(s.gain[at.segment] + column, gain[t]);
+            load8(s.slope[at.segment] + column, slope[t]);
+            load8(s.constant[at.segment] + column, constant[t]);
+#pragma unroll
+            for (int k = 0; k < 8; k++) centre[t][k] = own[(t * p.segments + at.segment) * WIDTH + at.lane * 8 + k].x;
+#if SCALED
+            const float own_rzeta = s.scaling[at.segment][t].x, kappa = s.scaling[at.segment][t].y;
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                slope[t][k] -= gain[t][k] * gain[t][k] * own_rzeta * kappa;
+                gain[t][k] *= own_rzeta;
+                constant[t][k] -= gain[t][k] * kappa * bias[t][k];
+            }
+#endif
+        }
+        auto put = [&](int t, int row, const float (&g)[8], const float (&x)[8]) {
             float r[8];
 #pragma unroll
-            for (int k = 0; k < 8; k++) r[k] = g[k] * gain[k] + ((x[k] - centre[k]) * slope[k] + constant[k]);
-            out[(long long)row * pitch] = pack(r);
+            for (int k = 0; k < 8; k++) {
+                const float d = x[k] - centre[t][k];
+                float masked = g[k];
+                if (CLAMP && SHORTCUT) masked = fabsf(fmaf(d, gain[t][k], bias[t][k])) < p.clamp ? masked : 0.f;  // as above
+                r[k] = masked * gain[t][k] + (d * slope[t][k] + constant[t][k]);
+            }
+            (t ? p.out_residual : p.out)[at_row + (long long)row * pitch] = pack(r);
         };
-        wait(s.stages.reduced + stage, i / STAGES & 1);
 #if POOL
-        visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start), put);
+        visit_pixels(p, at, item, start, start + grad_size(p), indices_of(p, start),
+                     [&](int row, const float (&g)[8], const float (&x)[8]) { put(0, row, g, x); });
 #else
-#pragma unroll 4
+#pragma unroll 4 / NORMS
         for (int row = at.row; row < rows; row += at.step) {
-            float g[8], x[8];
+            float g[8];
             unpack(tile[row * LANES], g);
-            unpack(tile[tile_size + row * LANES], x);
-            put(row, g, x);
+#pragma unroll
+            for (int t = 0; t < NORMS; t++) {
+                float x[8];
+                unpack(tile[(1 + t) * tile_size + row * LANES], x);
+                put(t, row, g, x);
+            }
         }
 #endif
         release(s.stages.empty + stage, at);
     });
-    if (closing && at.thread < WIDTH) {
+    if (closing && at.thread < COLUMNS) {
         const int n = p.samples - 1;
-        const float last_rzeta = SCALED ? p.rzeta[n] : 0.f;
-        const float kappa = SCALED ? projection(wait_for_channel_sums(p, at, n), last_rzeta) : 0.f;
+        const float last_rzeta = SCALED ? norm.rzeta[n] : 0.f;
+        const float kappa = SCALED ? projection(wait_for_channel_sums(norm, at, n), last_rzeta) : 0.f;
         float row[6];
-        row_of(of_sample(p.tables, n), of_sample(p.moments, n), wait_for(sums_of(p, at, n)), last_rzeta, kappa, row);
+        row_of(of_sample(norm.tables, n), of_sample(norm.moments, n), wait_for(sums_of(p, norm, at, n)), last_rzeta, kappa, row);
         step_if_finite(row);
-        p.state_a[at.channel] = u, p.state_b[at.channel] = v;
-        p.grad_weight[at.channel] = grad_weight * p.pixels, p.grad_bias[at.channel] = grad_bias * p.pixels;
+        norm.state_a[at.channel] = u, norm.state_b[at.channel] = v;
+        norm.grad_weight[at.channel] = grad_weight * p.pixels, norm.grad_bias[at.channel] = grad_bias * p.pixels;
     }
 }
 
@@ -353,13 +361,14 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm_back
     // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
     float u = 0.f, v = 0.f;
     if (role == 1) {
-        u = p.state_a[at.channel], v = p.state_b[at.channel];
-        s.gain[0][at.c] = u, s.slope[0][at.c] = v;
+        u = p.norms[at.norm].state_a[at.channel], v = p.norms[at.norm].state_b[at.channel];
+        s.gain[0][at.column] = u, s.slope[0][at.column] = v;
     }
     prepare_stages(s.stages);
     if (role == 0) {
         reduce_warps(p, at, s, memory);
     } else if (role == 1) {
+        clear_messages(p, at.thread);
         write_warps(p, at, s, memory, u, v);
     } else if (at.warp_lane == 0) {
         load_tiles(p, s.stages, [&](const Item& item, int stage) {
@@ -369,13 +378,17 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm_back
             const int grad_row = POOL ? item.sample * pooled_pixels(p) + pooled : row;
             u32 bits = p.segments > 1 ? item.count * even(p.pixels) * 8 : even(item.rows) * 8;
             if (POOL) bits = min(mask_bytes(p), (pooled_pixels(p) - pooled) * 32);
-            arrive_expecting(barrier, states_at(p) * 16 + item.count * WIDTH * 8 + (MASK || POOL ? bits : 0));
+            arrive_expecting(barrier, states_at(p) * 16 + item.count * COLUMNS * 8 + (MASK || POOL ? bits : 0));
             tma_load_boxes(p, to, p.maps[0], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
-            tma_load_boxes(p, to + grad_size(p), p.maps[1], row, p.box_rows, p.boxes, barrier);
-            if (SKIP_GRAD) tma_load_boxes(p, to + skip_grad_at(p), p.maps[2], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
-            for (int k = 0; k < item.count; k++)
-                tma_load_bytes(to + states_at(p) + k * WIDTH / 2, p.tables + (long long)(item.sample + k) * p.channels + at.slab * WIDTH,
-                           WIDTH * 8, barrier);
+            if (SKIP_GRAD) tma_load_boxes(p, to + skip_grad_at(p), p.maps[1 + NORMS], grad_row, grad_box_rows(p), grad_boxes(p), barrier);
+#pragma unroll
+            for (int t = 0; t < NORMS; t++) {
+                tma_load_boxes(p, to + grad_size(p) + t * stage_rows(p) * LANES, p.maps[1 + t], row, p.box_rows, p.boxes, barrier);
+                uint4* states = to + states_at(p) + t * p.segments * WIDTH / 2;
+                const float2* from = p.norms[t].tables + (long long)item.sample * p.channels + at.slab * WIDTH;
+                for (int k = 0; k < item.count; k++)
+                    tma_load_bytes(states + k * WIDTH / 2, from + (long long)k * p.channels, WIDTH * 8, barrier);
+            }
             if (MASK) tma_load_bytes(to + mask_at(p), p.mask + mask_offset(p, at.slab, item.sample, item.tile * p.tile_rows), bits, barrier);
             if (POOL) tma_load_bytes(to + mask_at(p), p.mask + index_offset(p, at.slab, item.sample, pooled), bits, barrier);
         });

@@ -1,6 +1,6 @@
 // Single-read kernels for Hopper: x (and the gradient) pass through shared memory once, because sample n needs statistics of
-// earlier samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, SKIP_GRAD, CLAMP, SCALED, POOL (0 or 1),
-// GROUP, STAGES, CHUNK.
+// earlier samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, SKIP_GRAD, CLAMP, SCALED, POOL, SHORTCUT
+// (0 or 1), GROUP, STAGES, CHUNK.
 //
 // Tile scheduler. Tensors are channels_last 16-bit matrices (N * pixels rows, channels). A CTA serves one slab of 64
 // channels; an item is a tile of rows: a part of one sample, or several whole samples (segments) where they are small. An
@@ -13,7 +13,8 @@
 // sample's last tile, for its other tiles), write warps for sums of earlier samples, loads for a stage that write warps have
 // released: each only for earlier items.
 // Flag-in-value mailboxes. A published pair of floats is one 8-byte relaxed store over memory filled with EMPTY, so the value
-// is its own flag. The reduce warps of a sample's last tile add the sums of its tiles in order; every CTA advances its own
+// is its own flag. Launches of a stream take turns in two regions of memory: each makes EMPTY what the last one left in the
+// other, while its write warps have no tile yet. The reduce warps of a sample's last tile add the sums of its tiles in order; every CTA advances its own
 // copy of the recurrence over all samples. Fixed orders throughout: equal input gives equal bits.
 // Layer scaling (SCALED). A sample's tiles are written once sums over all of its channels are known: a tile waits for later
 // items too. So the launch is cooperative, which has all CTAs run at once, and their stages together hold a sample at least.
@@ -23,12 +24,17 @@
 // a row. Forward brings the row above a tile too, and writes pooled pixels and, in 4 bits each, which of the window's
 // nine pixels was taken, or NOTHING where ReLU or clamp let no gradient through. Backward brings the pooled gradients of
 // the windows that a tile's pixels are in, and gathers.
+// Shortcut (SHORTCUT). The residual is normalised too, by a layer of its own, the second of `norms`: an item is a tile of both
+// inputs, whose sums are published side by side. In table work half of the threads serve the one layer, half the other. An
+// item still waits for earlier items only (of layer scaling: for those that the chip holds at once).
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
 constexpr int WARPS = GROUP / 32, WIDTH = 64, LANES = WIDTH / 8, SEGMENTS = GROUP / WIDTH;
-constexpr int WORDS = CHUNK / SEGMENTS;  // mailboxes a thread of the write warps reads of a chunk of samples
+constexpr int NORMS = 1 + SHORTCUT, COLUMNS = NORMS * WIDTH;  // layers, and their channels in a slab
+constexpr int READERS = GROUP / COLUMNS;                      // threads of the write warps that serve the same column
+constexpr int WORDS = CHUNK / READERS;                        // mailboxes each of them reads of a chunk of samples
 constexpr u64 EMPTY = ~0ull;
 #define INFINITE __int_as_float(0x7f800000)
 
@@ -36,21 +42,28 @@ struct alignas(64) TensorMap {
     unsigned char bytes[128];
 };
 
-struct Params {
-    TensorMap maps[3];                           // x and residual, or grad, x and skip_grad: boxes of box_rows by 64
-    uint4 *out, *out_residual;                   // y forward, grad_x and the residual's gradient backward
-    unsigned char* mask;                         // ReLU bits, (slab, sample, pixels made even, 8 bytes), or indices of a
-                                                 // max-pool, (slab, sample, pooled pixels, 32 bytes)
-    const float *weight, *bias;                  // null: 1 and 0
-    float *state_a, *state_b;                    // in place: mean and variance, or u and v
-    float2 *tables, *moments;                    // (N, C): mean and variance before each sample, and those of it
+// What belongs to one layer.
+struct Norm {
+    const float *weight, *bias;        // null: 1 and 0
+    float *state_a, *state_b;          // in place: mean and variance, or u and v
+    float2 *tables, *moments;          // (N, C): mean and variance before each sample, and those of it
+    float* rzeta;                      // 1 / zeta of each sample, of layer scaling
     float *grad_weight, *grad_bias;
-    float* rzeta;                                // 1 / zeta of each sample, of layer scaling
     // mailboxes, EMPTY at launch, a pair each: (N, C), (N, C / 64, tiles, 64), and (N, C / 64) of two warps' channels
     u64 *sample_sums, *tile_sums, *channel_sums;
-    int* tile_counter;                           // of the tile scheduler, -1 at launch, one a slab
+};
+
+struct Params {
+    TensorMap maps[4];                 // x and residual, or grad, x, the shortcut's x and skip_grad: boxes of box_rows by 64
+    uint4 *out, *out_residual;         // y forward; grad_x and the gradient of the residual, or of the shortcut's x, backward
+    unsigned char* mask;               // ReLU bits, (slab, sample, pixels made even, 8 bytes), or indices of a max-pool,
+                                       // (slab, sample, pooled pixels, 32 bytes)
+    int* tile_counter;                 // of the tile scheduler, -1 at launch, one a slab
+    uint4* clear;                      // what an earlier launch left of its messages, to be made EMPTY for a later one
+    Norm norms[2];
     int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
-    int width;  // of an image that is pooled
+    int width;        // of an image that is pooled
+    int clear_count;  // of 16 bytes
     float alpha_fwd, one_minus_alpha_fwd, alpha_bkw, one_minus_alpha_bkw;
     float eps, clamp, zeta_eps, scale;  // the last is the unit of u and v
 };
@@ -185,6 +198,7 @@ __device__ __forceinline__ float finite(float x) { return is_finite(x) ? x : 0.f
 // What a thread of the reduce or write warps knows of its place: 16 bytes of every row it owns, one segment.
 struct Place {
     int thread, warp_lane, slab, c, lane, segment, row, step, slabs, channel;
+    int norm, column, reader;  // layer and column that it serves in the write warps' table work, and as which of READERS
 
     __device__ Place(const Params& p, int index) : thread(index) {
         warp_lane = thread % 32;
@@ -196,6 +210,9 @@ struct Place {
         step = GROUP / LANES / p.segments;
         segment = thread / LANES / step;
         row = thread / LANES % step;
+        norm = thread / WIDTH % NORMS;
+        column = thread % COLUMNS;
+        reader = thread / COLUMNS;
     }
 };
 
@@ -255,6 +272,11 @@ __device__ __forceinline__ void load_tiles(const Params& p, Stages& s, Fetch fet
     }
 }
 
+// Write warps, while the first tile is on its way: make EMPTY what this launch was given for it. A launch reads nothing there.
+__device__ __forceinline__ void clear_messages(const Params& p, int thread) {
+    for (int i = blockIdx.x * GROUP + thread; i < p.clear_count; i += gridDim.x * GROUP) p.clear[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+}
+
 // Reduce and write warps: visit(item, stage, number of the item within the CTA) for every item of the CTA.
 template <class Visit>
 __device__ __forceinline__ void visit_tiles(const Params& p, Stages& s, Visit visit) {
@@ -278,121 +300,3 @@ __device__ __forceinline__ void tma_load_boxes(const Params& p, uint4* to, const
 }
 
 __device__ __forceinline__ int stage_rows(const Params& p) { return p.boxes * p.box_rows; }
-
-// Add the sums of the threads of a warp that share a lane (8 channels); each thread keeps and stores two channels.
-__device__ __forceinline__ void sum_within_warp(float (&a)[8], float (&b)[8], float2* warps, const Place& at) {
-    const bool upper = at.warp_lane & 16, odd = at.warp_lane & 8;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float give_a = upper ? a[i] : a[i + 4], give_b = upper ? b[i] : b[i + 4];
-        a[i] = (upper ? a[i + 4] : a[i]) + __shfl_xor_sync(~0u, give_a, 16);
-        b[i] = (upper ? b[i + 4] : b[i]) + __shfl_xor_sync(~0u, give_b, 16);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float give_a = odd ? a[i] : a[i + 2], give_b = odd ? b[i] : b[i + 2];
-        a[i] = (odd ? a[i + 2] : a[i]) + __shfl_xor_sync(~0u, give_a, 8);
-        b[i] = (odd ? b[i + 2] : b[i]) + __shfl_xor_sync(~0u, give_b, 8);
-    }
-    float2* to = warps + at.thread / 32 * WIDTH + at.lane * 8 + (upper ? 4 : 0) + (odd ? 2 : 0);
-    *reinterpret_cast<float4*>(to) = make_float4(a[0], b[0], a[1], b[1]);
-}
-
-// Sums of segment thread / 64, channel c, from those of its warps.
-__device__ __forceinline__ float2 sum_of_warps(const Params& p, const float2* warps, const Place& at) {
-    const int per_segment = WARPS / p.segments, first = at.thread / WIDTH * per_segment;
-    float2 total = warps[first * WIDTH + at.c];
-    for (int w = first + 1; w < first + per_segment; w++) {
-        const float2 part = warps[w * WIDTH + at.c];
-        total.x += part.x, total.y += part.y;
-    }
-    return total;
-}
-
-// The reduce warps of a sample's last tile add the sums of all its tiles in order, in parts side by side.
-// combine(accumulator, sums of a tile, tile) folds one in; centre is the first sum of tile 0.
-template <class Combine>
-__device__ __forceinline__ float2 merge_tile_sums(const Params& p, const Place& at, const u64* tile_sums, float2 (*parts)[WIDTH], float& centre, Combine combine) {
-    const int part = at.thread / WIDTH;
-    const int per_part = (p.tiles + SEGMENTS - 1) / SEGMENTS, begin = part * per_part, end = min(p.tiles, begin + per_part);
-    centre = finite(wait_for(tile_sums + at.c).x);
-    float2 sum = make_float2(0.f, 0.f);
-    for (int t = begin; t < end; t += 8) {
-        u64 words[8];
-        bool missing = true;
-#pragma unroll
-        for (int j = 0; j < 8; j++) words[j] = t + j < end ? EMPTY : 0;
-        while (missing) {
-            missing = false;
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                if (words[j] == EMPTY) words[j] = peek(tile_sums + (t + j) * WIDTH + at.c);
-#pragma unroll
-            for (int j = 0; j < 8; j++) missing |= words[j] == EMPTY;
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            if (t + j < end) combine(sum, as_pair(words[j]), t + j);
-    }
-    parts[part][at.c] = sum;
-    sync<1>();
-    sum = parts[0][at.c];
-    for (int q = 1; q < SEGMENTS; q++) sum.x += parts[q][at.c].x, sum.y += parts[q][at.c].y;
-    sync<1>();
-    return sum;
-}
-
-// Sums over the channels of a sample. All threads of a warp call these.
-__device__ __forceinline__ float sum_of_lanes(float x) {
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-    return x;
-}
-
-__device__ __forceinline__ void publish_channel_sum(const Params& p, const Place& at, int sample, float value) {
-    u64* word = p.channel_sums + (long long)sample * at.slabs + at.slab;
-    if (at.warp_lane == 0) publish_half(reinterpret_cast<u32*>(word) + at.thread / 32 % 2, value);
-}
-
-// The sums that the thread adds up: those of one slab, of which there are 32 at most.
-__device__ __forceinline__ u64 peek_channel_sums(const Params& p, const Place& at, int sample) {
-    return at.warp_lane < at.slabs ? peek(p.channel_sums + (long long)sample * at.slabs + at.warp_lane) : 0;
-}
-
-__device__ __forceinline__ float total_of_channel_sums(u64 word) {
-    const float2 halves = as_pair(word);
-    return sum_of_lanes(halves.x + halves.y);
-}
-
-__device__ __forceinline__ float wait_for_channel_sums(const Params& p, const Place& at, int sample) {
-    u64 word = peek_channel_sums(p, at, sample);
-    while (half_empty(word)) word = peek_channel_sums(p, at, sample);
-    return total_of_channel_sums(word);
-}
-
-// The parameters of the thread's eight channels; null stands for `otherwise`.
-__device__ __forceinline__ void parameters8(const float* from, const Place& at, float otherwise, float (&f)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) f[i] = from ? from[at.slab * WIDTH + at.lane * 8 + i] : otherwise;
-}
-
-// 16-bit value c of a row in shared memory.
-__device__ __forceinline__ float value_of(const uint4* row, int c) {
-    const u32 word = reinterpret_cast<const unsigned short*>(row)[c];
-    float f[8];
-    unpack(make_uint4(word, 0, 0, 0), f);
-    return f[0];
-}
-
-// The mailboxes of a sample's tiles, 64 channels each.
-__device__ __forceinline__ u64* tile_sums_of(const Params& p, const Place& at, int sample) {
-    return p.tile_sums + ((long long)sample * at.slabs + at.slab) * p.tiles * WIDTH;
-}
-
-// ReLU bits of a sample's row, 8 bytes; a sample has an even number of rows, so that every tile begins at 16 bytes.
-__device__ __forceinline__ int even(int rows) { return rows + (rows & 1); }
-
-__device__ __forceinline__ long long mask_offset(const Params& p, int slab, int sample, int row) {
-    return (((long long)slab * p.samples + sample) * even(p.pixels) + row) * 8;
-}
-

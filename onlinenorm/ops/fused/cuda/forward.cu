@@ -1,17 +1,18 @@
 // y = relu(compensate(weight (x - m) / s + bias) + residual), the tables of states and moments, and the state moved past the
-// batch. Error compensation clamps, or divides by zeta (n), the root mean square over a sample.
+// batch. Error compensation clamps, or divides by zeta (n), the root mean square over a sample. With a SHORTCUT the residual
+// is compensate(weight (x - m) / s + bias) of the second layer.
 
 struct Scratch {
     Stages stages;
     alignas(16) float2 warps[2][WARPS * WIDTH];
     float2 parts[SEGMENTS][WIDTH];
-    float2 table[CHUNK][WIDTH];  // moments of the samples to advance over
-    float mean[SEGMENTS][WIDTH], scale[SEGMENTS][WIDTH], rzeta[SEGMENTS];
+    float2 table[CHUNK][COLUMNS];  // moments of the samples to advance over
+    float mean[SEGMENTS][COLUMNS], scale[SEGMENTS][COLUMNS], rzeta[SEGMENTS][NORMS];
 };
 
 constexpr int TENSORS = 1 + RESIDUAL;
 __device__ __forceinline__ int halo_rows(const Params& p) { return POOL ? p.width : 0; }  // above a tile
-constexpr int SCALE_THREADS = SCALED ? WIDTH : 0;  // threads of the scale warps
+constexpr int SCALE_THREADS = SCALED ? COLUMNS : 0;  // threads of the scale warps
 
 __device__ __forceinline__ void step_over(const Params& p, float2 moment, float& mean, float& var) {
     const float d = moment.x - mean;
@@ -20,73 +21,79 @@ __device__ __forceinline__ void step_over(const Params& p, float2 moment, float&
 }
 
 __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
-    const int stage_size = TENSORS * stage_rows(p) * LANES;
-    auto announce = [&](int n, float mu, float q) {
+    const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size;
+    auto announce = [&](const Norm& norm, int n, float mu, float q) {
         const long long index = (long long)n * p.channels + at.channel;
-        publish(p.sample_sums + index, mu, q);
-        p.moments[index] = make_float2(mu, q);  // for backward
+        publish(norm.sample_sums + index, mu, q);
+        norm.moments[index] = make_float2(mu, q);  // for backward
     };
     visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
-        const uint4* start = memory + stage * stage_size + halo_rows(p) * LANES;
-        const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
-        const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
-        // Sums are shifted by the segment's first row: no cancellation, however large the mean.
-        float shift[8], sum[8] = {}, square[8] = {};
-        const float base = segment < item.count ? finite(value_of(start + segment * p.pixels * LANES, at.c)) : 0.f;
-        unpack(tile[0], shift);
 #pragma unroll
-        for (int k = 0; k < 8; k++) shift[k] = finite(shift[k]);
+        for (int t = 0; t < NORMS; t++) {
+            const Norm& norm = p.norms[t];
+            const uint4* start = memory + stage * stage_size + t * tile_size + halo_rows(p) * LANES;
+            const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
+            const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
+            // Sums are shifted by the segment's first row: no cancellation, however large the mean.
+            float shift[8], sum[8] = {}, square[8] = {};
+            const float base = segment < item.count ? finite(value_of(start + segment * p.pixels * LANES, at.c)) : 0.f;
+            unpack(tile[0], shift);
+#pragma unroll
+            for (int k = 0; k < 8; k++) shift[k] = finite(shift[k]);
 #pragma unroll 4
-        for (int row = at.row; row < rows; row += at.step) {
-            float x[8];
-            unpack(tile[row * LANES], x);
+            for (int row = at.row; row < rows; row += at.step) {
+                float x[8];
+                unpack(tile[row * LANES], x);
 #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                const float d = x[k] - shift[k];
-                sum[k] += d;
-                square[k] += d * d;
+                for (int k = 0; k < 8; k++) {
+                    const float d = x[k] - shift[k];
+                    sum[k] += d;
+                    square[k] += d * d;
+                }
+            }
+            if (t == NORMS - 1) release(s.stages.reduced + stage, at);
+            float2* warps = s.warps[(NORMS * i + t) & 1];
+            sum_within_warp(sum, square, warps, at);
+            sync<1>();
+            if (segment < item.count) {
+                const float2 total = sum_of_warps(p, warps, at);
+                const float mu = base + total.x / item.rows;
+                const float scatter = max_nan(total.y - total.x * (total.x / item.rows), 0.f);
+                if (p.tiles == 1) announce(norm, item.sample + segment, mu, scatter / p.pixels);
+                else publish(tile_sums_of(p, norm, at, item.sample) + item.tile * WIDTH + at.c, mu, scatter);
             }
         }
-        release(s.stages.reduced + stage, at);
-        float2* warps = s.warps[i & 1];
-        sum_within_warp(sum, square, warps, at);
-        sync<1>();
-        if (segment < item.count) {
-            const float2 total = sum_of_warps(p, warps, at);
-            const float mu = base + total.x / item.rows;
-            const float scatter = max_nan(total.y - total.x * (total.x / item.rows), 0.f);
-            if (p.tiles == 1) announce(item.sample + segment, mu, scatter / p.pixels);
-            else publish(tile_sums_of(p, at, item.sample) + item.tile * WIDTH + at.c, mu, scatter);
-        }
-        if (p.tiles > 1 && item.tile == p.tiles - 1) {
-            float centre;
-            float2 total = merge_tile_sums(p, at, tile_sums_of(p, at, item.sample), s.parts, centre, [&](float2& sum, float2 part, int t) {
-                const float count = min(p.tile_rows, p.pixels - t * p.tile_rows), d = part.x - centre;
-                sum.x += count * d;
-                sum.y += part.y + count * d * d;
-            });
-            if (at.thread < WIDTH)
-                announce(item.sample, centre + total.x / p.pixels, max_nan(total.y - total.x * (total.x / p.pixels), 0.f) / p.pixels);
-        }
+        if (p.tiles == 1 || item.tile < p.tiles - 1) return;
+        const Norm& norm = p.norms[at.norm];
+        float centre;
+        float2 total = merge_tile_sums(p, at, tile_sums_of(p, norm, at, item.sample), s.parts, centre, [&](float2& sum, float2 part, int t) {
+            const float count = min(p.tile_rows, p.pixels - t * p.tile_rows), d = part.x - centre;
+            sum.x += count * d;
+            sum.y += part.y + count * d * d;
+        });
+        if (at.thread < COLUMNS)
+            announce(norm, item.sample, centre + total.x / p.pixels, max_nan(total.y - total.x * (total.x / p.pixels), 0.f) / p.pixels);
     });
 }
 
 __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory, float mean, float var) {
     const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size, pitch = p.channels / 8;
-    float bias[8];
-    parameters8(p.bias, at, 0.f, bias);
-    const float weight = p.weight ? p.weight[at.channel] : 1.f, per_channels = 1.f / p.channels;
-    int position = 0;  // mean and var are those before this sample, one channel a thread of the first 64
+    float bias[NORMS][8];
+#pragma unroll
+    for (int t = 0; t < NORMS; t++) parameters8(p.norms[t].bias, at, 0.f, bias[t]);
+    const Norm& norm = p.norms[at.norm];  // of table work
+    const float weight = norm.weight ? norm.weight[at.channel] : 1.f, per_channels = 1.f / p.channels;
+    int position = 0;  // mean and var are those before this sample, one column a thread of the first COLUMNS
     bool closing = false;
     auto step = [&](float2 moment) { step_over(p, moment, mean, var); };
 
     // Ask for the moments of the next samples up to `last`; some may not be there yet.
     u64 words[WORDS];
-    const int mine = at.thread / WIDTH;
-    auto mailbox = [&](int j) { return p.sample_sums + (long long)(position + mine + SEGMENTS * j) * p.channels + at.channel; };
+    auto mine = [&](int j) { return at.reader + READERS * j; };
+    auto mailbox = [&](int j) { return norm.sample_sums + (long long)(position + mine(j)) * p.channels + at.channel; };
     auto ask = [&](int last) {
 #pragma unroll
-        for (int j = 0; j < WORDS; j++) words[j] = position + mine + SEGMENTS * j < last ? peek(mailbox(j)) : 0;
+        for (int j = 0; j < WORDS; j++) words[j] = position + mine(j) < last ? peek(mailbox(j)) : 0;
     };
     auto collect = [&]() {
         bool missing = true;
@@ -107,32 +114,32 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
             collect();
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (mine + SEGMENTS * j < batch) s.table[mine + SEGMENTS * j][at.c] = as_pair(words[j]);
+                if (mine(j) < batch) s.table[mine(j)][at.column] = as_pair(words[j]);
             sync<2>();
             if (position + batch < last) {
                 position += batch;
                 ask(last);
                 position -= batch;
             }
-            if (at.thread < WIDTH) {
+            if (at.thread < COLUMNS) {
                 // Samples this tile does not hold go by in eights, so that only the recurrence itself is waited for.
                 const int passing = min(batch, first - position);
                 int j = 0;
                 for (; j + 8 <= passing; j += 8) {
                     float2 moments[8];
 #pragma unroll
-                    for (int i = 0; i < 8; i++) moments[i] = s.table[j + i][at.c];
+                    for (int i = 0; i < 8; i++) moments[i] = s.table[j + i][at.column];
 #pragma unroll
                     for (int i = 0; i < 8; i++) step(moments[i]);
                 }
                 for (; j <= batch; j++) {
                     const int n = position + j;
                     if (n >= first && (j < batch || n == last)) {
-                        s.mean[n - first][at.c] = mean;
-                        s.scale[n - first][at.c] = weight * rsqrtf(var + p.eps);
-                        if (record) p.tables[(long long)n * p.channels + at.channel] = make_float2(mean, var);
+                        s.mean[n - first][at.column] = mean;
+                        s.scale[n - first][at.column] = weight * rsqrtf(var + p.eps);
+                        if (record) norm.tables[(long long)n * p.channels + at.channel] = make_float2(mean, var);
                     }
-                    if (j < batch) step(s.table[j][at.c]);
+                    if (j < batch) step(s.table[j][at.column]);
                 }
             }
             position += batch;
@@ -149,28 +156,36 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         ask(last);
         advance(item.sample, last, item.tile == 0);
         closing |= last == p.samples - 1 && item.tile == 0;
-        float m[8], scale[8];
-        load8(s.mean[at.segment] + at.lane * 8, m);
-        load8(s.scale[at.segment] + at.lane * 8, scale);
-        float offset[8];
+        float m[NORMS][8], scale[NORMS][8], offset[NORMS][8];
 #pragma unroll
-        for (int k = 0; k < 8; k++) offset[k] = bias[k];
+        for (int t = 0; t < NORMS; t++) {
+            load8(s.mean[at.segment] + t * WIDTH + at.lane * 8, m[t]);
+            load8(s.scale[at.segment] + t * WIDTH + at.lane * 8, scale[t]);
+#pragma unroll
+            for (int k = 0; k < 8; k++) offset[t][k] = bias[t][k];
+        }
 #if SCALED
         if (at.row < 32 / LANES && at.segment < item.count) {  // the segment's first warp waits for all
             const int n = item.sample + at.segment;
-            const float rzeta = rsqrtf(wait_for_channel_sums(p, at, n) * per_channels + p.zeta_eps);
-            if (at.warp_lane == 0) s.rzeta[at.segment] = rzeta;
-            if (at.warp_lane == 0 && item.tile == 0 && at.slab == 0) p.rzeta[n] = rzeta;
+#pragma unroll
+            for (int t = 0; t < NORMS; t++) {
+                const float rzeta = rsqrtf(wait_for_channel_sums(p.norms[t], at, n) * per_channels + p.zeta_eps);
+                if (at.warp_lane == 0) s.rzeta[at.segment][t] = rzeta;
+                if (at.warp_lane == 0 && item.tile == 0 && at.slab == 0) p.norms[t].rzeta[n] = rzeta;
+            }
         }
         sync<2>();
-        const float rzeta = s.rzeta[at.segment];
 #pragma unroll
-        for (int k = 0; k < 8; k++) scale[k] *= rzeta, offset[k] *= rzeta;
+        for (int t = 0; t < NORMS; t++) {
+            const float rzeta = s.rzeta[at.segment][t];
+#pragma unroll
+            for (int k = 0; k < 8; k++) scale[t][k] *= rzeta, offset[t][k] *= rzeta;
+        }
 #endif
 #if POOL
         u32 signs[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) signs[j] = sign_of(scale[2 * j]) | sign_of(scale[2 * j + 1]) << 16;
+        for (int j = 0; j < 4; j++) signs[j] = sign_of(scale[0][2 * j]) | sign_of(scale[0][2 * j + 1]) << 16;
         const int pooled_width = p.width / 2, pooled_first = item.tile * p.tile_rows / 4;
         uint4* pooled = p.out + ((long long)item.sample * pooled_pixels(p) + pooled_first) * pitch + at.slab * LANES + at.lane;
         u32* indices = reinterpret_cast<u32*>(p.mask + index_offset(p, at.slab, item.sample, pooled_first)) + at.lane;
@@ -193,7 +208,7 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 const int shift = k % 2 * 16;
-                z[k] = (z[k] - m[k]) * scale[k] + offset[k];
+                z[k] = (z[k] - m[0][k]) * scale[0][k] + offset[0][k];
                 const bool passes = !(z[k] <= 0.f) && (!CLAMP || fabsf(z[k]) < p.clamp);
                 taken |= (passes ? window.index[k / 2] >> shift & 15 : NOTHING) << 4 * k;
 #if CLAMP
@@ -216,9 +231,13 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
 #endif
 #pragma unroll
             for (int k = 0; k < 8; k++) {
-                z[k] = (z[k] - m[k]) * scale[k] + offset[k];
+                z[k] = (z[k] - m[0][k]) * scale[0][k] + offset[0][k];
 #if CLAMP
                 z[k] = max_nan(min_nan(z[k], p.clamp), -p.clamp);
+#endif
+#if SHORTCUT
+                r[k] = (r[k] - m[1][k]) * scale[1][k] + offset[1][k];
+                if (CLAMP) r[k] = max_nan(min_nan(r[k], p.clamp), -p.clamp);
 #endif
 #if RESIDUAL
                 z[k] += r[k];
@@ -237,9 +256,9 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         wait(s.stages.reduced + stage, i / STAGES & 1);
         release(s.stages.empty + stage, at);
     });
-    if (closing && at.thread < WIDTH) {
-        step(wait_for(p.sample_sums + (long long)(p.samples - 1) * p.channels + at.channel));
-        p.state_a[at.channel] = mean, p.state_b[at.channel] = var;
+    if (closing && at.thread < COLUMNS) {
+        step(wait_for(norm.sample_sums + (long long)(p.samples - 1) * p.channels + at.channel));
+        norm.state_a[at.channel] = mean, norm.state_b[at.channel] = var;
     }
 }
 
@@ -247,9 +266,10 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
 // the sums over the slab's channels that the mean square of each sample is made of.
 __device__ __forceinline__ void scale_warps(const Params& p, const Place& at) {
     constexpr int AHEAD = 8;  // samples asked for at once
-    const float weight = p.weight ? p.weight[at.channel] : 1.f, bias = p.bias ? p.bias[at.channel] : 0.f;
-    float mean = p.state_a[at.channel], var = p.state_b[at.channel];
-    auto ask = [&](int n) { return n < p.samples ? peek(p.sample_sums + (long long)n * p.channels + at.channel) : EMPTY; };
+    const Norm& norm = p.norms[at.norm];
+    const float weight = norm.weight ? norm.weight[at.channel] : 1.f, bias = norm.bias ? norm.bias[at.channel] : 0.f;
+    float mean = norm.state_a[at.channel], var = norm.state_b[at.channel];
+    auto ask = [&](int n) { return n < p.samples ? peek(norm.sample_sums + (long long)n * p.channels + at.channel) : EMPTY; };
     auto square_of = [&](u64 word) {  // mean(w^2) of the next sample, which is then behind
         const float2 moment = as_pair(word);
         const float scale = weight * rsqrtf(var + p.eps), w = scale * (moment.x - mean) + bias;
@@ -274,7 +294,7 @@ __device__ __forceinline__ void scale_warps(const Params& p, const Place& at) {
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) squares[j] = sum_of_lanes(squares[j]);
 #pragma unroll
-            for (int j = 0; j < AHEAD; j++) publish_channel_sum(p, at, first + j, squares[j]);
+            for (int j = 0; j < AHEAD; j++) publish_channel_sum(norm, at, first + j, squares[j]);
         } else {  // as each comes: later ones may wait for what this one lets go
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
@@ -284,7 +304,7 @@ __device__ __forceinline__ void scale_warps(const Params& p, const Place& at) {
                     for (int k = j; k < AHEAD; k++)
                         if (words[k] == EMPTY) words[k] = ask(first + k);
                 }
-                publish_channel_sum(p, at, first + j, sum_of_lanes(square_of(words[j])));
+                publish_channel_sum(norm, at, first + j, sum_of_lanes(square_of(words[j])));
             }
         }
     }
@@ -299,13 +319,14 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) 
     // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
     float mean = 0.f, var = 0.f;
     if (role == 1) {
-        mean = p.state_a[at.channel], var = p.state_b[at.channel];
-        s.mean[0][at.c] = mean, s.scale[0][at.c] = var;
+        mean = p.norms[at.norm].state_a[at.channel], var = p.norms[at.norm].state_b[at.channel];
+        s.mean[0][at.column] = mean, s.scale[0][at.column] = var;
     }
     prepare_stages(s.stages);
     if (role == 0) {
         reduce_warps(p, at, s, memory);
     } else if (role == 1) {
+        clear_messages(p, at.thread);
         write_warps(p, at, s, memory, mean, var);
     } else if (index >= 32) {
         if (blockIdx.x < at.slabs) scale_warps(p, Place(p, index - 32));
