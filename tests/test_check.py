@@ -42,6 +42,11 @@ def findings(script, capsys, tmp_path):
     return run
 
 
+def test_a_normalizer_that_never_leaves_its_warm_up_is_a_warning(findings):
+    code, found = findings(*SYNTHETIC, "normalizer=batch_renorm", "normalizer.warmup_steps=5000")
+    assert code == 0 and found["normalizer"]["status"] == "warning" and "5,000 batches" in found["normalizer"]["text"]
+
+
 def test_a_run_that_would_train_is_ready(findings, tmp_path):
     code, found = findings(*SYNTHETIC)
     assert code == 0

@@ -56,6 +56,22 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
     ]
 
 
+def warmup_notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
+    """A sentence where layers' own warm-up (``warmup_steps``, in batches) lasts as long as the run, else none.
+
+    Such a run trains what the layer is during its warm-up: with BatchRenorm, BatchNorm.
+    """
+    steps = {layer: getattr(layer, "warmup_steps", None) for layer in network.modules()}
+    warmup = {type(layer).__name__: value for layer, value in steps.items() if isinstance(value, int)}
+    batches = recipe.epochs * (data.train_images // recipe.batch_size) * config["trainer"]["accumulate_grad_batches"]
+    return [
+        f"{name}'s warm-up of {value:,} batches is not over when this run of {batches:,} ends, so that it never does "
+        "what it is there for; give normalizer.warmup_steps a smaller number, or train for longer"
+        for name, value in warmup.items()
+        if value >= batches
+    ]
+
+
 def how(config: dict[str, Any], reasons: dict[str, str]) -> str:
     """ ", compiled, not as CUDA graphs (why)" of a run on a GPU, "" on the CPU; arguments as of `details`."""
     text = ""

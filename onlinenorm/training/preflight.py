@@ -34,7 +34,7 @@ from onlinenorm.training.fast_path import (
     with_values,
 )
 from onlinenorm.training.interruption import StopSignals
-from onlinenorm.training.opening import how
+from onlinenorm.training.opening import how, warmup_notes
 from onlinenorm.training.probe import probe_batch, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.progress import RunProgress
@@ -85,7 +85,10 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     position = {"epoch": 0, "step": 0}
     if any(run_folder.checkpoints.glob("*.ckpt")):
         position |= resumable(run_folder.checkpoints, config, data)[1] or {}
-    yield check_disk(folder, _network(choice, normalizer), recipe)
+    network = _network(choice, normalizer)
+    yield from (finding("normalizer", WARN, note) for note in warmup_notes(network, config, data, recipe))
+    yield check_disk(folder, network, recipe)
+    del network
     step, device = None, _device(config)
     while step is None:
         try:

@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tests_training import ROOT, TINY
+from torch import nn
 
 from onlinenorm import provenance
 from onlinenorm.cli.compose import load_config
+from onlinenorm.normalizers import BatchRenorm2d
 from onlinenorm.training import fast_path
 from onlinenorm.training.fast_path import open_data, with_values
-from onlinenorm.training.opening import announce, details
+from onlinenorm.training.opening import announce, details, warmup_notes
 from onlinenorm.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.1, base_batch_size=16)
@@ -83,3 +86,20 @@ def test_on_a_gpu_what_is_off_has_its_reason(gpu):
     cpu = dict.fromkeys(["model__compile", "trainer__cuda_graph", "data__on_device"], False)
     reasons = dict.fromkeys(fast_path.AUTO_KEYS, "on the CPU")
     assert lines(reasons=reasons, **cpu)[0] == "  on EPYC, bf16-mixed", "where nobody expects it, nothing is said"
+
+
+@pytest.mark.parametrize(
+    "layer, accumulate, noted",
+    [
+        (BatchRenorm2d(4), 1, True),
+        (BatchRenorm2d(4, warmup_steps=12), 1, True),
+        (BatchRenorm2d(4, warmup_steps=12), 2, False),
+        (BatchRenorm2d(4, warmup_steps=11), 1, False),
+        (nn.BatchNorm2d(4), 1, False),
+    ],
+)
+def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
+    """Three epochs of 64 images in batches of 16."""
+    config = {"trainer": {"accumulate_grad_batches": accumulate}}
+    notes = warmup_notes(nn.Sequential(layer, layer), config, SimpleNamespace(train_images=64), RECIPE)
+    assert len(notes) == noted and all("BatchRenorm2d's warm-up of" in note and "run of 12" in note for note in notes)
