@@ -12,6 +12,7 @@ where a process of several failed.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def render(results: dict) -> str:
         counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
         said = dict.fromkeys(line for row in rows if row["outcome"] != "failed" for line in row["printed"].splitlines())
         words = rows[0]["summary"] or name.rpartition("::")[2].removeprefix("test_").replace("_", " ")
-        body.append([f"`{name}`", words, counts, f"{sum(row['seconds'] for row in rows):.1f}", "<br>".join(said)])
+        body.append([f"`{name}`", words, counts, f"{math.fsum(row['seconds'] for row in rows):.1f}", "<br>".join(said)])
         failures += [row for row in rows if row["outcome"] == "failed"]
     text = [
         f"# Tests on {results['device']}",
