@@ -1,9 +1,12 @@
 """Files that appear whole or not at all: who reads one sees the former content or the new, never a part of it."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +14,9 @@ from pathlib import Path
 import platformdirs
 
 from onlinenorm.errors import RunError
+
+# What lockf answers on file systems that have no locks; where one is held it is EACCES or EAGAIN.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def user_cache() -> Path:
@@ -34,6 +40,28 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(file: Path, in_use: Exception) -> Iterator[None]:
+    """Context in which `file`, made here, is locked by this process; raises `in_use` where another holds the lock.
+
+    On a file system that has no locks this is told and nothing is locked. Raises OSError where the file cannot be
+    opened.
+    """
+    with open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "a+") as stream:
+        try:
+            # lockf, unlike flock, is not passed on to loader workers, which may outlive a killed run by seconds
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise in_use from None
+            print(
+                f"the file system of {file.parent} has no locks ({error.strerror}); see to it yourself that nothing "
+                "else writes there",
+                file=sys.stderr,
+            )
+        yield
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

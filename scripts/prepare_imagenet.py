@@ -30,11 +30,21 @@ from onlinenorm.data.prepare import SHARD_BYTES, check_archives, chosen_classes,
 from onlinenorm.data.progress import Progress
 from onlinenorm.data.verify import record, verify
 from onlinenorm.errors import DataError
+from onlinenorm.files import locked
 
 
 def prepare(options: argparse.Namespace, progress: Progress) -> None:
-    """Checks the archives and writes folders or shards."""
+    """Checks the archives and writes folders or shards, in one process at a time."""
     archives, root = options.folders
+    if archives.resolve() == root.resolve():
+        raise DataError(f"{root}: is ARCHIVES and ROOT; name another ROOT, or train from it as it is: data.root={root}")
+    in_use = DataError(f"{root}: another process is preparing this folder; wait for it, or choose another ROOT")
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / ".onlinenorm-lock", in_use):
+        _prepare(options, archives, root, progress)
+
+
+def _prepare(options: argparse.Namespace, archives: Path, root: Path, progress: Progress) -> None:
     if options.checksum and (archives / TRAIN_ARCHIVE).exists():
         check_archives(archives, root / ".onlinenorm-checksums.json", progress)
     splits = open_splits(str(archives), progress)

@@ -203,15 +203,58 @@ def test_shards_of_other_classes_or_changed_images_are_not_taken_for_done(main, 
     assert main(source, root, "--packed", "--classes", "ant") == 1 and tree(root) == before
 
 
-def test_a_changed_image_is_extracted_again(main, tmp_path):
+def test_what_is_not_from_the_archives_is_never_overwritten(main, tmp_path, capsys):
+    source, root = write_tree(tmp_path / "set"), tmp_path / "root"
+    assert main(source, root) == 0
+    before = tree(root)
+    for file in (root / "train" / "ant" / "mine.txt", root / "val" / "bee" / "deep" / "mine.JPEG"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("precious")
+        (file.parents[2 if file.parent.name == "deep" else 1] / "cat" / "0.JPEG").unlink()
+        (root / "train" / "ant" / "0.JPEG").unlink(missing_ok=True)
+        assert main(source, root) == 1
+        assert f"not come from the archives, or was changed since: {file}; move" in capsys.readouterr().err
+        assert file.read_text() == "precious"
+        file.unlink()
+    assert main(source, root) == 0 and tree(root) == before
+    edited = root / "train" / "ant" / "0.JPEG"
+    edited.write_bytes(b"edited")
+    assert main(source, root) == 1 and edited.read_bytes() == b"edited"
+    edited.unlink()
+    assert main(source, root) == 0 and tree(root) == before
+
+
+def test_images_touched_since_are_compared_and_changed_ones_told(main, tmp_path, capsys):
     source, root = write_tree(tmp_path / "set"), tmp_path / "root"
     assert main(source, root) == 0
     file = source / "train" / "ant" / "0.JPEG"
+    file.chmod(0o600)
+    capsys.readouterr()
+    assert main(source, root) == 0 and "3 classes, 0 of them written now" in capsys.readouterr().out
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
     file.write_bytes(content)
-    assert main(source, root) == 0
-    assert (root / "train" / "ant" / "0.JPEG").read_bytes() == content
+    assert main(source, root) == 1 and str(root / "train" / "ant" / "0.JPEG") in capsys.readouterr().err
+    (root / "train" / "ant" / "0.JPEG").unlink()
+    assert main(source, root) == 0 and (root / "train" / "ant" / "0.JPEG").read_bytes() == content
+
+
+@pytest.mark.parametrize("packed", [[], ["--packed"]])
+def test_one_process_at_a_time_prepares_a_folder(main, tmp_path, capsys, packed):
+    source, root = write_tree(tmp_path / "set"), tmp_path / "root"
+    assert main(source, source, *packed) == 1 and "is ARCHIVES and ROOT" in capsys.readouterr().err
+    root.mkdir()
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); "
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, root / ".onlinenorm-lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        assert main(source, root, *packed) == 1 and tree(root) == {}
+        assert "another process is preparing this folder" in capsys.readouterr().err
+        other.stdin.close()
+    assert main(source, root, *packed) == 0 and tree(root)
 
 
 def test_other_classes_and_other_forms_in_the_folder_are_told(main, tmp_path, capsys):

@@ -65,11 +65,14 @@ def extract(index: FolderIndex, folder: Path, classes: list[str], progress: Prog
     """Writes `folder`/CLASS/FILE for the chosen classes; returns how many classes had to be written.
 
     A class appears under its name when it is complete; one that is there with the right names and sizes, and not older
-    than the images, is kept.
+    than the images or of the same bytes, is kept. Raises DataError, before anything is written, where one holds
+    anything else than these images or beginnings of them, as a crash leaves.
     """
     _refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plan = [(name, index.class_range(index.class_names.index(name))) for name in classes]
+    for name in classes:
+        _refuse_link(folder / name)
     open_classes = [(name, images) for name, images in plan if not _is_written(index, images, folder, name)]
     total = sum(len(images) for _, images in plan)
     done = total - sum(len(images) for _, images in open_classes)
@@ -78,7 +81,6 @@ def extract(index: FolderIndex, folder: Path, classes: list[str], progress: Prog
     for name, images in open_classes:
         partial = folder / f".{name}.partial"
         _refuse_link(partial)
-        _refuse_link(folder / name)
         shutil.rmtree(partial, ignore_errors=True)
         for i in images:
             path = partial / Path(index.relative_path(i)).relative_to(name)
@@ -154,9 +156,28 @@ def _listed(index: FolderIndex, images: Iterable[int]) -> list[tuple[str, int]]:
 
 
 def _is_written(index: FolderIndex, images: range, folder: Path, name: str) -> bool:
-    """Whether the class folder holds these names and sizes and none of the images is newer."""
-    written = scan_class(folder, name) == _listed(index, images)
-    return written and index.newest(images) <= os.stat(folder / name).st_mtime_ns
+    """Whether the class folder holds these names and sizes and, where any of the images is newer, the same bytes.
+
+    Raises DataError where it holds what is not to be found in the images, and would be lost.
+    """
+    listed = scan_class(folder, name) == _listed(index, images)
+    if listed and index.newest(images) <= os.stat(folder / name).st_mtime_ns:
+        return True
+    numbers = {index.relative_path(i): i for i in images}
+    found = [Path(parent) / file for parent, _, files in os.walk(folder / name) for file in files]
+    paths = {str(path.relative_to(folder)): path for path in sorted(found)}
+    foreign = [
+        path for short, path in paths.items()
+        if path.is_symlink() or short not in numbers or not index.read(numbers[short]).startswith(path.read_bytes())
+    ]  # fmt: skip
+    if foreign:
+        raise DataError(
+            f"{folder / name}: holds what does not come from the archives, or was changed since: "
+            f"{name_few([str(path) for path in foreign])}; move it elsewhere, or choose another ROOT"
+        )
+    if listed:
+        os.utime(folder / name)  # not compared again
+    return listed
 
 
 def _is_packed(index: FolderIndex, images: list[int], shard: Path) -> bool:

@@ -8,7 +8,6 @@ import os
 import platform
 import stat
 import struct
-import sys
 import traceback
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ import yaml
 
 from onlinenorm.arguments import flatten
 from onlinenorm.errors import ConfigError, FolderInUse, Interrupted, RunError
-from onlinenorm.files import write_atomically
+from onlinenorm.files import locked, write_atomically
 from onlinenorm.provenance import environment
 from onlinenorm.records import CONFIG, ENVIRONMENT, FAILURE, FAILURE_TEXT, Failure, read_record, with_added_keys
 from onlinenorm.training.attempts import former_attempts, keep_attempt, keep_epochs
@@ -28,8 +27,6 @@ from onlinenorm.training.divisions import KEYS as DIVIDING
 from onlinenorm.training.divisions import changed_divisions, statistics_seen
 from onlinenorm.training.own_code import changed_code, own_code, own_files
 
-# What lockf answers on file systems that have no locks; where one is held it is EACCES or EAGAIN.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 # Keys that may differ from one start of a run to the next: they change how it is computed, not what. Those of DIVIDING
 # may only where the statistics of the run's normalizer do not depend on how a batch is divided.
 MAY_CHANGE = (
@@ -118,27 +115,16 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"run_dir: {self.path} cannot be made ({error.strerror}); choose another run_dir=") from None
+        in_use = FolderInUse(
+            f"{self.path}: another run is writing to this folder. Wait for it or stop it, or choose another run_dir"
+        )
         with contextlib.ExitStack() as stack:
             try:
-                lock = stack.enter_context(open(self.path / ".lock", "a+"))
+                stack.enter_context(locked(self.path / ".lock", in_use))
             except OSError as error:
                 raise RunError(
                     f"run_dir: {self.path} cannot be written to ({error.strerror}); choose another run_dir="
                 ) from None
-            try:
-                # lockf, unlike flock, is not passed on to loader workers, which may outlive a killed run by seconds
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise FolderInUse(
-                        f"{self.path}: another run is writing to this folder ({error.strerror}). "
-                        "Wait for it or stop it, or choose another run_dir"
-                    ) from None
-                print(
-                    f"run_dir: the file system of {self.path} has no locks ({error.strerror}); see to it yourself that "
-                    "no other run writes there",
-                    file=sys.stderr,
-                )
             yield
 
     def is_locked(self) -> bool:
