@@ -1,10 +1,12 @@
 """Mirrors of metrics.csv that also hold loss and learning rate by step: loggers of Lightning, on rank 0 alone."""
 
 import contextlib
+import json
 import netrc
 import os
 import secrets
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +21,21 @@ from onlinenorm.text import first_line
 from onlinenorm.training.launch import is_rank_zero
 
 ANSWER_SECONDS = 20.0  # for which wandb's server is waited for
+_EMPTY = 7  # bytes of a .wandb file without records
+
+
+@contextlib.contextmanager
+def _named(folder: Path | str | None, key: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__  # Lightning hides it in a ValueError
+        if not isinstance(cause, OSError):
+            raise
+        raise RunError(
+            f"{folder}: the curves of logger={key} cannot be written there ({cause.strerror or first_line(cause)}); "
+            "mend that and run the same command again, or go on with logger=csv"
+        ) from error
 
 
 def open_loggers(
@@ -91,7 +108,8 @@ def wandb_logger(
         )
         # Lightning passes this on even where it is not set, and wandb warns about it
         logger._wandb_init.pop("anonymous", None)
-        _ = logger.experiment  # now, not when training has begun
+        with _named(folder / "wandb", "wandb"):
+            logger.open()  # now, not when training has begun
         return logger
 
     online = asked == "online" or (asked == "auto" and has_wandb_key())
@@ -110,24 +128,63 @@ def wandb_logger(
 
 
 class WandbBySteps(WandbLogger):
-    """Curves over optimizer steps, each logged once: a run that was killed goes over some again when it continues."""
+    """Curves over optimizer steps, each logged once: a run that was killed goes over some again when it continues.
 
-    LOGGED = "wandb_step"  # file of the run folder: the last step that was logged
-    _last: int | None = None
+    wandb's process keeps rows back for seconds, which are lost where it is killed too. Until it has closed the run they
+    are therefore in a file of the run folder as well, and logged anew by the next start.
+    """
+
+    LOGGED = "wandb_step"  # [the last step before this start, wandb's folder of it], then a line [step, metrics] each
+    _last = -1
+
+    def open(self) -> None:
+        """Opens the run, and logs what a start that was killed may not have got to wandb."""
+        assert self.save_dir is not None
+        self._file = Path(self.save_dir, self.LOGGED)
+        self._last, killed, rows = read_logged(self._file)
+        run = self.experiment
+        lines = [[self._last, Path(run.dir).parent.name], *rows]
+        write_atomically(self._file, "".join(f"{json.dumps(line)}\n" for line in lines))
+        for step, metrics in rows:
+            if step >= run.step:  # of an online run, wandb's server knows the others
+                run.log({**metrics, "trainer/global_step": step}, step=step)
+            self._last = max(self._last, step)
+        if killed.startswith("offline-run-"):
+            shutil.rmtree(Path(self.save_dir, "wandb", Path(killed).name), ignore_errors=True)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        assert step is not None and self.save_dir is not None
-        file = Path(self.save_dir, self.LOGGED)
-        if self._last is None:
-            self._last = int(file.read_text(encoding="utf-8")) if file.exists() else -1
+        assert step is not None
         if step <= self._last:
             return
+        with _named(self._file, "wandb"), open(self._file, "a", encoding="utf-8") as file:  # not synced: nobody waits
+            file.write(f"{json.dumps([step, dict(metrics)])}\n")
         self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
-        partial = file.with_suffix(".partial")  # replaced, not synced: between steps the disk is not waited for
-        partial.write_text(str(step), encoding="utf-8")
-        partial.replace(file)
         self._last = step
+
+    def close(self, exit_code: int) -> None:
+        """Ends wandb's run with the exit code of ours."""
+        self.experiment.finish(exit_code=exit_code)
+        with contextlib.suppress(RunError):  # on a full disk, where wandb may have lost rows as well
+            write_atomically(self._file, f"{self._last}\n")
+
+
+def read_logged(file: Path) -> tuple[int, str, list[tuple[int, dict[str, float]]]]:
+    """What `WandbBySteps.LOGGED` holds: (last step that wandb has, folder of the start since, its rows).
+
+    (-1, "", []) where it is missing or damaged.
+    """
+    last, folder, rows = -1, "", []
+    with contextlib.suppress(OSError, ValueError):  # the last line of a start that was killed may be half a line
+        for line in file.read_text(encoding="utf-8").splitlines():
+            match json.loads(line):
+                case int(step):
+                    last = step
+                case [int(step), str(name)]:
+                    last, folder = step, name
+                case [int(step), dict(metrics)]:
+                    rows.append((step, metrics))
+    return last, folder, rows
 
 
 def wandb_mode() -> str:
@@ -159,22 +216,47 @@ def tensorboard_logger(
     if not is_rank_zero():
         return []
     step = 0 if resumed_step is None else resumed_step + 1
-    logger = TensorBoardLogger(
-        save_dir=folder, name="", version="tensorboard", default_hp_metric=False, purge_step=step
-    )
-    logger.log_hyperparams(config)  # hparams.yaml
-    if resumed_step is None:
-        from torch.utils.tensorboard.summary import hparams
+    with _named(folder / "tensorboard", "tensorboard"):
+        logger = TensorBoardBySteps(
+            save_dir=folder, name="", version="tensorboard", default_hp_metric=False, purge_step=step
+        )
+        logger.log_hyperparams(config)  # hparams.yaml
+        if resumed_step is None:
+            from torch.utils.tensorboard.summary import hparams
 
-        plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in config.items()}
-        for summary in hparams(plain, dict.fromkeys(("val_loss", "val_top1"), 0.0)):
-            logger.experiment._get_file_writer().add_summary(summary)
+            plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in config.items()}
+            for summary in hparams(plain, dict.fromkeys(("val_loss", "val_top1"), 0.0)):
+                logger.experiment._get_file_writer().add_summary(summary)
     return [logger]
+
+
+class TensorBoardBySteps(TensorBoardLogger):
+    """Lightning's, whose writing thread leaves errors to the next call: here they are RunErrors."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with _named(self.log_dir, "tensorboard"):
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        with _named(self.log_dir, "tensorboard"):
+            super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        try:
+            with _named(self.log_dir, "tensorboard"):
+                super().finalize(status)
+        except RunError:
+            if status == "success":  # else the run ends with an error of its own
+                raise
 
 
 def upload_hint(folder: Path) -> list[str]:
     """A line on where the offline runs of a run folder lie and how they get to Weights & Biases; none without."""
-    runs = sorted((folder / "wandb").glob("offline-run-*"))
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    runs = [file.parent for file in files if file.stat().st_size > _EMPTY]  # the others were killed at once
     return [f"W&B: kept offline; upload with: wandb sync {shlex.join(map(str, runs))}"] if runs else []
 
 
@@ -192,7 +274,7 @@ def closing(loggers: list[Logger]) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.finalize("failed" if code else "success")
-            if isinstance(logger, WandbLogger) and getattr(logger, "_experiment", None) is not None:
+            if isinstance(logger, WandbBySteps):
                 if interrupted:
                     logger.experiment.mark_preempting()
-                logger.experiment.finish(exit_code=code)
+                logger.close(code)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import subprocess
 import sys
 from unittest.mock import MagicMock
@@ -41,7 +42,9 @@ def test_offline_wandb_run_equals_the_csv(run, tmp_path, monkeypatch):
 
 def test_a_run_says_where_it_lies_offline_and_how_it_is_uploaded(tmp_path):
     assert upload_hint(tmp_path) == []
-    (tmp_path / "a b" / "wandb" / "offline-run-1-x").mkdir(parents=True)
+    for name, size in (("offline-run-0-x", 7), ("offline-run-1-x", 8)):  # the first holds no record
+        (tmp_path / "a b" / "wandb" / name).mkdir(parents=True)
+        (tmp_path / "a b" / "wandb" / name / "run-x.wandb").write_bytes(bytes(size))
     expected = f"W&B: kept offline; upload with: wandb sync '{tmp_path}/a b/wandb/offline-run-1-x'"
     assert upload_hint(tmp_path / "a b") == [expected]
 
@@ -189,3 +192,62 @@ def test_steps_after_the_checkpoint_are_not_shown_twice_in_tensorboard(tmp_path)
     loggers.tensorboard_logger(tmp_path, "name", {})[0].finalize("failed")
     tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
     assert tags == [] or EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss") == []
+
+
+def killed_after(folder, steps, resumed=None):
+    """Logs steps to wandb in a process, and kills it and wandb's own."""
+    script = (
+        "import os, signal; from pathlib import Path; from onlinenorm.training import loggers\n"
+        f"(mirror,) = loggers.wandb_logger(Path({str(folder)!r}), 'name', {{}}, {resumed}, mode='offline')\n"
+        f"for step in {steps}: mirror.log_metrics({{'loss': float(step)}}, step=step)\n"
+        "os.killpg(0, signal.SIGKILL)"
+    )
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not this process's
+    ended = subprocess.run([sys.executable, "-c", script], start_new_session=True, capture_output=True, env=alone)
+    assert ended.returncode == -9, ended.stderr.decode()
+
+
+def test_what_a_kill_takes_from_wandb_is_logged_by_the_next_start(offline, tmp_path):
+    killed_after(tmp_path, [1, 2, 3])
+    killed_after(tmp_path, [], 2)  # before it got far
+    mirrors = loggers.wandb_logger(tmp_path, "name", {}, 2, mode="offline")
+    with loggers.closing(mirrors):
+        for step in (3, 4):
+            mirrors[0].log_metrics({"loss": float(step)}, step=step)
+    history = [record["history"]["item"] for record in wandb_history(tmp_path)]
+    assert [(row["_step"], row["loss"]) for row in history] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert (tmp_path / "wandb_step").read_text() == "4\n"
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "[7]"])
+def test_a_damaged_wandb_step_counts_as_absent(offline, tmp_path, content):
+    (tmp_path / "wandb_step").write_text(content)
+    mirrors = loggers.wandb_logger(tmp_path, "name", {}, 2, mode="offline")
+    with loggers.closing(mirrors):
+        mirrors[0].log_metrics({"loss": 1.0}, step=3)
+    assert [record["history"]["item"]["_step"] for record in wandb_history(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize("key", ["wandb", "tensorboard"])
+def test_a_file_where_a_mirror_would_lie_is_told_in_a_sentence(offline, tmp_path, key):
+    (tmp_path / key).write_text("")
+    with pytest.raises(RunError, match=f"{tmp_path}/{key}: the curves of logger={key} cannot be written"):
+        loggers.open_loggers(tmp_path, "name", {}, mode="offline", **{key: True})
+
+
+@pytest.mark.parametrize("key", ["wandb", "tensorboard"])
+def test_a_full_disk_is_told_in_a_sentence(offline, tmp_path, monkeypatch, key):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    mirrors = loggers.open_loggers(tmp_path, "name", {}, mode="offline", **{key: True})
+    with (
+        pytest.raises(RunError, match=f"logger={key} cannot be written there .No space left"),
+        loggers.closing(mirrors),
+    ):
+        if key == "wandb":
+            monkeypatch.setattr(loggers, "open", full, raising=False)
+        else:
+            monkeypatch.setattr(mirrors[0].experiment, "add_scalar", full)
+            monkeypatch.setattr(mirrors[0].experiment, "flush", full)
+        mirrors[0].log_metrics({"loss": 1.0}, step=1)
