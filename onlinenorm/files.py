@@ -17,6 +17,7 @@ from onlinenorm.errors import RunError
 
 # What lockf answers on file systems that have no locks; where one is held it is EACCES or EAGAIN.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors that free space mends
 
 
 def user_cache() -> Path:
@@ -39,7 +40,8 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # missing, or beyond reach, of which the block tells
+            partial.unlink()
 
 
 @contextlib.contextmanager
@@ -70,8 +72,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with replacing(path) as partial:
             partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     except OSError as error:
+        cure = "free some space" if error.errno in FULL else "mend that"
         raise RunError(
-            f"{path}: could not be written ({error}); free some space and run the same command again"
+            f"{path}: could not be written ({error.strerror or error}); {cure} and run the same command again"
         ) from error
 
 

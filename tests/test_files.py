@@ -29,6 +29,12 @@ def test_a_file_is_replaced_or_left(tmp_path, full_disk):
     assert path.read_bytes() == b"newer" and [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
 
 
+def test_only_a_full_disk_is_told_to_be_emptied(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"written \(Not a directory\); mend that"):
+        files.write_atomically(tmp_path / "file" / "metrics.csv", "x")
+
+
 def test_a_link_is_replaced_and_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("theirs")

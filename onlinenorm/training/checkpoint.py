@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from onlinenorm.errors import ArgumentError, ConfigError, RunError
+from onlinenorm.files import FULL
 from onlinenorm.records import CONFIG, misfit
 from onlinenorm.text import first_line
 from onlinenorm.training.host_copy import host_copy
@@ -51,31 +52,34 @@ def verify(path: Path) -> str:
 def write(state: dict[str, Any], path: Path) -> None:
     """Replaces `path` by a verified file with `state`; a whole last.ckpt that was there becomes previous.ckpt.
 
-    At any moment, also of a power cut, last.ckpt or previous.ckpt is whole. Raises RunError when the disk is full.
+    At any moment, also of a power cut, last.ckpt or previous.ckpt is whole. Raises RunError when it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         if problem := verify(partial):
-            raise RunError(
-                f"{partial}: what was written cannot be read back ({problem}); {path.name} is left as it was"
-            )
+            raise RuntimeError(f"what was written cannot be read back: {problem}")
+        if path.name == LAST and path.exists() and not verify(path):
+            os.replace(path, path.with_name(PREVIOUS))
+        os.replace(partial, path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, RunError):
-            raise
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        cause = next((each for each in (error, error.__context__) if isinstance(each, OSError)), error)
+        said = first_line(cause)
+        if said.startswith("[enforce fail"):  # torch's, without the system's word
+            said = "the file system took a part of it only, as when there is No space left on device"
+        full = not isinstance(cause, OSError) or cause.errno in FULL
+        left = [name for name in (LAST, PREVIOUS) if (path.parent / name).is_file()]
         raise RunError(
-            f"{path}: could not be saved ({error}). Free some space and run the same command again: "
-            f"it continues from {path.parent}, which still holds the last good checkpoint"
+            f"{path}: could not be saved ({said}). {'Free some space' if full else 'Mend that'} and run the same "
+            f"command again: it {f'continues from {path.parent / left[0]}' if left else 'starts over'}"
         ) from error
-    if path.name == LAST and path.exists() and not verify(path):
-        os.replace(path, path.with_name(PREVIOUS))
-    os.replace(partial, path)
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -94,6 +94,31 @@ def test_what_cannot_be_read_back_never_becomes_the_last(folder, monkeypatch):
     assert checkpoint.read(folder / "last.ckpt")["position"]["epoch"] == 2
 
 
+def test_a_partial_file_of_before_and_a_folder_that_may_not_be_written(folder, monkeypatch):
+    (folder / "last.partial").write_text("of a run that was killed")
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "open", refused, raising=False)
+    monkeypatch.setattr(checkpoint.Path, "unlink", refused)
+    with pytest.raises(RunError, match=f"Permission denied.*Mend that.* continues from {folder}/last.ckpt$"):
+        checkpoint.write(state(3), folder / "last.ckpt")
+
+
+def test_a_file_where_the_folder_was(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(RunError, match=r"last.ckpt: could not be saved .* it starts over$"):
+        checkpoint.write(state(3), tmp_path / "checkpoints" / "last.ckpt")
+
+
+def test_a_folder_where_the_file_goes(tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    with pytest.raises(RunError, match=r"last.ckpt: could not be saved .*Is a directory.* it starts over$"):
+        checkpoint.write(state(3), tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 @pytest.mark.gpu
 def test_a_copy_of_the_device_is_that_of_the_call():
     weight = torch.randn(64, 32, 3, 3, device="cuda").to(memory_format=torch.channels_last)
