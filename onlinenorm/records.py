@@ -21,12 +21,15 @@ METRICS, CLAMPING = "metrics.csv", "clamping.csv"
 FAILURE, FAILURE_TEXT = "failed.json", "failed.txt"  # for programs, and for people
 ATTEMPTS = "attempts"
 
-# Keys of a configuration that runs of older versions lack, and how those trained.
+# Keys of a configuration that runs of older versions lack, and how those trained, or what gives the same values.
 ADDED: dict[str, dict[str, Any]] = {
     "recipe": {
         "warmup_epochs": 0, "warmup_lr": 0.0, "label_smoothing": 0.0, "clamp_raise_epochs": 0, "clamp_off_epochs": 0,
         "removal_every_epoch": False, "reestimate_images": 0,
     },
+    "model": {"compile": False, "stem": "auto", "fuse_max_pool": True, "fuse_shortcut": False},
+    "trainer": {"cuda_graph": False},
+    "data": {"decoder": "pillow", "val_decoder": "pillow", "device_fraction": 1.0},
 }  # fmt: skip
 
 _DIVERGED = re.compile(r"became NaN or infinite at step (\d+)(?: \(epoch (\d+))?")

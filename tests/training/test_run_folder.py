@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from tests_training import RESULTS
 
+from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import ConfigError, Interrupted, RunError
-from onlinenorm.records import run_path
+from onlinenorm.records import ADDED, run_path
+from onlinenorm.training.fast_path import adopt
 from onlinenorm.training.run_folder import RunFolder, changed_keys
 
 CONFIG = {"recipe": {"lr": 0.1}, "trainer": {"devices": 1, "precision": "32-true"}, "logger": {"_target_": "x"}}
@@ -35,6 +37,15 @@ def test_keys_that_older_runs_lack_are_as_they_then_were():
     assert changed_keys(CONFIG, new) == changed_keys(new, CONFIG) == []
     new["recipe"]["warmup_epochs"] = 5
     assert changed_keys(CONFIG, new) == ["recipe.warmup_epochs: 0 -> 5"]
+
+
+@pytest.mark.parametrize("group, keys", ADDED.items())
+def test_a_run_of_before_a_key_is_that_of_its_default(group, keys):
+    """And what is left to the run by auto is as the run has it."""
+    config = load_config(["experiment=table1"])
+    config["trainer"] |= {"accelerator": "cpu"}
+    old = config | {group: {key: value for key, value in config[group].items() if key not in keys}}
+    assert old[group] != config[group] and changed_keys(old, adopt(config, old)) == []
 
 
 def test_a_changed_configuration_is_refused_only_where_there_is_progress(tmp_path):
