@@ -45,19 +45,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(file: Path, in_use: Exception) -> Iterator[None]:
-    """Context in which `file`, made here, is locked by this process; raises `in_use` where another holds the lock.
+def locked(file: Path, in_use: Exception | None = None) -> Iterator[None]:
+    """Context in which `file`, made here, is locked by this process.
 
-    On a file system that has no locks this is told and nothing is locked. Raises OSError where the file cannot be
-    opened.
+    Where another holds the lock `in_use` is raised or, if it is None, waited for. On a file system that has no locks
+    that is told and nothing is locked. Raises OSError where the file cannot be opened.
     """
     with open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "a+") as stream:
         try:
             # lockf, unlike flock, is not passed on to loader workers, which may outlive a killed run by seconds
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if in_use else 0))
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise in_use from None
+                raise in_use or error from None
             print(
                 f"the file system of {file.parent} has no locks ({error.strerror}); see to it yourself that nothing "
                 "else writes there",

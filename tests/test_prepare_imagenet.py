@@ -287,6 +287,18 @@ def test_a_file_overwritten_by_one_of_its_size_is_not_verified(main, tmp_path, p
         caplog.clear()
 
 
+def test_a_verification_is_of_one_folder_and_of_its_files_times(main, tmp_path):
+    source = write_kaggle(write_folders(tmp_path / "folders"), tmp_path / "kaggle") and tmp_path / "kaggle"
+    archive = zip_folder(source, tmp_path / "images.zip")
+    assert main("--verify", archive) == 0 and ImageNet(root=str(archive)).verified
+    copy = tmp_path / "copy.zip"
+    copy.write_bytes(archive.read_bytes())
+    os.utime(copy, (1.7e9, 1.7e9))
+    assert ImageNet(root=str(copy)).verified is None
+    os.utime(archive, (1.7e9, 1.7e9))
+    assert ImageNet(root=str(archive)).verified is None, "older, and another file"
+
+
 def test_a_partial_shard_of_two_names_is_written_anew(main, tmp_path):
     source, root = write_tree(tmp_path / "set"), tmp_path / "root"
     root.mkdir()

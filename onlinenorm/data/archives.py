@@ -17,7 +17,7 @@ from typing import IO
 
 import numpy as np
 
-from onlinenorm.data.devkit import Devkit, find_devkit, read_devkit
+from onlinenorm.data.devkit import GROUND_TRUTH, META, Devkit, find_devkit, read_devkit
 from onlinenorm.data.index import EXTENSIONS, FolderIndex, changed_ns, name_few, pack_names
 from onlinenorm.data.index_cache import Arrays, cached_arrays
 from onlinenorm.errors import DataError
@@ -105,6 +105,7 @@ def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveInd
     folder = folder.resolve()
     train, val, devkit_path = folder / TRAIN_ARCHIVE, folder / VAL_ARCHIVE, find_devkit(folder)
     devkit = read_devkit(devkit_path)
+    devkit_files = [devkit_path / META, devkit_path / GROUND_TRUTH] if devkit_path.is_dir() else [devkit_path]
     indexes = []
     for name, archive, members in (
         ("official-train", train, lambda: _check_train(_scan_nested(train, devkit, progress), devkit, train)),
@@ -114,7 +115,7 @@ def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveInd
             raise DataError(
                 f"{archive} is missing; download it from https://image-net.org, or link it there", key="root"
             )
-        key = files_key([archive, devkit_path])
+        key = files_key([archive, *devkit_files])
         arrays = cached_arrays(folder, name, key, functools.partial(_build, members, archive))
         indexes.append(ArchiveIndex([archive], **arrays))
     return indexes[0], indexes[1]

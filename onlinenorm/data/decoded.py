@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from onlinenorm.data.progress import Progress
 from onlinenorm.data.sampler import Request, split_requests
 from onlinenorm.data.workers import worker_loader
 from onlinenorm.errors import ArgumentError, DataError
-from onlinenorm.files import replacing, user_cache
+from onlinenorm.files import locked, replacing, user_cache
 
 _FORMAT = "onlinenorm decoded 1"
 _TOGETHER = 4  # images that a worker sends at once
@@ -145,7 +146,7 @@ def kept_images(dataset: FolderDataset, workers: int, device: torch.device) -> D
     Raises DataError where it cannot be written.
     """
     index, decoder = dataset.index, dataset.decoder
-    what: tuple = _FORMAT, torch.__version__, torchvision.__version__, PIL.__version__, index.modified_ns
+    what: tuple = _FORMAT, torch.__version__, torchvision.__version__, PIL.__version__, index.times_digest
     if isinstance(dataset, NvjpegDataset):
         decoder = "nvjpeg"  # whose pixels are those of a kind of GPU
         what += dataset.device_fraction, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -155,16 +156,28 @@ def kept_images(dataset: FolderDataset, workers: int, device: torch.device) -> D
     name = f"decoded-{_split(dataset)}-{decoder}"
     file = user_cache() / f"{name}-{place}-{key[:16]}.u8"
 
+    mapped: list[torch.Tensor] = []  # before another run may replace the file
+
     def build() -> Arrays:
-        for former in file.parent.glob(f"{name}-{place}-*.u8"):
-            former.unlink(missing_ok=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as partial:
-            made = decode_images(dataset, workers, device, lambda size: _mapped(partial, "w+", size))
+        with locked(file.parent / f".{name}-{place}.lock"):
+            for former in (*file.parent.glob(f"{name}-{place}-*"), *file.parent.glob(f".{name}-{place}-*.partial")):
+                former.unlink(missing_ok=True)  # partial ones are of killed runs: others would hold the lock
+            with replacing(file) as partial:
+                made = decode_images(dataset, workers, device, lambda size: _mapped(partial, "w+", size))
+                mapped.append(_mapped(partial, "c", _bytes(made.sizes_N2)))
         return {"starts": made.starts_N, "sizes": made.sizes_N2, "of_torch": made.of_torch_N}
 
     def holds(arrays: Arrays) -> bool:
-        return file.is_file() and file.stat().st_size >= _bytes(arrays["sizes"])
+        unread = np.flatnonzero(arrays["sizes"].prod(axis=1) == 0).tolist()
+        whole = _WholeImages(dataset)
+        if any(whole.__getitems__([(0, i)])[1].prod() > 0 for i in unread):
+            return False  # the file may have been out of reach
+        try:
+            mapped.append(_mapped(file, "c", _bytes(arrays["sizes"])))
+        except (OSError, ValueError):  # missing, cut short
+            return False
+        return True
 
     try:
         arrays = cached_arrays(index.folder, name, key, build, holds)
@@ -174,8 +187,7 @@ def kept_images(dataset: FolderDataset, workers: int, device: torch.device) -> D
             "name another folder, or use data.keep_decoded=false",
             key="keep_decoded",
         ) from error
-    pixels_B = _mapped(file, "c", file.stat().st_size)
-    return DecodedImages(pixels_B, arrays["starts"], arrays["sizes"], arrays["of_torch"])
+    return DecodedImages(mapped[-1], arrays["starts"], arrays["sizes"], arrays["of_torch"])
 
 
 def on_device(images: DecodedImages, device: torch.device) -> DecodedImages:
@@ -211,7 +223,13 @@ def decoded_bytes(datasets: Sequence[InMemoryDataset | FolderDataset]) -> float:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a GPU; None for other devices."""
+    """Bytes that can still be allocated on a GPU, or in main memory; None where that is not known."""
+    if device.type == "cpu":
+        try:
+            found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+        except OSError:  # not Linux
+            return None
+        return int(found[1]) << 10 if found else None
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -74,15 +74,15 @@ class FolderIndex:
         with open(self.path(index), "rb") as file:
             return file.read()
 
-    def newest(self, images: Iterable[int], time: Callable[[os.stat_result], int] = changed_ns) -> int:
+    def newest(self, images: Iterable[int]) -> int:
         """When the last of these images changed on disk, in nanoseconds."""
-        return max((time(status) for status in self._statuses(images)), default=0)
+        return max((changed_ns(status) for status in self._statuses(images)), default=0)
 
     @property
-    def modified_ns(self) -> int:
-        """The newest modification time of the files, of at most `SIZES_ASKED` evenly spaced ones."""
-        step = -(-len(self) // SIZES_ASKED)
-        return self.newest(range(0, len(self), step), lambda status: status.st_mtime_ns)
+    def times_digest(self) -> str:
+        """sha256 of the files' modification times, of at most `SIZES_ASKED` evenly spaced ones."""
+        times = [status.st_mtime_ns for status in self._statuses(range(0, len(self), -(-len(self) // SIZES_ASKED)))]
+        return hashlib.sha256(np.array(times, dtype=np.int64).data).hexdigest()
 
     def _statuses(self, images: Iterable[int]) -> Iterator[os.stat_result]:
         for i in images:

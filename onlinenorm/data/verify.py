@@ -1,9 +1,10 @@
 """Checks a prepared dataset, and keeps what was found where ImageNet's data module looks for it."""
 
 import contextlib
+import hashlib
 import json
 import logging
-import math
+import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ _WHAT = "classes", "training images", "validation images"
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 _FILE = ".onlinenorm-verified.json"
-_VERIFIED = {"fingerprint": str, "modified_ns?": int, "date": str, "decoded": int, "problems": [str]}
+_VERIFIED = {"fingerprint": str, "times?": [str], "date": str, "decoded": int, "problems": [str]}
 _TOGETHER = 512  # images handed to the threads at a time
 
 
@@ -56,7 +57,7 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress
         decode: images of each split to decode, chosen evenly at random; None for all.
     """
     train, val = splits
-    modified = max(train.modified_ns, val.modified_ns)  # first: what changes meanwhile is not verified
+    times = [train.times_digest, val.times_digest]  # first: what changes meanwhile is not verified
     counts = len(train.class_names), len(train), len(val)
     problems = []
     if counts[0] == PUBLISHED[0] and scale_of(train.class_names, *counts[1:]) != "folder":
@@ -93,7 +94,7 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress
         "unreadable": unreadable,
         "problems": problems,
         "fingerprint": fingerprint(list(splits)),
-        "modified_ns": modified,
+        "times": times,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -101,7 +102,7 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress
 def record(root: Path, found: dict[str, Any]) -> Path:
     """Keeps a verification beside the data, or where they are read-only in the user's cache; returns the file."""
     text = json.dumps(found, indent=1) + "\n"
-    for file in _files(root, found["fingerprint"]):
+    for file in _files(root):
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as partial:  # a link there, which may lead out of the folder, is replaced
@@ -111,9 +112,9 @@ def record(root: Path, found: dict[str, Any]) -> Path:
 
 
 def recorded(root: Path, splits: tuple[FolderIndex, FolderIndex]) -> dict[str, Any] | None:
-    """The verification of the dataset at `root`, if the fingerprint is the one verified and no file is newer."""
-    digest = fingerprint(list(splits))
-    for file in _files(root, digest):
+    """The verification of the dataset at `root`, if fingerprint and times of the files are those verified."""
+    state = {"fingerprint": fingerprint(list(splits)), "times": [index.times_digest for index in splits]}
+    for file in _files(root):
         if not file.exists():
             continue
         try:
@@ -121,9 +122,7 @@ def recorded(root: Path, splits: tuple[FolderIndex, FolderIndex]) -> dict[str, A
         except DataError as error:
             log.warning("%s", error)
             continue
-        if verification.get("fingerprint") == digest and max(s.modified_ns for s in splits) <= verification.get(
-            "modified_ns", math.inf
-        ):
+        if {key: verification.get(key) for key in state} == state:
             return verification
         log.warning(
             "%s has changed since it was verified (%s): run scripts/prepare_imagenet.py --verify again",
@@ -132,8 +131,9 @@ def recorded(root: Path, splits: tuple[FolderIndex, FolderIndex]) -> dict[str, A
     return None
 
 
-def _files(root: Path, digest: str) -> tuple[Path, Path]:
-    return root / _FILE, user_cache() / f"verified-{digest[:16]}.json"
+def _files(root: Path) -> tuple[Path, Path]:
+    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    return root / _FILE, user_cache() / f"verified-{place}.json"
 
 
 def _sample(length: int, count: int | None) -> np.ndarray:

@@ -207,6 +207,18 @@ def test_a_hard_link_is_to_the_file_before_it(tmp_path):
     assert contents(index) == {f"ant/{name}.jpg": (0, data) for name, data in expected.items()}
 
 
+def test_labels_of_an_unpacked_devkit_are_read_again_once_they_change(tmp_path):
+    folder = write_official(tmp_path / "official")
+    with tarfile.open(folder / DEVKIT) as tar:
+        tar.extractall(folder, filter="data")
+    (folder / DEVKIT).unlink()
+    before = load_official(folder)[1]
+    truth = folder / "ILSVRC2012_devkit_t12" / "data" / "ILSVRC2012_validation_ground_truth.txt"
+    truth.write_text("3\n" * 3 + "1\n" * 2 + "2\n")
+    after = load_official(folder)[1]
+    assert [np.bincount(index.labels).tolist() for index in (before, after)] == [[2, 2, 2], [3, 1, 2]]
+
+
 def test_a_devkit_holds_files(official, tmp_path):
     with tarfile.open(tmp_path / DEVKIT, "w:gz") as tar:
         link(tar, "kit/data/meta.mat", "nowhere", tarfile.SYMTYPE)

@@ -11,6 +11,7 @@ from image_folders import write_image, write_tree
 from onlinenorm.data import DataError, FashionMNIST, ImageNet, Synthetic, UnreadableImageError, decoded
 from onlinenorm.data.gpu_cache import GpuCacheLoader
 from onlinenorm.data.imagenet import open_splits
+from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.prefetch import THREAD
 from onlinenorm.data.prepare import chosen_classes, pack
 
@@ -179,6 +180,40 @@ def test_decoded_files_are_kept_until_something_changes(tree, cache, monkeypatch
         assert torch.equal(a[0].cpu(), b[0])
 
 
+def test_what_could_not_be_read_is_tried_again(tree, cache, monkeypatch):
+    def out_of_reach(index, i):
+        if index.relative_path(i) == "bee/1.JPEG":
+            raise PermissionError(13, "Permission denied")
+        return read(index, i)
+
+    read = FolderIndex.read
+    training, _ = folders(tree)._sets
+    for reads, unreadable in ((out_of_reach, 1), (out_of_reach, 1), (read, 0)):
+        monkeypatch.setattr(FolderIndex, "read", reads)
+        kept = decoded.kept_images(training, 0, torch.device("cpu"))
+        assert (kept.sizes_N2 == 0).any(axis=1).sum() == unreadable
+
+
+def test_runs_of_other_limits_and_killed_ones_leave_each_other_alone(tree, cache, monkeypatch):
+    data = folders(tree, on_device=True, keep_decoded=True)
+    data.prepare_data()
+    (first,) = cache.glob("decoded-train-*.u8")
+    partial = cache / f".{first.name}.0123abcd.partial"
+    partial.touch()
+    stored = decoded.cached_arrays
+
+    def removed_meanwhile(*arguments):
+        arrays = stored(*arguments)
+        for file in cache.glob("decoded-train-*.u8"):
+            file.unlink()
+        return arrays
+
+    monkeypatch.setattr(decoded, "cached_arrays", removed_meanwhile)
+    for _ in range(2):  # from the file, and decoded anew
+        assert_equal(batches(data), batches(folders(tree)))
+    assert not partial.exists()
+
+
 def test_archives_of_both_splits_are_kept_side_by_side(tree, cache, tmp_path, monkeypatch):
     packed = tmp_path / "packed"
     splits = open_splits(str(tree))
@@ -215,6 +250,13 @@ def test_a_set_larger_than_the_memory_is_refused_before_decoding(tree, monkeypat
             data.train_dataloader()
     with pytest.raises(ValueError, match=r"on_device: the 2,560 decoded images of synthetic take"):
         Synthetic(on_device=True).val_dataloader()
+
+
+def test_main_memory_is_asked_too(tree, monkeypatch):
+    assert 0 < decoded.free_memory(torch.device("cpu")) < 1 << 50
+    monkeypatch.setattr(decoded, "decoded_bytes", lambda sets: 1 << 50)
+    with pytest.raises(ValueError, match=r"on_device: .* take about 1,125,899\.9 GB and cpu has"):
+        decoded.check_fits(folders(tree)._sets, torch.device("cpu"), "set")
 
 
 def test_sizes_of_a_sample_stand_for_all(tree, monkeypatch):
