@@ -44,13 +44,13 @@ def test_shares_are_those_of_the_recorded_kernels(kernels):
 
 
 def test_the_page_of_levers_tells_what_was_predicted_and_what_it_saved(tmp_path):
-    row = {"batch": 256, "lever": "casts", "what": "casts", "without": 26.825, "with": 26.646, "predicted": 0.24}
+    row = {"batch": 256, "lever": "messages", "what": "fills", "without": 26.825, "with": 26.646, "predicted": 0.24}
     none = row | {"lever": "all", "what": "all", "with": 26.9, "predicted": None}
     head = {"model": "resnet50", "normalizer": "online_clamp", "device": "a GPU", "torch": "2", "triton": "3"}
     (tmp_path / "levers.json").write_text(json.dumps(head | {"commit": "c", "command": "run", "rows": [row, none]}))
     levers_table.main([str(tmp_path / "levers.json")])
     lines = (tmp_path / "levers.md").read_text().splitlines()
     assert (
-        "| 256 | casts | 26.82 | 26.65 | 0.18 | 0.24 |" in lines
+        "| 256 | fills | 26.82 | 26.65 | 0.18 | 0.24 |" in lines
         and "| 256 | all | 26.82 | 26.90 | -0.07 | none |" in lines
     )

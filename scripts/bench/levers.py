@@ -21,7 +21,6 @@ import torch
 
 from onlinenorm.models.blocks import BasicBlock, Bottleneck
 from onlinenorm.ops.fused import workspace
-from onlinenorm.ops.fused.inductor_pass import FoldGradients
 from scripts.bench import common, levers_table, training
 
 
@@ -39,27 +38,20 @@ def _set_messages(_, on: bool) -> None:
     workspace.TAKES_TURNS = on
 
 
-def _set_casts(_, on: bool) -> None:
-    FoldGradients.casts_together = on
-
-
 SWITCHES: dict[str, Callable[[torch.nn.Module, bool], None]] = {
     "max_pool": _set_max_pool,
     "shortcut": _set_shortcut,
     "messages": _set_messages,
-    "casts": _set_casts,
 }
 WHAT = {
     "max_pool": "first norm, ReLU and max-pool in one kernel each way",
     "shortcut": "the shortcut's norm inside the kernel of the block's last norm, each way",
     "messages": "messages cleared by the launch after, not filled",
-    "casts": "weights cast together, and their gradients",
 }
 PREDICTED = {  # milliseconds saved at N = 256 and 32, on an H100
     "max_pool": {256: 1.9, 32: 0.24},
     "shortcut": {256: 1.2, 32: 0.20},
     "messages": {256: 0.15, 32: 0.07},
-    "casts": {256: 0.24, 32: 0.24},
 }
 
 
@@ -71,8 +63,7 @@ def switched(network: training.Network, on: tuple[str, ...]):
     try:
         yield
     finally:
-        for name in ("messages", "casts"):  # of the process, not of the network
-            SWITCHES[name](network.model, False)
+        _set_messages(network.model, False)  # of the process, not of the network
 
 
 def measure(variants: dict[str, tuple[str, ...]], batch: int, args) -> dict[str, training.Row]:
@@ -95,7 +86,7 @@ def main(argv=None) -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
     parser.add_argument("--normalizer", default="online_clamp", choices=["online_clamp", "online_layer_scaling"])
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 32])
-    parser.add_argument("--lever", nargs="+", default=["shortcut", "messages", "casts"], choices=list(SWITCHES))
+    parser.add_argument("--lever", nargs="+", default=["shortcut", "messages"], choices=list(SWITCHES))
     parser.add_argument("--base", nargs="*", default=["max_pool"], choices=list(SWITCHES), help="on in every network")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20, help="steps a round")

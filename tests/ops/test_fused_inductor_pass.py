@@ -74,7 +74,7 @@ def test_operators_of_deep_networks_are_known_to_inductor_before_it_meets_them()
     operators = torch.ops.onlinenorm
     pooled = operators.fused_max_pool_forward, operators.fused_max_pool_backward
     shortcut = operators.fused_shortcut_forward, operators.fused_shortcut_backward
-    assert all(operator.default in lowerings for operator in (*pooled, *shortcut, operators.cast_together))
+    assert all(operator.default in lowerings for operator in (*pooled, *shortcut))
 
 
 @pytest.fixture
