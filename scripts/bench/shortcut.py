@@ -3,7 +3,7 @@
     python scripts/bench/shortcut.py                                 # the four sites of ResNet-50, one Hopper GPU
     python scripts/bench/shortcut.py --tuning 128,2,16,300 ...       # and other tunings of the one kernel
 
-What TUNINGS of onlinenorm/ops/fused/tiling.py are chosen from. Both ways run in one process on the same
+What SHORTCUT_TUNINGS of onlinenorm/ops/fused/tiling.py are chosen from. Both ways run in one process on the same
 tensors, in CUDA graphs over rotating inputs, in turn; a row gives the median microseconds of each and the bytes that it
 moves, every tensor counted once. Backward adds a second gradient, as a block's output has two readers. A tuning whose
 results leave those of two kernels, or that gives other bits the second time, is told and left out.
