@@ -1,6 +1,7 @@
 """Launching single-read CUDA kernels: tiles, the run-time compiler, driver and workspace, without a GPU."""
 
 import ctypes
+import itertools
 import random
 import re
 import sys
@@ -175,32 +176,72 @@ def images_on_a_gpu(shape):
     )  # fmt: skip
 
 
-def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(without_gpu, monkeypatch):
-    """Its tiles wait for one another: fewer stages than tiles would wait for ever."""
+@pytest.fixture
+def tables(monkeypatch):
+    """Puts other tunings into the rows of the tables."""
+
+    def forget():
+        for cached in (single_read.tuning_for, single_read._launches_hold_samples):
+            cached.cache_clear()
+
+    def change(rng):
+        for name in ("TUNINGS", "SHORTCUT_TUNINGS"):
+            table = [(*row[:-1], random_tuning(rng, row[-1] is None)) for row in getattr(tiling, name)]
+            monkeypatch.setattr(tiling, name, table)
+        forget()
+
+    yield change
+    forget()
+
+
+def random_tuning(rng, may_be_none):
+    group, stages = rng.choice([128, 256]), rng.choice([2, 3, 4])
+    if may_be_none and rng.random() < 0.5:
+        return None
+    return tiling.Tuning(group, stages, chunk=rng.choice([4, 8, 16]), rows=rng.choice([60, 200, 400]))
+
+
+@pytest.mark.parametrize("as_measured", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layer_scaling_is_taken_where_the_chip_holds_whole_samples(
+    layers, as_measured, without_gpu, tables, monkeypatch
+):
+    """Its tiles wait for one another: fewer stages than tiles would wait for ever. With the tables, and with others."""
     monkeypatch.setattr(single_read, "supports_device", lambda device: True)
-    spec, rng, taken = NormSpec(error_compensation="layer_scaling"), random.Random(0), 0
-    for _ in range(2000):
-        channels, height, width = 64 * rng.randint(1, 40), rng.randint(1, 120), rng.randint(1, 120)
-        shape = (rng.randint(1, 3), channels, height, width)
+    spec, rng, taken = NormSpec(error_compensation="layer_scaling"), random.Random(layers), 0
+    subsets = [set(some) for count in range(4) for some in itertools.combinations(single_read.FLAGS[:3], count)]
+    every = [("forward", some) for some in subsets if "SKIP_GRAD" not in some] + [
+        ("backward", some) for some in subsets
+    ]
+    for trial in range(1000):
+        if not as_measured and trial % 50 == 0:
+            tables(rng)
         monkeypatch.setattr(H100, "multi_processor_count", rng.choice([16, 114, 132]))
-        x = images_on_a_gpu(shape)
-        if single_read.supports(x, spec, tensors=4):
-            for direction, flags in (("forward", ()), ("backward", ("SKIP_GRAD",))):
-                flags += "RELU", "RESIDUAL", "SHORTCUT"
-                for tuning in OF_SHORTCUTS:
-                    assert single_read._plan(0, direction, shape, False, flags, spec, tuning).cooperative
-        if not single_read.supports(x, spec):
+        monkeypatch.setattr(H100, "shared_memory_per_block_optin", rng.choice([101_376, 166_912, 232_448]))
+        shape = rng.choice([1, 3, 32, 256]), 64 * rng.randint(1, 40), rng.randint(1, 120), rng.randint(1, 120)
+        if not single_read.supports(images_on_a_gpu(shape), spec, shortcut=layers == 2):
             continue
         taken += 1
-        for direction, flags in (("forward", ("RELU", "RESIDUAL")), ("backward", ("RELU", "RESIDUAL", "SKIP_GRAD"))):
-            for tuning in TUNINGS:
-                # raises where the stages of the CTAs that run at once do not hold a sample
-                assert single_read._plan(0, direction, shape, False, flags, spec, tuning).cooperative
-    assert 200 < taken < 1800
-    monkeypatch.setattr(H100, "multi_processor_count", 132)
-    for other in (NormSpec(error_compensation="layer_scaling", layer_scaling_group_size=32), spec):
-        x.shape = (2, 64, 8, 8) if other is not spec else (2, 64 * 33, 8, 8)
-        assert not single_read.supports(x, other)
+        samples, pixels = shape[0], shape[2] * shape[3]
+        for direction, flags in every:
+            tuning = single_read.tuning_for(direction, True, not flags <= {"RELU"}, samples, pixels)
+            if layers == 2 and flags >= {"RELU", "RESIDUAL"}:
+                two = single_read.shortcut_tuning_for(direction, True, samples, pixels)
+                flags, tuning = (flags | {"SHORTCUT"}, two) if two else (flags, tuning)
+            # raises where the stages of the CTAs that run at once do not hold a sample
+            assert single_read._plan.__wrapped__(0, direction, shape, False, tuple(flags), spec, tuning).cooperative
+    assert 50 < taken < 900
+
+
+def test_layer_scaling_is_taken_at_the_sites_of_resnets(without_gpu, monkeypatch):
+    monkeypatch.setattr(single_read, "supports_device", lambda device: True)
+    whole = NormSpec(error_compensation="layer_scaling")
+    for channels, side in ((256, 56), (512, 28), (1024, 14), (2048, 7), (64, 56), (128, 28), (256, 14), (512, 7)):
+        assert single_read.supports(images_on_a_gpu((2, channels, side, side)), whole, shortcut=True), channels
+    assert single_read.supports(images_on_a_gpu((2, 64, 112, 112)), whole)
+    groups = NormSpec(error_compensation="layer_scaling", layer_scaling_group_size=32)
+    assert not single_read.supports(images_on_a_gpu((2, 64, 8, 8)), groups)
+    assert not single_read.supports(images_on_a_gpu((2, 64 * 33, 8, 8)), whole)
 
 
 def test_a_device_that_is_not_served_is_not_asked_for_its_size(without_gpu, monkeypatch):

@@ -168,13 +168,17 @@ def one_step(tail, x, y, grad, skip_grad):
 @pytest.mark.parametrize("seed", range(3))
 def test_random_shapes_repeat_bit_for_bit_while_the_gpu_is_busy(seed, one_kernel):
     rng, other_work = random.Random(seed), torch.cuda.Stream()
-    noise = torch.randn(2048, 2048, device="cuda")
+    noise, taken = torch.randn(2048, 2048, device="cuda"), 0
     for trial in range(30 * seed, 30 * seed + 30):
         channels, side = 64 * rng.choice([1, 2, 4, 16]), rng.choice([1, 2, 3, 7, 8, 14, 15, 28, 31, 56])
         samples = rng.randint(1, max(1, min(300, 4_000_000 // (channels * side * side))))
         dtype, shape = rng.choice([torch.bfloat16, torch.float16]), (samples, channels, side, side)
         tail = Tail(channels, COMPENSATIONS[trial % 3], backend="fused").cuda()
         x, y, grad = (t.cuda() for t in draw(shape, dtype, trial))
+        if not shortcut.supports(x, y, tail.last.spec):  # larger than the chip, with layer scaling
+            assert tail.last.error_compensation == "layer_scaling" and x[0].nbytes > 2**20
+            continue
+        taken += 1
         skip_grad = draw(shape, dtype, 1000 + trial)[2].cuda() if trial % 2 else None
         with torch.cuda.stream(other_work):
             for _ in range(5):
@@ -187,6 +191,7 @@ def test_random_shapes_repeat_bit_for_bit_while_the_gpu_is_busy(seed, one_kernel
             added = one_step(tail, x, y, grad + skip_grad, None)
             for mine, other in zip(first[2:], added[2:], strict=True):
                 assert (mine.double() - other.double()).norm() <= 1e-2 * other.double().norm() + 1e-6, shape
+    assert taken > 25
 
 
 @pytest.mark.gpu
@@ -289,7 +294,7 @@ def test_layers_that_are_not_alike_follow_one_another(monkeypatch):
 def launched(monkeypatch):
     """Where the kernels serve but are not there: notes what they would be given, and has all tensors as they are."""
     calls = []
-    monkeypatch.setattr(single_read, "supports", lambda *_: True)
+    monkeypatch.setattr(single_read, "supports", lambda *_, **__: True)
     monkeypatch.setattr(single_read, "_launch", lambda direction, inputs, flags, *_, **t: calls.append((inputs, flags)))
     return calls
 
@@ -317,12 +322,14 @@ def test_compiled_blocks_call_the_operators_with_both_gradients(monkeypatch):
 
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=lambda module, _: make_boxed_func(module.forward), bw_compiler=compile_backward)
-    network = Blocks(partial(OnlineNorm2d, backend="fused")).to(torch.bfloat16, memory_format=torch.channels_last)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets without a GPU
+    network = Blocks(partial(OnlineNorm2d, backend="fused")).to(device, torch.bfloat16)
+    network = network.to(memory_format=torch.channels_last)
     for norm in network.modules():
         if isinstance(norm, OnlineNorm2d):
             norm.float()
     compiled = torch.compile(network, backend=backend, fullgraph=True)
-    x = draw((2, 64, 5, 5), torch.bfloat16, 0)[0]
+    x = draw((2, 64, 5, 5), torch.bfloat16, 0)[0].to(device)
     compiled(x).sum().backward()
     (node,) = nodes
     assert node.kwargs["skip_grad"] is not None

@@ -15,8 +15,6 @@ from onlinenorm.ops.fused.operators import fake, like, operator
 from onlinenorm.ops.repetition import check_first_pass
 from onlinenorm.ops.spec import NormSpec
 
-TENSORS = 4  # tiles of which backward holds: two gradients, and two inputs
-
 
 def supports(x: Tensor, shortcut_x: Tensor, spec: NormSpec) -> bool:
     """Whether to use these kernels: where single-read kernels serve and forward pays, for inputs alike."""
@@ -24,7 +22,7 @@ def supports(x: Tensor, shortcut_x: Tensor, spec: NormSpec) -> bool:
         return False
     if spec.processes > 1 or shortcut_x.shape != x.shape or shortcut_x.dtype != x.dtype:
         return False
-    if not single_read.supports(x, spec, TENSORS):
+    if not single_read.supports(x, spec, shortcut=True):
         return False
     return not torch.compiler.is_compiling() or inductor_pass.install()
 

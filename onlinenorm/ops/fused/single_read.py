@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import itertools
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +16,19 @@ from onlinenorm.ops.fused.nvrtc import Kernel, architecture, tensor_map
 from onlinenorm.ops.fused.tiling import (
     POOLED_TUNINGS,
     WIDTH,
-    Tiling,
     Tuning,
+    cut,
     even,
-    shared_memory,
+    possible_tunings,
+    samples_held,
     shortcut_tuning_for,
     tuning_for,
 )
 from onlinenorm.ops.spec import NormSpec
 
 MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the sums of their slabs
-DEPTH = 4  # samples, of all tensors, that must fit on the chip at once for it
+DEPTH = 4  # samples that must wait on the chip at once for it; one would do, but slowly
+FLAGS = "RELU", "RESIDUAL", "SKIP_GRAD", "POOL", "SHORTCUT"
 SOURCES = Path(__file__).parent / "cuda"
 
 POINTERS = ("out", "out_residual", "mask", "tile_counter", "clear")
@@ -93,28 +97,20 @@ def _plan(
     """
     samples, channels, height, width = shape
     pixels, slabs = height * width, channels // WIDTH
-    names = "RELU", "RESIDUAL", "SKIP_GRAD", "POOL", "SHORTCUT"
     scaled = spec.error_compensation == "layer_scaling"
     values: dict[str, int] = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", "SCALED": scaled}
-    values |= {name: name in flags for name in names}
+    values |= {name: name in flags for name in FLAGS}
     values |= tuning.defines
     kernel = _kernel(device, direction, tuple(f"-D{name}={int(value)}" for name, value in values.items()))
     multiprocessors, most_shared_memory = _chip(device)
-    if "POOL" in flags:
-        cut = functools.partial(Tiling.of_pooled, height, width, direction == "forward")
-    else:
-        cut = functools.partial(Tiling.of, pixels, tuning.group)
-    most_rows, tiling = tuning.rows, cut(tuning.rows)
-    while (shared := shared_memory(direction, values, tuning, tiling)) > most_shared_memory:
-        assert most_rows > 0, "larger than `max_pool.supports` allows"
-        most_rows -= 2
-        tiling = cut(most_rows)
+    tiling, shared = cut(direction, height, width, values, tuning, most_shared_memory)
     kernel.allow_shared_memory(shared)
     norms = 1 + values["SHORTCUT"]
     threads = tuning.threads + (norms * WIDTH if scaled and direction == "forward" else 0)  # the scale warps
     resident = kernel.ctas_per_multiprocessor(threads, shared)
     ctas_per_slab = max(1, min(resident * multiprocessors // slabs, tiling.items(samples)))
-    assert not scaled or (resident and ctas_per_slab * tuning.stages >= tiling.tiles), "more than `supports` allows"
+    waits = not scaled or (resident > 0 and samples_held(tiling, tuning, ctas_per_slab) > 0)
+    assert waits, f"{direction} of {shape}: more than `supports` allows"
     tile_sums = 8 * samples * channels
     channel_sums = tile_sums * (1 + tiling.tiles) if tiling.tiles > 1 else tile_sums
     messages = channel_sums + 8 * samples * slabs * scaled
@@ -143,10 +139,10 @@ def _plan(
     )  # fmt: skip
 
 
-def supports(x: Tensor, spec: NormSpec, tensors: int = 3) -> bool:
+def supports(x: Tensor, spec: NormSpec, shortcut: bool = False) -> bool:
     """Whether to use these kernels: Hopper or later, 16 bits, channels_last, whole slabs of 64 channels.
 
-    ``tensors`` are the most that a kernel reads tiles of.
+    With ``shortcut`` also those of two layers.
     """
     return (
         x.is_cuda
@@ -155,17 +151,42 @@ def supports(x: Tensor, spec: NormSpec, tensors: int = 3) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
         and supports_device(x.device.index)
-        and (spec.error_compensation != "layer_scaling" or _fits_on_chip(x, spec, tensors))
+        and (spec.error_compensation != "layer_scaling" or _fits_on_chip(x, spec, shortcut))
     )
 
 
-def _fits_on_chip(x: Tensor, spec: NormSpec, tensors: int = 3) -> bool:
+def _fits_on_chip(x: Tensor, spec: NormSpec, shortcut: bool = False) -> bool:
     """Whether whole samples wait on the chip, ``DEPTH`` times over, for the sums that layer scaling takes of them."""
-    _, channels, height, width = x.shape
+    channels, height, width = map(operator.index, x.shape[1:])  # of symbolic sizes the values: tilings differ
     if spec.layer_scaling_group_size not in (None, channels) or channels > MOST_SCALED:
         return False
-    ctas = channels // WIDTH * ctas_per_slab(x)
-    return DEPTH * tensors * channels * height * width * x.element_size() <= ctas * _chip(x.device.index)[1]
+    return _holds_samples(channels, height, width, x.device.index, shortcut)
+
+
+@torch.compiler.assume_constant_result
+def _holds_samples(channels: int, height: int, width: int, device: int, shortcut: bool) -> bool:
+    return _launches_hold_samples(channels, height, width, *_chip(device), shortcut)
+
+
+@functools.cache
+def _launches_hold_samples(
+    channels: int, height: int, width: int, multiprocessors: int, room: int, shortcut: bool
+) -> bool:
+    """Whether every launch that the tables may ask for, cut as `_plan` cuts it, holds ``DEPTH`` samples.
+
+    Compiled for a CTA a multiprocessor at least (__launch_bounds__).
+    """
+    ctas = multiprocessors // (channels // WIDTH)
+    some = [flags for count in range(4) for flags in itertools.combinations(FLAGS[:3], count)]
+    if shortcut:
+        some += [("RELU", "RESIDUAL", "SHORTCUT"), ("RELU", "RESIDUAL", "SKIP_GRAD", "SHORTCUT")]
+    for direction, flags in itertools.product(("forward", "backward"), some):
+        values = {name: int(name in flags) for name in FLAGS}
+        for tuning in possible_tunings(direction, True, flags, height * width):
+            tiling, _ = cut(direction, height, width, values, tuning, room)
+            if samples_held(tiling, tuning, ctas) < DEPTH:
+                return False
+    return True
 
 
 def ctas_per_slab(x: Tensor) -> int:

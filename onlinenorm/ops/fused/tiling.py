@@ -90,13 +90,29 @@ def tuning_for(direction: str, scaled: bool, residual: bool, samples: int, pixel
     raise AssertionError(f"TUNINGS has no row for {direction}, {scaled}, {residual}")
 
 
-@functools.cache
 def shortcut_tuning_for(direction: str, scaled: bool, samples: int, pixels: int) -> Tuning | None:
-    """Row of SHORTCUT_TUNINGS; None: the layers run in a kernel each."""
+    """Row of SHORTCUT_TUNINGS; None: the layers run in a kernel each.
+
+    Not cached: torch.compile traces it, and warns of caches.
+    """
     for *key, rows, least, tuning in SHORTCUT_TUNINGS:
         if key == [direction, scaled] and samples * pixels >= rows and pixels >= least:
             return tuning
     return None
+
+
+def possible_tunings(direction: str, scaled: bool, flags: tuple[str, ...], pixels: int) -> list[Tuning]:
+    """All that the tables give for images of ``pixels``, whatever their number; no launch of theirs: none."""
+    key, table = [direction, scaled], TUNINGS if "SHORTCUT" not in flags else SHORTCUT_TUNINGS
+    if table is TUNINGS:
+        key.append("RESIDUAL" in flags or "SKIP_GRAD" in flags)
+    found = []
+    for *names, rows, least, tuning in table:
+        if names == key and pixels >= least:
+            found.append(tuning)
+            if rows == 0:  # what follows is never reached
+                break
+    return [tuning for tuning in found if tuning]
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,27 @@ def shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling
             stage += -(-tiling.segments * even(tiling.tile_rows) * 8 // 128) * 128
         scratch += norms * (WIDTH * (2 * 8 * warps + 6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments)
     return tuning.stages * stage + scratch
+
+
+def cut(
+    direction: str, height: int, width: int, values: dict[str, int], tuning: Tuning, room: int
+) -> tuple[Tiling, int]:
+    """The largest tiles of images for ``room`` bytes of shared memory, and the bytes that a CTA takes of it."""
+    most_rows = tuning.rows
+    while True:
+        if values["POOL"]:
+            tiling = Tiling.of_pooled(height, width, direction == "forward", most_rows)
+        else:
+            tiling = Tiling.of(height * width, tuning.group, most_rows)
+        if (shared := shared_memory(direction, values, tuning, tiling)) <= room:
+            return tiling, shared
+        assert most_rows > 0, "larger than `max_pool.supports` allows"
+        most_rows -= 2
+
+
+def samples_held(tiling: Tiling, tuning: Tuning, ctas: int) -> int:
+    """Whole samples that the stages of the CTAs of a slab hold at once; tiles of layer scaling wait for all of one."""
+    return ctas * tuning.stages // tiling.tiles
 
 
 def even(rows: int) -> int:
