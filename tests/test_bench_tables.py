@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from scripts.bench import kernels_table, levers_table
+from scripts.bench import kernels_table, levers_table, shortcut_table
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +54,17 @@ def test_the_page_of_levers_tells_what_was_predicted_and_what_it_saved(tmp_path)
         "| 256 | fills | 26.82 | 26.65 | 0.18 | 0.24 |" in lines
         and "| 256 | all | 26.82 | 26.90 | -0.07 | none |" in lines
     )
+
+
+def test_the_page_of_shortcuts_has_every_tuning_and_none_where_it_was_left_out(tmp_path):
+    site = {"error_compensation": "clamp", "batch": 32, "channels": 256, "side": 56}
+    rows = [
+        site | {"direction": "forward", "microseconds": {"two kernels": 100.14, "128,2,4,400": 71.9}},
+        site | {"direction": "backward", "microseconds": {"two kernels": 137.9}},
+    ]
+    head = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "c", "command": "run", "rows": rows}
+    (tmp_path / "bench_shortcut.json").write_text(json.dumps(head))
+    shortcut_table.main([str(tmp_path / "bench_shortcut.json")])
+    lines = (tmp_path / "bench_shortcut.md").read_text().splitlines()
+    assert "| 32 | clamp | 256 | 56 | forward | 100.1 | 71.9 |" in lines
+    assert "| 32 | clamp | 256 | 56 | backward | 137.9 | none |" in lines

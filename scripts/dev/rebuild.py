@@ -27,6 +27,7 @@ from scripts.bench import (
     loaders_picture,
     loaders_table,
     norm_sites_table,
+    shortcut_table,
     training,
     training_table,
 )
@@ -35,7 +36,8 @@ from scripts.dev import gpu_tests
 RESULTS = ROOT / "results"
 PAGES = {
     "bench_training": training_table, "bench_normalizer": norm_sites_table, "bench_kernels": kernels_table,
-    "bench_distributed": distributed_table, "bench_data": loaders_table, "levers": levers_table,
+    "bench_distributed": distributed_table, "bench_data": loaders_table, "bench_shortcut": shortcut_table,
+    "levers": levers_table,
 }  # fmt: skip
 
 
