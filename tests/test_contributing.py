@@ -180,7 +180,7 @@ ROLE_UNKNOWN = r"moving_rms.MovingRMS: whether weight decay acts on its paramete
             "mine/moving_rms.py",
             "Module):",
             "Module)",
-            r"could not be imported \(SyntaxError.*rms.py, line 5",
+            r"could not be imported \(SyntaxError.*rms.py, line 7",
         ),
         ("normalizer", "mine/moving_rms.py", "register_buffer(", "__setattr__(", r"keeps the tensor mean_square"),
         ("normalizer", "mine/normalizer/moving_rms.yaml", "moving RMS", "a|b", r"normalizer._label_: 'a\|b' is not"),
