@@ -43,6 +43,7 @@ TINY = [
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("onlinenorm.data.verify.FILE_BYTES", (1000, 1000))  # of the images here
 
 
 def run(folder, root, *overrides):

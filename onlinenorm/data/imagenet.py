@@ -36,6 +36,8 @@ To get ImageNet: register at one of the three addresses. All forms are read as t
 Then: python train.py experiment=table1 data.root=ROOT
 Without any download: python train.py experiment=quickstart (real images, small network, minutes on a CPU)."""
 
+_IMAGENET = "imagenet", "imagenet-subset"  # scales of what may be named so
+
 Splits = tuple[FolderIndex, FolderIndex]
 
 
@@ -45,9 +47,10 @@ class ImageNet(ImageDataModule):
 
     The forms are class folders (test/ stands in for a missing val/), Kaggle's folders and its zip file, Parquet files
     of the hub, tar shards, and the official archives; images, order and fingerprint are the same in all. Labels are
-    positions in the sorted list of class folders. `scale` is "imagenet" only for 1,000 classes with 1,281,167 and
-    50,000 images, "imagenet-resized" where their files have other sizes, "imagenet-subset" for other sets of classes
-    named by WordNet's ids (n01440764), else "folder", and `name` then that of the folder. Training crops have
+    positions in the sorted list of class folders. `scale` is "imagenet" only for ImageNet's 1,000 classes with
+    1,281,167 and 50,000 images, "imagenet-resized" where their files have other sizes, "imagenet-subset" for a part of
+    its classes or images in files of its sizes, else "folder"; `name` is "imagenet" for the first and the third, and
+    for others that of the folder. Training crops have
     `image_size` pixels; validation resizes the shorter side to image_size * 256 / 224 first. pad_crop and none are
     meant for small images. Arguments are those of ImageDataModule.
     """
@@ -67,7 +70,8 @@ class ImageNet(ImageDataModule):
             raise DataError(
                 f"{error.filename} cannot be read ({error.strerror}); correct its permissions", key="root"
             ) from error
-        if scale_of(train.class_names, len(train), len(val)) == "folder":
+        scale = scale_of(train.class_names, len(train), len(val), is_resized(self._splits))
+        if self.name == "imagenet" and scale not in _IMAGENET:  # sets derived of this have names of their own
             name = Path(self.root or "").expanduser().resolve().name
             self.name = name if name and not name.lower().startswith("imagenet") else f"folder {name}".rstrip()
         ours: FolderDataset
@@ -106,9 +110,8 @@ class ImageNet(ImageDataModule):
 
     @property
     def scale(self) -> str:
-        scale = scale_of(self.class_names, self.train_images, self.val_images)
         assert self._sets  # opened
-        return "imagenet-resized" if scale == "imagenet" and is_resized(self._splits[0]) else scale
+        return scale_of(self.class_names, self.train_images, self.val_images, is_resized(self._splits))
 
     @property
     def licence(self) -> str:

@@ -26,7 +26,7 @@ _LAYOUT = """\
 Expected in ROOT: imagenette2-160.tgz, imagenette2-320.tgz or imagenette2.tgz, unpacked, or what it unpacks to:
 train/CLASS/*.JPEG and val/CLASS/*.JPEG (or test/), CLASS from n01440764 to n03888257
 To get it: https://github.com/fastai/imagenette
-Then: python train.py experiment=table1 data=imagenette data.root=ROOT
+Then: python train.py experiment=imagenette data.root=ROOT
 Without any download: python train.py experiment=quickstart"""
 
 

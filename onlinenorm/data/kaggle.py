@@ -152,7 +152,9 @@ def _read_zip(archive: Path, progress: Progress) -> dict[str, Arrays]:
             content = file.read(labels)
     except OSError as error:
         raise DataError(f"{archive} cannot be read ({error.strerror}); correct its permissions", key="root") from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{archive} is damaged or cut short ({error}); fetch it again", key="root") from error
     source = archive / labels.filename
     wnids = read_labels(content, source)

@@ -164,7 +164,7 @@ def _split_name(path: str | None) -> tuple[str | None, str | None]:
     if found := re.fullmatch(r"(.+)_(n\d{8})(\.\w+)", file):
         return found[2], found[1] + found[3]
     wnid = re.match(r"n\d{8}(?=_)", file) or re.search(r"(?<![^/])n\d{8}$", folder)
-    return wnid and wnid[0], None if file in ("", ".", "..") else file
+    return wnid and wnid[0], None if file in ("", ".", "..") or "\0" in file else file
 
 
 def _read_table(path: Path) -> _Table:
@@ -200,6 +200,8 @@ def _read_group(table: Any, group: int, columns: list[str], file: int) -> Iterat
     labels = content.column(_LABEL).to_pylist()
     values = content.column(_BYTES).to_pylist()
     paths = content.column(_PATH).to_pylist() if _PATH in columns else [None] * len(labels)
+    if wrong := [label for label in labels if isinstance(label, float) and not label.is_integer()]:
+        raise ValueError(f"the label {wrong[0]} is no whole number")
     if None in labels or None in values:
         row = (labels if None in labels else values).index(None)
         raise ValueError(f"row {row} of row group {group} holds no image or no label")

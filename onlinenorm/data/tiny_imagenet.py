@@ -17,7 +17,7 @@ Expected in ROOT: tiny-imagenet-200.zip, unpacked, or the folder that it unpacks
   train/CLASS/images/*.JPEG, or train/CLASS/*.JPEG
   val/images/*.JPEG and val/val_annotations.txt, or val/CLASS/*.JPEG (or test/CLASS/*.JPEG)
 To get it: http://cs231n.stanford.edu/tiny-imagenet-200.zip
-Then: python train.py experiment=table1 data=tiny_imagenet data.root=ROOT
+Then: python train.py experiment=tiny_imagenet data.root=ROOT
 Without any download: python train.py experiment=quickstart"""
 
 
@@ -44,6 +44,11 @@ class TinyImageNet(ImageNet):
         check_classes(train, list_classes(train), classes, "Tiny ImageNet")
         if (val / ANNOTATIONS).is_file() and (val / "images").is_dir():
             return without_images_folder(load_index(train)), annotated(val, classes)
+        if (val / "images").is_dir():
+            raise DataError(
+                f"{val / ANNOTATIONS} is missing, which says the classes of images/*; unpack {FOLDER}.zip again",
+                key="root",
+            )
         check_classes(val, list_classes(val), classes, "Tiny ImageNet")
         return without_images_folder(load_index(train)), without_images_folder(load_index(val))
 
@@ -62,8 +67,8 @@ class TinyImageNet(ImageNet):
     def class_names(self) -> list[str]:
         wnids = super().class_names
         names: dict[str, str] = {}
-        with contextlib.suppress(FileNotFoundError):
-            lines = (self._folder() / "words.txt").read_text(encoding="utf-8").splitlines()
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # decoration: without it the ids stand
+            lines = (self._folder() / "words.txt").read_text(encoding="utf-8-sig").splitlines()
             names = dict(line.split("\t", 1) for line in lines if "\t" in line)
         return [names.get(wnid, wnid) for wnid in wnids]
 
@@ -81,7 +86,7 @@ class TinyImageNet(ImageNet):
 def read_classes(folder: Path) -> list[str]:
     """The classes of wnids.txt, sorted, which is not their order there; DataError where it is missing or empty."""
     try:
-        classes = sorted((folder / "wnids.txt").read_text(encoding="utf-8").split())
+        classes = sorted((folder / "wnids.txt").read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{folder / 'wnids.txt'} cannot be read ({error}); unpack tiny-imagenet-200.zip again", key="root"
@@ -107,7 +112,7 @@ def annotated(val: Path, classes: list[str]) -> FolderIndex:
     """
     file = val / ANNOTATIONS
     try:
-        lines = [line.split("\t")[:2] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.split("\t")[:2] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         wnids = dict(lines)
     except (ValueError, UnicodeDecodeError):
         raise DataError(f"{file} has a line that is no FILE, tab, CLASS; unpack the set again", key="root") from None

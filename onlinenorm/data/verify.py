@@ -5,8 +5,8 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from onlinenorm.data.archives import Progress, silent
 from onlinenorm.data.datasets import fingerprint
 from onlinenorm.data.decoders import named_warnings, open_rgb
+from onlinenorm.data.imagenet_classes import WNIDS
 from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.randomness import CONTENT, hash64
 from onlinenorm.errors import DataError
@@ -27,26 +28,31 @@ log = logging.getLogger(__name__)
 
 PUBLISHED = 1000, 1_281_167, 50_000  # classes, training and validation images of ILSVRC 2012
 VAL_IMAGES_A_CLASS = 50
-FILE_BYTES = 115_000  # mean of the training images; those of other forms differ by a few
+FILE_BYTES = 115_000, 134_000  # mean of the training and of the validation images; other forms differ by a few
 _WHAT = "classes", "training images", "validation images"
-
-_WORDNET_ID = re.compile(r"n\d{8}")
 
 _FILE = ".onlinenorm-verified.json"
 _VERIFIED = {"fingerprint": str, "times?": [str], "date": str, "decoded": int, "problems": [str]}
 _TOGETHER = 512  # images handed to the threads at a time
 
 
-def scale_of(class_names: list[str], train_images: int, val_images: int) -> str:
-    """ "imagenet", "imagenet-subset" or, where the classes are not named by WordNet's ids, "folder"."""
-    if not all(_WORDNET_ID.fullmatch(name) for name in class_names):
+def scale_of(class_names: list[str], train_images: int, val_images: int, resized: bool) -> str:
+    """ "imagenet", "imagenet-resized", "imagenet-subset" or, for other classes and for a resized part, "folder"."""
+    whole = (len(class_names), train_images, val_images) == PUBLISHED
+    if not WNIDS.issuperset(class_names) or (resized and not whole):
         return "folder"
-    return "imagenet" if (len(class_names), train_images, val_images) == PUBLISHED else "imagenet-subset"
+    return "imagenet-resized" if resized else "imagenet" if whole else "imagenet-subset"
 
 
-def is_resized(train: FolderIndex) -> bool:
-    """Whether as many training images as ImageNet has are other files: a copy that was resized or compressed anew."""
-    return len(train) == PUBLISHED[1] and not 0.85 < train.sizes.mean() / FILE_BYTES < 1.15
+def is_resized(splits: Sequence[FolderIndex]) -> bool:
+    """Whether files are not of the sizes of ImageNet's: a copy that was resized or compressed anew.
+
+    Those of the whole set may differ by 15 % on average, those of a part, of some classes, be half or twice.
+    """
+    whole = tuple(map(len, splits)) == PUBLISHED[1:]
+    bounds = (0.85, 1.15) if whole else (0.5, 2.0)
+    return any(not bounds[0] < split.sizes.mean() / size < bounds[1]
+               for split, size in zip(splits, FILE_BYTES, strict=True))  # fmt: skip
 
 
 def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress: Progress = silent) -> dict[str, Any]:
@@ -60,17 +66,20 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress
     times = [train.times_digest, val.times_digest]  # first: what changes meanwhile is not verified
     counts = len(train.class_names), len(train), len(val)
     problems = []
-    if counts[0] == PUBLISHED[0] and scale_of(train.class_names, *counts[1:]) != "folder":
+    resized = is_resized(splits)
+    scale = scale_of(train.class_names, *counts[1:], resized)
+    if counts[0] == PUBLISHED[0] and WNIDS.issuperset(train.class_names):
         problems += [
             f"{found:,} {what}, not {published:,}"
             for found, published, what in zip(counts, PUBLISHED, _WHAT, strict=True)
             if found != published
         ]
         a_class = Counter(val.labels.tolist())
-        if is_resized(train):
+        if resized:
+            means = " and ".join(f"{split.sizes.mean() / 1e3:.0f}" for split in splits)
+            usual = " and ".join(f"{size / 1e3:.0f}" for size in FILE_BYTES)
             problems.append(
-                f"training images of {train.sizes.mean() / 1e3:.0f} KB on average, not {FILE_BYTES / 1e3:.0f}: resized "
-                "or compressed anew"
+                f"{' and '.join(_WHAT[1:])} of {means} KB on average, not {usual}: resized or compressed anew"
             )
         wrong = [f"{val.class_names[c]} {n}" for c, n in sorted(a_class.items()) if n != VAL_IMAGES_A_CLASS]
         if wrong:
@@ -84,7 +93,6 @@ def verify(splits: tuple[FolderIndex, FolderIndex], decode: int | None, progress
         unreadable += _undecodable(index, chosen, split, progress)
     if unreadable:
         problems.append(f"{len(unreadable)} of {decoded:,} images decoded are unreadable, the first {unreadable[0]}")
-    scale = scale_of(train.class_names, *counts[1:])
     return {
         "scale": "imagenet-subset" if problems and scale == "imagenet" else scale,
         "classes": counts[0],

@@ -7,6 +7,7 @@ from image_folders import write_image, write_tree
 from PIL import Image
 
 from onlinenorm.data import DataError, ImageNet, UnreadableImageError
+from onlinenorm.data.imagenet_classes import WNIDS
 from onlinenorm.data.index import FolderIndex, load_index, pack_names
 from onlinenorm.data.prepare import pack
 from onlinenorm.data.verify import verify
@@ -35,36 +36,41 @@ def test_description(tree):
     assert module(tree, limit_train=7).fingerprint != data.fingerprint == module(tree).fingerprint
 
 
-def test_only_the_published_counts_are_called_imagenet(tree, monkeypatch):
-    data = module(tree)
-    wordnet, others = ([f"{letter}{c:08d}" for c in range(1000)] for letter in "nm")
-    for *counts, scale in [
-        (wordnet, 1281167, 50000, "imagenet"),
-        (wordnet, 1281166, 50000, "imagenet-subset"),
-        (wordnet[:10], 9469, 3925, "imagenet-subset"),
-        (others, 1281167, 50000, "folder"),
-    ]:
-        for name, value in zip(("class_names", "train_images", "val_images"), counts, strict=True):
-            monkeypatch.setattr(ImageNet, name, property(lambda _, v=value: v))
-        assert data.scale == scale
+def sized(folder, classes, images, kilobytes):
+    labels = np.arange(images) * len(classes) // images
+    arrays = {"names": np.empty(0, np.uint8), "offsets": np.zeros(images + 1, np.int64), "labels": labels}
+    return FolderIndex(folder, classes, sizes=np.full(images, 1000 * kilobytes), **arrays)
 
 
-@pytest.mark.parametrize(("kilobytes", "scale"), [(115, "imagenet"), (24, "imagenet-resized")])
-def test_a_resized_copy_is_not_called_imagenet(tmp_path, monkeypatch, kilobytes, scale):
-    def index(images):
-        labels = np.arange(images) * 1000 // images
-        arrays = {"names": np.empty(0, np.uint8), "offsets": np.zeros(images + 1, np.int64), "labels": labels}
-        names = [f"n{c:08d}" for c in range(1000)]
-        return FolderIndex(tmp_path, names, sizes=np.full(images, 1000 * kilobytes), **arrays)
+OURS, OTHERS = sorted(WNIDS), [f"n{c:08d}" for c in range(1000)]
 
-    splits = index(1281167), index(50000)
+
+@pytest.mark.parametrize(
+    ("classes", "images", "kilobytes", "scale"),
+    [
+        (OURS, (1281167, 50000), (115, 134), "imagenet"),
+        (OURS, (1281166, 50000), (115, 134), "imagenet-subset"),
+        (OURS[:10], (9469, 3925), (90, 100), "imagenet-subset"),  # imagenette2
+        (OURS[:10], (9469, 3925), (30, 30), "folder"),  # imagenette2-320
+        ([*OURS[:9], "n00000001"], (9469, 3925), (115, 134), "folder"),
+        (OURS, (1281167, 50000), (24, 24), "imagenet-resized"),
+        (OURS, (1281167, 50000), (115, 24), "imagenet-resized"),
+        (OTHERS, (1281167, 50000), (115, 134), "folder"),
+    ],
+)
+def test_only_imagenets_classes_in_files_of_its_sizes_are_called_so(
+    tmp_path, monkeypatch, classes, images, kilobytes, scale
+):
+    splits = tuple(sized(tmp_path, classes, *split) for split in zip(images, kilobytes, strict=True))
     monkeypatch.setattr(ImageNet, "open_splits", lambda self: splits)
-    assert ImageNet(root=str(tmp_path)).scale == scale
-    assert ImageNet(root=str(tmp_path), limit_train=1281166).scale == "imagenet-subset"
+    data = ImageNet(root=str(tmp_path))
+    data.setup()
+    assert data.scale == scale
+    assert data.name == ("imagenet" if scale in ("imagenet", "imagenet-subset") else tmp_path.name)
+    part = "folder" if scale in ("folder", "imagenet-resized") else "imagenet-subset"
+    assert ImageNet(root=str(tmp_path), limit_train=9000).scale == part
     problems = verify(splits, decode=0)["problems"]
-    assert problems == ([] if scale == "imagenet" else [
-        "training images of 24 KB on average, not 115: resized or compressed anew"
-    ])  # fmt: skip
+    assert any("resized or compressed anew" in problem for problem in problems) == (scale == "imagenet-resized")
 
 
 def test_a_folder_of_imagenets_name_does_not_make_imagenet(tree):

@@ -102,6 +102,16 @@ def test_tiny_imagenet_has_its_own_label_and_names(tiny, monkeypatch):
     assert TinyImageNet(root=str(tiny)).class_names == WNIDS
 
 
+def test_the_set_stands_without_readable_names_and_with_byte_order_marks(tiny):
+    for content in ("n01443537\tcaf\xe9\n".encode("latin-1"), "n1\tx".encode("utf-16"), b"\xff\xfe\0"):
+        (tiny / "words.txt").write_bytes(content)
+        assert TinyImageNet(root=str(tiny)).class_names == WNIDS
+    (tiny / "words.txt").write_bytes(b"\xef\xbb\xbfn01443537\tgoldfish\n")
+    for file in (tiny / "wnids.txt", tiny / "val" / "val_annotations.txt"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert TinyImageNet(root=str(tiny)).class_names == ["goldfish", *WNIDS[1:]]
+
+
 def annotate(text):
     def damage(root):
         file = root / "val" / "val_annotations.txt"
@@ -121,6 +131,7 @@ def annotate(text):
             lambda root: shutil.rmtree(root / "train" / WNIDS[1]),
             "train does not hold the 3 classes.*missing: n01629819",
         ),
+        (lambda root: (root / "val" / "val_annotations.txt").unlink(), "val_annotations.txt is missing, which says"),
         (lambda root: (root / "wnids.txt").unlink(), "wnids.txt cannot be read"),
         (lambda root: (root / "wnids.txt").write_text("\n"), "wnids.txt names no class"),
         (lambda root: (root / "wnids.txt").write_text("n01443537 n01629819"), "unknown: n02056570"),
@@ -187,4 +198,6 @@ def test_missing_data_is_told_on_one_screen(kind, address, tmp_path):
         with pytest.raises(DataError, match=r"^root: ") as caught:
             kind(root=root and str(root)).setup()
         text = str(caught.value)
-        assert len(text.splitlines()) < 12 and address in text and "data.root=ROOT" in text
+        assert len(text.splitlines()) < 12 and address in text
+        name = {TinyImageNet: "tiny_imagenet", Imagenette: "imagenette"}[kind]
+        assert f"python train.py experiment={name} data.root=ROOT" in text
