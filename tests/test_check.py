@@ -171,8 +171,8 @@ def test_the_step_that_is_timed_is_the_run_s_own(findings, monkeypatch):
 
     monkeypatch.setattr(ImageClassifier, "training_step", watched)
     monkeypatch.setattr(ImageClassifier, "graph_steps", lambda module: captured.append(module.trainer.datamodule))
-    monkeypatch.setattr(preflight, "resolve", lambda node: {**resolve({**node, "cuda_graph": False}), **node})
-    monkeypatch.setattr(check, "resolve", preflight.resolve)
+    monkeypatch.setattr(preflight, "resolve_in", lambda _, node: {**resolve({**node, "cuda_graph": False}), **node})
+    monkeypatch.setattr(check, "resolve", lambda node: preflight.resolve_in(None, node))
     precision = "trainer.precision=64-true", "trainer.accumulate_grad_batches=2"
     code, found = findings(*SYNTHETIC, *precision, "trainer.cuda_graph=true")
     assert code == 0 and found["step"]["batch"] == 4

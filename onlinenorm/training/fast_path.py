@@ -48,6 +48,7 @@ from onlinenorm.training.targets import NAMED, own_errors
 WORTH_COMPILING = 2_000_000  # images of 224 px
 WORTH_CAPTURING = 100  # steps
 SHARE_OF_MEMORY = 0.25
+ANEW = ("data.on_device",)  # which leaves the pixels the same, and depends on the room that a machine has
 OLDEST = (7, 0)  # compute capability that Inductor and Triton compile for
 _COMPILERS = "torch._dynamo", "torch._inductor", "torch._functorch", "triton"
 
@@ -79,11 +80,15 @@ def with_values(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
     return config
 
 
-def adopt(config: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
-    """The configuration with each "auto" as `recorded`, the one that a run was started with, has it; None: as it is."""
+def adopt(config: dict[str, Any], recorded: dict[str, Any] | None, anew: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The configuration with each "auto" as `recorded`, the one that a run was started with, has it; None: as it is.
+
+    What is on there is left to each start where `anew` names it: another machine may have no room.
+    """
     if recorded is None:
         return config
-    return with_values(config, {key: lookup(recorded, key, AUTO_KEYS[key]) for key in left_to_choose(config)})
+    values = {key: lookup(recorded, key, AUTO_KEYS[key]) for key in left_to_choose(config)}
+    return with_values(config, {key: value for key, value in values.items() if not (value is True and key in anew)})
 
 
 def check_compiles_here(config: dict[str, Any], folder: Path) -> None:

@@ -25,9 +25,11 @@ from onlinenorm.training.checkpoint import Checkpoints, resumable
 from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.fast_path import (
+    ANEW,
     Choice,
     FastPathFailed,
     adopt,
+    check_compiles_here,
     choose,
     free_device,
     naming_fast_path,
@@ -40,7 +42,7 @@ from onlinenorm.training.probe import probe_batch, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.run_folder import RunFolder
-from onlinenorm.training.trainer import resolve
+from onlinenorm.training.trainer import resolve_in
 
 OK, WARN, FAIL = "ok", "warning", "FAIL"
 CHECKPOINT_FILES = 4  # last, previous, best, and the one being written
@@ -64,10 +66,13 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
         limit: seconds that are left for the run, or None.
     """
     check_config(config)
-    config = {**config, "trainer": resolve(config["trainer"])}
     folder = run_path(config)
     run_folder = RunFolder(folder, rank_zero=False)
-    config = adopt(config, run_folder.recorded_config())
+    config = {**config, "trainer": resolve_in(run_folder, config["trainer"])}
+    recorded = run_folder.recorded_config()
+    config = adopt(config, recorded, ANEW)
+    if recorded:
+        check_compiles_here(config, folder)
     recipe, normalizer = build(config, "recipe"), build(config, "normalizer")
     processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
     probe_normalizer(normalizer, config["normalizer"], config["trainer"])

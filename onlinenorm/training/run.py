@@ -17,6 +17,7 @@ from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.fast_path import (
+    ANEW,
     Choice,
     FastPathFailed,
     adopt,
@@ -36,15 +37,15 @@ from onlinenorm.training.probe import probe_batch, probe_network, probe_normaliz
 from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.run_folder import RunFolder
-from onlinenorm.training.trainer import quiet_lightning, resolve
+from onlinenorm.training.trainer import quiet_lightning, resolve_in
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Runs, continues or reprints the run of a configuration (plain values); returns its results."""
     check_config(config)
-    config = {**config, "trainer": resolve(config["trainer"])}
     path = run_path(config)
     folder = RunFolder(path, is_rank_zero())
+    config = {**config, "trainer": resolve_in(folder, config["trainer"])}
     with StopSignals(path) as stop:
         return _train(config, folder, stop)
 
@@ -54,13 +55,13 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
     normalizer = build(config, "normalizer")
     probe_normalizer(normalizer, config["normalizer"], config["trainer"])
     path, recorded = folder.path, folder.recorded_config()
-    asked = config
-    config = adopt(config, recorded)
-    if results := folder.results(config):
-        warnings_of_data = _whose(results, config, recipe, path)
+    finished = adopt(config, recorded)
+    if results := folder.results(finished):
+        warnings_of_data = _whose(results, finished, recipe, path)
         if folder.rank_zero:
             print(summary(results, path), *warnings_of_data, *loggers.upload_hint(path), sep="\n")
         return results
+    asked = config = adopt(config, recorded, ANEW)
     if recorded:
         check_compiles_here(config, path)
     with full_keys(config, "data", "recipe"):

@@ -14,6 +14,7 @@ from torch import nn
 
 from onlinenorm.errors import ArgumentError, ConfigError
 from onlinenorm.normalizers import check_synchronisable, synchronise_batch_norm
+from onlinenorm.records import lookup
 from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.interruption import StopSignals
@@ -21,6 +22,7 @@ from onlinenorm.training.launch import check_alone, cluster_environment, launche
 from onlinenorm.training.precision import ScaledHalf
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.rendezvous import MeetingDDPStrategy
+from onlinenorm.training.run_folder import RunFolder
 
 TORCHS_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 Precision = Literal["auto", "32-true", "64-true", "bf16-mixed", "16-mixed"]
@@ -82,6 +84,25 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["strategy"] == "auto" and settings["devices"] * settings["num_nodes"] > 1:
         settings["strategy"] = "ddp"
     return settings
+
+
+def resolve_in(folder: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
+    """`resolve` for a run in `folder`: of a finished one, which computes nothing, "auto" is what it had.
+
+    Raises ConfigError also where the run was started on a GPU, is not finished, and there is none here.
+    """
+    here = resolve(settings)
+    recorded = lookup(folder.recorded_config() or {}, "trainer", {})
+    moved = here["accelerator"] == "cpu" and recorded.get("accelerator") == "gpu"
+    if not moved or settings.get("accelerator", "auto") != "auto":
+        return here
+    if not (folder.path / "results.json").exists():
+        raise ConfigError(
+            f"run_dir: the run in {folder.path} was started on a GPU, and torch finds none here "
+            "(torch.cuda.is_available() is false); continue it where there is one, or choose another run_dir="
+        )
+    auto = [key for key in ("accelerator", "devices", "strategy", "precision") if settings.get(key, "auto") == "auto"]
+    return here | {key: recorded[key] for key in auto if key in recorded}
 
 
 def build_trainer(

@@ -9,17 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tests_training import outcome
+from tests_training import TINY, outcome
 
 from onlinenorm.arguments import flatten
 from onlinenorm.cli.compose import load_config
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.errors import ConfigError
 from onlinenorm.training import fast_path
+from onlinenorm.training import preflight as preflight_module
 from onlinenorm.training import run as run_module
 from onlinenorm.training.config_check import AUTO_KEYS, check_config
 from onlinenorm.training.fast_path import Choice, FastPathFailed, adopt, choose, culprit, naming_fast_path, with_values
 from onlinenorm.training.module import ImageClassifier
+from onlinenorm.training.preflight import preflight
 from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.run_folder import changed_keys
 
@@ -171,6 +173,8 @@ def test_a_run_keeps_what_was_chosen_at_its_start():
     recorded = with_values(config, FAST)
     assert changed_keys(recorded, config) == [], "auto is whatever the run has"
     assert adopt(config, recorded) == recorded and adopt(config, None) == config
+    anew = adopt(config, recorded, fast_path.ANEW)
+    assert anew == with_values(recorded, {"data.on_device": "auto"}), "another machine may have no room"
     explicit = with_values(config, {"model.compile": False})
     assert changed_keys(recorded, explicit) == ["model.compile: True -> False"]
     assert adopt(explicit, recorded)["model"]["compile"] is False
@@ -325,3 +329,32 @@ def test_a_long_run_on_a_gpu_is_compiled_and_goes_on_without_a_compiler(run, tmp
 @pytest.mark.gpu
 def test_this_gpu_compiles_and_decodes():
     assert fast_path.compiler_problem() == "" and fast_path.gpu_decodes(torch.device("cuda"))
+
+
+def test_a_run_of_a_gpu_where_there_is_none(run, train_module, tmp_path, monkeypatch):
+    """A finished one is reprinted; another says what it needs, and so does its check."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    first = run(tmp_path)
+    recorded = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    recorded["trainer"] |= {"accelerator": "gpu", "precision": "bf16-mixed"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_values(recorded, FAST)))
+    assert run(tmp_path, "trainer=auto") == first
+    (tmp_path / "results.json").unlink()
+    said = "^run_dir: the run in .* was started on a GPU, and torch finds none here"
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path, "trainer=auto")
+    config = train_module.load_config([*TINY, f"run_dir={tmp_path}", "trainer=auto"])
+    with pytest.raises(ConfigError, match=said):
+        list(preflight(config, 0.1, None))
+
+
+def test_the_check_of_a_compiled_run_says_what_its_start_would(run, train_module, tmp_path, monkeypatch):
+    run(tmp_path)
+    (tmp_path / "results.json").unlink()
+
+    def refused(config, folder):
+        raise ConfigError(f"{folder} is compiled")
+
+    monkeypatch.setattr(preflight_module, "check_compiles_here", refused, raising=False)
+    with pytest.raises(ConfigError, match="is compiled"):
+        list(preflight(train_module.load_config([*TINY, f"run_dir={tmp_path}"]), 0.1, None))
