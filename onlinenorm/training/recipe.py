@@ -36,7 +36,7 @@ class Recipe:
         plateau_patience: for "plateau": epochs without improvement that are let pass, >= 0.
         plateau_threshold: for "plateau": a fall of the error by more than this counts as improvement, a fraction >= 0.
         warmup_epochs: first epochs over which the learning rate rises linearly, step by step; 0 for none.
-        warmup_lr: rate that it rises from, at ``batch_size``, from 0 to ``scaled_lr``.
+        warmup_lr: rate that it rises from, at ``batch_size``, >= 0; above ``scaled_lr`` it is that.
         label_smoothing: share of each target spread evenly over all classes, in [0, 1), in the training loss alone.
         clamp_raise_epochs: epochs, before those of ``clamp_off_epochs``, each of which doubles the clamp value; >= 0.
         clamp_off_epochs: last epochs trained without the clamp, >= 0.
@@ -108,6 +108,11 @@ class Recipe:
     def scaled_lr(self) -> float:
         """Initial learning rate at ``batch_size``."""
         return self._scaled()[0]
+
+    @property
+    def first_lr(self) -> float:
+        """Learning rate that the warm-up rises from: ``warmup_lr``, and never above ``scaled_lr``."""
+        return min(self.warmup_lr, self.scaled_lr)
 
     @property
     def scaled_momentum(self) -> float:
@@ -201,13 +206,13 @@ def lr_of_step(recipe: Recipe, step: int, steps_per_epoch: int) -> float | None:
 
     With w = ``warmup_epochs`` and T = ``epochs`` in steps, and the scaled rate lr':
 
-    - t <= w: warmup_lr + (lr' - warmup_lr) t / w (Goyal et al. 2017, arXiv 1706.02677, section 2.2).
+    - t <= w: s + (lr' - s) t / w with s = min(warmup_lr, lr') (Goyal et al. 2017, arXiv 1706.02677, section 2.2).
     - then, for the schedule "cosine": lr' (1 + cos(pi (t - 1 - w) / (T - w))) / 2 (Loshchilov and Hutter 2017, arXiv
       1608.03983, without restarts; after a warm-up as He et al. 2019, arXiv 1812.01187).
     """
     warmup, total, lr = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch, recipe.scaled_lr
     if step <= warmup:
-        return lr + (recipe.warmup_lr - lr) * (1 - step / warmup)  # ends at lr to the bit
+        return lr + (recipe.first_lr - lr) * (1 - step / warmup)  # ends at lr to the bit
     if recipe.schedule == "cosine":
         return lr * (1 + math.cos(math.pi * (step - 1 - warmup) / (total - warmup))) / 2
     return None
@@ -240,8 +245,6 @@ def _check_warmup(recipe: Recipe) -> None:
         raise ArgumentError(
             "warmup_epochs", f"{warmup} of {recipe.epochs} epochs leave none at the full rate; use fewer"
         )
-    if recipe.warmup_lr > recipe.scaled_lr:
-        raise ArgumentError("warmup_lr", f"{recipe.warmup_lr:g} is above where it rises to, {recipe.scaled_lr:g}")
     if recipe.schedule == "plateau":
         raise ArgumentError("warmup_epochs", "schedule=plateau has none; use 0, or recipe.schedule=step or cosine")
     if early := [milestone for milestone in recipe.milestones if milestone < warmup]:
