@@ -51,9 +51,23 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
         f"  on {where}, {trainer['precision']}{how(config, reasons)}",
         f"  {data.name}: {data.train_images:,} training and {data.val_images:,} validation images of "
         f"{data.num_classes:,} classes at {data.image_size} px, {images}",
-        f"  learning rate {recipe.scaled_lr:g}, momentum {recipe.scaled_momentum:g}; "
+        f"  learning rate {recipe.scaled_lr:g}{_schedule(recipe)}, momentum {recipe.scaled_momentum:g}; "
         f"{data.train_images // recipe.batch_size:,} steps an epoch",
     ]
+
+
+def _schedule(recipe: Any) -> str:
+    """What becomes of the learning rate, as " after 5 epochs of warm-up from 0.1, times 0.1 after epochs 30, 60"."""
+    warmup = recipe.warmup_epochs
+    rise = f" after {warmup} epoch{'s' * (warmup > 1)} of warm-up from {recipe.first_lr:g}" if warmup else ""
+    if recipe.schedule == "cosine":
+        return f"{rise}, falling to 0 as a cosine"
+    if recipe.schedule == "plateau":
+        return f"{rise}, times {recipe.lr_factor:g} when validation stops improving"
+    drops = ", ".join(map(str, recipe.milestones))
+    return rise + (
+        f", times {recipe.lr_factor:g} after epoch{'s' * (len(recipe.milestones) > 1)} {drops}" if drops else ""
+    )
 
 
 def warmup_notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:

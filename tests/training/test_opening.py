@@ -1,5 +1,6 @@
 """What a run says before it trains: at once, on which machine, how fast and why not faster."""
 
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -62,7 +63,7 @@ def test_fresh_continued_and_finished(tmp_path, capsys, monkeypatch):
 def test_a_run_says_where_it_continues(run, tmp_path, capsys):
     run(tmp_path)
     out = capsys.readouterr().out
-    assert "  learning rate 0.00163546, momentum 0.986916; 4 steps an epoch\n" in out
+    assert "  learning rate 0.00163546, times 0.1 after epoch 2, momentum 0.986916; 4 steps an epoch\n" in out
     assert "70 training and 21 validation images of 10 classes at 8 px, from memory\n" in out and "continues" not in out
     (tmp_path / "results.json").unlink()
     run(tmp_path)
@@ -103,3 +104,27 @@ def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
     config = {"trainer": {"accumulate_grad_batches": accumulate}}
     notes = warmup_notes(nn.Sequential(layer, layer), config, SimpleNamespace(train_images=64), RECIPE)
     assert len(notes) == noted and all("BatchRenorm2d's warm-up of" in note and "run of 12" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({}, "learning rate 0.1, momentum"),
+        ({"milestones": [2]}, "learning rate 0.1, times 0.1 after epoch 2, momentum"),
+        (
+            {"epochs": 9, "warmup_epochs": 2, "warmup_lr": 0.02, "milestones": [4, 6]},
+            "learning rate 0.1 after 2 epochs of warm-up from 0.02, times 0.1 after epochs 4, 6, momentum",
+        ),
+        (
+            {"warmup_epochs": 1, "schedule": "cosine"},
+            "learning rate 0.1 after 1 epoch of warm-up from 0, falling to 0 as a cosine, momentum",
+        ),
+        ({"schedule": "plateau"}, "learning rate 0.1, times 0.1 when validation stops improving, momentum"),
+    ],
+)
+def test_what_becomes_of_the_learning_rate_is_said(changes, said):
+    config = load_config([*TINY])
+    config["trainer"] |= {"devices": 1, "num_nodes": 1}
+    config = with_values(config, {"data.decoder": "pillow", "data.on_device": False})
+    recipe = dataclasses.replace(RECIPE, **changes)
+    assert details(config, open_data(config, recipe), recipe, {})[-1].startswith(f"  {said}")
