@@ -57,6 +57,9 @@ class ArchiveIndex(FolderIndex):
         """The archive followed by the path in it, for messages."""
         return self.archives[self.places[index]] / self.relative_path(index)
 
+    def holder(self, index: int) -> Path:
+        return self.archives[self.places[index]]
+
     def read(self, index: int) -> bytes:
         return self._stored(index, int(self.sizes[index]))
 
@@ -218,6 +221,8 @@ def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") ->
             file.seek(end)
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError("no tar header and no end mark where one must be")
+    except PermissionError as error:
+        raise DataError(f"{archive} cannot be read ({error.strerror}); correct its permissions", key="root") from error
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{name} is damaged or cut short ({error}); compare its checksum and fetch it again") from error
 

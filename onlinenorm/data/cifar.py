@@ -89,7 +89,12 @@ class CIFAR10(ImageDataModule):
         self.name = self.label
 
     def build(self) -> tuple[InMemoryDataset, InMemoryDataset]:
-        splits = self._read_folder()
+        try:
+            splits = self._read_folder()
+        except PermissionError as error:
+            raise DataError(
+                f"{error.filename} cannot be read ({error.strerror}); correct its permissions", key="root"
+            ) from error
         train, val = (
             InMemoryDataset(ArraySource(*arrays), plan, self.crop_padding, self.seed)
             for arrays, plan in zip(splits, (self.augmentation, self.evaluation), strict=True)

@@ -60,6 +60,8 @@ def _content(path: Path, name: str) -> bytes:
                 wanted = member.isfile() and f"/{member.name}".endswith(f"/{name}")
                 if wanted and (file := tar.extractfile(member)) is not None:
                     return file.read()
+    except PermissionError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); correct its permissions") from error
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged or cut short ({error}); fetch it again") from error
     raise DataError(f"{path}: holds no {name}; is it the development kit {NAME}?")

@@ -69,6 +69,10 @@ class FolderIndex:
         """Full path of a file."""
         return self.folder / self.relative_path(index)
 
+    def holder(self, index: int) -> Path:
+        """The file that holds the image: itself, or an archive."""
+        return self.path(index)
+
     def read(self, index: int) -> bytes:
         """The encoded image."""
         with open(self.path(index), "rb") as file:

@@ -56,9 +56,12 @@ class ZipIndex(ArchiveIndex):
             if self.deflated[index]:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(self.sizes[index]))
         except zlib.error as error:
-            raise OSError(f"it is damaged in {self.archives[0].name}: {error}") from error
+            raise OSError(f"{self.relative_path(index)} is damaged in {self.archives[0].name}: {error}") from error
         if zlib.crc32(data) != self.checksums[index]:
-            raise OSError(f"it is damaged in {self.archives[0].name}: its bytes are not those of its checksum")
+            raise OSError(
+                f"{self.relative_path(index)} is damaged in {self.archives[0].name}: its bytes are not those of its "
+                "checksum"
+            )
         return data
 
 

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
@@ -23,6 +22,7 @@ from onlinenorm.data.network_input import NetworkInput
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.nvjpeg_loader import NvjpegLoader
 from onlinenorm.data.prefetch import Batch
+from onlinenorm.data.replaced_files import described_files, replaced_files
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 from onlinenorm.data.workers import PREFETCHED, check_shared_memory, share_of_cores, worker_loader
@@ -31,7 +31,6 @@ from onlinenorm.errors import ArgumentError, UnreadableImageError
 log = logging.getLogger(__name__)
 
 _LISTED = 1000  # replaced files named in results.json
-_REPLACED = 0.01  # share of the files that may have another size in a run that is continued
 
 AnyDataset = InMemoryDataset | FolderDataset
 Loader = DataLoader | DeviceLoader | NvjpegLoader | GpuCacheLoader
@@ -227,28 +226,12 @@ class ImageDataModule(pl.LightningDataModule):
         A run may go on after a damaged file was replaced, so that sizes are kept one by one, names in a digest.
         """
         indexes = [dataset.index for dataset in self._sets if isinstance(dataset, FolderDataset)]
-        if len(indexes) < len(self._sets):
-            return None
-        sizes = torch.from_numpy(np.concatenate([index.sizes for index in indexes]))
-        return {"names": [index.names_digest for index in indexes], "sizes": sizes}
+        return None if len(indexes) < len(self._sets) else described_files(indexes)
 
     def replaced_since(self, files: dict[str, Any] | None) -> list[str] | None:
-        """Paths whose size differs from that in `files` of a checkpoint; None where these are other images.
-
-        The same images are those of the same names and labels, of which at most `_REPLACED` (or three) have another
-        size.
-        """
-        here = self.files()
-        if files is None or here is None or files["names"] != here["names"]:
-            return None
-        changed = (files["sizes"] != here["sizes"]).nonzero().flatten().tolist()
-        if len(changed) > max(3, int(_REPLACED * len(here["sizes"]))):
-            return None
-        train, val = (dataset.index for dataset in self._sets if isinstance(dataset, FolderDataset))
-        return [
-            f"train/{train.relative_path(i)}" if i < len(train) else f"val/{val.relative_path(i - len(train))}"
-            for i in changed
-        ]
+        """Paths whose size differs from that in `files` of a checkpoint; None where these are other images."""
+        indexes = [dataset.index for dataset in self._sets if isinstance(dataset, FolderDataset)]
+        return None if files is None or len(indexes) < len(self._sets) else replaced_files(files, indexes)
 
     def note_replaced(self, files: dict[str, Any] | None) -> None:
         """Keeps, and logs, which files were replaced since a checkpoint with `files` was written."""
@@ -370,17 +353,18 @@ class ImageDataModule(pl.LightningDataModule):
     def _handle_unreadable(self, index: int, split: str) -> None:
         dataset = self._sets[0 if split == "train" else 1]
         assert isinstance(dataset, FolderDataset)
-        cause = f"{dataset.index.path(index)} cannot be decoded ({dataset.failure(index)})"
+        path, holder = dataset.index.path(index), dataset.index.holder(index)
+        cause = f"{path} cannot be decoded ({dataset.failure(index)})"
         if self.on_unreadable == "raise":
             raise UnreadableImageError(
-                f"{cause}. Replace the file, or go on without it with data.on_unreadable=skip, "
-                "which counts and lists such images.",
+                f"{cause}. Replace {'the file' if holder == path else holder}, or go on without it with "
+                "data.on_unreadable=skip, which counts and lists such images.",
                 key="on_unreadable",
             )
-        path = f"{split}/{dataset.index.relative_path(index)}"
-        if path in self.unreadable:
+        name = f"{split}/{dataset.index.relative_path(index)}"
+        if name in self.unreadable:
             return
-        self.unreadable.append(path)
+        self.unreadable.append(name)
         log.warning("skipped: %s", cause)
         self._check_limit(split, f"{cause}.")
 

@@ -17,7 +17,7 @@ import numpy as np
 from onlinenorm.data.archives import ArchiveIndex, Progress, files_key, member_arrays, silent
 from onlinenorm.data.index import name_few
 from onlinenorm.data.index_cache import cached_arrays
-from onlinenorm.data.parquet_pages import Place, locate, read_pages, snappy_stream
+from onlinenorm.data.parquet_pages import NotReadInPlace, Place, locate, read_pages, snappy_stream
 from onlinenorm.errors import DataError
 from onlinenorm.text import first_line
 
@@ -184,6 +184,10 @@ def _read_table(path: Path) -> _Table:
                 rows += _read_group(table, group, columns, file.fileno())
     except PermissionError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); correct its permissions", key="root") from error
+    except NotReadInPlace as error:
+        raise DataError(
+            f"{path} is not read in place ({error}); write it with pyarrow's defaults", key="root"
+        ) from error
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -208,7 +212,7 @@ def _read_group(table: Any, group: int, columns: list[str], file: int) -> Iterat
     chunk = table.metadata.row_group(group).column(columns.index(_BYTES))
     name = {"UNCOMPRESSED": "", "LZ4": "lz4_raw"}.get(chunk.compression, chunk.compression.lower())
     if name not in CODECS:
-        raise ValueError(f"it is compressed by {name}, and read is one of {', '.join(CODECS[1:])}")
+        raise NotReadInPlace(f"it is compressed by {name}, and read is one of {', '.join(CODECS[1:])}")
     start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
     raw = os.pread(file, chunk.total_compressed_size, start)
     pages = list(read_pages(raw, start, name, functools.partial(_decompress, name)))

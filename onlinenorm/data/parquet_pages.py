@@ -14,6 +14,10 @@ _PIECE = 1 << 16  # bytes of a piece of Snappy before compression
 _PREFIX = 64  # bytes by which a value is searched
 
 
+class NotReadInPlace(ValueError):
+    """A file that is whole, and written in a way that is not read here."""
+
+
 class Place(NamedTuple):
     """A value in a file.
 
@@ -39,13 +43,13 @@ class Page(NamedTuple):
 
 
 def locate(values: Iterable[bytes], pages: list[Page]) -> Iterator[Place]:
-    """Where each value lies, given the pages of its column chunk; ValueError where one is not there in one part."""
+    """Where each value lies, given the pages of its column chunk; NotReadInPlace where one is not there in one part."""
     number, position = 0, 0  # values mostly follow each other; a dictionary's are repeated
     for value in values:
         tries = ((number, position), *((n, 0) for n in range(number, len(pages))), *((n, 0) for n in range(number)))
         found = next(((n, at) for n, begin in tries if (at := _find(pages[n].data, value, begin)) >= 0), None)
         if found is None:
-            raise ValueError("its values are encoded in an uncommon way")
+            raise NotReadInPlace("its values are encoded in an uncommon way")
         number, at = found
         position = at + len(value)
         yield _place(pages[number], at, len(value))

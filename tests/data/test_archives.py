@@ -9,7 +9,7 @@ import torch
 from image_folders import write_tree
 from official_archives import WNIDS, add, write_official
 
-from onlinenorm.data import DataError, ImageNet
+from onlinenorm.data import DataError, ImageNet, archives, devkit
 from onlinenorm.data.archives import load_official, load_shards
 from onlinenorm.data.datasets import fingerprint
 from onlinenorm.data.devkit import read_devkit
@@ -217,6 +217,18 @@ def test_labels_of_an_unpacked_devkit_are_read_again_once_they_change(tmp_path):
     truth.write_text("3\n" * 3 + "1\n" * 2 + "2\n")
     after = load_official(folder)[1]
     assert [np.bincount(index.labels).tolist() for index in (before, after)] == [[2, 2, 2], [3, 1, 2]]
+
+
+def test_a_file_without_permission_is_not_called_damaged(official, monkeypatch):
+    def deny(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(archives, "open", deny, raising=False)
+    with pytest.raises(DataError, match=r"train\.tar cannot be read \(Permission denied\); correct its permissions"):
+        load_official(official)
+    monkeypatch.setattr(devkit.tarfile, "open", deny)
+    with pytest.raises(DataError, match=r"devkit_t12\.tar\.gz cannot be read \(Permission denied\); correct"):
+        load_official(official)
 
 
 def test_a_devkit_holds_files(official, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from onlinenorm.cli.compose import load_config
-from onlinenorm.data import CIFAR10, CIFAR100, DataError
+from onlinenorm.data import CIFAR10, CIFAR100, DataError, cifar
 from onlinenorm.training.config_check import check_config
 
 KINDS = [CIFAR10, CIFAR100]
@@ -241,3 +241,14 @@ def test_experiments_are_the_published_recipe_with_the_row_s_own_settings(name, 
     assert load_config([f"experiment={name}", "normalizer=group"])["normalizer"]["num_groups"] == 8
     assert config["choices"]["data"] == name and config["choices"]["model"] == "cifar_resnet20"
     assert load_config(["normalizer=online_clamp"])["normalizer"]["alpha_fwd"] == 0.999
+
+
+def test_files_without_permission_get_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "cifar-10-binary.tar.gz").touch()
+
+    def deny(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cifar, "open", deny, raising=False)
+    with pytest.raises(DataError, match=r"^root: .*tar\.gz cannot be read \(Permission denied\); correct its perm"):
+        CIFAR10(root=str(tmp_path)).setup()

@@ -97,12 +97,22 @@ def test_a_damaged_image_in_a_zip_is_named(kaggle, tmp_path):
         content[at : at + 8] = b"\xff" * 8
         archive.write_bytes(content)
         data = ImageNet(root=str(tmp_path), image_size=32, batch_size=5, num_workers=0)
-        message = rf"{ZIP}/n01443537/ILSVRC2012_val_00000002.JPEG cannot be decoded \(OSError: it is damaged in {ZIP}: "
-        with pytest.raises(DataError, match=message):
+        message = (
+            rf"{ZIP}/n01443537/ILSVRC2012_val_00000002.JPEG cannot be decoded \(OSError: .*\.JPEG is damaged in {ZIP}: "
+        )
+        with pytest.raises(DataError, match=rf"{message}.* Replace {archive}, or"):
             [data.on_before_batch_transfer(batch) for batch in data.val_dataloader()]
         data = ImageNet(root=str(tmp_path), image_size=32, num_workers=0, on_unreadable="skip", unreadable_limit=0.5)
         [data.on_before_batch_transfer(batch) for batch in data.val_dataloader()]
         assert data.unreadable == ["val/n01443537/ILSVRC2012_val_00000002.JPEG"]
+
+
+def test_a_name_in_no_encoding_is_told(kaggle, tmp_path):
+    (kaggle / "ILSVRC" / "Annotations" / "caf\u00e9.xml").touch()
+    archive = zip_folder(kaggle, tmp_path / ZIP)
+    archive.write_bytes(archive.read_bytes().replace(b"caf\xc3\xa9", b"caf\xff\xff"))
+    with pytest.raises(DataError, match=rf"^root: .*{ZIP} is damaged or cut short \('utf-8' codec"):
+        open_splits(str(archive))
 
 
 def edit(old, new):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from imagenet_forms import NAMES, WNIDS, rows_of, write_folders, write_parquet
 
-from onlinenorm.data import DataError, ImageNet
+from onlinenorm.data import DataError, ImageNet, parquet
 from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.parquet import CODECS, load_tables
 
@@ -211,6 +211,34 @@ def test_what_is_not_right_gets_one_sentence(folders, tmp_path, change, message)
     with pytest.raises(DataError, match=f"^root: .*{message}") as caught:
         open_splits(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_whole_and_not_read_in_place_is_not_called_damaged(folders, tmp_path, monkeypatch):
+    write_set(tmp_path, folders)
+    monkeypatch.setattr(parquet, "CODECS", ("", "gzip"))
+    with pytest.raises(
+        DataError, match=r"^root: .* is not read in place \(it is compressed by snappy.*pyarrow's default"
+    ):
+        open_splits(str(tmp_path))
+
+
+def test_a_nul_byte_in_a_name_is_no_name():
+    assert parquet._split_name("a\0b.JPEG") == (None, None)
+
+
+def test_labels_that_are_no_whole_numbers_are_told(folders, tmp_path):
+    import pyarrow.parquet
+
+    path = write_set(tmp_path, folders) / TRAIN
+    table = pyarrow.parquet.read_table(path)
+    for shift, told in ((0.0, None), (0.5, "the label 0.5 is no whole number|label 1.5|label 2.5")):
+        labels = pyarrow.array([label + shift for label in table.column("label").to_pylist()])
+        pyarrow.parquet.write_table(table.set_column(table.schema.get_field_index("label"), "label", labels), path)
+        if told is None:
+            open_splits(str(tmp_path))
+        else:
+            with pytest.raises(DataError, match=told):
+                open_splits(str(tmp_path))
 
 
 def test_a_label_beyond_the_names_is_told(folders, tmp_path):
