@@ -28,6 +28,11 @@ _EMPTY = 7  # bytes of a .wandb file without records
 def _named(folder: Path | str | None, key: str) -> Iterator[None]:
     try:
         yield
+    except ModuleNotFoundError as error:
+        raise RunError(
+            f"logger={key}: the package {error.name or key} is not installed ({first_line(error)}); install it, or use "
+            "logger=csv"
+        ) from error
     except (OSError, ValueError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__  # Lightning hides it in a ValueError
         if not isinstance(cause, OSError):
@@ -81,11 +86,11 @@ def wandb_logger(
         mode: "auto" is what WANDB_MODE says, else online where a key is found (WANDB_API_KEY or netrc) and the server
             answers, else offline. Where "online" is asked for by name, a server that does not answer ends the run.
     """
-    import wandb  # which takes a second
-
     asked = mode if mode != "auto" else wandb_mode()
     if asked == "disabled" or not is_rank_zero():
         return []
+    with _named(folder / "wandb", "wandb"):
+        import wandb  # which takes a second
     identity, logged = folder / "wandb_id", folder / WandbBySteps.LOGGED
     if resumed_step is None and logged.exists():  # another attempt, and another run there
         identity.unlink(missing_ok=True)
