@@ -236,4 +236,5 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         near = nearest(str(value), map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else ""
         kind = _describe(hint) + f" or {AUTO}" * (key in AUTO_KEYS)
-        raise ConfigError(f"{key}: {value!r} is not {kind}" + (f"; did you mean {near}?" if near else ""))
+        shown = "null" if value is None else repr(value)
+        raise ConfigError(f"{key}: {shown} is not {kind}" + (f"; did you mean {near}?" if near else ""))

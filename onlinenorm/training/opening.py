@@ -18,8 +18,9 @@ def announce(config: dict[str, Any]) -> None:
     chosen = [f"{group}={name}" for group, name in config["choices"].items() if name and group != "logger"]
     print(f"{path}: {'continues' if begun else 'new run'}: {' '.join(chosen)} seed={config['seed']}", flush=True)
     every = lookup(config, "trainer.checkpoint_every_n_steps")
+    epochs = lookup(config, "recipe.epochs")
     print(
-        f"  {lookup(config, 'recipe.epochs')} epochs in batches of {lookup(config, 'recipe.batch_size')}; saves at the "
+        f"  {epochs} epoch{'s' * (epochs != 1)} in batches of {lookup(config, 'recipe.batch_size')}; saves at the "
         f"end of each epoch, {f'every {every:,} steps ' if isinstance(every, int) else ''}and when asked to stop "
         "(Ctrl-C, SIGTERM, SIGUSR1)",
         flush=True,

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 from onlinenorm.arguments import flatten
 from onlinenorm.data.workers import explain_worker_deaths
-from onlinenorm.errors import ConfigError, DataError, Interrupted
+from onlinenorm.errors import ConfigError, DataError
 from onlinenorm.records import CONFIG, read_record, run_path
 from onlinenorm.text import first_line
 from onlinenorm.training import loggers
@@ -74,9 +74,9 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
                 return _run(choice, recipe, normalizer, folder, stop)
             except FastPathFailed as failure:
                 key, message = failure.key, str(failure)
-            except Interrupted:
-                if folder.rank_zero:
-                    print(*loggers.upload_hint(path), sep="\n")
+            except Exception:
+                if folder.rank_zero and (hint := loggers.upload_hint(path)):
+                    print(*hint, sep="\n")
                 raise
             # past the exception, whose traceback holds the tensors of what failed
             print(message, file=sys.stderr)

@@ -166,3 +166,8 @@ def test_values_of_the_wrong_kind_are_no_bugs(group, value):
             probe_normalizer(build(changed, "normalizer"), changed["normalizer"])
         except ConfigError as error:
             assert str(error).startswith((f"{group}.{key}", group)), key
+
+
+def test_null_is_called_null():
+    with pytest.raises(ConfigError, match=r"^trainer.log_every_n_steps: null is not a whole number"):
+        check_config(load_config(["trainer.log_every_n_steps=null"]))

@@ -11,8 +11,10 @@ from torch import nn
 
 from onlinenorm import provenance
 from onlinenorm.cli.compose import load_config
+from onlinenorm.errors import Diverged
 from onlinenorm.normalizers import BatchRenorm2d
 from onlinenorm.training import fast_path
+from onlinenorm.training import run as run_module
 from onlinenorm.training.fast_path import open_data, with_values
 from onlinenorm.training.opening import announce, details, warmup_notes
 from onlinenorm.training.recipe import Recipe
@@ -128,3 +130,20 @@ def test_what_becomes_of_the_learning_rate_is_said(changes, said):
     config = with_values(config, {"data.decoder": "pillow", "data.on_device": False})
     recipe = dataclasses.replace(RECIPE, **changes)
     assert details(config, open_data(config, recipe), recipe, {})[-1].startswith(f"  {said}")
+
+
+def test_one_epoch_is_one(tmp_path, capsys):
+    announce(load_config([*TINY, "recipe.epochs=1", "recipe.milestones=[]", f"run_dir={tmp_path}"]))
+    assert "  1 epoch in batches of 16;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hint", [[], ["W&B: kept offline"]])
+def test_a_run_that_fails_says_where_its_curves_are_kept(run, tmp_path, capsys, monkeypatch, hint):
+    def fails(*_):
+        raise Diverged("NaN")
+
+    monkeypatch.setattr(run_module, "_run", fails)
+    monkeypatch.setattr(run_module.loggers, "upload_hint", lambda folder: hint)
+    with pytest.raises(Diverged):
+        run(tmp_path)
+    assert capsys.readouterr().out.splitlines() == hint
