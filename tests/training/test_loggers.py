@@ -256,12 +256,12 @@ def test_a_full_disk_is_told_in_a_sentence(offline, tmp_path, monkeypatch, key):
 def test_a_package_that_is_not_installed_is_named(offline, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert loggers.wandb_logger(tmp_path, "name", {}, mode="disabled") == []
-    with pytest.raises(RunError, match="^logger=wandb: the package wandb is not installed"):
+    with pytest.raises(RunError, match=r"^logger=wandb: the package wandb is not installed"):
         loggers.wandb_logger(tmp_path, "name", {}, mode="offline")
 
     def lacking(**_):
         raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available")
 
     monkeypatch.setattr(loggers, "TensorBoardBySteps", lacking)
-    with pytest.raises(RunError, match="^logger=tensorboard: the package tensorboard is not installed"):
+    with pytest.raises(RunError, match=r"^logger=tensorboard: the package tensorboard is not installed"):
         loggers.tensorboard_logger(tmp_path, "name", {})
