@@ -93,9 +93,10 @@ def test_a_key_is_found_in_the_environment_or_netrc_and_nobody_is_asked(tmp_path
 
 
 def records(folder, kind):
-    """Records of a kind of a run's offline files."""
+    """Records of a kind of a run's offline files, in the order in which they were ended: names tell seconds alone."""
     found = []
-    for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
+    files = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
         out = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
         found += [record for record in map(json.loads, out.splitlines()) if record["type"] == kind]
