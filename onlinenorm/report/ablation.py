@@ -88,7 +88,9 @@ def build_ablation(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Abla
     ordered = ordered.assign(place=ordered["value"].map(values.index)).sort_values("place", kind="stable")
     groups = ordered.groupby(["value", "series"], sort=False)
     points = [_point(value, series, mine, spec) for (value, series), mine in groups]
-    setting = next((entry for entry in spec.published_setting if key in entry.key), None)
+    rows = set(runs["normalizer"])
+    settings = (entry for entry in spec.published_setting if key in entry.key)
+    setting = next((entry for entry in settings if not entry.only or rows & set(entry.only)), None)
     return Ablation(
         key=key,
         name=setting.name if setting else key,

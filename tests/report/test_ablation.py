@@ -33,6 +33,17 @@ def test_values_are_ordered_and_what_does_not_clamp_is_off(tmp_path, spec):
     assert [line.split(" | ")[0] for line in lines] == ["| 2", "| 5 (published)", "| 10", "| off"]
 
 
+def test_a_published_setting_is_that_of_its_rows(tmp_path, spec):
+    """A key of one's own normalizer that is named as one of BatchNorm's was not published."""
+    for row in ("batch", "moving_rms"):
+        for value in (0.1, 0.5):
+            folder = tmp_path / row / f"normalizer.momentum={value}"
+            write_run(folder, row, normalizer_config={"_target_": "x", "momentum": value})
+    published, own = (ablation_of(tmp_path / row, spec) for row in ("batch", "moving_rms"))
+    assert published.published == "0.1" and published.name != published.key
+    assert own.published is None and own.name == own.key == "normalizer.momentum"
+
+
 def test_seeds_are_summarised_and_diverged_runs_counted(tmp_path, spec):
     folder = tmp_path / "recipe.batch_size=8"
     for seed, top1 in enumerate((0.88, 0.89)):
