@@ -184,12 +184,12 @@ class OnlineNorm(LeafOfGraphs, FullPrecision):
         max_pool: bool = False,
         shortcut: "OnlineNorm | None" = None,
     ) -> Tensor:
+        self._check_input(x, residual)
         if shortcut is not None:
             if residual is None:
                 raise ArgumentError("shortcut", "is the layer that a residual passes first, and there is no residual")
             if not relu or max_pool or not self._takes(shortcut, x):
                 residual, shortcut = shortcut(residual), None
-        self._check_input(x, residual)
         if max_pool and x.dim() != 4:
             raise ArgumentError("max_pool", f"pools images (N, C, H, W), got an input of shape {tuple(x.shape)}")
         backend = self.resolve_backend(x.device)

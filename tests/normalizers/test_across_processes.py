@@ -2,12 +2,11 @@
 
 import copy
 import os
-import socket
 
+import process_groups
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -106,7 +105,7 @@ def own_statistics(rank, world_size, port, folder):
 
 
 def test_statistics_of_any_layer_are_averaged_and_counts_are_the_largest(tmp_path):
-    mp.spawn(own_statistics, (2, free_port(), str(tmp_path)), 2)
+    process_groups.run(2, own_statistics, 2, process_groups.free_port(), str(tmp_path))
     for rank in range(2):
         tables, state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert state["0.level"].tolist() == [[0, 0, 0], [0.5, 0.5, 0.5]] and float(state["0.scalar"]) == 0.5
@@ -119,19 +118,13 @@ def test_statistics_of_any_layer_are_averaged_and_counts_are_the_largest(tmp_pat
         assert float(state["3.more"]) == 0.5 and "3.running_mean" not in tables
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.parametrize(
     ("world_size", "accumulate", "guard"), [(2, 1, "clamp"), (4, 1, "layer_scaling"), (2, 2, "none")]
 )
 def test_processes_equal_one_process(world_size, accumulate, guard, tmp_path):
     one = network(guard)
     train(one, batches(), accumulate)
-    mp.spawn(worker, (world_size, free_port(), guard, accumulate, str(tmp_path)), world_size)
+    process_groups.run(world_size, worker, world_size, process_groups.free_port(), guard, accumulate, str(tmp_path))
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
     for name, expected in one.state_dict().items():
         for state in states:
@@ -142,7 +135,7 @@ def test_processes_equal_one_process(world_size, accumulate, guard, tmp_path):
 
 def test_compiles_with_a_process_group():
     """The collectives sit inside custom operators: no graph breaks."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{process_groups.free_port()}", rank=0, world_size=1)
     try:
         eager = network("clamp")
         compiled = copy.deepcopy(eager)
