@@ -106,8 +106,6 @@ def load_trained(
     node = {**config["data"], "num_workers": None if config["data"].get("num_workers") else 0}
     if "on_device" in node:
         node["on_device"] = False  # images come one batch at a time, to where the network is then
-    if "on_device" in node:
-        node["on_device"] = False  # images are looked at once
     if data_root is not None:
         node["root"] = data_root
     try:
