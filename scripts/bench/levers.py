@@ -8,7 +8,6 @@ Writes the results as JSON and a table beside it. Predictions are those of the b
 """
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ from scripts._venv import run_main
 import torch
 
 from onlinenorm.models.blocks import BasicBlock, Bottleneck
-from onlinenorm.ops.fused import workspace
 from scripts.bench import common, levers_table, training
 
 
@@ -34,36 +32,24 @@ def _set_shortcut(model: torch.nn.Module, on: bool) -> None:
             block.fuse_shortcut = on
 
 
-def _set_messages(_, on: bool) -> None:
-    workspace.TAKES_TURNS = on
-
-
 SWITCHES: dict[str, Callable[[torch.nn.Module, bool], None]] = {
     "max_pool": _set_max_pool,
     "shortcut": _set_shortcut,
-    "messages": _set_messages,
 }
 WHAT = {
     "max_pool": "first norm, ReLU and max-pool in one kernel each way",
     "shortcut": "the shortcut's norm inside the kernel of the block's last norm, each way",
-    "messages": "messages cleared by the launch after, not filled",
 }
 PREDICTED = {  # milliseconds saved at N = 256 and 32, on an H100
     "max_pool": {256: 1.9, 32: 0.24},
     "shortcut": {256: 1.2, 32: 0.20},
-    "messages": {256: 0.15, 32: 0.07},
 }
 
 
-@contextlib.contextmanager
-def switched(network: training.Network, on: tuple[str, ...]):
-    """With exactly these levers; compiled so at the network's first step, captured so at every one."""
-    for name, switch in SWITCHES.items():
-        switch(network.model, name in on)
-    try:
-        yield
-    finally:
-        _set_messages(network.model, False)  # of the process, not of the network
+def switch(network: training.Network, on: tuple[str, ...]) -> None:
+    """Set exactly these levers; compiled so at the network's first step, captured so at every one."""
+    for name, set_lever in SWITCHES.items():
+        set_lever(network.model, name in on)
 
 
 def measure(variants: dict[str, tuple[str, ...]], batch: int, args) -> dict[str, training.Row]:
@@ -74,8 +60,8 @@ def measure(variants: dict[str, tuple[str, ...]], batch: int, args) -> dict[str,
             if name not in rows:
                 network = training.Network(args.normalizer, "fused", "space_to_depth", "default", "bf16", batch, args)
                 rows[name] = training.Row(network, {"batch": batch, "mode": "compile+graph", "optimizer": False})
-            with switched(rows[name].network, levers):
-                rows[name].measure(args.repeats)
+            switch(rows[name].network, levers)
+            rows[name].measure(args.repeats)
             print(f"N = {batch}, {name}: {rows[name].milliseconds:.3f} ms", flush=True)
     return rows
 
@@ -86,7 +72,7 @@ def main(argv=None) -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
     parser.add_argument("--normalizer", default="online_clamp", choices=["online_clamp", "online_layer_scaling"])
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 32])
-    parser.add_argument("--lever", nargs="+", default=["shortcut", "messages"], choices=list(SWITCHES))
+    parser.add_argument("--lever", nargs="+", default=["shortcut"], choices=list(SWITCHES))
     parser.add_argument("--base", nargs="*", default=["max_pool"], choices=list(SWITCHES), help="on in every network")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20, help="steps a round")

@@ -109,7 +109,7 @@ def without_gpu(monkeypatch):
     single_read._plan.cache_clear()
     yield
     single_read._plan.cache_clear()
-    workspace._chunks.clear()
+    workspace._pairs.clear()
 
 
 @pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])

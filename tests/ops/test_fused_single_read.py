@@ -11,15 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from onlinenorm import OnlineNorm2d
-from onlinenorm.ops.fused import single_read, two_pass, workspace
+from onlinenorm.ops.fused import single_read, two_pass
 from onlinenorm.ops.spec import NormSpec
-
-
-@pytest.fixture(params=[False, True], ids=["filled", "taking turns"])
-def messages(request, monkeypatch):
-    """Both ways to have empty messages for a launch."""
-    monkeypatch.setattr(workspace, "TAKES_TURNS", request.param)
-    monkeypatch.setattr(workspace, "_pairs", {})
 
 
 @pytest.mark.gpu
@@ -53,7 +46,7 @@ def one_step(path, tensors, weight, bias, state, residual, relu, skip_grad, spec
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(5))
-def test_random_shapes_agree_with_two_passes_while_the_gpu_is_busy(seed, messages):
+def test_random_shapes_agree_with_two_passes_while_the_gpu_is_busy(seed):
     """Races: random shapes and variants, each repeated bit for bit, with other work on another stream."""
     device, generator, rng = torch.device("cuda"), torch.Generator("cuda").manual_seed(seed), random.Random(seed)
     other_work, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
@@ -223,8 +216,8 @@ def test_gradients_that_are_not_finite_are_passed_on_and_move_no_control(samples
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
-def test_the_workspace_survives_capture_beside_eager_launches_and_other_streams(error_compensation, messages):
-    """Chunks of the workspace: a graph replayed between eager steps gives what eager steps alone give, bit for bit."""
+def test_the_workspace_survives_capture_beside_eager_launches_and_other_streams(error_compensation):
+    """Regions of the workspace: a graph replayed between eager steps gives what eager steps alone give, bit for bit."""
     torch.manual_seed(0)
     x, _, grad = torch.randn((3, 40, 256, 14, 14), device="cuda").bfloat16()
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
@@ -254,7 +247,7 @@ def test_the_workspace_survives_capture_beside_eager_launches_and_other_streams(
 
 
 @pytest.mark.gpu
-def test_launches_that_need_the_whole_gpu_take_turns(messages):
+def test_launches_that_need_the_whole_gpu_take_turns():
     """Layer scaling on three streams at once, among clamps and other work: all end, and give what they give alone."""
     torch.manual_seed(0)
     noise, streams = torch.randn(2048, 2048, device="cuda"), [torch.cuda.Stream() for _ in range(4)]

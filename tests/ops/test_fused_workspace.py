@@ -13,26 +13,9 @@ pytest.importorskip("triton")
 from onlinenorm.ops.fused import workspace
 
 
-def test_no_chunk_of_the_workspace_outlives_a_run_of_inductors_graphs(monkeypatch):
-    """Their pool refuses it. Other streams, and large launches, are served as ever."""
-    here = torch.device("cpu", 0)
-    manager = SimpleNamespace(stream=SimpleNamespace(cuda_stream=7))
-    trees = SimpleNamespace(get_manager=lambda index, create_if_none_exists: manager)
-    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(workspace, "_chunks", {})
-    address, memory = workspace.empty(1000, here, 7)
-    assert memory.nbytes == 1024 and address == memory.data_ptr() and (memory == -1).all() and not workspace._chunks
-    addresses = [workspace.empty(1000, here, 8)[0] for _ in range(2)]
-    assert addresses[1] - addresses[0] == 1024 and list(workspace._chunks) == [(0, 8)]
-    _, large = workspace.empty(workspace.LARGE + 1, here, 8)
-    assert large.nbytes > workspace.LARGE and list(workspace._chunks) == [(0, 8)]
-
-
 @pytest.fixture
 def turns(monkeypatch):
     """Launches that check and use the memory they are given, on the CPU."""
-    monkeypatch.setattr(workspace, "TAKES_TURNS", True)
     for name in ("_pairs", "_largest", "_queues"):
         monkeypatch.setattr(workspace, name, {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -82,9 +65,14 @@ def test_regions_are_as_large_as_the_largest_launch_of_the_device(turns):
     assert fills[2:] == [2 * 3072]
 
 
-def test_where_inductor_makes_graphs_every_launch_fills_its_own(turns, monkeypatch):
+def test_no_region_outlives_a_run_of_inductors_graphs(turns, monkeypatch):
+    """Their pool refuses it: every launch there fills its own. Other streams are served as ever."""
     launch, fills = turns
-    monkeypatch.setattr(workspace, "_inductor_makes_graphs_on", lambda *_: True)
+    manager = SimpleNamespace(stream=SimpleNamespace(cuda_stream=7))
+    trees = SimpleNamespace(get_manager=lambda index, create_if_none_exists: manager)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
     for _ in range(3):
         launch(1000)
     assert fills == [1024] * 3 and not workspace._pairs
+    launch(1000, stream=8)
+    assert list(workspace._pairs) == [(0, 8)]

@@ -1,13 +1,10 @@
 """Memory for the flag-in-value mailboxes and tile counters of a single-read kernel: all bits set when it starts.
 
-Two regions take turns (TAKES_TURNS): a launch works in one and sets all bits of what the last launch left in the other.
-Launches of a stream follow one another, so the region that a launch works in was restored by the one before it, and is
-restored by the one after it; nothing is filled but new regions. They are a stream's own, and of a graph that is being
-captured its own: each of its replays fills them first. Where Inductor makes the graphs (mode="reduce-overhead"), no
-memory may outlive a run, so that every launch fills its own.
-
-Otherwise small launches of one stream take consecutive pieces of a chunk that was filled at once; a large one fills its
-own, which goes back as soon as it is queued.
+Two regions take turns: a launch works in one and sets all bits of what the last launch left in the other. Launches of a
+stream follow one another, so the region that a launch works in was restored by the one before it, and is restored by
+the one after it; nothing is filled but new regions. They are a stream's own, and of a graph that is being captured its
+own: each of its replays fills them first. Where Inductor makes the graphs (mode="reduce-overhead"), no memory may
+outlive a run, so that every launch fills its own.
 """
 
 import sys
@@ -20,17 +17,7 @@ from torch import Tensor
 
 from onlinenorm.ops.fused.nvrtc import capture_of
 
-TAKES_TURNS = False
-CHUNK = 2 * 2**20  # bytes
-LARGE = CHUNK // 2
 ALIGNMENT = 256
-
-
-@dataclass
-class _Chunk:
-    memory: Tensor
-    capture: int
-    used: int = 0
 
 
 @dataclass
@@ -50,10 +37,8 @@ class _Pair:
         return self.memory.data_ptr() + region * self.size
 
 
-_chunks: dict[tuple[int, int], _Chunk] = {}
 _pairs: dict[tuple[int, int], _Pair] = {}
 _largest: dict[int, int] = {}  # of a device's launches, in bytes
-_lock = threading.Lock()
 _queues: dict[tuple[int, int], threading.Lock] = {}
 
 
@@ -63,10 +48,6 @@ def with_messages(size: int, device: torch.device, stream: int, launch: Callable
     From ``address`` on, ``size`` bytes have all bits set when it starts; it sets all of ``clear_bytes`` from ``clear``.
     """
     size = -(-size // ALIGNMENT) * ALIGNMENT
-    if not TAKES_TURNS:
-        address, memory = empty(size, device, stream)
-        launch(address, 0, 0)
-        return
     key = device.index, stream
     with _queues.setdefault(key, threading.Lock()):  # queued in the order in which they take turns
         pair = _pair(size, device, stream)
@@ -96,31 +77,6 @@ def _pair(size: int, device: torch.device, stream: int) -> _Pair | None:
     return pair
 
 
-def empty(size: int, device: torch.device, stream: int) -> tuple[int, Tensor]:
-    """Address of ``size`` bytes with all bits set, for the next launch on ``stream``, the current one of ``device``.
-
-    The tensor is what holds them: keep it until the launch is queued.
-    """
-    size = -(-size // ALIGNMENT) * ALIGNMENT
-    if size > LARGE:
-        memory = _filled(size, device)
-        return memory.data_ptr(), memory
-    capture = capture_of(stream) if torch.cuda.is_current_stream_capturing() else 0
-    key = device.index, stream
-    with _lock:
-        chunk = _chunks.get(key)
-        if chunk is None or chunk.capture != capture or chunk.used + size > chunk.memory.nbytes:
-            chunk = None  # gone before the next is taken
-            _chunks.pop(key, None)
-            if _inductor_makes_graphs_on(device, stream):
-                memory = _filled(size, device)
-                return memory.data_ptr(), memory
-            _chunks[key] = chunk = _Chunk(_filled(CHUNK, device), capture)
-        address = chunk.memory.data_ptr() + chunk.used
-        chunk.used += size
-    return address, chunk.memory
-
-
 def _filled(size: int, device: torch.device) -> Tensor:
     return torch.empty(size // 8, dtype=torch.int64, device=device).fill_(-1)
 
@@ -128,7 +84,7 @@ def _filled(size: int, device: torch.device) -> Tensor:
 def _inductor_makes_graphs_on(device: torch.device, stream: int) -> bool:
     """Whether ``stream`` is that of Inductor's CUDA-graph trees, in warm-up as in capture.
 
-    Either refuses memory that lives on in its pool, as a chunk would.
+    Either refuses memory that lives on in its pool, as regions would.
     """
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is None:
