@@ -14,6 +14,13 @@ def root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """This project's part of the user's cache folder, which is one of the test's own and empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "onlinenorm"
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

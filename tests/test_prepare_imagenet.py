@@ -20,8 +20,7 @@ from scripts import prepare_imagenet
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def main(own_cache, monkeypatch):
     monkeypatch.setattr("onlinenorm.data.verify.FILE_BYTES", (1000, 1000))  # of the images here
     return lambda *arguments: prepare_imagenet.main([str(argument) for argument in arguments])
 

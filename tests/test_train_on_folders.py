@@ -41,8 +41,7 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def small_files(own_cache, monkeypatch):
     monkeypatch.setattr("onlinenorm.data.verify.FILE_BYTES", (1000, 1000))  # of the images here
 
 

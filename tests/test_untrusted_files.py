@@ -41,8 +41,7 @@ def bomb(tmp_path):
     assert trace.exists(), "a dud"
 
 
-def test_an_index_with_a_pickle_is_built_anew(bomb, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_an_index_with_a_pickle_is_built_anew(bomb, tmp_path, own_cache):
     tree = write_tree(tmp_path / "set")
     expected = load_index(tree / "train")
     files = [*tree.rglob(".onlinenorm-index-train.npz"), *(tmp_path / "cache").rglob("*train.npz")]

@@ -17,10 +17,7 @@ from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.index import load_index
 from onlinenorm.data.prepare import chosen_classes, extract, pack
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

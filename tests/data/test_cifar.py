@@ -17,9 +17,8 @@ KINDS = [CIFAR10, CIFAR100]
 
 
 @pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
+def small(own_cache, monkeypatch):
     """Archives of 200 training images a file and 100 test images, and a cache of the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for kind in KINDS:
         files = kind.binary
         files = files._replace(train=dict.fromkeys(files.train, 200), test=dict.fromkeys(files.test, 100))

@@ -11,9 +11,8 @@ from onlinenorm.data import fashion_mnist as fm
 
 
 @pytest.fixture(autouse=True)
-def nowhere(tmp_path, monkeypatch):
+def nowhere(own_cache, tmp_path, monkeypatch):
     """No Debian package, an empty cache, no network."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(fm, "DEBIAN_FOLDER", tmp_path / "debian")
 
     def download(*_, **__):

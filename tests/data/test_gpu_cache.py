@@ -20,10 +20,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 SIZES = [(50, 40), (40, 50), (64, 64), (31, 90), (120, 33), (1, 1)]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "onlinenorm"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -154,12 +151,12 @@ def test_a_set_without_one_readable_image_is_told(tree):
         batches(folders(tree, on_device=True))
 
 
-def test_decoded_files_are_kept_until_something_changes(tree, cache, monkeypatch):
+def test_decoded_files_are_kept_until_something_changes(tree, own_cache, monkeypatch):
     arguments = {"augmentation": "random_resized_crop", "on_device": True}
     expected = batches(folders(tree, **arguments))
 
     def kept():
-        return {path.name: path.stat().st_mtime_ns for path in cache.glob("decoded-*.u8")}
+        return {path.name: path.stat().st_mtime_ns for path in own_cache.glob("decoded-*.u8")}
 
     assert not kept()
     data = folders(tree, **arguments, keep_decoded=True)
@@ -172,7 +169,7 @@ def test_decoded_files_are_kept_until_something_changes(tree, cache, monkeypatch
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert kept() == written
     monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache.parent))
     write_image(tree / "train" / "bee" / "1.JPEG", 77, (33, 44))
     changed = batches(folders(tree, **arguments, keep_decoded=True))
     assert len(kept()) == 2 and len(kept().keys() & written.keys()) == 1, "the former file is gone"
@@ -180,7 +177,7 @@ def test_decoded_files_are_kept_until_something_changes(tree, cache, monkeypatch
         assert torch.equal(a[0].cpu(), b[0])
 
 
-def test_what_could_not_be_read_is_tried_again(tree, cache, monkeypatch):
+def test_what_could_not_be_read_is_tried_again(tree, own_cache, monkeypatch):
     def out_of_reach(index, i):
         if index.relative_path(i) == "bee/1.JPEG":
             raise PermissionError(13, "Permission denied")
@@ -194,17 +191,17 @@ def test_what_could_not_be_read_is_tried_again(tree, cache, monkeypatch):
         assert (kept.sizes_N2 == 0).any(axis=1).sum() == unreadable
 
 
-def test_runs_of_other_limits_and_killed_ones_leave_each_other_alone(tree, cache, monkeypatch):
+def test_runs_of_other_limits_and_killed_ones_leave_each_other_alone(tree, own_cache, monkeypatch):
     data = folders(tree, on_device=True, keep_decoded=True)
     data.prepare_data()
-    (first,) = cache.glob("decoded-train-*.u8")
-    partial = cache / f".{first.name}.0123abcd.partial"
+    (first,) = own_cache.glob("decoded-train-*.u8")
+    partial = own_cache / f".{first.name}.0123abcd.partial"
     partial.touch()
     stored = decoded.cached_arrays
 
     def removed_meanwhile(*arguments):
         arrays = stored(*arguments)
-        for file in cache.glob("decoded-train-*.u8"):
+        for file in own_cache.glob("decoded-train-*.u8"):
             file.unlink()
         return arrays
 
@@ -214,7 +211,7 @@ def test_runs_of_other_limits_and_killed_ones_leave_each_other_alone(tree, cache
     assert not partial.exists()
 
 
-def test_archives_of_both_splits_are_kept_side_by_side(tree, cache, tmp_path, monkeypatch):
+def test_archives_of_both_splits_are_kept_side_by_side(tree, own_cache, tmp_path, monkeypatch):
     packed = tmp_path / "packed"
     splits = open_splits(str(tree))
     for split, index in zip(("train", "val"), splits, strict=True):
@@ -226,17 +223,17 @@ def test_archives_of_both_splits_are_kept_side_by_side(tree, cache, tmp_path, mo
         data = folders(packed, **arguments)
         data.prepare_data()
         assert_equal(batches(data), batches(folders(tree, augmentation="random_resized_crop")))
-        assert len(list(cache.glob("decoded-*.u8"))) == 2
+        assert len(list(own_cache.glob("decoded-*.u8"))) == 2
 
 
-def test_a_file_that_cannot_be_kept_is_told(tree, cache, monkeypatch):
+def test_a_file_that_cannot_be_kept_is_told(tree, own_cache, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"keep_decoded: .*\.u8 cannot be written \(No space left on device\); make"):
         batches(folders(tree, on_device=True, keep_decoded=True))
-    assert not list(cache.glob("decoded-*"))
+    assert not list(own_cache.glob("decoded-*"))
 
 
 def test_a_set_larger_than_the_memory_is_refused_before_decoding(tree, monkeypatch):
@@ -270,7 +267,7 @@ def test_sizes_of_a_sample_stand_for_all(tree, monkeypatch):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_nvjpeg_decodes_what_it_would_decode_in_training(tree, cache, monkeypatch, fraction):
+def test_nvjpeg_decodes_what_it_would_decode_in_training(tree, own_cache, monkeypatch, fraction):
     break_files(tree)
     monkeypatch.setattr(ImageNet, "_gpu", lambda self: torch.device(DEVICE))
     arguments = {"decoder": "nvjpeg", "device_fraction": fraction, "augmentation": "random_resized_crop"}
@@ -282,7 +279,7 @@ def test_nvjpeg_decodes_what_it_would_decode_in_training(tree, cache, monkeypatc
         assert own.any() and torch.equal(a[0].cpu()[own], b[0].cpu()[own])
     kept = batches(folders(tree, **arguments, on_device=True, keep_decoded=True))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(ours, kept, strict=True))
-    assert list(cache.glob("decoded-train-nvjpeg-*.u8"))
+    assert list(own_cache.glob("decoded-train-nvjpeg-*.u8"))
 
 
 def test_nvjpeg_needs_a_gpu_to_decode_once_too(tree):

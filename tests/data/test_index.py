@@ -12,11 +12,7 @@ from onlinenorm.data.datasets import fingerprint
 from onlinenorm.data.index import FolderIndex, build_index, load_index
 from onlinenorm.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "onlinenorm"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -111,32 +107,32 @@ def test_a_folder_that_may_not_be_read_is_named(tree, monkeypatch):
         load_index(tree / "train")
 
 
-def test_nothing_is_written_to_the_dataset(tree, cache, tmp_path):
+def test_nothing_is_written_to_the_dataset(tree, own_cache, tmp_path):
     (tmp_path / "link").symlink_to(tree)
     before = sorted(tree.rglob("*"))
     load_index(tmp_path / "link" / "train")
-    assert sorted(tree.rglob("*")) == before and len(list(cache.glob("index-*-train.npz"))) == 1
+    assert sorted(tree.rglob("*")) == before and len(list(own_cache.glob("index-*-train.npz"))) == 1
 
 
-def test_an_index_that_holds_a_pickle_is_built_anew(tree, cache, tmp_path):
+def test_an_index_that_holds_a_pickle_is_built_anew(tree, own_cache, tmp_path):
     class Evil:
         def __reduce__(self):
             return (tmp_path / "ran").touch, ()
 
     expected = fingerprint([load_index(tree / "train")])
-    (file,) = cache.glob("index-*-train.npz")
+    (file,) = own_cache.glob("index-*-train.npz")
     with np.load(file) as stored:
         arrays = {name: stored[name] for name in stored.files}
     np.savez(file, **{**arrays, "labels": np.array([Evil()], dtype=object)})
     assert fingerprint([load_index(tree / "train")]) == expected and not (tmp_path / "ran").exists()
 
 
-def test_a_damaged_cache_is_built_anew(tree, cache):
+def test_a_damaged_cache_is_built_anew(tree, own_cache):
     expected = fingerprint([load_index(tree / "train")])
-    (file,) = cache.glob("index-*-train.npz")
+    (file,) = own_cache.glob("index-*-train.npz")
     file.write_bytes(file.read_bytes()[:100])
     assert fingerprint([load_index(tree / "train")]) == expected
-    assert not list(cache.glob("*.tmp"))
+    assert not list(own_cache.glob("*.tmp"))
 
 
 def test_without_a_cache_folder_it_is_built_every_time(tree, monkeypatch):

@@ -17,9 +17,7 @@ IMAGES = "ILSVRC/Data/CLS-LOC"
 VAL = f"{IMAGES}/val"
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -9,10 +9,7 @@ from onlinenorm.data.index import load_index
 from onlinenorm.data.limits import proportional
 from onlinenorm.data.prepare import pack
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 50, 99])

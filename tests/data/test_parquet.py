@@ -17,9 +17,7 @@ from onlinenorm.data.parquet import CODECS, load_tables
 pyarrow = pytest.importorskip("pyarrow")  # the extra `parquet`, which the tests' extra brings
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

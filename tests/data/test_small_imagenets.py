@@ -13,9 +13,7 @@ WNIDS = ["n01443537", "n01629819", "n02056570"]
 LOADING = {"image_size": 32, "batch_size": 5, "num_workers": 0}
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def as_downloaded(folders, target):
