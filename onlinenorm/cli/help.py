@@ -43,12 +43,16 @@ def about(file: Path) -> str:
 
 
 def settings(file: Path) -> dict[str, Setting]:
-    """Dotted key -> `Setting` of a configuration file and those it inherits, but for Hydra's and what names code."""
+    """Dotted key -> `Setting` of a configuration file and those it inherits, but for Hydra's and what names code.
+
+    Its own come first.
+    """
     entries: dict[str, Setting] = {}
+    inherited: dict[str, Setting] = {}
     path: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if path == ["defaults"] and (base := _INHERITED.fullmatch(line)):
-            entries |= _inherited(file, base["file"])
+            inherited |= _inherited(file, base["file"])
             continue
         match = _LINE.fullmatch(line)
         if match is None:
@@ -56,16 +60,25 @@ def settings(file: Path) -> dict[str, Setting]:
         path = [*path[: len(match["indent"]) // 2], match["key"]]
         if path == ["defaults"]:  # [base, _self_] in a line
             for name in re.findall(r"[\w/]+", match["value"] or ""):
-                entries |= _inherited(file, name)
+                inherited |= _inherited(file, name)
         if match["value"] is not None and path[0] not in ("defaults", "hydra") and not match["key"].startswith("_"):
             entries[".".join(path)] = Setting(match["value"], match["comment"] or "")
-    return entries
+    return entries | {key: setting for key, setting in inherited.items() if key not in entries}
 
 
 def _inherited(file: Path, name: str) -> dict[str, Setting]:
     """The settings of another file of a group, which may be one of configs/; {} of what is none, as _self_."""
     places = [folder / f"{name}.yaml" for folder in (file.parent, CONFIGS / file.parent.name)]
     return next((settings(place) for place in places if place.is_file()), {})
+
+
+def target(file: Path) -> str:
+    """The class or function that a file, or the one that it builds on, names in full; "" where none does."""
+    text = file.read_text(encoding="utf-8")
+    if named := re.search(r"^_target_: +(\S+)", text, re.MULTILINE):
+        return named[1]
+    bases = re.findall(r"^  - (\w+)$", text, re.MULTILINE)
+    return next((target(file.with_name(f"{base}.yaml")) for base in bases if base != "_self_"), "")
 
 
 def key_names() -> list[str]:
@@ -112,16 +125,16 @@ def render(overrides: list[str], width: int | None = None, config_dir: str | Non
         chosen = settings(files[choices[group]]) if group != "experiment" else {}
         elsewhere = {k: s for name, file in files.items() for k, s in settings(file).items() if group != "experiment"}
         for key, setting in chosen.items():
-            comment = setting.comment or _comment(key, files)
+            comment = setting.comment or meaning(key, files)
             lines += _setting(f"{group}.{key}", Setting(values.get(f"{group}.{key}", setting.value), comment), width)
         if others := {key: setting for key, setting in elsewhere.items() if key not in chosen}:
             lines.append("  of other choices:")
             for key, setting in others.items():
-                lines += _setting(f"{group}.{key}", Setting(setting.value, _comment(key, files)), width)
+                lines += _setting(f"{group}.{key}", Setting(setting.value, meaning(key, files)), width)
     return "\n".join(lines) + "\n"
 
 
-def _comment(key: str, files: dict[str, Path]) -> str:
+def meaning(key: str, files: dict[str, Path]) -> str:
     """What any file of a group says of a key: the longest, which explains where the others note."""
     return max((settings(file)[key].comment for file in files.values() if key in settings(file)), key=len)
 

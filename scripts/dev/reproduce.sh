@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rebuild every table and figure in results/ from the run data recorded beside them (CPU, seconds), then the README's tables.
+# Rebuild every table and figure in results/ from the run data recorded beside them (CPU, seconds), then the page of
+# configs/ from its files and the README's tables.
 #   reproduce.sh [--check]
 # --check rebuilds into a temporary folder and compares: exit code 1 where a committed table is not what the data give, a
 # figure is missing, or results/ holds a table or figure that nothing here makes.
@@ -8,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-${VENV:-.venv}/bin/python}
 case ${1:-} in
   "" | --check) ;;
-  *) sed -n '2,5s/^# //p' "$0"; exit 2 ;;
+  *) sed -n '2,6s/^# //p' "$0"; exit 2 ;;
 esac
 
 rebuilt=$(mktemp -d) # laid out as results/
@@ -45,5 +46,6 @@ while read -r file; do
   esac
 done < <(cd results && find . -type f -not -path '*/runs/*' -not -name '*.html' -printf '%P\n' | sort)
 
+"$python" scripts/dev/config_page.py ${1:+"$1"} || status=1
 "$python" scripts/dev/readme.py ${1:+"$1"} || status=1
 exit $status

@@ -62,7 +62,7 @@ def test_each_setting_is_commented():
         keys = [(file, key) for file in files.values() for key in help.settings(file)]
         assert keys or group == "logger"  # whose csv has none
         for file, key in keys:
-            assert help._comment(key, files), f"{file}: {key} says nothing of itself"
+            assert help.meaning(key, files), f"{file}: {key} says nothing of itself"
 
 
 def test_help_loads_neither_torch_nor_lightning(root):
