@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts._venv import run_main
 
+from onlinenorm.cli.arguments import parse_options
 from onlinenorm.deploy import load_trained
 from onlinenorm.deploy.audit import audit, draw_audit, render_audit
 from onlinenorm.deploy.command import ALLOW, exit_code
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-root", metavar="DIR", help="where the dataset lies (default: where the run found it)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--allow", metavar="NAME", action="append", default=[], help=ALLOW)
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     command = shlex.join(["scripts/audit_clamping.py", *(sys.argv[1:] if arguments is None else arguments)])
 
     def program() -> int:

@@ -20,6 +20,7 @@ from scripts._venv import run_main
 
 import pandas as pd
 
+from onlinenorm.cli.arguments import parse_options
 from onlinenorm.errors import ReportError
 from onlinenorm.report.paired import check_same_images, pair, read_predictions
 from onlinenorm.report.render import render_pairing
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--level", type=float, default=0.95, help="of the interval (default 0.95)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     try:
         runs = [read_run(folder) for folder in (options.run_a, options.run_b)]
         run_a, run_b = (next(run.itertuples()) for run in runs)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts._venv import run_main
 
+from onlinenorm.cli.arguments import parse_options
 from onlinenorm.deploy import FORMS, load_trained
 from onlinenorm.deploy.card import TORCHSCRIPT
 from onlinenorm.deploy.command import ALLOW, exit_code
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--latency", metavar="N", type=int, default=20, dest="latency_runs", help="timed calls a form (20)"
     )
     parser.add_argument("--allow", metavar="NAME", action="append", default=[], help=ALLOW)
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     command = shlex.join(["scripts/export.py", *(sys.argv[1:] if arguments is None else arguments)])
 
     def program() -> int:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts._venv import run_main
 
+from onlinenorm.cli.arguments import parse_options
 from onlinenorm.deploy import DeployError, load_trained
 from onlinenorm.deploy.command import ALLOW, exit_code
 from onlinenorm.deploy.images import pick_device
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-root", metavar="DIR", help="where the dataset lies, for its class names")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--allow", metavar="NAME", action="append", default=[], help=ALLOW)
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
 
     def program() -> int:
         for key, value in (("--top", options.top), ("--batch-size", options.batch_size)):

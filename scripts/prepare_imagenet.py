@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts._venv import run_main
 
+from onlinenorm.cli.arguments import parse_options
 from onlinenorm.data.archives import TRAIN_ARCHIVE
 from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.index import list_classes, name_few
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--decode", type=_count, default=1000, metavar="all|N", help="images of a split that --verify decodes (1000)"
     )
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     if len(options.folders) > 2 or (len(options.folders) == 1 and not options.verify):
         parser.error("give ARCHIVES and ROOT, or --verify ROOT")
     progress = Progress()

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts._venv import ROOT, run_main
 
+from onlinenorm.cli.arguments import parse_options
 from onlinenorm.errors import ReportError
 from onlinenorm.files import write_together
 from onlinenorm.report.ablation import build_ablation
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--benchmark", metavar="JSON", type=Path, default=ROOT / "results" / "bench_training.json",
         help="recorded rows of scripts/bench/training.py, for costs and hours (default: those of results/)",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     output = options.output or options.folder
     try:
         spec = load_spec()

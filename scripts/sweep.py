@@ -24,6 +24,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,11 +33,15 @@ from scripts._venv import ROOT, run_main
 from onlinenorm.cli.arguments import literal, parse_script
 from onlinenorm.cli.compose import jobs, limited_experiment, load_config, parse_override
 from onlinenorm.errors import ConfigError
-from onlinenorm.training.matrix import UNDONE, Row, Sweep, check_folders, plan_row, submit, table
+
+if TYPE_CHECKING:
+    from onlinenorm.training.matrix import Row
 
 
-def plan(overrides: list[str], runs: Path, config_dir: str | None = None) -> list[Row]:
+def plan(overrides: list[str], runs: Path, config_dir: str | None = None) -> "list[Row]":
     """The rows of the matrix, their configurations checked."""
+    from onlinenorm.training.matrix import check_folders, plan_row  # not above: --help does not wait for torch
+
     if runs.exists() and not runs.is_dir():
         raise ConfigError(f"--runs: {runs} is a file, not a folder; name another place")
     parsed = [parse_override(override) for override in literal(overrides, several=True)]
@@ -68,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--sbatch: there is no sbatch command here; submit from a login node of the cluster")
     if options.parallel < 1:
         parser.error(f"--parallel: {options.parallel} is not a whole number of at least 1")
+    from onlinenorm.training.matrix import UNDONE, Sweep, submit, table
+
     rows = plan(options.overrides, options.runs, options.config_dir)
     if options.parallel > 1 and any(row.devices != 1 for row in rows):
         parser.error("--parallel: runs on several GPUs go one after another; leave it out, or use trainer.devices=1")

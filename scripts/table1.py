@@ -20,6 +20,7 @@ from scripts._venv import run_main
 
 from rich.console import Console
 
+from onlinenorm.cli.arguments import parse_options
 from onlinenorm.errors import ReportError
 from onlinenorm.files import write_together
 from onlinenorm.report.build import table_files
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--without", metavar="RUN", nargs="+", default=[], help="runs to leave out, named as below RUNS: batch/seed7"
     )
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     output = options.output or options.runs
     try:
         spec = load_spec()

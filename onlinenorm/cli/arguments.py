@@ -3,6 +3,7 @@
 import argparse
 import functools
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -80,17 +81,41 @@ def unknown_flag(word: str, rest: Iterator[str]) -> ConfigError:
     return ConfigError(f"{name}: no such flag; {hint} (train.py --help lists all)")
 
 
+def parse_options(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
+    """What a parser makes of `words` (None: of this program); an option it lacks is told before what is missing."""
+    words = sys.argv[1:] if words is None else words
+    if unknown := _unknown(parser, words):
+        name = unknown[0].partition("=")[0]
+        near = nearest(name, parser._option_string_actions)
+        parser.error(f"{name}: no such option" + (f"; did you mean {near}?" if near else ""))
+    return parser.parse_args(words)
+
+
 def parse_script(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
-    """What a parser with positional overrides makes of a command line, flags anywhere among them.
+    """The same of a parser with positional overrides, flags anywhere among them; the error is that of `unknown_flag`.
 
     Its --config-dir, where it has one, is of action "append".
     """
+    words = sys.argv[1:] if words is None else words
+    if unknown := _unknown(parser, words):
+        raise unknown_flag(unknown[0], iter(unknown[1:]))
     options, unknown = parser.parse_known_intermixed_args(words)
     if isinstance(folders := getattr(options, "config_dir", None), list):
         options.config_dir = functools.reduce(_one_folder, folders, None)
     if unknown:
         raise unknown_flag(unknown[0], iter(unknown[1:]))
     return options
+
+
+def _unknown(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
+    """The words from the first long option on that a parser does not have, whole or shortened; [] if it has all."""
+    for place, word in enumerate(words):
+        name = word.partition("=")[0]
+        if name == "--":
+            break
+        if name.startswith("--") and not any(known.startswith(name) for known in parser._option_string_actions):
+            return words[place:]
+    return []
 
 
 def _one_folder(before: str | None, folder: str) -> str:

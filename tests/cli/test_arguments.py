@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onlinenorm.cli.arguments import literal, parse, parse_script, quoted
+from onlinenorm.cli.arguments import literal, parse, parse_options, parse_script, quoted
 from onlinenorm.errors import ConfigError
 
 
@@ -99,3 +99,25 @@ def test_scripts_take_flags_among_overrides():
     assert parse_script(parser, ["a=1"]).config_dir is None
     with pytest.raises(ConfigError, match=r"^--config-dir: more and own are two"):
         parse_script(parser, ["a=1", "--config-dir", "more", "--config-dir=own"])
+
+
+@pytest.mark.parametrize(
+    "words", [["--bogus"], ["--bogus=1", "runs"], ["--outputs", "x"], ["runs", "--output", "x", "--bogus"]]
+)
+def test_an_option_that_does_not_exist_is_told_before_an_argument_that_is_missing(words, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runs")
+    parser.add_argument("--output")
+    with pytest.raises(SystemExit):
+        parse_options(parser, words)
+    name = next(word for word in words if word.startswith(("--b", "--outputs"))).partition("=")[0]
+    meant = "; did you mean --output?" * (name == "--outputs")
+    assert capsys.readouterr().err.endswith(f"error: {name}: no such option{meant}\n")
+    assert parse_options(parser, ["--out=x", "--", "--bogus"]).runs == "--bogus"
+    with pytest.raises(SystemExit):
+        parse_options(parser, [])
+    assert "arguments are required: runs" in capsys.readouterr().err
+    sweep = argparse.ArgumentParser()
+    sweep.add_argument("overrides", nargs="+")
+    with pytest.raises(ConfigError, match=r"^--epochs: no such flag.*recipe.epochs=10"):
+        parse_script(sweep, ["--epochs", "10"])

@@ -65,12 +65,19 @@ def test_each_setting_is_commented():
             assert help.meaning(key, files), f"{file}: {key} says nothing of itself"
 
 
-def test_help_loads_neither_torch_nor_lightning(root):
+@pytest.mark.parametrize(
+    "script, words, says",
+    [
+        ("train.py", ["normalizer=batch"], ["normalizer.momentum=0.1", "0 < momentum <= 1"]),
+        ("scripts/sweep.py", [], ["--parallel N"]),
+    ],
+)
+def test_help_loads_neither_torch_nor_lightning(root, script, words, says):
     program = (
-        "import sys; sys.argv = ['train.py', 'normalizer=batch', '--help']; import runpy;"
-        f"runpy.run_path({str(root / 'train.py')!r}, run_name='__main__');"
+        f"import sys; sys.argv = {[script, *words, '--help']!r}; import contextlib, runpy;\n"
+        f"with contextlib.suppress(SystemExit): runpy.run_path({str(root / script)!r}, run_name='__main__')\n"
         "assert not {'torch', 'pytorch_lightning'} & set(sys.modules), 'too slow for a page of text'"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert "normalizer.momentum=0.1" in done.stdout and "0 < momentum <= 1" in done.stdout
+    assert all(text in done.stdout for text in says)
