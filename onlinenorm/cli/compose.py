@@ -63,7 +63,7 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             search = [f"hydra.searchpath=[{quoted(str(Path(config_dir).absolute()))}]"] if config_dir else []
-            written = _compose([*groups, *search])
+            written = _compose([*groups, *search]) if search else _written(tuple(groups))
             check_keys(keys, _to_plain(written), _elsewhere(config_dir))
             config = _compose([*overrides, *search])
             values = _to_plain(config)
@@ -146,6 +146,12 @@ def group_options(group: str, config_dir: str | None = None) -> list[str]:
 
 def _compose(overrides: list[str]) -> DictConfig:
     return hydra.compose("train", overrides, return_hydra_config=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _written(groups: tuple[str, ...]) -> DictConfig:
+    """What the files of configs/ say for these choices: the same for most runs of a sweep."""
+    return _compose([*groups])
 
 
 def _to_plain(config: DictConfig) -> dict[str, Any]:
