@@ -129,7 +129,7 @@ def _nvjpeg_pieces(dataset: NvjpegDataset, device: torch.device) -> Iterator[Pie
             sent = [i for i in indices if files[i]]
             images: list[torch.Tensor | None] = []
             if sent:
-                images, _ = decode_all([torch.frombuffer(bytearray(files[i]), dtype=torch.uint8) for i in sent], device)
+                images = decode_all([torch.frombuffer(bytearray(files[i]), dtype=torch.uint8) for i in sent], device)
             by_index = dict(zip(sent, images, strict=True))
             for i in indices:
                 image_CHW = by_index.get(i)

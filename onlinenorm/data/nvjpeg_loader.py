@@ -1,4 +1,4 @@
-"""JPEG decoding on the GPU: workers send file bytes and plans, a thread of the main process turns them into batches.
+"""JPEG decoding on the GPU: workers send file bytes and plans, threads of the main process turn them into batches.
 
 The plan (box, size, crop, mirror) is made in the worker from the file's header by the same functions as for the other
 decoders, so boxes and mirrors are theirs. What the GPU does not decode (`suits_device`: PNG, CMYK, progressive, cut
@@ -9,10 +9,11 @@ torchvision's decoder stays though 0.29 deprecates it, as its successor, TorchCo
 EXIF orientation, so that boxes planned from the header and the CPU decoders' pixels would be those of another image.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +29,9 @@ from onlinenorm.data.resize import crop_table, most_taps, resize_crops
 class NvjpegLoader:
     """A DataLoader of `EncodedBatch`es as a loader of decoded batches on `device`.
 
-    A thread decodes ahead on a stream of its own, so that decoding and training steps overlap. Length, sampler and
-    order are those of the loader within. `dataset` finds replacements for what the GPU cannot decode.
+    One thread decodes ahead, another makes the crops of what it has decoded, each on a stream of its own, so that
+    decoding, crops and training steps overlap. Length, sampler and order are those of the loader within. `dataset`
+    finds replacements for what the GPU cannot decode.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device):
@@ -42,20 +44,39 @@ class NvjpegLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        # decoded in the thread: one by one as they are asked for
-        return prefetch((decode_batch(encoded, self.dataset, self.device) for encoded in self.loader), self.device)
+        # generators: what they do is done in the threads, one batch after another as they are asked for
+        decoded = prefetch((decode(encoded, self.device) for encoded in self.loader), self.device)
+        with contextlib.closing(decoded):
+            yield from prefetch((make_batch(part, self.dataset, self.device) for part in decoded), self.device)
 
 
-def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.device) -> Batch:
-    """The batch that a CPU decoder would have given, with images on `device` (uint8, N x 3 x S x S, channels_last)."""
-    size = dataset.crop_size
-    labels, indices = encoded.labels.clone(), encoded.indices.clone()
+class DecodedBatch(NamedTuple):
+    """A batch whose files are decoded.
+
+    sent: positions in the batch of the files, in their order. images: of those, 3 x H x W uint8 on the device, None for
+    those that could not be decoded.
+    """
+
+    encoded: EncodedBatch
+    sent: list[int]
+    images: list[torch.Tensor | None]
+
+
+def decode(encoded: EncodedBatch, device: torch.device) -> DecodedBatch:
+    """Decodes a batch's files; see `decode_all` for what is due to the images."""
     sizes = encoded.bounds.diff().tolist()
     sent = [n for n, size in enumerate(sizes) if size]
     files = encoded.data.split(sizes) if sent else ()
-    decoded, failed = decode_all([files[n] for n in sent], device) if sent else ([], set())
-    places = torch.tensor([n for k, n in enumerate(sent) if k not in failed], dtype=torch.int64)
-    images_NCHW = crop_all([image for image in decoded if image is not None], encoded.plans_N9[places], size, device)
+    return DecodedBatch(encoded, sent, decode_all([files[n] for n in sent], device) if sent else [])
+
+
+def make_batch(batch: DecodedBatch, dataset: NvjpegDataset, device: torch.device) -> Batch:
+    """The batch that a CPU decoder would have given, with images on `device` (uint8, N x 3 x S x S, channels_last)."""
+    encoded, size = batch.encoded, dataset.crop_size
+    labels, indices = encoded.labels.clone(), encoded.indices.clone()
+    decoded = {n: image for n, image in zip(batch.sent, batch.images, strict=True) if image is not None}
+    places = torch.tensor(list(decoded), dtype=torch.int64)
+    images_NCHW = crop_all(list(decoded.values()), encoded.plans_N9[places], size, device)
     if len(places) < len(labels):
         crops_NCHW = images_NCHW
         images_NCHW = torch.empty(
@@ -65,17 +86,17 @@ def decode_batch(encoded: EncodedBatch, dataset: NvjpegDataset, device: torch.de
     if len(encoded.rows):
         crops_NCHW = encoded.crops_NHWC.to(device, non_blocking=True).permute(0, 3, 1, 2)
         images_NCHW[to_device(encoded.rows, device)] = crops_NCHW
-    for k in failed:  # damaged, or a kind of JPEG that this GPU does not know: the CPU decoder has the last word
-        n = sent[k]
-        label, reported, crops_KHWC = dataset.on_cpu(int(indices[n]), int(encoded.epochs[n]))
-        labels[n], indices[n] = label, reported
-        images_NCHW[n] = torch.from_numpy(crops_KHWC[0]).to(device).permute(2, 0, 1)
+    for n in batch.sent:
+        if n not in decoded:  # damaged, or a kind of JPEG that this GPU does not know: the CPU decoder decides
+            label, reported, crops_KHWC = dataset.on_cpu(int(indices[n]), int(encoded.epochs[n]))
+            labels[n], indices[n] = label, reported
+            images_NCHW[n] = torch.from_numpy(crops_KHWC[0]).to(device).permute(2, 0, 1)
     rest = (labels, indices, encoded.colour) if len(encoded.colour) else (labels, indices)
     return (images_NCHW, *transfer_rest(rest, device))
 
 
-def decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor | None], set[int]]:
-    """Decoded images, 3 x H x W uint8, and the positions of those that could not be.
+def decode_all(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor | None]:
+    """Decoded images, 3 x H x W uint8, None for those that could not be.
 
     Whoever reads the images waits for that to end (`wait_for`) before dropping them: the next call may get their
     memory, and torchvision's decoder, on a stream of its own, writes there at once. So memory comes from a stream that
@@ -101,12 +122,12 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor | None], set[int]]:
+def _decode_all(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor | None]:
     with warnings_lock, warnings.catch_warnings():
         # torchvision 0.29 announces a move to TorchCodec, whose decode_jpeg takes the same arguments
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            return decode_jpeg(files, mode=ImageReadMode.RGB, device=device), set()
+            return decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
         except RuntimeError:
             _end_of_decoding(device)
             decoded: list[torch.Tensor | None] = []
@@ -116,7 +137,7 @@ def _decode_all(files: list[torch.Tensor], device: torch.device) -> tuple[list[t
                 except RuntimeError:
                     _end_of_decoding(device)
                     decoded.append(None)
-    return decoded, {k for k, image in enumerate(decoded) if image is None}
+    return decoded
 
 
 def _end_of_decoding(device: torch.device) -> None:
@@ -127,8 +148,7 @@ def _end_of_decoding(device: torch.device) -> None:
 
 def gpu_decodes(device: torch.device) -> bool:
     """Whether a GPU decodes JPEG: a file of 16 x 16 pixels is tried."""
-    _, failed = decode_all([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], device)
-    return not failed
+    return decode_all([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], device) != [None]
 
 
 def crop_all(images: list[torch.Tensor], plans_N9: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:

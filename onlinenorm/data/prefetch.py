@@ -2,18 +2,22 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 
 Batch = tuple[torch.Tensor, ...]
+Item = TypeVar("Item", bound=tuple)
 
 THREAD = "prefetch"
 _QUEUE = 2  # batches that wait for the training step
 
 
-def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def prefetch(batches: Iterable[Item], device: torch.device) -> Generator[Item, None, None]:
     """The batches in their order; their work on a GPU overlaps with that of whoever takes them.
+
+    A batch is a tuple; memory of its tensors on the GPU is not used again before the taker's stream has read them.
 
     An error within `batches` is raised here. Leaving early ends the thread.
     """
@@ -33,7 +37,7 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
                 stream = torch.cuda.current_stream(device)
                 stream.wait_event(ready)
                 for tensor in batch:
-                    if tensor.is_cuda:
+                    if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                         tensor.record_stream(stream)
             yield batch
     finally:
@@ -60,7 +64,7 @@ def transfer_rest(rest: Sequence[torch.Tensor], device: torch.device) -> Batch:
 
 
 def _produce(
-    batches: Iterable[Batch],
+    batches: Iterable[tuple],
     device: torch.device,
     begun: torch.cuda.Event | None,
     results: queue.Queue,

@@ -184,7 +184,7 @@ def decode_rows(root: Path, options: argparse.Namespace) -> list[dict]:
 
 def device_calls(root: Path, batch: int, device: torch.device) -> Iterator[tuple[str, Callable[[], object], int]]:
     """(name, work of a GPU on one batch whose files are read, images): decoding, decoding and crops, crops alone."""
-    from onlinenorm.data.nvjpeg_loader import crop_all, decode_all, decode_batch
+    from onlinenorm.data.nvjpeg_loader import crop_all, decode, decode_all, make_batch
 
     data = ImageNet(root=str(root), decoder="nvjpeg", augmentation="random_resized_crop", num_workers=0)
     data.setup()
@@ -197,9 +197,9 @@ def device_calls(root: Path, batch: int, device: torch.device) -> Iterator[tuple
     bounds = encoded.bounds.tolist()
     files = [encoded.data[first:end] for first, end in itertools.pairwise(bounds) if end > first]
     plans_N9 = encoded.plans_N9[encoded.bounds.diff() > 0]
-    decoded = [image for image in decode_all(files, device)[0] if image is not None]
+    decoded = [image for image in decode_all(files, device) if image is not None]
     yield "nvjpeg", lambda: decode_all(files, device), len(files)
-    yield "nvjpeg and crops", lambda: decode_batch(encoded, dataset, device), count
+    yield "nvjpeg and crops", lambda: make_batch(decode(encoded, device), dataset, device), count
     yield "crops alone", lambda: crop_all(decoded, plans_N9, dataset.crop_size, device), len(files)
 
 

@@ -109,9 +109,10 @@ def test_leaving_early_and_errors_end_the_thread(tree, monkeypatch):
     iterator = iter(loader)
     next(iterator)
     iterator.close()
-    monkeypatch.setattr(nvjpeg_loader, "decode_batch", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(iter(loader))
+    for stage in ("make_batch", "decode"):
+        monkeypatch.setattr(nvjpeg_loader, stage, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(iter(loader))
     assert not [t for t in threading.enumerate() if t.name == THREAD]
 
 
@@ -152,15 +153,19 @@ def test_the_next_batch_is_not_decoded_over_one_that_is_still_read(tmp_path, mon
     dataset = data._sets[0]
     encoded = [dataset.__getitems__([(0, 6 * k + i) for i in range(6)]) for k in range(10)]
     device = torch.device("cuda", 0)
+
+    def made(batch):
+        return nvjpeg_loader.make_batch(nvjpeg_loader.decode(batch, device), dataset, device)[0]
+
     expected = []
     for batch in encoded:
-        expected.append(nvjpeg_loader.decode_batch(batch, dataset, device)[0].clone())
+        expected.append(made(batch).clone())
         torch.cuda.synchronize()
     found = []
     with torch.cuda.stream(torch.cuda.Stream(device)):
         for batch in encoded:
             torch.cuda._sleep(20_000_000)
-            found.append(nvjpeg_loader.decode_batch(batch, dataset, device)[0])
+            found.append(made(batch))
     torch.cuda.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
