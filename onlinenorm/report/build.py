@@ -10,7 +10,7 @@ import pandas as pd
 
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
-from onlinenorm.report import benchmarks, figures, render
+from onlinenorm.report import benchmarks, clamp_figures, figures, render
 from onlinenorm.report.ablation import Ablation, build_ablation, clamp_removals, swept
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import pool_runs
@@ -104,7 +104,7 @@ def study_files(
     runs = {name: study.runs for name, study in studies.items()}
     titles = {name: study.title for name, study in spec.studies.items()}
     together: dict[str, bytes] = {}
-    if clamping := figures.draw_clamping(runs, titles):
+    if clamping := clamp_figures.draw_clamping(runs, titles):
         together["clamping.png"] = clamping
     if clamping or not clamp_removals(runs).empty:
         together["clamping.md"] = render.render_clamping(runs, "clamping.png" if clamping else None).encode()
@@ -145,8 +145,8 @@ def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, s
         panels[f"{report.scale_short}: a point a seed"] = lambda axis: figures.accuracy_panel(
             axis, report, main.runs.runs
         )
-        if clamped := figures.clamp_panels({"main": main.runs}):
-            panels["activations beyond the clamp, a line a seed"] = lambda axis: figures.fraction_panel(
+        if clamped := clamp_figures.clamp_panels({"main": main.runs}):
+            panels["activations beyond the clamp, a line a seed"] = lambda axis: clamp_figures.fraction_panel(
                 axis, clamped["main"]
             )
     if batches and isinstance(ablation := batches.made, Ablation):

@@ -12,7 +12,7 @@ from onlinenorm.errors import ReportError
 from onlinenorm.report import benchmarks, render, words
 from onlinenorm.report.ablation import courses
 from onlinenorm.report.build import load_studies, study_files
-from onlinenorm.report.figures import draw_clamping
+from onlinenorm.report.clamp_figures import draw_clamping
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.settings import StudySpec
 
