@@ -1,11 +1,14 @@
-"""Shared by all tests: the repository's root, and one thread a worker."""
+"""Shared by all tests: the repository's root, a cache folder, and one thread a worker."""
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

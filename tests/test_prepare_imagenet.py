@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 
@@ -148,8 +149,8 @@ def test_checksums(main, official, tmp_path, monkeypatch, capsys):
 
 def test_errors_are_told_without_a_trace(root, official, tmp_path):
     (official / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-    command = [sys.executable, root / "scripts" / "prepare_imagenet.py", official, tmp_path / "root", "--no-checksum"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    script = root / "scripts" / "prepare_imagenet.py"
+    done = programs.call(script, official, tmp_path / "root", "--no-checksum")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "ILSVRC2012_devkit_t12.tar.gz is missing" in done.stderr
 

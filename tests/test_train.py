@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 import torch
 
@@ -24,15 +24,10 @@ from onlinenorm.training.epoch_log import COLUMNS
 from onlinenorm.training.final_validation import parameters_sha256
 
 train = load_train_module()
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train.py"), *arguments]
 
 
 def call(folder, *arguments):
-    return subprocess.run(command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    return programs.call(ROOT / "train.py", *arguments, folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +191,12 @@ def test_kill_9_then_the_same_command(tmp_path, finished):
         "trainer.checkpoint_every_n_steps=1",
         f"run_dir={tmp_path}",
     ]
-    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = programs.Program(ROOT / "train.py", *arguments)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "checkpoints" / "previous.ckpt").exists() and process.poll() is None:
+    while not (tmp_path / "checkpoints" / "previous.ckpt").exists() and run.process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "results.json").exists()
+    run.process.kill()
+    assert run.wait().returncode == -signal.SIGKILL and not (tmp_path / "results.json").exists()
     assert train.train(train.load_config(arguments))["resumed"] == 1
     assert outcome(tmp_path) == outcome(undisturbed)

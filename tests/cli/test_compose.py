@@ -93,7 +93,7 @@ def test_paths_arrive_as_they_are(path):
     assert config["data"]["root"] == path == config["run_dir"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["recipe.lr=", "normalizer=", "seed=", "~", "+", "a.b", ""]), st.text(max_size=12))
 @example("seed=", "${oc.env:NOT_THERE}")
 @example("normalizer=", "[batch]")

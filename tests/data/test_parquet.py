@@ -2,10 +2,9 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import numpy as np
+import programs
 import pytest
 import torch
 from imagenet_forms import NAMES, WNIDS, rows_of, write_folders, write_parquet
@@ -269,6 +268,6 @@ except ValueError as error:
 
 def test_without_pyarrow_one_sentence_says_what_to_install(folders, tmp_path):
     write_set(tmp_path, folders)
-    shown = subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path)], capture_output=True, text=True, check=True)
+    shown = programs.call("-c", WITHOUT, tmp_path)
     assert shown.stdout.startswith("root: Parquet files are read by pyarrow, which is not installed: pip install")
     assert len(shown.stdout.splitlines()) == 1

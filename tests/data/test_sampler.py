@@ -16,7 +16,7 @@ def taking_turns(ranks):
     return [index for parts in zip(*ranks, strict=True) for turn in zip(*parts, strict=True) for index in turn]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     world_size=st.sampled_from([1, 2, 3, 7]),
     accumulate=st.integers(1, 3),

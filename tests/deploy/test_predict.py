@@ -1,11 +1,10 @@
 """Predictions of files are those that the run made of the same images."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
+import programs
 import pytest
 import torch
 from PIL import Image
@@ -124,8 +123,8 @@ def test_gpu_and_cpu_agree(clamp_run, pictures):
 
 
 def test_script_as_a_program(clamp_run, pictures, root, tmp_path):
-    command = [sys.executable, root / "scripts" / "predict.py", clamp_run, pictures / "0.png", "--top", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    script = root / "scripts" / "predict.py"
+    done = programs.call(script, clamp_run, pictures / "0.png", "--top", "2", folder=tmp_path)
     assert done.returncode == 0 and done.stdout.count("%") == 2, done.stderr
 
 

@@ -1,6 +1,5 @@
 """A process of a run that Lightning's launcher started dies: the first says so and ends, and the run continues."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
-from tests_training import ROOT, TINY
+from tests_training import ROOT, TINY, load_train_module
 
-RUN = (*TINY, "normalizer=online_clamp", "recipe.epochs=8", "recipe.milestones=[6]", "trainer.strategy=ddp")
-RUN += ("trainer.devices=2", "trainer.checkpoint_every_n_steps=1")
+RUN = (*TINY, "normalizer=online_clamp", "recipe.epochs=8", "recipe.milestones=[6]")
+RUN += ("trainer.strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every_n_steps=1")
 
 
 def train(folder):
@@ -39,19 +39,18 @@ def test_a_killed_process_is_told_of_and_the_run_continues(tmp_path):
     assert run.returncode == 1, errors
     assert errors.count(f"process 1 of 0 to 1 on this machine (PID {child}) was killed by SIGKILL") == 1, errors
     assert "the same command continues the run from its last checkpoint" in errors and "Traceback" not in errors
-    again = train(tmp_path)
-    _, errors = again.communicate(timeout=240)
-    assert again.returncode == 0, errors
-    assert json.loads((tmp_path / "results.json").read_text())["resumed"] == 1
+    alone = load_train_module()  # which two processes do in test_interrupted_processes.py
+    assert alone.train(alone.load_config([*RUN[:-3], f"run_dir={tmp_path}"]))["resumed"] == 1
 
 
 HUNG = """
 import subprocess, sys, time
 from types import SimpleNamespace
-from onlinenorm.training.children import WatchingLauncher
+from onlinenorm.training import children
 
+children.PATIENCE_SECONDS = 0.2
 environment = SimpleNamespace(validate_settings=lambda **_: None, creates_processes_externally=False)
-launcher = WatchingLauncher(environment, 3, 1)
+launcher = children.WatchingLauncher(environment, 3, 1)
 commands = "exec sleep 10000", "sleep 0.2; {end}"
 launcher._call_children_scripts = lambda: launcher.procs.extend(
     subprocess.Popen(["sh", "-c", command]) for command in commands
@@ -62,6 +61,6 @@ launcher.launch(time.sleep, 10_000)
 
 @pytest.mark.parametrize("end, words", [("kill -9 $$", "was killed by SIGKILL"), ("exit 3", "ended with exit code 3")])
 def test_a_first_process_that_waits_for_a_dead_one_ends(end, words):
-    done = subprocess.run([sys.executable, "-c", HUNG.format(end=end)], cwd=ROOT, capture_output=True, text=True)
+    done = programs.call("-c", HUNG.format(end=end))
     assert done.returncode == 1 and words in done.stderr, done
     assert "process 2 of 0 to 2 on this machine" in done.stderr

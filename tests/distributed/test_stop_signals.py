@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import process_groups
+import programs
 import pytest
 from distributed_runs import TINY, train
 from tests_training import ROOT, outcome
@@ -159,14 +160,12 @@ def command(folder, *overrides):
 
 def test_ctrl_c_at_a_terminal(tmp_path):
     """The whole foreground group hears it: one line, where and how to go on, and 130."""
-    run = subprocess.Popen(
-        command(tmp_path), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    wait_for(lambda: run.poll() is not None or (tmp_path / "checkpoints" / "last.ckpt").exists(), [])
-    os.killpg(run.pid, signal.SIGINT)
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode == 130, errors
+    run = programs.Program(*command(tmp_path)[1:], alone=True)
+    wait_for(lambda: not run.process.is_alive() or (tmp_path / "checkpoints" / "last.ckpt").exists(), [])
+    os.killpg(run.process.pid, signal.SIGINT)
+    done = run.wait()
+    errors = done.stderr
+    assert done.returncode == 130, errors
     assert "Ctrl-C: saved at " in errors and f"the same command continues from there ({tmp_path})" in errors, errors
     assert "Traceback" not in errors and errors.count("Ctrl-C") == 2, errors
     assert not (tmp_path / "failed.txt").exists()

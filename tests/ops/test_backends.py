@@ -43,7 +43,7 @@ def assert_same(actual, expected, tolerance):
         assert ((actual[name] - value).abs().max() / scale) <= tolerance, name
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     samples=st.integers(1, 9),
     channels=st.sampled_from([1, 2, 6]),
@@ -157,7 +157,7 @@ def test_variance_keeps_its_digits_at_a_large_mean():
 
 
 @given(length=st.integers(1, 40), seed=st.integers(0, 2**31), constant=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_scan_equals_loop(length, seed, constant):
     """Coefficients of either sign, zeros among them."""
     generator = torch.Generator().manual_seed(seed)

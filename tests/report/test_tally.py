@@ -57,7 +57,7 @@ ends = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(clamp=ends, batch=ends)
 def test_every_attempt_that_is_put_in_is_counted_in_the_table(tmp_path_factory, spec, clamp, batch):
     assume(clamp or batch)

@@ -1,16 +1,14 @@
 """Checkpoint files survive what happens to files."""
 
 import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from types import SimpleNamespace
 
+import programs
 import pytest
 import pytorch_lightning as pl
 import torch
-from tests_training import ROOT
 
 from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.training import checkpoint
@@ -208,7 +206,7 @@ from onlinenorm.training.host_copy import host_copy
 from test_checkpoint import state
 
 folder, draw, before = Path(sys.argv[1]), random.Random(0), 0
-for attempt in range(40):
+for attempt in range(20):
     if not (child := os.fork()):
         io = checkpoint.VerifiedIO()
         for number in itertools.count(before + 1):
@@ -225,11 +223,7 @@ print(before)
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_one(tmp_path):
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "tests/helpers", "tests/training"))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_OVER_AND_OVER, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = programs.call("-c", KILLED_OVER_AND_OVER, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout) > 0, "it must have got as far as a file for this to test anything"
 

@@ -4,10 +4,10 @@ import contextlib
 import csv
 import json
 import os
-import subprocess
 import sys
 from unittest.mock import MagicMock
 
+import programs
 import pytest
 import wandb
 import yaml
@@ -97,9 +97,9 @@ def records(folder, kind):
     found = []
     files = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
-        found += [record for record in map(json.loads, out.splitlines()) if record["type"] == kind]
+        done = programs.call("-m", "wandb", "leet", "inspect", "--json", file)
+        assert done.returncode == 0, done.stderr
+        found += [record for record in map(json.loads, done.stdout.splitlines()) if record["type"] == kind]
     return found
 
 
@@ -204,8 +204,8 @@ def killed_after(folder, steps, resumed=None):
         "os.killpg(0, signal.SIGKILL)"
     )
     alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not this process's
-    ended = subprocess.run([sys.executable, "-c", script], start_new_session=True, capture_output=True, env=alone)
-    assert ended.returncode == -9, ended.stderr.decode()
+    ended = programs.call("-c", script, environment=alone, alone=True)
+    assert ended.returncode == -9, ended.stderr
 
 
 def test_what_a_kill_takes_from_wandb_is_logged_by_the_next_start(offline, tmp_path):

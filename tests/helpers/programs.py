@@ -1,0 +1,68 @@
+"""Programs in processes of their own, forked from one that has loaded torch and the like, which takes seconds."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from process_groups import PRELOADED
+
+
+class Program:
+    """`python WORDS`, where WORDS begin with a file, with -m MODULE or with -c CODE; its output goes to files.
+
+    Args:
+        words: as strings or paths.
+        folder: where it runs.
+        environment: of the process; None: this one's.
+        alone: in a session, and so a process group, of its own.
+    """
+
+    def __init__(self, *words, folder=".", environment: Mapping[str, str] | None = None, alone: bool = False):
+        self._output = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        arguments = list(map(str, words)), str(folder), dict(os.environ if environment is None else environment), alone
+        self.process = context.Process(target=_main, args=(*arguments, self._output.name))
+        self.process.start()
+
+    def wait(self, seconds: float = 120) -> subprocess.CompletedProcess:
+        """What `subprocess.run` would give; one that does not end is killed, and fails."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        texts = [(Path(self._output.name) / name).read_text(errors="replace") for name in ("out", "err")]
+        self._output.cleanup()
+        return subprocess.CompletedProcess([], self.process.exitcode, *texts)
+
+
+def call(*words, **options) -> subprocess.CompletedProcess:
+    """A `Program`, waited for."""
+    return Program(*words, **options).wait()
+
+
+def _main(words: list[str], folder: str, environment: dict[str, str], alone: bool, output: str) -> None:
+    if alone:
+        os.setsid()
+    for number, name in enumerate(("out", "err"), 1):
+        os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.argv = [words[1], *words[2:]]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
