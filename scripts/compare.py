@@ -25,7 +25,7 @@ from onlinenorm.errors import ReportError
 from onlinenorm.report.paired import check_same_images, pair, read_predictions
 from onlinenorm.report.render import render_pairing
 from onlinenorm.report.runs import load_run
-from onlinenorm.report.tables import former_attempts
+from onlinenorm.report.seeds import former_attempts
 
 
 def read_run(folder: Path) -> pd.DataFrame:

@@ -15,8 +15,9 @@ import pandas as pd
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report.runs import Runs, frame, milestones
+from onlinenorm.report.seeds import over_seeds, tally
 from onlinenorm.report.settings import NOT_SET, ReportSpec, check_one_point, differences
-from onlinenorm.report.tables import over_seeds, provenance, scale_labels, tally
+from onlinenorm.report.tables import provenance, scale_labels
 
 OFF = "off"
 CLAMP_KEY = "normalizer.clamp_value"

@@ -9,7 +9,8 @@ from onlinenorm.errors import ReportError
 from onlinenorm.report import benchmarks, words
 from onlinenorm.report.ablation import Ablation, clamp_removals, courses, of_clamped
 from onlinenorm.report.runs import Runs
-from onlinenorm.report.tables import Report, recount, tally
+from onlinenorm.report.seeds import tally
+from onlinenorm.report.tables import Report, recount
 
 
 class Findings:

@@ -20,9 +20,9 @@ from scipy import stats
 
 from onlinenorm.errors import ReportError
 from onlinenorm.report.runs import frame, load_predictions
+from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.statistics import MIN_SEEDS, Difference, one_sample_difference
-from onlinenorm.report.tables import tally
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from onlinenorm.report.figures import accuracy_panel, draw_curves, draw_overview
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.render import render_ablation, render_markdown, render_page
 from onlinenorm.report.runs import load_runs
-from onlinenorm.report.tables import build_report, tally
+from onlinenorm.report.seeds import tally
+from onlinenorm.report.tables import build_report
 from onlinenorm.report.words import ablation_table, main_table
 
 ENDS = {"diverged": NAN, "failed": "exit code 1\nNo space left on device", "stopped": None}
