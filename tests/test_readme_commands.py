@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tests_training import load_train_module
 
+from onlinenorm.training import matrix
+
 sys.path.append(str(Path(__file__).parent / "data"))
 from image_folders import write_tree
 
@@ -123,7 +125,7 @@ def test_commands_run_in_order(here, monkeypatch, capsys):
                 words += MORE.get(program, [])
                 module = script(program)
                 if program == "scripts/sweep.py":  # its runs in this process; the slow test starts them as it does
-                    monkeypatch.setattr(module.Sweep, "take_all", take_all)
+                    monkeypatch.setattr(matrix.Sweep, "take_all", take_all)
                 assert module.main(words) == 0
         except BaseException as error:
             error.add_note(command)

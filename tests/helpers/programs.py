@@ -21,14 +21,17 @@ class Program:
         folder: where it runs.
         environment: of the process; None: this one's.
         alone: in a session, and so a process group, of its own.
+        log: a file for all output, which `wait` then does not tell.
     """
 
-    def __init__(self, *words, folder=".", environment: Mapping[str, str] | None = None, alone: bool = False):
-        self._output = tempfile.TemporaryDirectory()
+    def __init__(
+        self, *words, folder=".", environment: Mapping[str, str] | None = None, alone: bool = False, log: str = ""
+    ):
+        self.log, self._files = log, [log, log] if log else [_new_file() for _ in range(2)]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         arguments = list(map(str, words)), str(folder), dict(os.environ if environment is None else environment), alone
-        self.process = context.Process(target=_main, args=(*arguments, self._output.name))
+        self.process = context.Process(target=_main, args=(*arguments, self._files))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> subprocess.CompletedProcess:
@@ -37,9 +40,12 @@ class Program:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-        texts = [(Path(self._output.name) / name).read_text(errors="replace") for name in ("out", "err")]
-        self._output.cleanup()
-        return subprocess.CompletedProcess([], self.process.exitcode, *texts)
+        done = subprocess.CompletedProcess([], self.process.exitcode)
+        if not self.log:
+            done.stdout, done.stderr = (Path(file).read_text(errors="replace") for file in self._files)
+            for file in self._files:
+                os.unlink(file)
+        return done
 
 
 def call(*words, **options) -> subprocess.CompletedProcess:
@@ -47,11 +53,17 @@ def call(*words, **options) -> subprocess.CompletedProcess:
     return Program(*words, **options).wait()
 
 
-def _main(words: list[str], folder: str, environment: dict[str, str], alone: bool, output: str) -> None:
+def _new_file() -> str:
+    number, path = tempfile.mkstemp()
+    os.close(number)
+    return path
+
+
+def _main(words: list[str], folder: str, environment: dict[str, str], alone: bool, files: list[str]) -> None:
     if alone:
         os.setsid()
-    for number, name in enumerate(("out", "err"), 1):
-        os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
