@@ -1,10 +1,9 @@
 """Kernels compiled once a machine: a second process reads what the first compiled, whatever happened to the files."""
 
 import os
-import subprocess
-import sys
 import time
 
+import programs
 import pytest
 import torch
 
@@ -45,26 +44,25 @@ for turn in range(int(sys.argv[1])):
 """
 
 
-def process(root, folder, turns=0):
+def process(folder, turns=0):
     cache = {"USE_PYTORCH_KERNEL_CACHE": "1", "PYTORCH_KERNEL_CACHE_PATH": str(folder)}
-    env = os.environ | cache | {"PYTHONPATH": str(root)}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(turns)], env=env, stdout=subprocess.PIPE, text=True)
+    return programs.Program("-c", PROGRAM, turns, environment=os.environ | cache)
 
 
 def ended(started):
-    output, _ = started.communicate()
-    assert started.returncode == 0
-    compiled, digest = output.split()
+    done = started.wait()
+    assert done.returncode == 0, done.stderr
+    compiled, digest = done.stdout.split()
     return int(compiled), digest
 
 
-def test_two_processes_at_once_leave_whole_files_and_a_third_compiles_nothing(root, tmp_path):
-    both = [ended(started) for started in [process(root, tmp_path, turns=300) for _ in range(2)]]
+def test_two_processes_at_once_leave_whole_files_and_a_third_compiles_nothing(tmp_path):
+    both = [ended(started) for started in [process(tmp_path, turns=300) for _ in range(2)]]
     compiled, digests = zip(*both, strict=True)
     assert 2 <= sum(compiled) <= 4 and len(set(digests)) == 1
     files = sorted(path.name for path in (tmp_path / "onlinenorm").iterdir())
     assert len(files) == 3 and all(name.endswith(".cubin") for name in files)
-    assert ended(process(root, tmp_path)) == (0, digests[0])
+    assert ended(process(tmp_path)) == (0, digests[0])
 
 
 @pytest.fixture

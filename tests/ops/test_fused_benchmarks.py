@@ -2,12 +2,10 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import programs
 import pytest
 
 pytest.importorskip("triton")
@@ -77,10 +75,28 @@ def test_summary_compares_the_best_rows(script):
     assert lines == ["N = 32, forward and backward: online_clamp / batch = 1.100 in speed, 1.250 in peak memory"]
 
 
-def test_every_gpu_test_is_recorded(script):
+def collected(*arguments):
+    """What `gpu_tests.collected` tells, in this process, which has loaded the tests already."""
+    names = []
+
+    class Names:
+        @staticmethod
+        def pytest_collection_finish(session):
+            names.extend(item.nodeid for item in session.items)
+
+    where = f"--rootdir={ROOT}", f"--config-file={ROOT}/pyproject.toml"
+    options = "--collect-only", "-qq", "-p", "no:cacheprovider", "-o", "addopts="
+    pytest.main([*where, *options, *arguments], plugins=[Names()])
+    return names
+
+
+def test_every_gpu_test_is_recorded(script, monkeypatch):
     gpu_tests = script("scripts.dev.gpu_tests")
+    monkeypatch.chdir(ROOT)
+    assert gpu_tests.collected("tests/test_text.py") == collected("tests/test_text.py") != []
+    monkeypatch.setattr(gpu_tests, "collected", collected)
     found = gpu_tests.gpu_tests()
-    assert set(gpu_tests.collected("-m", "gpu", "tests")) <= set(found) and len(set(found)) == len(found)
+    assert set(gpu_tests.collected("-m", "gpu", "tests")) <= set(found) and len(set(found)) == len(found) > 100
     assert "tests/training/test_resume.py" not in {test.partition("[")[0] for test in found}
 
 
@@ -147,8 +163,7 @@ def test_tests_on_a_gpu_are_recorded_one_by_one(script, tmp_path):
     (tmp_path / "test_all.py").write_text(TESTS)
     told = "import torch; from scripts.dev import gpu_tests; torch.cuda.is_available = lambda: True; "
     told += "torch.cuda.get_device_name = lambda device: 'a GPU'; raise SystemExit(gpu_tests.main())"
-    call = [sys.executable, "-c", told, str(tmp_path / "test_all.py"), "--output", str(tmp_path / "gpu_tests.json")]
-    done = subprocess.run(call, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    done = programs.call("-c", told, tmp_path / "test_all.py", "--output", tmp_path / "gpu_tests.json")
     assert done.returncode == 1, done.stdout + done.stderr
     results = json.loads((tmp_path / "gpu_tests.json").read_text())
     assert results["device"] == "a GPU" and [row["outcome"] for row in results["tests"]] == [
