@@ -1,6 +1,7 @@
 """The README's commands run, its files exist, its tables are the recorded ones."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from scripts.dev.readme import filled
 
@@ -21,8 +23,10 @@ def environment():
     return {**os.environ, "VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
 
 
-def test_readme_is_short_and_has_commands():
-    assert len(README.splitlines()) < 250 and "scripts/quickstart.sh" in README
+def test_readme_is_short_and_soon_has_a_command():
+    assert len(README.splitlines()) <= 100 and max(map(len, README.splitlines())) <= 200
+    before, _, after = README.partition("```bash\n")
+    assert after.startswith("scripts/quickstart.sh") and len(before.split()) <= 150
 
 
 def test_quickstart_from_nothing_to_table(tmp_path):
@@ -53,14 +57,45 @@ def test_named_files_exist():
     assert [path for path in (*named, *linked) if not (ROOT / path).exists()] == []
 
 
-def test_texts_come_without_their_heading_and_with_links_from_the_readme(tmp_path):
-    (tmp_path / "a").mkdir()
-    text = "# Heading\n\n- [x](b/c.md), [y](https://z), ![p](p.png)\n\n| 1 |\n| 2 |\n"
-    (tmp_path / "a" / "f.md").write_text(text)
-    readme = "<!-- text: a/f.md -->\nold\n<!-- end -->\n<!-- table: a/f.md -->\n<!-- end -->\n"
-    whole = "- [x](a/b/c.md), [y](https://z), ![p](a/p.png)\n\n| 1 |\n| 2 |\n"
-    expected = f"<!-- text: a/f.md -->\n{whole}<!-- end -->\n<!-- table: a/f.md -->\n| 1 |\n| 2 |\n<!-- end -->\n"
-    assert filled(readme, tmp_path) == expected == filled(expected, tmp_path)
+def test_figures_of_the_readme_are_those_recorded(tmp_path):
+    rows = [
+        {"normalizer": name, "batch": batch, "dtype": "bf16", "optimizer": True, "backend": backend}
+        | {"images_per_second": speed}
+        for name, batch, backend, speed in (
+            ("batch", 32, "torch", 1000.0), ("batch", 32, "torch", 1250.0), ("online_clamp", 32, "fused", 2000.4),
+            ("online_clamp", 32, "torch", 9000.0),
+        )
+    ]  # fmt: skip
+    rows.append(rows[0] | {"optimizer": False, "images_per_second": 8000.0})
+    table = {
+        "scale_label": "S, not ImageNet (7 images, 3 epochs)",
+        "rows": [
+            {"normalizer": "batch", "seeds": [0, 4], "published": {"best_top1": 0.7641}}
+            | {"summaries": {"best_top1": {"mean": 0.9126}}}
+        ],
+        "comparisons": [
+            {"first": "a", "second": "batch", "metric": "best_top1", "margin": 0.005, "verdict": {"outcome": "equal"}},
+            {"first": "a", "second": None, "metric": "best_top1", "margin": 1, "verdict": {"outcome": "other"}},
+        ],
+    }
+    (tmp_path / "bench_training.json").write_text(json.dumps({"device": "D", "rows": rows}))
+    for study in ("s", "fashion_mnist"):
+        (tmp_path / "study" / study).mkdir(parents=True)
+        (tmp_path / "study" / study / "table1.json").write_text(json.dumps(table))
+
+    def figure(text):
+        return filled(f"{{{{ {text} }}}}", tmp_path)
+
+    assert figure("device()") == "D"
+    assert (figure("rate('batch', 32)"), figure("rate('online_clamp', 32)")) == ("1,250", "2,000")
+    assert figure("faster('online_clamp', 32)") == "1.60"
+    assert (figure("top1('s', 'batch')"), figure("published('batch')")) == ("91.3 %", "76.4 %")
+    assert (figure("seeds('s', 'batch')"), figure("details('s')")) == ("2", "3 epochs")
+    assert (figure("margin('s')"), figure("verdict('s', 'a', 'batch')")) == ("0.5 points", "equal")
+    with pytest.raises(KeyError, match="batches of 64"):
+        figure("rate('batch', 64)")
+    with pytest.raises(UndefinedError):
+        figure("speed()")
 
 
 def test_recorded_tables_are_what_their_data_give():
@@ -76,8 +111,7 @@ def test_tables_and_figures_that_are_not_what_the_data_give_are_found(tmp_path):
     """In a copy with a study of its own: rebuilt, then changed by hand in three ways."""
     for name in ("onlinenorm", "configs", "scripts", "results"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "study"))
-    block = "<!-- text: results/README.md -->\n<!-- end -->\n"
-    (tmp_path / "README.md").write_text(f"# Title\n\n{block}")
+    (tmp_path / "README.md.j2").write_text("# Title\n\n{{ seeds('own', 'batch') }} seed\n")
     page = "# Page\n\n**own** ([table](study/own/table1.md)): {{ row('own', 'batch') }} ![all](study/overview.png)\n"
     (tmp_path / "results" / "README.md.j2").write_text(page)
     study = tmp_path / "results" / "study"
@@ -92,11 +126,12 @@ def test_tables_and_figures_that_are_not_what_the_data_give_are_found(tmp_path):
     rebuilt = reproduce()
     assert rebuilt.returncode == 0, rebuilt.stdout + rebuilt.stderr
     readme = (tmp_path / "README.md").read_text()
-    assert "**own** ([table](results/study/own/table1.md)" in readme and "](results/study/overview.png)" in readme
+    assert readme == "# Title\n\n1 seed\n"
+    assert "**own** ([table](study/own/table1.md)" in (tmp_path / "results" / "README.md").read_text()
     (study / "own" / "table1.md").write_text((study / "own" / "table1.md").read_text().replace("BatchNorm", "BestNorm"))
     (study / "own" / "curves.png").unlink()
     (study / "by_hand.md").write_text("# 99.9 %\n")
-    (tmp_path / "README.md").write_text(readme.replace("**own**", "**ours**"))
+    (tmp_path / "README.md").write_text(readme.replace("1 seed", "5 seeds"))
     checked = reproduce("--check")
     assert checked.returncode == 1
     for line in (

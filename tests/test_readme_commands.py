@@ -1,5 +1,6 @@
-"""Every command line of the README runs, made small: in order, in one folder, each with what those before have left."""
+"""Every command line of the pages runs, made small: in order, in one folder, each with what those before have left."""
 
+import argparse
 import importlib.util
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tests_training import load_train_module
 
 from onlinenorm.training import matrix
@@ -17,7 +19,11 @@ sys.path.append(str(Path(__file__).parent / "data"))
 from image_folders import write_tree
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# In this order: what the first have left, the others find.
+PAGES = (
+    "scripts/README.md", "README.md", "configs/README.md", "onlinenorm/data/README.md", "onlinenorm/deploy/README.md",
+    "scripts/slurm/README.md",
+)  # fmt: skip
 SMALL = ("recipe.epochs=1", "recipe.milestones=[]", "data.limit_train=32", "data.limit_val=16", "recipe.batch_size=16")
 ON_CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.cuda_graph=false", "model.compile=false")
 # What a command of an experiment gets besides, so that it takes seconds without a GPU, a download or ImageNet.
@@ -25,8 +31,11 @@ SHRUNK = {
     "quickstart": SMALL,
     "embedded": SMALL,
     "fashion_mnist": (*SMALL, *ON_CPU, "data=embedded", "data.on_device=false", "model=cifar_resnet8"),
-    "table1": (*SMALL[:2], *ON_CPU, "data.image_size=32", "data.num_workers=0", "recipe.batch_size=4"),
-}
+    "table1": (
+        *SMALL[:2], *ON_CPU, "recipe.warmup_epochs=0", "recipe.batch_size=4", "data.image_size=32",
+        "data.num_workers=0",
+    ),
+}  # fmt: skip
 SLOW = ("torchrun", "sbatch", "pip", "pytest")  # programs of others: started as processes
 MORE = {
     "scripts/check.py": ["--seconds", "0.1", "trainer=cpu"],
@@ -35,28 +44,35 @@ MORE = {
 ELSEWHERE = {
     "scripts/quickstart.sh": "test_readme.py::test_quickstart_from_nothing_to_table",
     "scripts/test.sh": "itself",
+    "scripts/environment.sh": "the first line of scripts/test.sh",
+    "scripts/dev/reproduce.sh": "test_readme.py::test_recorded_tables_are_what_their_data_give",
+    "scripts/dev/gpu_check.sh": "needs a GPU; its parts' tests are those of scripts/bench",
 }
+MEASURES = ("scripts/bench/", "scripts/dev/")  # minutes, or a GPU: their words are read, and there it ends
 
 
-def written():
-    """The command lines of the README: of its code blocks, their comments and its texts and tables."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = [line.split("  #") for block in blocks for line in block.splitlines() if line.strip()]
+def written(page):
+    """The command lines of a page: of its code blocks, their comments and its texts and tables."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [re.split(" +# ", line) for block in blocks for line in block.splitlines() if line.strip()]
     found = [line[0].strip() for line in lines]
     found += [more.split("or: ")[1].strip() for line in lines for more in line[1:] if "or: " in more]
-    found += re.findall(r"`((?:python |scripts/|torchrun |sbatch |pip )[^`]*[ .][^`]+)`", README)
-    return list(dict.fromkeys(command for command in found if " " in command or command in ELSEWHERE))
+    found += re.findall(r"`((?:python |scripts/|torchrun |sbatch |pip )[^`]*[ .][^`]+)`", text)
+    return [command for command in found if (" " in command or command in ELSEWHERE) and "..." not in command]
 
 
-COMMANDS = written()
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in written(page)))
 
 
 def shrunk(words, here):
     """The words of a command with the miniature of ImageNet, and what makes its experiment small."""
     words = [re.sub(r"^data.root=.*", f"data.root={here}/imagenet", word) for word in words]
-    if not any(word.startswith("experiment=") for word in words):  # what the text shows a part of
-        words = [*words, "experiment=quickstart"]
-    (experiment,) = [word.partition("=")[2] for word in words if word.startswith("experiment=")]
+    named = [word.partition("=")[2] for word in words if word.startswith("experiment=")]
+    if not named and "data=imagenet" in words:
+        return [*words, *SHRUNK["table1"]]
+    (experiment,) = named or ["quickstart"]
+    words = words if named else [*words, f"experiment={experiment}"]  # what the text shows a part of
     return [*words, *SHRUNK[experiment]]
 
 
@@ -66,7 +82,14 @@ def take_all(sweep, rows):
 
 
 def is_slow(command):
-    return command.split()[0] in SLOW or "trainer=ddp" in command
+    return (command.split()[0] in SLOW or "trainer=ddp" in command) and not measuring(command)
+
+
+def measuring(command):
+    """The script and the words of a command of `MEASURES`, or None."""
+    words = shlex.split(command)
+    at = next((i for i, word in enumerate(words) if word.startswith(MEASURES) and word.endswith(".py")), None)
+    return None if at is None else (words[at], words[at + 1 :])
 
 
 def script(name):
@@ -74,6 +97,29 @@ def script(name):
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class WordsRead(BaseException):
+    """What ends a script once its parser has taken its words."""
+
+
+def check_words(monkeypatch, name, words):
+    """That a script's parser takes the words; it goes no further."""
+    method = (
+        "parse_known_args" if name.endswith("gpu_tests.py") else "parse_args"
+    )  # the former's other words are pytest's
+    parse = getattr(argparse.ArgumentParser, method)
+
+    def then_end(*arguments, **keywords):
+        parse(*arguments, **keywords)
+        raise WordsRead
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, method, then_end)
+        patch.setattr(sys, "argv", [name, *words])  # which those that are never called read
+        main = script(name).main
+        with pytest.raises(WordsRead):
+            main(words) if main.__code__.co_argcount else main()
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +138,14 @@ def here(tmp_path_factory):
     ):
         (folder / name).symlink_to(ROOT / name)
     write_tree(folder / "imagenet", train=3)
+    Image.new("L", (28, 28), 128).save(folder / "photo.png")
     return folder
 
 
 def test_the_commands_are_found():
     programs = {command.split()[0] for command in COMMANDS}
-    assert programs >= {"python", "scripts/sweep.py", "scripts/study.py", *SLOW, *ELSEWHERE} and len(COMMANDS) > 20
+    assert all(written(page) for page in PAGES)
+    assert programs >= {"python", "scripts/sweep.py", "scripts/study.py", *SLOW, *ELSEWHERE} and len(COMMANDS) > 50
 
 
 def test_commands_run_in_order(here, monkeypatch, capsys):
@@ -105,21 +153,26 @@ def test_commands_run_in_order(here, monkeypatch, capsys):
     train, ran = load_train_module(), []
     for command in COMMANDS:
         program, *words = shlex.split(command)
-        if is_slow(command) or command in ELSEWHERE:
+        if is_slow(command) or program in ELSEWHERE:
             continue
         if program == "python":
             program, *words = words
         try:
-            if program == "train.py":
+            if measured := measuring(command):
+                check_words(monkeypatch, *measured)
+            elif program == "train.py":
                 trained = shrunk(words, here)
                 monkeypatch.setattr(sys, "argv", ["train.py", *trained])
                 train.main(trained)
-            elif program == "scripts/prepare_imagenet.py":
+            elif "--help" in words:
                 with pytest.raises(SystemExit) as left:
                     script(program).main(words)
                 assert left.value.code == 0
             else:
                 words = [re.sub("^/tmp/", f"{here}/", word) for word in words]
+                words = [
+                    {"ARCHIVES": "imagenet", "ROOT": "prepared", "PACKED": "packed"}.get(word, word) for word in words
+                ]
                 if program in ("scripts/check.py", "scripts/sweep.py"):
                     words = shrunk(words, here)
                 words += MORE.get(program, [])
@@ -151,6 +204,7 @@ def test_commands_that_start_other_programs(command, here, tmp_path):
         (tmp_path / "srun").write_text('#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"\n')
         (tmp_path / "srun").chmod(0o755)
         environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "1"}
+        environment |= {"SLURM_ARRAY_TASK_ID": "0"} if "--array" in command else {}
         words = ["bash", *shrunk(words[[word.startswith("-") for word in words].index(False) :], here)]
         words.append(f"run_dir={tmp_path}/run")
     elif program == "python":

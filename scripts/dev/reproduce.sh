@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rebuild every table and figure in results/ from the run data recorded beside them (CPU, seconds), then the page of
-# configs/ from its files and the README's tables.
+# configs/ from its files, and README.md.
 #   reproduce.sh [--check]
 # --check rebuilds into a temporary folder and compares: exit code 1 where a committed table is not what the data give, a
 # figure is missing, or results/ holds a table or figure that nothing here makes.
