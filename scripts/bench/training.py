@@ -186,33 +186,37 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def plot(results: dict, path: str) -> None:
-    """Images per second without the optimizer, a panel a batch size: each normalizer in its fastest mode and dtype, and
-    BatchNorm once more for every compiler and stem."""
+    """Images per second, with the optimizer where that was measured, a panel a batch size: each normalizer in its
+    fastest mode and dtype, and BatchNorm once more for every compiler and stem."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     spec = load_spec()
-    rows = [row for row in results["rows"] if not row.get("optimizer")] or results["rows"]
+    stepped = [row for row in results["rows"] if row.get("optimizer")]
+    rows = stepped or results["rows"]
     batches = sorted({row["batch"] for row in rows})
     shown = {}
     for batch in batches:
         kinds = itertools.groupby(sorted((row for row in rows if row["batch"] == batch), key=_kind), key=_kind)
         best = [max(group, key=_rate) for _, group in kinds]
         shown[batch] = sorted(best, key=_rate)
-    height = 1.6 + 0.42 * max(map(len, shown.values()))
-    figure, axes = plt.subplots(1, len(batches), figsize=(8 * len(batches), height), squeeze=False)
-    for ax, batch in zip(axes[0], batches, strict=True):
+    heights = [1 + 0.42 * len(shown[batch]) for batch in batches]
+    figure, axes = plt.subplots(
+        len(batches), figsize=(9, 0.6 + sum(heights)), height_ratios=heights, sharex=True, squeeze=False
+    )
+    for ax, batch in zip(axes[:, 0], batches, strict=True):
         for y, row in enumerate(shown[batch]):
             rate, colour = row["images_per_second"], spec.row(row["normalizer"]).colour
             ax.barh(y, rate, 0.8, color=colour)
             ax.annotate(f"{rate:,.0f}", (rate, y), (-6, 0), textcoords="offset points", va="center", ha="right",
                         color="white", fontsize=9)  # fmt: skip
         names = [f"{spec.row(row['normalizer']).label}\n{_settings(row)}" for row in shown[batch]]
-        ax.set_yticks(range(len(names)), names, fontsize=8)
-        ax.set(title=f"batch {batch}", xlabel="images/s, forward + backward")
+        ax.set_yticks(range(len(names)), names, fontsize=9)
+        ax.set(title=f"batch {batch}")
         ax.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel(f"images/s, forward + backward{' + SGD' * bool(stepped)}")
     figure.suptitle(f"A training step of {workload(results)}, {results['device']}")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
