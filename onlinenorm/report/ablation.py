@@ -4,9 +4,7 @@ scripts/sweep.py names the folders <key>=<value>[,<key>=<value>]/<normalizer>/se
 its value from its configuration; a network that does not clamp stands at OFF when the clamp value is swept.
 """
 
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +12,19 @@ import pandas as pd
 
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
+from onlinenorm.report.removal import ways
 from onlinenorm.report.runs import Runs, frame, milestones
 from onlinenorm.report.seeds import over_seeds, tally
 from onlinenorm.report.settings import NOT_SET, ReportSpec, check_one_point, differences
+from onlinenorm.report.swept import CLAMP_KEY, in_order, number, plain_value, swept, value_of
 from onlinenorm.report.tables import provenance, scale_labels
-
-OFF = "off"
-CLAMP_KEY = "normalizer.clamp_value"
-_NEXT_PAIR = re.compile(r",(?=[+~]*[\w.@]+=)")
 
 
 @dataclass(frozen=True)
 class Ablation:
     """A swept key with its values in order; `published` is its value in the published setting, `notes` what else
     differs between the runs and so has a share in what they show. points: `value`, `series`, `colour` and the columns
-    of `over_seeds`, of which `unfinished` leaves out what diverged."""
+    of `over_seeds`, of which `unfinished` leaves out what diverged. ways: as `removal.ways` makes them."""
 
     key: str
     name: str
@@ -36,6 +32,7 @@ class Ablation:
     values: list[str]
     published: str | None
     points: pd.DataFrame
+    ways: pd.DataFrame
     notes: list[str]
     provenance: pd.DataFrame
     note: str = ""  # by hand: what the data of the runs do not tell
@@ -43,20 +40,6 @@ class Ablation:
     @property
     def heading(self) -> str:
         return f"{self.name[0].upper()}{self.name[1:]} on {self.scale_label}"
-
-
-def swept(name: str) -> dict[str, str]:
-    """Keys and values in the folder names above a run, e.g. {"normalizer.clamp_value": "3"}."""
-    pairs = [pair for part in name.split("/")[:-2] if "=" in part for pair in _NEXT_PAIR.split(part)]
-    return {key.lstrip("+~"): plain_value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-
-
-def plain_value(value: Any) -> str:
-    """One spelling for a number: "5" for "5.0", 5 and 5.0."""
-    try:
-        return f"{float(value):.12g}"
-    except (TypeError, ValueError):
-        return str(value)
 
 
 def build_ablation(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Ablation:
@@ -99,6 +82,7 @@ def build_ablation(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Abla
         values=values,
         published=plain_value(setting.value) if setting else None,
         points=frame(points, points[0]),
+        ways=ways(runs, spec),
         notes=differences(runs, list(taken)),
         provenance=provenance(runs),
         note=note,
@@ -113,27 +97,6 @@ def _check_folder(run: Any) -> None:
             raise ReportError(
                 f"{run.folder}: the folder says {key}={value}, its config.yaml {said}; name the folder by what was run"
             )
-
-
-def value_of(run: Any, key: str) -> str:
-    """Value of a key in a run, in one spelling; OFF for the clamp value of a network that does not clamp."""
-    if key == CLAMP_KEY and lookup(run.config, "normalizer.error_compensation", "clamp") != "clamp":
-        return OFF
-    return swept(run.name).get(key) or plain_value(lookup(run.config, key, NOT_SET))
-
-
-def in_order(values: Iterable[str]) -> list[str]:
-    """Numbers by size, then words."""
-    return sorted(set(values), key=lambda value: (number(value) is None, number(value) or 0.0, value))
-
-
-def number(value: str) -> float | None:
-    """The value as a finite number, else None."""
-    try:
-        found = float(value)
-    except ValueError:
-        return None
-    return found if math.isfinite(found) else None
 
 
 def _series(run: Any, others: Sequence[str], spec: ReportSpec) -> str:

@@ -11,11 +11,13 @@ import pandas as pd
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report import benchmarks, clamp_figures, figures, render
-from onlinenorm.report.ablation import Ablation, build_ablation, clamp_removals, swept
+from onlinenorm.report.ablation import Ablation, build_ablation, clamp_removals
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import pool_runs
+from onlinenorm.report.removal import KEPT, REMOVED, joined
 from onlinenorm.report.runs import Runs, find_run_folders, load_runs
 from onlinenorm.report.settings import ReportSpec
+from onlinenorm.report.swept import swept
 from onlinenorm.report.tables import Report, build_report
 
 MAIN = ("fashion_mnist", "embedded")  # the first with runs is drawn in the summary figure
@@ -106,8 +108,13 @@ def study_files(
     together: dict[str, bytes] = {}
     if clamping := clamp_figures.draw_clamping(runs, titles):
         together["clamping.png"] = clamping
+    if curves := clamp_figures.draw_removal(runs, titles):
+        together["removal.png"] = curves
+    if ways := clamp_figures.draw_ways(_ways(studies)):
+        together["ways.png"] = ways
     if clamping or not clamp_removals(runs).empty:
-        together["clamping.md"] = render.render_clamping(runs, "clamping.png" if clamping else None).encode()
+        picture = "clamping.png" if clamping else None
+        together["clamping.md"] = render.render_clamping(runs, picture, bool(ways)).encode()
     if benchmark:
         together["cost.md"] = render.render_cost(benchmark, spec).encode()
         together["imagenet.md"] = render.render_imagenet(benchmark, _trained(studies, spec), spec).encode()
@@ -135,6 +142,16 @@ def _trained(studies: Mapping[str, Study], spec: ReportSpec) -> dict[str, tuple[
         if run.finished and lookup(run.config, "data.image_size") == 224:
             found[run.normalizer] = (run.results["images_per_second"], lookup(run.config, "recipe.batch_size"))
     return found
+
+
+def _ways(studies: Mapping[str, Study]) -> dict[str, pd.DataFrame]:
+    """Ways by the name of their images, each once; of studies that sweep nothing else and have any but the two."""
+    found: dict[str, list[pd.DataFrame]] = {}
+    for study in studies.values():
+        ways = study.made.ways
+        if not ways["setting"].any() and not ways["way"].isin([KEPT, REMOVED]).all():
+            found.setdefault(study.made.scale_label.partition(",")[0], []).append(ways)
+    return {name: joined(parts) for name, parts in found.items()}
 
 
 def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, spec: ReportSpec) -> dict[str, Callable]:

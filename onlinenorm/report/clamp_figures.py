@@ -1,6 +1,6 @@
 """Drawing of what clamps do over training, and of what their removal would."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -9,9 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from onlinenorm.report.ablation import CLAMP_KEY, number, swept, value_of
-from onlinenorm.report.figures import STYLE, png
+from onlinenorm.report.figures import STYLE, png, unique
+from onlinenorm.report.removal import removal_epochs
 from onlinenorm.report.runs import Runs, milestones
+from onlinenorm.report.swept import CLAMP_KEY, in_order, number, swept, value_of
 
 COLUMNS = 4  # of studies side by side in one figure
 _DECADE = 0.25  # zeros on a logarithmic axis are drawn this many decades above its lower end
@@ -109,3 +110,102 @@ def _epochs(axis: Axes, runs: pd.DataFrame) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     for milestone in {m for run in runs.itertuples() for m in milestones(run) if m < last}:
         axis.axvline(milestone, color="#a8a8a8", linewidth=0.9, linestyle=":", zorder=1)
+
+
+def draw_removal(studies: Mapping[str, Runs], titles: Mapping[str, str]) -> bytes | None:
+    """PNG of what removing the clamp would do at each epoch, a study a column; None where no run was asked.
+
+    Accuracy with and without, the share of predictions that change, and that against the learning rate.
+    """
+    shown = {name: study for name, study in studies.items() if len(removal_epochs(study))}
+    if not shown:
+        return None
+    with plt.rc_context(STYLE):
+        size = (max(7.0, 5.2 * len(shown)), 12.0)
+        figure, axes = plt.subplots(3, len(shown), figsize=size, squeeze=False, layout="constrained")
+        for column, (name, study) in enumerate(shown.items()):
+            removal_panel(axes[0, column], study)
+            changed_panel(axes[1, column], study, "epoch")
+            changed_panel(axes[2, column], study, "lr")
+            axes[0, column].set_title(titles.get(name, name), fontsize=11)
+        figure.suptitle("Removing the clamp at every epoch", fontsize=13, fontweight="bold")
+        return png(figure)
+
+
+def _by_setting(epochs: pd.DataFrame) -> Iterator[tuple[str, Any, list[pd.DataFrame]]]:
+    """(setting, colour, epochs of each run), a colour a setting."""
+    settings = in_order(epochs["setting"])
+    colours = ["#0072B2"] if len(settings) == 1 else plt.get_cmap("plasma")(np.linspace(0, 0.85, len(settings)))
+    for setting, colour in zip(settings, colours, strict=True):
+        yield setting, colour, [run for _, run in epochs[epochs["setting"] == setting].groupby("folder")]
+
+
+def removal_panel(axis: Axes, study: Runs) -> None:
+    """Validation accuracy against epoch, as trained and with the clamp removed: a line a run."""
+    for setting, colour, runs in _by_setting(removal_epochs(study)):
+        for place, run in enumerate(runs):
+            curve, look = 100 * run.set_index("epoch"), {"color": colour, "alpha": 0.85, "zorder": 3}
+            axis.plot(curve["val_top1"], linewidth=1.6, label=None if place or not setting else setting, **look)
+            axis.plot(curve["without_val_top1"], linewidth=1.1, linestyle=(0, (3, 1.5)), **look)
+    for label, style in {"as trained": "-", "clamp removed": (0, (3, 1.5))}.items():
+        axis.plot([], [], color="#444444", linewidth=1.3, linestyle=style, label=label)
+    axis.set_ylabel("val accuracy (%)")
+    _epochs(axis, study.runs)
+    axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+
+
+def changed_panel(axis: Axes, study: Runs, against: str) -> None:
+    """Share of predictions that removal changes, a line a run against "epoch" or a point an epoch against "lr"."""
+    epochs = removal_epochs(study)
+    for setting, colour, runs in _by_setting(epochs):
+        for place, run in enumerate(runs):
+            label = None if place or not setting else setting
+            look: dict[str, Any] = {"color": colour, "label": label, "zorder": 3}
+            if against == "epoch":
+                axis.plot(100 * run.set_index("epoch")["changed"], linewidth=1.3, alpha=0.85, **look)
+            else:
+                axis.plot(run["lr"], 100 * run["changed"], ".", markersize=6, alpha=0.5, **look)
+    axis.set_yscale("symlog", linthresh=0.1, linscale=0.5)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("predictions changed by removal (%)")
+    if against == "epoch":
+        _epochs(axis, study.runs)
+    else:
+        axis.set_xscale("log")
+        axis.set_xlabel("learning rate (log scale)")
+    if epochs["setting"].any():
+        axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+
+
+def draw_ways(found: Mapping[str, pd.DataFrame]) -> bytes | None:
+    """PNG of ways by the name of their images, one below the other; None without any."""
+    if not found:
+        return None
+    heights = [1.0 + 0.34 * len(ways) for ways in found.values()]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            len(found), 1, figsize=(12, sum(heights) + 0.5), squeeze=False, layout="constrained", height_ratios=heights
+        )
+        for axis, (name, ways) in zip(axes.flat, found.items(), strict=True):
+            ways_panel(axis, ways)
+            axis.set_title(name, fontsize=12)
+        handles, labels = unique(axes.flat)
+        figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        figure.suptitle("Ways to take the clamp away, and statistics estimated anew", fontsize=13, fontweight="bold")
+        return png(figure)
+
+
+def ways_panel(axis: Axes, ways: pd.DataFrame) -> None:
+    """Last accuracy by way: a point a seed, a bar at the mean, and a line at the mean of the network as trained."""
+    rows = list(ways.itertuples())[::-1]
+    for place, row in enumerate(rows):
+        values = [100 * value for value in row.figures["last_top1"].values()]
+        label = None if any(row.label == other.label for other in rows[:place]) else row.label
+        axis.plot(values, [place] * len(values), "o", color=row.colour, alpha=0.6, markersize=6, zorder=3, label=label)
+        axis.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=row.colour, linewidth=2.5, zorder=4)
+        if row.verdicts is None:
+            axis.axvline(float(np.mean(values)), color=row.colour, linewidth=1.0, linestyle=":", zorder=1)
+    axis.set_yticks(range(len(rows)), [f"{row.way} (n = {len(row.seeds)})" for row in rows], fontsize=9)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.set_xlabel("last epoch val accuracy (%), dotted: as trained")

@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,9 +18,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from onlinenorm.report import words
-from onlinenorm.report.ablation import Ablation, number
+from onlinenorm.report.ablation import Ablation
 from onlinenorm.report.runs import Runs
 from onlinenorm.report.settings import ReportSpec
+from onlinenorm.report.swept import number
 from onlinenorm.report.tables import Report
 
 STYLE: Any = {
@@ -167,7 +168,7 @@ def draw_ablation(ablation: Ablation) -> bytes:
         for axis, metric in zip(axes, ("last_top1", "last_loss"), strict=True):
             ablation_panel(axis, ablation, metric)
         figure.suptitle("\n(".join(ablation.heading.rsplit(" (", 1)), fontsize=12, fontweight="bold")
-        handles, labels = _unique(axes)
+        handles, labels = unique(axes)
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
         return png(figure)
 
@@ -289,7 +290,7 @@ def draw_overview(panels: Mapping[str, Callable[[Axes], Any]]) -> bytes:
         return png(figure)
 
 
-def _unique(axes: Sequence[Axes]) -> tuple[list, list[str]]:
+def unique(axes: Iterable[Axes]) -> tuple[list, list[str]]:
     seen: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onlinenorm.report import benchmarks, words
+from onlinenorm.report import benchmarks, clamp_words, words
 from onlinenorm.report.ablation import Ablation, clamp_courses, clamp_removals
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import Pairing
+from onlinenorm.report.removal import removal_courses
 from onlinenorm.report.runs import Runs
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.tables import Report
@@ -24,7 +25,7 @@ _ENVIRONMENT = Environment(
     autoescape=select_autoescape(("html.j2",)),
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-_ENVIRONMENT.globals["words"] = words
+_ENVIRONMENT.globals |= {"words": words, "clamp_words": clamp_words}
 
 
 def render(template: str, **names: Any) -> str:
@@ -70,14 +71,16 @@ def render_pooled(pooled: pd.DataFrame, spec: ReportSpec, scale_label: str) -> s
     return render("paired.md.j2", table=words.table(words.pooled_columns(spec), pooled), scale_label=scale_label)
 
 
-def render_clamping(studies: Mapping[str, Runs], picture: str | None) -> str:
-    """What clamps did as Markdown; `picture` is the file name of the figure, if there is one."""
-    courses = clamp_courses(studies)
+def render_clamping(studies: Mapping[str, Runs], picture: str | None, ways: bool) -> str:
+    """What clamps did as Markdown; `picture` is the file name of the figure, if there is one, `ways`: is ways.png?"""
+    courses, epochs = clamp_courses(studies), removal_courses(studies)
     return render(
         "clamping.md.j2",
-        courses=words.table(words.CLAMP_COURSES, courses) if len(courses) else "",
-        removals=words.table(words.CLAMP_REMOVALS, clamp_removals(studies)),
+        courses=words.table(clamp_words.CLAMP_COURSES, courses) if len(courses) else "",
+        removals=words.table(clamp_words.CLAMP_REMOVALS, clamp_removals(studies)),
+        epochs=words.table(clamp_words.REMOVAL_COURSES, epochs) if len(epochs) else "",
         picture=picture,
+        ways=ways,
     )
 
 
@@ -150,7 +153,7 @@ def print_report(report: Report, console: Console) -> None:
     for removal in report.removals.itertuples():
         told = removal.sentence
         if removal.figures:
-            cell = {name: show(removal) for name, show in words.REMOVALS.items()}
+            cell = {name: show(removal) for name, show in clamp_words.REMOVALS.items()}
             told = (
                 f"with clamp {cell['val accuracy with']} (loss {cell['val loss with']}), "
                 f"without {cell['val accuracy without']} (loss {cell['val loss without']}); {told}; "

@@ -14,6 +14,7 @@ from onlinenorm.arguments import flatten
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report.runs import frame, read_yaml
+from onlinenorm.report.statistics import NOT_COMPARABLE, Verdict, compare_rows
 from onlinenorm.scales import COMPARABLE, UNKNOWN, is_colour, is_label
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -169,6 +170,20 @@ class ReportSpec:
         return replace(
             self, title=found.title, rows=rows, further_rows=further, published_setting=setting, published_scale=scale
         )
+
+    def margin(self, metric: str, scale: str) -> float:
+        """Within what two figures are equivalent; a scale that has no margins gets ImageNet's, and no verdict."""
+        return self.margins.get(scale, self.margins[COMPARABLE])[metric]
+
+    def compare(
+        self, first: Mapping[int, float], second: Mapping[int, float], metric: str, scale: str, diverged: Sequence[str]
+    ) -> Verdict:
+        """`compare_rows` within the margin of a scale."""
+        verdict = compare_rows(first, second, self.margin(metric, scale), self.alpha, diverged)
+        if first and second and scale not in self.margins:
+            reason = f"onlinenorm/report/published.yaml has no margin for {self.scale(scale).short}"
+            return Verdict(NOT_COMPARABLE, reason, verdict.difference)
+        return verdict
 
     def scale(self, name: str) -> Scale:
         """A scale's printed names: those of the file, else of a data set of the user's own its label.

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from onlinenorm.records import lookup
+from onlinenorm.report.removal import ways
 from onlinenorm.report.runs import counted, frame, milestones
 from onlinenorm.report.seeds import over_seeds
 from onlinenorm.report.settings import (
@@ -21,11 +22,10 @@ from onlinenorm.report.statistics import (
     NOT_RUN,
     Verdict,
     compare_published,
-    compare_rows,
     removal_outcome,
     rule,
 )
-from onlinenorm.scales import COMPARABLE, UNKNOWN
+from onlinenorm.scales import UNKNOWN
 
 COMPARED_METRICS = ("best_top1", "best_loss")
 
@@ -36,9 +36,9 @@ class Report:
 
     rows: `normalizer`, `label`, `colour`, `published` (None: nothing was) and the columns of `over_seeds`. comparisons:
     `first` minus `second` (None: the published value), `metric`, `margin`, `verdict`. removals: of a run with clamps
-    its `figures` as in results.json, of others in `sentence` why there is nothing to tell. recounts: figures of runs
-    recorded before accuracy had one rule, in images, where predictions.npz gives others. `note` is by hand: what the
-    data of the runs do not tell.
+    its `figures` as in results.json, of others in `sentence` why there is nothing to tell. ways: as `removal.ways`
+    makes them. recounts: figures of runs recorded before accuracy had one rule, in images, where predictions.npz gives
+    others. `note` is by hand: what the data of the runs do not tell.
     """
 
     title: str
@@ -51,6 +51,7 @@ class Report:
     rows: pd.DataFrame
     comparisons: pd.DataFrame
     removals: pd.DataFrame
+    ways: pd.DataFrame
     departures: pd.DataFrame
     provenance: pd.DataFrame
     milestones: list[int]
@@ -82,6 +83,7 @@ def build_report(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Report
         rows=rows,
         comparisons=_comparisons(rows, runs, spec, scale, found),
         removals=_removals(rows, runs, spec),
+        ways=ways(runs, spec),
         departures=found,
         provenance=provenance(runs),
         milestones=next(map(milestones, runs.itertuples()), []),
@@ -145,26 +147,33 @@ def _comparisons(
             for d in found[found["decisive"].astype(bool)].itertuples()
             if not d.normalizers or row.normalizer in d.normalizers
         ]
+        other = ""
         if scale != spec.published_scale:  # then nothing else matters
             obstacles = [f"scale {spec.scale(scale).short} (published: {spec.scale(spec.published_scale).short})"]
         elif scale in spec.elsewhere and len(finished):  # the same photographs may be there in other pixels
             name = finished.iloc[0]["results"]["dataset"]["name"]
-            obstacles += [f"images {name} (published: {scale})"] * (name != scale)
+            other = f"images {name} (published: {scale})" if name != scale else ""
         for metric in COMPARED_METRICS:
             values, margin = list(figures(row.normalizer, metric).values()), spec.margins[spec.published_scale][metric]
             target, lost = getattr(row.published, metric), diverged(row.normalizer)
             verdict = compare_published(values, target, margin, obstacles, spec.alpha, lost)
+            if other and verdict.outcome != NOT_RUN:
+                verdict = _of_other_pixels(verdict, other)
             comparisons.append((row.normalizer, None, metric, margin, verdict))
     for first, second in spec.pairs(runs):
         for metric in COMPARED_METRICS:
-            margin = spec.margins.get(scale, spec.margins[COMPARABLE])[metric]
             a, b = figures(first, metric), figures(second, metric)
-            verdict = compare_rows(a, b, margin, spec.alpha, diverged(first, second))
-            if a and b and scale not in spec.margins:
-                reason = f"onlinenorm/report/published.yaml has no margin for {spec.scale(scale).short}"
-                verdict = Verdict(NOT_COMPARABLE, reason, verdict.difference)
-            comparisons.append((first, second, metric, margin, verdict))
+            verdict = spec.compare(a, b, metric, scale, diverged(first, second))
+            comparisons.append((first, second, metric, spec.margin(metric, scale), verdict))
     return frame(comparisons, ("first", "second", "metric", "margin", "verdict"))
+
+
+def _of_other_pixels(verdict: Verdict, images: str) -> Verdict:
+    """No verdict on images that are not the published ones to the bit, but what the figures alone would say."""
+    if verdict.difference is not None:
+        return Verdict(NOT_COMPARABLE, f"{images}; by the figures alone {verdict.outcome}", verdict.difference)
+    reasons = [images] + [verdict.reason] * (verdict.outcome == NOT_COMPARABLE)
+    return Verdict(NOT_COMPARABLE, "; ".join(reasons))
 
 
 def _removals(rows: pd.DataFrame, runs: pd.DataFrame, spec: ReportSpec) -> pd.DataFrame:

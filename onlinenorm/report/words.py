@@ -9,7 +9,7 @@ import pandas as pd
 from onlinenorm.report import benchmarks
 from onlinenorm.report.ablation import Ablation
 from onlinenorm.report.settings import ReportSpec
-from onlinenorm.report.statistics import Difference, Summary, excludes_zero, spreads
+from onlinenorm.report.statistics import Difference, Summary, Verdict, excludes_zero, spreads
 from onlinenorm.report.tables import COMPARED_METRICS, Report, plain
 from onlinenorm.text import duration
 
@@ -192,15 +192,21 @@ def comparison_groups(report: Report, published: bool) -> dict[str, list[Any]]:
 
 
 def shared_verdict(report: Report) -> str | None:
-    """The sentence that holds for all comparisons with published values, when none of them was possible."""
+    """The sentence that holds for all comparisons with published values, when there is no difference in any."""
     against = [c for group in comparison_groups(report, published=True).values() for c in group]
     texts = {verdict_text(c) for c in against if c.verdict.outcome != "not run"}
+    if any(c.verdict.difference for c in against):
+        return None
     return texts.pop() if len(texts) == 1 and next(iter(texts)).startswith("not comparable") else None
 
 
 def verdict_text(comparison: Any) -> str:
+    """`verdict_words` of a comparison."""
+    return verdict_words(comparison.verdict)
+
+
+def verdict_words(verdict: Verdict) -> str:
     """ "equivalent", "not comparable: scale ...", "inconclusive: n = 1", "not run"."""
-    verdict = comparison.verdict
     plain = verdict.difference or verdict.outcome == "not run"
     return verdict.outcome if plain else f"{verdict.outcome}: {verdict.reason}"
 
@@ -220,18 +226,6 @@ RECOUNTS: Columns = {
     "recorded, images": lambda found: f"{found.recorded:,}",
     "counted in predictions.npz": lambda found: f"{found.counted:,}",
     "of": lambda found: f"{found.images:,}",
-}
-REMOVALS: Columns = {
-    "run": lambda removal: removal.run or "",
-    "layers": lambda removal: removal.figures["layers"],
-    "clamp value": lambda removal: f"{removal.figures['clamp_value']:g}",
-    "val loss with": lambda removal: f"{removal.figures['with']['val_loss']:.4f}",
-    "val loss without": lambda removal: f"{removal.figures['without']['val_loss']:.4f}",
-    "val accuracy with": lambda removal: figure(removal.figures["with"]["val_top1"], "top1"),
-    "val accuracy without": lambda removal: figure(removal.figures["without"]["val_top1"], "top1"),
-    "changed predictions": lambda removal: f"{removal.figures['changed_predictions']:,} of {removal.images:,}",
-    "clamped fraction": lambda removal: fraction(removal.figures["clamped_fraction"], 2),
-    "largest |activation|": lambda removal: f"{removal.figures['max_abs_activation']:.3g}",
 }
 RUNS: Columns = {
     "run": lambda run: run.run,
@@ -269,7 +263,7 @@ def environments(provenance: pd.DataFrame) -> list[tuple[list[str], dict[str, st
     return [(runs, dict(zip(names, values, strict=True))) for values, runs in groups.items()]
 
 
-# Swept keys, pairs of runs, clamps
+# Swept keys, pairs of runs
 
 
 def ablation_columns(ablation: Ablation) -> Columns:
@@ -320,28 +314,6 @@ def pooled_columns(spec: ReportSpec) -> Columns:
         "McNemar's p, seed by seed": lambda p: ", ".join(f"{value:.2g}" for value in p.p_values),
     }
 
-
-CLAMP_REMOVALS: Columns = {
-    "study": lambda run: run.study,
-    "run": lambda run: run.run,
-    "layers": lambda run: run.layers,
-    "clamp value": lambda run: f"{run.clamp_value:g}",
-    "changed predictions": lambda run: f"{run.changed_predictions:,} of {run.images:,}",
-    "val loss, without − with, nats": lambda run: "0" if run.loss == 0 else f"{run.loss:+.1e}",
-    "val accuracy, without − with, points": lambda run: difference(run.top1, "top1"),
-    "clamped fraction": lambda run: fraction(run.clamped_fraction),
-    "largest |activation|": lambda run: f"{run.max_abs_activation:.3g}",
-}
-CLAMP_COURSES: Columns = {
-    "study": lambda runs: runs.study,
-    "clamp value": lambda runs: runs.clamp_value,
-    "runs": lambda runs: f"{len(runs.last)}" + f" ({runs.mark})" * bool(runs.mark),
-    "clamped fraction, first epoch": lambda runs: span(runs.first),
-    "before the first drop of the learning rate": lambda runs: span(runs.before_drop),
-    "last epoch": lambda runs: span(runs.last),
-    "runs that end at 0": lambda runs: f"{runs.last.count(0)} of {len(runs.last)}",
-    "largest |activation|, last epoch": lambda runs: span(runs.largest, "{:.3g}".format),
-}
 
 # Benchmarks
 

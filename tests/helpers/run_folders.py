@@ -42,6 +42,7 @@ DATASETS = {
     "embedded": {"name": "embedded", "train_images": 10_000, "val_images": 2_000, "fingerprint": "e1"},
     "imagenet": {"name": "imagenet", "train_images": 1_281_167, "val_images": 50_000, "fingerprint": "i1"},
     "fashion_mnist": {"name": "fashion_mnist", "train_images": 60_000, "val_images": 10_000, "fingerprint": "f1"},
+    "imagenette": {"name": "imagenette", "train_images": 9_469, "val_images": 3_925, "fingerprint": "n1"},
     "cifar10": {"name": "cifar10", "train_images": 50_000, "val_images": 10_000, "fingerprint": "c1"},
 }
 
@@ -70,11 +71,15 @@ def write_run(
     wrong: list[int] | None = None,
     failure: str | None = None,
     data: dict | None = None,
+    removals: list[tuple[float, float, int]] | None = None,
+    reestimated: dict | None = None,
+    dataset: dict | None = None,
 ) -> Path:
     """A run folder root/normalizer/seed<k>; `top1` and `loss` set the best figures exactly, `done` cuts it short.
 
-    `clamped` has (clamped fraction, largest activation) of each epoch for clamping.csv, `wrong` the indices of 100
-    images that predictions.npz gets wrong, `failure` the text of failed.txt.
+    `clamped` has (clamped fraction, largest activation) of each epoch for clamping.csv, `removals` beside these (loss,
+    accuracy, changed predictions) without the clamp, `wrong` the indices of 100 images that predictions.npz gets
+    wrong, `failure` the text of failed.txt.
     """
     folder = root / normalizer / f"seed{seed}"
     folder.mkdir(parents=True)
@@ -120,7 +125,11 @@ def write_run(
         writer.writerows(rows)
     if clamped is not None:
         lines = [f"{i + 1},{100 * (i + 1)},{part!r},{largest!r}\n" for i, (part, largest) in enumerate(clamped)]
-        (folder / "clamping.csv").write_text("epoch,step,clamped_fraction,max_abs_activation\n" + "".join(lines))
+        columns = "epoch,step,clamped_fraction,max_abs_activation"
+        if removals is not None:
+            columns += ",without_val_loss,without_val_top1,changed_predictions"
+            lines = [line[:-1] + ",".join(["", *map(repr, r)]) + "\n" for line, r in zip(lines, removals, strict=True)]
+        (folder / "clamping.csv").write_text(columns + "\n" + "".join(lines))
     if failure is not None:
         (folder / "failed.txt").write_text(failure)
     if wrong is not None:
@@ -138,11 +147,12 @@ def write_run(
             }  # fmt: skip
         results = {
             "schema": 1, "experiment": "study", "normalizer": normalizer, "seed": seed, "scale": scale,
-            "dataset": DATASETS.get(scale, DATASETS["embedded"]), "epochs": epochs,
+            "dataset": dataset or DATASETS.get(scale, DATASETS["embedded"]), "epochs": epochs,
             "last": {k: last[k] for k in ("epoch", "val_loss", "val_top1", "val_top5")},
             "best_loss": {k: best_loss[k] for k in ("epoch", "val_loss")},
             "best_top1": {k: best_top1[k] for k in ("epoch", "val_top1")},
-            "clamping": clamping or None, "images_per_second": 812.5, "wall_seconds": 95.2, "resumed": 0,
+            "clamping": clamping or None, "reestimated": reestimated,
+            "images_per_second": 812.5, "wall_seconds": 95.2, "resumed": 0,
             "parameters_sha256": hashlib.sha256(f"{folder} {seed}".encode()).hexdigest(),
         }  # fmt: skip
         (folder / "results.json").write_text(json.dumps(results))

@@ -138,8 +138,12 @@ def test_cifar_is_held_against_what_was_published_there(tmp_path, spec, monkeypa
     monkeypatch.setitem(DATASETS, "cifar10", {**DATASETS["cifar10"], "name": "cifar10 (JPEG)"})
     for row in ("online_layer_scaling", "batch"):
         write_cifar(tmp_path / "jpeg", spec, row, 0.92, 0.26)
-    verdict = verdicts(report_on(tmp_path / "jpeg", spec))["batch", None]
-    assert (verdict.outcome, verdict.reason) == ("not comparable", "images cifar10 (JPEG) (published: cifar10)")
+    report = report_on(tmp_path / "jpeg", spec)
+    verdict = verdicts(report)["batch", None]
+    assert verdict.outcome == "not comparable"
+    assert verdict.reason == "images cifar10 (JPEG) (published: cifar10); by the figures alone equivalent"
+    told = "**not comparable**<br>-0.19 points (90 % CI -0.21 to -0.17, which excludes 0), margin ±0.5; images cifar10"
+    assert told in render_markdown(report)
 
 
 def test_a_decisive_departure_forbids_the_comparison(tmp_path, spec):

@@ -1,0 +1,156 @@
+"""What removing the clamp does, at the end and over a run, and other ways to take it away or to mend statistics."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from onlinenorm.records import lookup
+from onlinenorm.report.runs import Runs, frame, milestones
+from onlinenorm.report.seeds import tally
+from onlinenorm.report.settings import ReportSpec
+from onlinenorm.report.statistics import summarize
+from onlinenorm.report.swept import number, swept, value_of
+from onlinenorm.scales import UNKNOWN
+
+AS_TRAINED, KEPT, REMOVED = "as trained", "clamp kept", "clamp removed after training, as published"
+OFF_KEY, RAISE_KEY = "recipe.clamp_off_epochs", "recipe.clamp_raise_epochs"
+METRICS = {"last_top1": "val_top1", "last_loss": "val_loss"}
+_COLUMNS = (
+    "normalizer", "label", "colour", "setting", "way", "seeds", "figures", "summaries", "changed", "gaps", "verdicts",
+    "mark",
+)  # fmt: skip
+
+
+def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """With `setting`, a run's values of the keys that these runs sweep, as in "lr 0.05", "" for none; but for those
+    keys that are ways to take the clamp away."""
+    keys = sorted({key for name in runs["name"] for key in swept(name)} - {OFF_KEY, RAISE_KEY})
+
+    def words(run: Any) -> str:
+        return ", ".join(f"{key.split('.')[-1]} {value_of(run, key)}" for key in keys)
+
+    return runs.assign(setting=[words(run) for run in runs.itertuples()])
+
+
+def ways(runs: pd.DataFrame, spec: ReportSpec) -> pd.DataFrame:
+    """A row a normalizer, setting and way to take the clamp away or to estimate statistics anew, of finished runs.
+
+    Nothing of runs that have but one way. `figures` are those of the last epoch by metric and seed, `changed` the mean
+    share of predictions that the way changed (None: it was trained so). `gaps` by metric are means of the way minus the
+    network as trained, with its clamp, over the seeds that both have, `verdicts` those on them, within the margins of
+    best figures; None for that network itself, and where it was not run.
+    """
+    spec = spec.with_rows_of(runs)
+    runs = with_settings(runs)
+    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for run in runs[runs["finished"]].sort_values("seed").itertuples():
+        for way, figures in _ways_of(run):
+            found = groups.setdefault((run.normalizer, run.setting), {})
+            found.setdefault(way, []).append({"seed": run.seed, **figures})
+    scale = next((results["scale"] for results in runs["results"].dropna()), UNKNOWN)
+    order = [*spec.rows, *spec.extra_rows(runs)]
+    rows = []
+    for normalizer, setting in sorted(groups, key=lambda group: (order.index(group[0]), _natural(group[1]))):
+        found = groups[normalizer, setting]
+        mine = runs[(runs["normalizer"] == normalizer) & (runs["setting"] == setting)]
+        count, row = tally(mine), spec.row(normalizer)
+        usual = next((found[way] for way in (KEPT, AS_TRAINED) if way in found), [])
+        for way, entries in sorted(found.items(), key=lambda item: _rank(item[0])) if len(found) > 1 else ():
+            figures = {metric: {entry["seed"]: entry[key] for entry in entries} for metric, key in METRICS.items()}
+            changed = [entry["changed"] for entry in entries if entry["changed"] is not None]
+            verdicts, gaps = None, {}
+            if usual and entries is not usual:
+                verdicts = {}
+                lost = [f"{row.label}: {count.mark}"] if count.diverged else []
+                for metric, key in METRICS.items():
+                    trained = {entry["seed"]: entry[key] for entry in usual if entry["seed"] in figures[metric]}
+                    shared = {seed: figures[metric][seed] for seed in trained}
+                    verdicts[metric] = spec.compare(shared, trained, metric.replace("last", "best"), scale, lost)
+                    gaps[metric] = fmean(shared[seed] - trained[seed] for seed in trained) if trained else None
+            summaries = {metric: summarize(values.values(), spec.confidence) for metric, values in figures.items()}
+            rows.append((
+                normalizer, row.label, row.colour, setting, way, list(figures["last_top1"]), figures, summaries,
+                fmean(changed) if changed else None, gaps, verdicts, count.mark,
+            ))  # fmt: skip
+    return frame(rows, _COLUMNS)
+
+
+def _ways_of(run: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The ways that a run has figures of, with `val_top1`, `val_loss` and the share of predictions `changed`."""
+    results, images = run.results, run.results["dataset"]["val_images"]
+    clamping, anew = results.get("clamping"), results.get("reestimated")
+    off, raised = (int(lookup(run.config, key, 0) or 0) for key in (OFF_KEY, RAISE_KEY))
+    way, changed = AS_TRAINED, None
+    if clamping and (off or raised):
+        parts = [f"doubled in each of the last {_epochs(raised)}"] * bool(raised)
+        parts += [f"off in the last {_epochs(off)}" if off else "then removed"]
+        way = f"clamp {', '.join(parts)}"
+        yield way, {**clamping["without"], "changed": None}
+    elif clamping:
+        yield KEPT, {**clamping["with"], "changed": None}
+        way, changed = REMOVED, clamping["changed_predictions"] / images
+        yield way, {**clamping["without"], "changed": changed}
+    else:
+        yield way, {**results["last"], "changed": None}
+    if anew:
+        told = f"statistics anew ({anew['images']:,} images)"
+        way = {AS_TRAINED: told, REMOVED: f"clamp removed, {told}"}.get(way, f"{way}, {told}")
+        yield way, {**anew, "changed": anew["changed_predictions"] / images}
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" + "s" * (count != 1)
+
+
+def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of several studies in one order; of equal ways those of the first study alone."""
+    rows = pd.concat(parts, ignore_index=True).drop_duplicates(["normalizer", "setting", "way"])
+    order = list(dict.fromkeys(rows["normalizer"]))
+    return rows.loc[sorted(rows.index, key=lambda i: (order.index(rows["normalizer"][i]), _rank(rows["way"][i])))]
+
+
+def _rank(way: str) -> tuple[int, list[Any]]:
+    first = (KEPT, AS_TRAINED, REMOVED)
+    return first.index(way) if way in first else len(first), _natural(way)
+
+
+def _natural(words: str) -> list[Any]:
+    """A key that sorts numbers within words by size."""
+    return [(number(part) is None, number(part) or 0.0, part) for part in re.split(r"([0-9.e-]*[0-9])", words)]
+
+
+def removal_epochs(study: Runs) -> pd.DataFrame:
+    """Epochs validated without the clamp too, of a study whose runs keep it to the end as it is.
+
+    `setting` of the run, `drops` of the learning rate before, `changed` share of predictions, and `top1` and `loss`
+    without minus with (NaN: not finite).
+    """
+    columns = ["folder", "epoch", "lr", "setting", "drops", "changed", "top1", "loss", "without_val_top1", "val_top1"]
+    remedied = any(lookup(config, key, 0) for config in study.runs["config"] for key in (OFF_KEY, RAISE_KEY))
+    if remedied or "without_val_top1" not in study.epochs:
+        return pd.DataFrame(columns=columns, dtype=float)
+    parts = []
+    runs = with_settings(study.runs)
+    for run in runs[runs["finished"]].itertuples():
+        mine = study.epochs[study.epochs["folder"] == run.folder].dropna(subset="without_val_top1")
+        passed = [sum(m < epoch for m in milestones(run)) for epoch in mine["epoch"]]
+        parts.append(mine.assign(
+            setting=run.setting, drops=passed,
+            changed=mine["changed_predictions"] / run.results["dataset"]["val_images"],
+            top1=mine["without_val_top1"] - mine["val_top1"], loss=mine["without_val_loss"] - mine["val_loss"],
+        ))  # fmt: skip
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns, dtype=float)
+
+
+def removal_courses(studies: Mapping[str, Runs]) -> pd.DataFrame:
+    """A row a study, setting and number of drops of the learning rate: lists of what removal does at its epochs."""
+    rows = []
+    for name, study in studies.items():
+        for (setting, drops), mine in removal_epochs(study).groupby(["setting", "drops"]):
+            figures = {key: mine[key].dropna().tolist() for key in ("lr", "changed", "top1", "loss")}
+            runs = mine["folder"].nunique()
+            rows.append({"study": name, "setting": setting, "drops": int(drops), "runs": runs, **figures})
+    return pd.DataFrame(rows)
