@@ -7,18 +7,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onlinenorm.cli.files import CONFIGS, GROUPS, group_files
+from onlinenorm.training.hints import unknown_option
 
 USAGE = """\
 python train.py [KEY=VALUE ...]              a run: started, continued where it was stopped, reprinted where it is done
 python train.py -m KEY=VALUE,VALUE ...       a run for each combination; or scripts/sweep.py, which can be repeated
 python train.py --cfg job [KEY=VALUE ...]    prints the whole configuration and runs nothing
-python train.py --help [KEY=VALUE ...]       this page for other choices, as in --help normalizer=batch
 --config-dir DIR                             configurations of your own, in folders named as those of configs/; for
                                              classes of your own see CONTRIBUTING.md
+
+For example
+  python train.py experiment=quickstart normalizer=batch seed=1                      minutes on two CPU cores
+  python train.py experiment=quickstart normalizer.clamp_value=3 run_dir=runs/c3     a key changed, in its own folder
+  python train.py experiment=table1 data.root=/data/imagenet                         a row of the published table
+  python train.py data=imagenet data.root=photos recipe.epochs=30 recipe.milestones=[15,25]   class folders of your own
+  torchrun --nproc-per-node 8 train.py trainer=ddp experiment=table1 data.root=/data/imagenet
+"""
+MORE = """\
+Every key
+  python train.py --help GROUP=NAME            those of a choice, with values and ranges, as in --help normalizer=batch
+  python train.py --help experiment=NAME       all of an experiment
+  configs/README.md                            all there are, and recipes
 
 A path may hold any character; quote for the shell alone. Another text with = [ ( , or spaces: 'KEY="TEXT"'.
 Exit code 0: done; 1: the run failed; 2: the configuration cannot be meant; 128 + signal: stopped and saved.
 """
+MOST_USED = (
+    "seed", "run_dir", "data.root", "data.limit_train", "recipe.epochs", "recipe.batch_size", "recipe.lr",
+    "normalizer.clamp_value", "trainer.devices", "trainer.precision",
+)  # fmt: skip
 _INHERITED = re.compile(r"  - (?P<file>[\w/]+)(@_here_)?(?: +#.*)?")
 _LINE = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: +(?P<value>[^#\s].*?))?(?: +# ?(?P<comment>.*))?")
 
@@ -108,30 +125,54 @@ def defaults(experiment: str | None = None, config_dir: str | None = None) -> tu
 
 
 def render(overrides: list[str], width: int | None = None, config_dir: str | None = None) -> str:
-    """The page, for the choices among `overrides`, those of the folder `config_dir` among them."""
+    """The page: an overview, or what is asked about by `overrides`.
+
+    Named groups, and those of named keys, are told with every key; an experiment is told with all groups. `config_dir`
+    is a folder of more choices. Raises ConfigError for a choice that there is not.
+    """
     width = width or max(shutil.get_terminal_size((120, 0)).columns, 80)
-    given = dict(override.partition("=")[::2] for override in overrides)
-    named = given.get("experiment")
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     files_of = {group: group_files(group, config_dir) for group in GROUPS}
+    for group, name in given.items():
+        if group in GROUPS and name.isidentifier() and name not in files_of[group] and name != "null":
+            raise unknown_option(group, name, files_of[group])
+    named = given.get("experiment")
     choices, values = defaults(named if named in files_of["experiment"] else None, config_dir)
     choices |= {group: given[group] for group in GROUPS if given.get(group) in files_of[group]}
-    lines = [USAGE]
-    for key, setting in settings(CONFIGS / "train.yaml").items():
-        lines += _setting(key, setting, width)
-    for group in GROUPS:
+    asked = {key.partition(".")[0] for key in given}
+    groups = GROUPS if "experiment" in asked else [group for group in GROUPS if group in asked]
+    if not groups:
+        return "\n".join([USAGE, *_overview(files_of, choices, width), "", MORE])
+    lines = ["train.yaml"]
+    lines += [_row(f"  {key}={s.value}", s.comment, width) for key, s in settings(CONFIGS / "train.yaml").items()]
+    for group in groups:
         files = files_of[group]
         lines += ["", f"{group}={choices.get(group, 'null')}    of:"]
         lines += [_row(f"  {name}", about(file), width) for name, file in files.items()]
         chosen = settings(files[choices[group]]) if group != "experiment" else {}
         elsewhere = {k: s for name, file in files.items() for k, s in settings(file).items() if group != "experiment"}
         for key, setting in chosen.items():
-            comment = setting.comment or meaning(key, files)
-            lines += _setting(f"{group}.{key}", Setting(values.get(f"{group}.{key}", setting.value), comment), width)
+            value, comment = values.get(f"{group}.{key}", setting.value), setting.comment or meaning(key, files)
+            lines.append(_row(f"  {group}.{key}={value}", comment, width))
         if others := {key: setting for key, setting in elsewhere.items() if key not in chosen}:
             lines.append("  of other choices:")
-            for key, setting in others.items():
-                lines += _setting(f"{group}.{key}", Setting(setting.value, meaning(key, files)), width)
+            lines += [_row(f"  {group}.{k}={s.value}", meaning(k, files), width) for k, s in others.items()]
     return "\n".join(lines) + "\n"
+
+
+def _overview(files_of: dict[str, dict[str, Path]], choices: dict[str, str], width: int) -> list[str]:
+    """Groups with their choices, the default one first, and the keys that are used most."""
+    lines = ["Groups, the default first"]
+    for group, files in files_of.items():
+        names = sorted(files, key=lambda name: name != choices.get(group))
+        lines.append(_row(f"  {group}=", " ".join(names), width, 16))
+    lines += ["", "Keys that are used most, with their values where nothing else is chosen"]
+    for key in MOST_USED:
+        group, _, leaf = key.rpartition(".")
+        file = files_of[group][choices[group]] if group else CONFIGS / "train.yaml"
+        setting = settings(file)[leaf]
+        lines.append(_row(f"  {key}={setting.value}", setting.comment, width, 30))
+    return lines
 
 
 def meaning(key: str, files: dict[str, Path]) -> str:
@@ -139,11 +180,6 @@ def meaning(key: str, files: dict[str, Path]) -> str:
     return max((settings(file)[key].comment for file in files.values() if key in settings(file)), key=len)
 
 
-def _setting(key: str, setting: Setting, width: int) -> list[str]:
-    return [_row(f"  {key}={setting.value}", setting.comment, width)]
-
-
-def _row(left: str, right: str, width: int) -> str:
-    column = 44
+def _row(left: str, right: str, width: int, column: int = 44) -> str:
     first = f"{left:<{column - 2}}  " if len(left) <= column - 2 else f"{left}\n{'':{column}}"
-    return (first + f"\n{'':{column}}".join(textwrap.wrap(right, width - column))).rstrip()
+    return (first + f"\n{'':{column}}".join(textwrap.wrap(right, width - column, break_on_hyphens=False))).rstrip()

@@ -9,20 +9,58 @@ from onlinenorm.arguments import flatten
 from onlinenorm.cli import help
 from onlinenorm.cli.compose import load_config
 from onlinenorm.cli.files import CONFIGS, GROUPS, group_files
+from onlinenorm.errors import ConfigError
 
 
-@pytest.mark.parametrize("overrides", [[], ["experiment=quickstart"], ["normalizer=batch", "data=synthetic"]])
-def test_every_key_has_its_value_and_a_meaning(overrides):
-    page = " ".join(help.render(overrides, width=120).split())
+@pytest.mark.parametrize(
+    "overrides, groups",
+    [
+        (["experiment=quickstart"], GROUPS),
+        (["normalizer=batch", "data=synthetic"], ("normalizer", "data")),
+        (["recipe.epochs=3"], ("recipe",)),
+    ],
+)
+def test_every_key_has_its_value_and_a_meaning(overrides, groups):
+    lines = help.render(overrides, width=120)
+    page = " ".join(lines.split())
     for key, value in flatten(load_config(overrides)).items():
-        if not key.startswith("choices.") and not key.rpartition(".")[2].startswith("_"):
+        group = key.partition(".")[0]
+        if group in ("choices", *GROUPS) and group not in groups:
+            assert f"\n  {key}=" not in lines
+        elif group != "choices" and not key.rpartition(".")[2].startswith("_"):
             assert f" {key}=" in page, key
             shown = page.partition(f" {key}=")[2]
-            if isinstance(value, int) and not isinstance(value, bool):
+            if isinstance(value, int) and not isinstance(value, bool) and key != "recipe.epochs":
                 assert shown.split()[0] == str(value), key
-    for group in GROUPS:
+    for group in groups:
         for name in group_files(group):
             assert f" {name} " in page
+
+
+@pytest.mark.parametrize("overrides", [[], ["seed=3"]])
+def test_without_a_group_it_is_a_page_that_fits_on_a_screen(overrides):
+    page = help.render(overrides, width=120)
+    assert len(page.splitlines()) < 66 and max(map(len, page.splitlines())) <= 120
+    for group in GROUPS:
+        names = page.partition(f"  {group}=")[2].split()
+        assert set(group_files(group)) <= set(names)
+    assert page.partition("  normalizer=")[2].split()[0] == "online_clamp", "the default first"
+    values = flatten(load_config([]))
+    for key in help.MOST_USED:
+        shown, *meaning = page.partition(f"  {key}=")[2].splitlines()[0].split(maxsplit=1)
+        assert shown == {None: "null"}.get(values[key], str(values[key])) and meaning
+    commands = [line.strip() for line in page.partition("For example")[2].split("\n\n")[0].splitlines() if line.strip()]
+    assert len(commands) > 4
+    for command in commands:  # every key and choice in them is there
+        overrides = [word for word in command.split("    ")[0].split() if "=" in word]
+        assert load_config(overrides)
+
+
+def test_a_choice_that_there_is_not_is_told():
+    with pytest.raises(
+        ConfigError, match="normalizer: 'bacth' is not one of its options; did you mean normalizer=batch"
+    ):
+        help.render(["normalizer=bacth"])
 
 
 @pytest.mark.parametrize("defaults", ["defaults:\n  - online_none\n  - _self_", "defaults: [online_none, _self_]"])
@@ -46,6 +84,7 @@ def test_what_is_ones_own_is_told_too(tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
+    assert "own" in help.render([], 120, str(tmp_path)).partition("  normalizer=")[2].splitlines()[0]
     page = help.render(["experiment=own", "data=own"], 120, str(tmp_path))
     assert "normalizer=own    of:" in page and "Of my own" in page and "experiment=own " in page
     own = page.partition("  of other choices:")[0]
