@@ -77,7 +77,7 @@ def main(argv=None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20, help="steps a round")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", default="results/levers.json")
+    parser.add_argument("--output", default="results/bench_levers.json")
     args = parser.parse_args(argv)
     common.check_device(parser, args)
     torch._dynamo.config.recompile_limit = 100

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each lever saves of a training step, predicted and measured, as a table.
 
-scripts/bench/levers_table.py results/levers.json          # writes the .md beside it
+scripts/bench/levers_table.py results/bench_levers.json          # writes the .md beside it
 """
 
 import argparse
@@ -17,50 +17,68 @@ from onlinenorm.report.words import markdown_table, origin
 
 HEAD = "batch", "lever", "ms without", "ms with", "saved, ms", "predicted, ms"
 
-# Written down by hand when each was given up, by the measurements of that time: nothing here is computed from the file.
+# Written down by hand, by the measurements of the time: nothing here is computed from a file. Lever, predicted, found.
+TAKEN = (("a launch's messages cleared by the launch after, not filled", "0.15 ms", "0.11 ms of 26.82 at batch 256"),)
 DROPPED = (
     (
         "weights cast together, and their gradients, in one kernel each way",
         "0.24 ms",
-        "-0.02 ms of 26.82 at batch 256",
+        "-0.02 ms of 26.82 at batch 256; by the number of kernels torch.compile copied each once more",
     ),
-)
+    ("all of cuDNN's kernels tried (`benchmark_limit = 0`)", "0 to 0.5 ms", "-0.01 of BatchNorm's 44.45 ms at 256"),
+    ("1x1 convolutions as products (`conv_1x1_as_mm`)", "0 to 0.5 ms", "-0.05 of BatchNorm's 44.45 ms at 256"),
+)  # fmt: skip
+STEM_PREDICTED = {256: 0.5, 32: 0.06}
+BY_HAND = "lever", "predicted to save", "found"
 
 
-def render(results: dict) -> str:
-    """Markdown of a results file in the form of levers.json."""
-    lines = []
-    for row in results["rows"]:
-        saved, predicted = row["without"] - row["with"], row["predicted"]
-        cells = [str(row["batch"]), row["what"], f"{row['without']:.2f}", f"{row['with']:.2f}", f"{saved:.2f}"]
-        lines.append([*cells, "none" if predicted is None else f"{predicted:.2f}"])
+def render(results: dict, training: dict | None = None) -> str:
+    """Markdown of a results file in the form of bench_levers.json, and of bench_training.json for the stem."""
     title = f"# Levers of a training step of {results['model']}, {results['normalizer']}, on one {results['device']}"
     told = "Forward and backward as one CUDA graph, each network with and without in turn; predictions are of an H100."
-    text = [
-        title,
-        "",
-        told,
-        "",
-        markdown_table(HEAD, lines),
-        "",
-        origin(results),
-        "",
-        "## What was given up, by hand",
-        "",
-    ]
-    text += [
-        "Noted when each was taken out, by the measurements of that time, on an H200; not of the commit above.",
-        "",
-    ]
-    text.append(markdown_table(("lever", "predicted to save", "found"), [list(entry) for entry in DROPPED]))
-    return "\n".join(text) + "\n"
+    rows = [(row["batch"], row["what"], row["without"], row["with"], row["predicted"]) for row in results["rows"]]
+    parts = [title, told, _table(rows), origin(results)]
+    if training and (rows := stem_rows(training)):
+        parts += [
+            "## The stem",
+            "The same of BatchNorm's step, whose stem is everybody's.",
+            _table(rows),
+            origin(training),
+        ]
+    parts += ["## Taken before, by hand", "Without a switch by now, so that they are no longer measured; on an H200."]
+    parts += [markdown_table(BY_HAND, [list(entry) for entry in TAKEN]), "## Given up, by hand"]
+    parts += ["Noted when each was taken out; not of the commits above. The first on an H200, the others on an H100."]
+    return "\n\n".join([*parts, markdown_table(BY_HAND, [list(entry) for entry in DROPPED])]) + "\n"
+
+
+def stem_rows(training: dict) -> list[tuple]:
+    """What the convolution on 2x2 blocks saves of BatchNorm's compiled step, by batch size."""
+    times: dict[int, dict[str, float]] = {}
+    for row in training["rows"]:
+        key = row["normalizer"], row["compiler"], row["mode"], row["dtype"], row["optimizer"]
+        if key == ("batch", "default", "compile+graph", "bf16", False):
+            times.setdefault(row["batch"], {})[row["stem"]] = row["milliseconds"]
+    what = "the first convolution as 4x4 on 2x2 blocks of pixels"
+    both = ((batch, of) for batch, of in times.items() if len(of) == 2)
+    return [(batch, what, of["conv7x7"], of["space_to_depth"], STEM_PREDICTED.get(batch)) for batch, of in both]
+
+
+def _table(rows: list[tuple]) -> str:
+    lines = []
+    for batch, what, without, with_, predicted in rows:
+        cells = [str(batch), what, f"{without:.2f}", f"{with_:.2f}", f"{without - with_:.2f}"]
+        lines.append([*cells, "none" if predicted is None else f"{predicted:.2f}"])
+    return markdown_table(HEAD, lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("results", type=Path, help="a levers.json")
+    parser.add_argument("results", type=Path, help="a bench_levers.json")
     path = parser.parse_args(arguments).results
-    path.with_suffix(".md").write_text(render(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    beside = path.with_name("bench_training.json")
+    training = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
+    results = json.loads(path.read_text(encoding="utf-8"))
+    path.with_suffix(".md").write_text(render(results, training), encoding="utf-8")
     return 0
 
 

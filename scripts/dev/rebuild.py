@@ -37,7 +37,7 @@ RESULTS = ROOT / "results"
 PAGES = {
     "bench_training": training_table, "bench_normalizer": norm_sites_table, "bench_kernels": kernels_table,
     "bench_distributed": distributed_table, "bench_data": loaders_table, "bench_shortcut": shortcut_table,
-    "levers": levers_table,
+    "bench_levers": levers_table,
 }  # fmt: skip
 
 
