@@ -18,13 +18,13 @@ from typing import IO
 import numpy as np
 
 from onlinenorm.data.devkit import GROUND_TRUTH, META, Devkit, find_devkit, read_devkit
-from onlinenorm.data.index import EXTENSIONS, FolderIndex, changed_ns, name_few, pack_names
+from onlinenorm.data.index import FolderIndex, changed_ns, is_hidden, is_image, name_few, pack_names, tell_hidden
 from onlinenorm.data.index_cache import Arrays, cached_arrays
 from onlinenorm.errors import DataError
 
 TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
-_FORMAT = "onlinenorm archives 2"
+_FORMAT = "onlinenorm archives 3"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 _LINKS = 40  # followed one after another, as the kernel does
 
@@ -138,7 +138,8 @@ def _scan(archive: Path, place: int) -> Iterator[Member]:
 def _files(members: Iterable[tarfile.TarInfo], archive: Path) -> dict[str, tarfile.TarInfo]:
     """Path -> the member that holds its bytes: the last one of a name counts, links are followed within the archive.
 
-    A hard link is to the member of that name before it, as in unpacking: tar stores a file that it is given twice so.
+    Hidden files are left out, which is told. A hard link is to the member of that name before it, as in unpacking: tar
+    stores a file that it is given twice so.
 
     Raises DataError for what could reach beyond the folder it is unpacked to, and for files not stored as they are.
     """
@@ -157,7 +158,9 @@ def _files(members: Iterable[tarfile.TarInfo], archive: Path) -> dict[str, tarfi
                 raise _dangling(archive, member)
             member = target
         last[name] = member
-    return {name: _followed(name, last, archive) for name, member in last.items() if not member.isdir()}
+    tell_hidden(archive, last)
+    files = [name for name, member in last.items() if not member.isdir() and not is_hidden(name)]
+    return {name: _followed(name, last, archive) for name in files}
 
 
 def _followed(name: str, members: dict[str, tarfile.TarInfo], archive: Path) -> tarfile.TarInfo:
@@ -260,7 +263,7 @@ def _arrays(members: Iterable[Member], archives: list[Path]) -> Arrays:
 
     Raises DataError where no class folders are left.
     """
-    last = {m[0]: m for m in members if m[0].lower().endswith(EXTENSIONS) and not m[0].startswith(".")}
+    last = {member[0]: member for member in members if is_image(member[0])}
     folders = {posixpath.dirname(path) for path in last}
     common = posixpath.commonpath(folders) if folders else ""
     if common and len(folders) > 1 and common not in folders:

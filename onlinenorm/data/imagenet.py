@@ -12,7 +12,7 @@ from typing import Any
 from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, load_official, load_shards
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DEVICE_DECODERS
-from onlinenorm.data.index import EXTENSIONS, FolderIndex, list_classes, load_index, name_few
+from onlinenorm.data.index import FolderIndex, is_image, list_classes, load_index, name_few
 from onlinenorm.data.kaggle import COMPETITION, LABELS, ZIP, find_images, load_folders, load_zip
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
@@ -221,7 +221,7 @@ def _complete(files: list[Path]) -> list[Path]:
 def _check_classes(folder: Path, train: list[str], val: list[str], val_folder: str = "val") -> None:
     for split, classes in (("train", train), (val_folder, val)):
         if not classes:
-            loose = sum(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(folder / split))
+            loose = sum(is_image(entry.name) for entry in os.scandir(folder / split))
             hint = f"; its {loose} images lie loose and have to be sorted into class folders" if loose else ""
             raise DataError(f"{folder.absolute() / split} holds no class folders{hint}.\n{_LAYOUT}", key="root")
     if train == val:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,29 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 
 SIZES_ASKED = 100_000  # files of a split whose sizes are compared at each start
 
-_FORMAT = "onlinenorm index 2"
+_FORMAT = "onlinenorm index 3"
 _THREADS = 16
+
+log = logging.getLogger(__name__)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is taken for an image by its path below a class folder: `EXTENSIONS`, and nothing hidden in it.
+
+    macOS puts ._x.JPEG, which is no JPEG, beside x.JPEG.
+    """
+    return path.lower().endswith(EXTENSIONS) and not is_hidden(path)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file or one of the folders that it lies in has a name that begins with a point."""
+    return any(name.startswith(".") for name in path.split("/"))
+
+
+def tell_hidden(place: Path, paths: Iterable[str]) -> None:
+    """Logs how many of the files `paths` would be images if they were not hidden."""
+    if hidden := [path for path in paths if is_hidden(path) and path.lower().endswith(EXTENSIONS)]:
+        log.warning("%s: %d hidden files are left out, which are no images: %s", place, len(hidden), name_few(hidden))
 
 
 def changed_ns(status: os.stat_result) -> int:
@@ -172,8 +194,9 @@ def build_index(folder: Path, classes: list[str]) -> Arrays:
     # threads hide the latency of network filesystems; the work is system calls
     with ThreadPoolExecutor(_THREADS) as pool:
         walked = list(pool.map(lambda name: _walk(folder, name), classes))
-    files_of_classes = [files for files, _ in walked]
-    folders = [(".", modified), *(entry for _, entries in walked for entry in entries)]
+    files_of_classes = [files for files, _, _ in walked]
+    folders = [(".", modified), *(entry for _, entries, _ in walked for entry in entries)]
+    tell_hidden(folder, [path for *_, hidden in walked for path in hidden])
     empty = [name for name, files in zip(classes, files_of_classes, strict=True) if not files]
     if empty:
         raise DataError(
@@ -210,10 +233,13 @@ def scan_class(folder: Path, name: str) -> list[tuple[str, int]]:
     return _walk(folder, name)[0]
 
 
-def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(path below `folder`, bytes) of a class's images, in index order, and (path, modified) of the folders read."""
+def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[str]]:
+    """(path below `folder`, bytes) of a class's images, in index order, (path, modified) of the folders read, hidden.
+
+    Hidden folders are not read, and of the hidden files the paths are told.
+    """
     files_of_folders: dict[str, list[str]] = {}
-    folders, todo = [], [os.path.join(folder, name)]
+    folders, todo, hidden = [], [os.path.join(folder, name)], []
     while todo:
         parent = todo.pop()
         try:
@@ -221,9 +247,11 @@ def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[st
             files_of_folders[parent] = []
             with os.scandir(parent) as entries:
                 for entry in entries:
-                    if entry.is_dir():
+                    if entry.name.startswith("."):
+                        hidden.append(os.path.relpath(entry.path, folder))
+                    elif entry.is_dir():
                         todo.append(entry.path)
-                    elif entry.name.lower().endswith(EXTENSIONS):
+                    elif is_image(entry.name):
                         files_of_folders[parent].append(entry.name)
         except FileNotFoundError:  # there is none of this class
             continue
@@ -234,7 +262,7 @@ def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[st
     paths = [
         os.path.join(parent, file) for parent in sorted(files_of_folders) for file in sorted(files_of_folders[parent])
     ]
-    return [(os.path.relpath(path, folder), _size(path)) for path in paths], folders
+    return [(os.path.relpath(path, folder), _size(path)) for path in paths], folders, hidden
 
 
 def _size(path: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from onlinenorm.data.archives import ArchiveIndex, Progress, files_key, member_arrays, silent
 from onlinenorm.data.class_folders import check_listed, sorted_by_list, validation_folder
-from onlinenorm.data.index import EXTENSIONS, FolderIndex, list_classes, load_index, name_few
+from onlinenorm.data.index import EXTENSIONS, FolderIndex, is_hidden, list_classes, load_index, name_few, tell_hidden
 from onlinenorm.data.index_cache import Arrays, cached_arrays
 from onlinenorm.errors import DataError
 
@@ -180,6 +180,8 @@ def _members(file: zipfile.ZipFile, archive: Path) -> dict[str, dict[str, tuple]
         split, path = match.group(1, 2) if match[1] else match.group(3, 4)
         if ".." in path.split("/"):
             raise DataError(f"{archive}: its member {member.filename} points out of the folder", key="root")
+        if is_hidden(path):
+            continue
         if member.flag_bits & _ENCRYPTED or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             kind = "encrypted" if member.flag_bits & _ENCRYPTED else f"compressed by method {member.compress_type}"
             raise DataError(
@@ -190,4 +192,5 @@ def _members(file: zipfile.ZipFile, archive: Path) -> dict[str, dict[str, tuple]
         found[split][path] = (
             0, member.header_offset, member.file_size, member.compress_size, member.CRC, deflated
         )  # fmt: skip
+    tell_hidden(archive, [member.filename for member in file.infolist()])
     return found

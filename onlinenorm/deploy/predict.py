@@ -11,7 +11,7 @@ from PIL import Image
 
 from onlinenorm.data import DataError, ImageNet
 from onlinenorm.data.decoders import DECODERS, named_warnings, open_rgb
-from onlinenorm.data.index import EXTENSIONS
+from onlinenorm.data.index import EXTENSIONS, is_image
 from onlinenorm.data.transforms import Plan, cut_crops, plan_center_crop, shorter_side
 from onlinenorm.deploy.source import Trained
 from onlinenorm.errors import DeployError
@@ -39,7 +39,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            images = sorted(p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(EXTENSIONS))
+            images = sorted(p for p in path.rglob("*") if is_image(p.name) and p.is_file())
             if not images:
                 raise DeployError(f"{path}: holds no images ({', '.join(EXTENSIONS)})")
             files += images
