@@ -17,6 +17,7 @@ from onlinenorm.data.decoders import DECODERS, DEVICE_DECODERS
 from onlinenorm.data.device_loader import AHEAD, DeviceLoader, part_size
 from onlinenorm.data.gpu_cache import GpuCacheLoader
 from onlinenorm.data.index import name_few
+from onlinenorm.data.kept_batches import KeptBatches
 from onlinenorm.data.limits import RULE, proportional
 from onlinenorm.data.network_input import NetworkInput
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 _LISTED = 1000  # replaced files named in results.json
 
 AnyDataset = InMemoryDataset | FolderDataset
-Loader = DataLoader | DeviceLoader | NvjpegLoader | GpuCacheLoader
+Loader = DataLoader | DeviceLoader | NvjpegLoader | GpuCacheLoader | KeptBatches
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -123,6 +124,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.replaced: list[str] = []
         self._resumed = (0, 0)
         self._train_sampler: GlobalBatchSampler | None = None
+        self._validation: dict[tuple, Loader] = {}
         self._fits = False
         self.raw_training = False
         self.feeds: torch.device | None = None
@@ -276,14 +278,17 @@ class ImageDataModule(pl.LightningDataModule):
         size = self.val_batch_size
         if size is None:
             size = max(self.batch_size // world_size, 64) // (8 if self.evaluation == "ten_crop" else 1)
-        return self._loader(self._sets[1], ValidationSampler(self.val_images, size, rank, world_size))
+        key = size, rank, world_size, self._gpu_fed(), self._workers()
+        if key not in self._validation:  # one for all validations, as it may keep what it has decoded
+            loader = self._loader(self._sets[1], ValidationSampler(self.val_images, size, rank, world_size))
+            files = isinstance(self._sets[1], FolderDataset) and not self.on_device
+            self._validation = {key: KeptBatches(loader) if files else loader}
+        return self._validation[key]
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         """Takes reports of unreadable images out of the batch and applies the policy to them."""
         images, labels, indices, *colour = batch
-        if not (
-            indices.numpy() < 0
-        ).any():  # numpy: an operation of torch would let other threads in, and wait for them
+        if not (indices.numpy() < 0).any():  # not by torch, which would let other threads in, and wait for them
             return batch
         flagged = indices < 0
         indices = torch.where(flagged, -indices - 1, indices)
@@ -325,14 +330,17 @@ class ImageDataModule(pl.LightningDataModule):
         if self.on_device:
             self._check_on_device()
             return GpuCacheLoader(dataset, sampler, self._device(), workers, self.keep_decoded)
-        gpu = getattr(getattr(self.trainer, "strategy", None), "root_device", self.feeds)
-        if gpu is None or gpu.type != "cuda" or isinstance(dataset, NvjpegDataset):
-            gpu = None
+        gpu = None if isinstance(dataset, NvjpegDataset) else self._gpu_fed()
         if workers:
             whole = sampler.local_batch_size, PREFETCHED
             size, ahead = whole if gpu is None else (part_size(whole[0], workers), AHEAD)
             check_shared_memory(dataset, size, workers, getattr(self.trainer, "num_devices", 1), ahead)
         return worker_loader(dataset, sampler, workers) if gpu is None else DeviceLoader(dataset, sampler, gpu, workers)
+
+    def _gpu_fed(self) -> torch.device | None:
+        """The GPU that loaders put batches on, or None."""
+        device = getattr(getattr(self.trainer, "strategy", None), "root_device", self.feeds)
+        return device if device is not None and device.type == "cuda" else None
 
     def _workers(self) -> int:
         chosen = self.num_workers

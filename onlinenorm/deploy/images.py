@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from onlinenorm.data import DataError
+from onlinenorm.data.workers import worker_loader
 from onlinenorm.deploy.source import Trained
 from onlinenorm.errors import DeployError
 from onlinenorm.text import first_line
@@ -37,18 +37,12 @@ def validation_batches(
             raise DeployError(f"the dataset has {data.num_classes} classes and the network {trained.num_classes}")
         total = data.val_images
         whole = data.val_dataloader()
-        assert isinstance(whole, DataLoader)  # load_trained keeps no set on a device
     except DataError as error:
         raise DeployError(f"{first_line(error)} (--data-root names another place)") from error
     count = min(limit or total, total)
     chosen = [(0, index * total // count) for index in range(count)]
-    loader = DataLoader(
-        whole.dataset,
-        batch_sampler=[chosen[start : start + batch_size] for start in range(0, count, batch_size)],
-        collate_fn=whole.collate_fn,
-        num_workers=whole.num_workers,
-    )
-    for batch in loader:
+    batches = [chosen[start : start + batch_size] for start in range(0, count, batch_size)]
+    for batch in worker_loader(whole.dataset, batches, whole.num_workers):
         batch = [part.to(device) for part in data.on_before_batch_transfer(batch)]
         images, labels, indices = data.on_after_batch_transfer(tuple(batch))
         yield images, labels, indices

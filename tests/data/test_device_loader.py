@@ -103,9 +103,9 @@ def test_who_gets_batches_on_the_device(tmp_path):
     data = folders(tmp_path)
     assert isinstance(data.train_dataloader(), torch.utils.data.DataLoader)
     data.feeds = torch.device("cpu")
-    assert isinstance(data.val_dataloader(), torch.utils.data.DataLoader)
+    assert isinstance(data.val_dataloader().loader, torch.utils.data.DataLoader)
     data.feeds = torch.device("cuda")
-    assert isinstance(data.train_dataloader(), DeviceLoader) and isinstance(data.val_dataloader(), DeviceLoader)
+    assert isinstance(data.train_dataloader(), DeviceLoader) and isinstance(data.val_dataloader().loader, DeviceLoader)
 
 
 def test_errors_of_workers_are_raised_where_the_batches_are_taken(tmp_path):
