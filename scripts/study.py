@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             studies = load_studies(options.folder, spec)
             files = study_files(studies, benchmark, spec)
             if options.page:
-                files[".."] = {options.page.stem: findings_page(options.page, studies, benchmark)}
+                files[".."] = {options.page.stem: findings_page(options.page, studies, benchmark, spec)}
         for folder, contents in files.items():
             write_together(output / folder, contents, ReportError)
             print(f"{output / folder}: {', '.join(contents)}")

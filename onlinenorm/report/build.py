@@ -14,13 +14,14 @@ from onlinenorm.report import benchmarks, clamp_figures, figures, render
 from onlinenorm.report.ablation import Ablation, build_ablation, clamp_removals
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import pool_runs
-from onlinenorm.report.removal import KEPT, REMOVED, joined
+from onlinenorm.report.removal import ANEW, KEPT, REMOVED, joined, removal_epochs
 from onlinenorm.report.runs import Runs, find_run_folders, load_runs
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.swept import swept
 from onlinenorm.report.tables import Report, build_report
 
-MAIN = ("fashion_mnist", "embedded")  # the first with runs is drawn in the summary figure
+MAIN = ("imagenette", "cifar10", "fashion_mnist", "embedded")  # the first with runs is drawn in the summary figure
+CLAMPING = "online_clamp"
 BATCHES, IMAGENET_NETWORK = "batch_size", "resnet50"
 
 
@@ -124,11 +125,13 @@ def study_files(
     return {".": together, **files}
 
 
-def findings_page(template: Path, studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None) -> bytes:
+def findings_page(
+    template: Path, studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, spec: ReportSpec
+) -> bytes:
     """A page that a person wrote, its `{{ figures }}` (those of `Findings`) filled in from the studies."""
     pooled = {name: study.pooled for name, study in studies.items() if study.pooled is not None}
     made = {name: study.made for name, study in studies.items()}
-    found = Findings(made, {name: study.runs for name, study in studies.items()}, pooled, benchmark)
+    found = Findings(made, {name: study.runs for name, study in studies.items()}, pooled, benchmark, spec)
     return render.fill(template.read_text(encoding="utf-8"), found).encode()
 
 
@@ -159,13 +162,19 @@ def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, s
     panels: dict[str, Callable] = {}
     main, batches = next((studies[name] for name in MAIN if name in studies), None), studies.get(BATCHES)
     if main and isinstance(report := main.made, Report) and report.rows["seeds"].map(len).any():
-        panels[f"{report.scale_short}: a point a seed"] = lambda axis: figures.accuracy_panel(
-            axis, report, main.runs.runs
-        )
-        if clamped := clamp_figures.clamp_panels({"main": main.runs}):
+        name, runs = report.scale_short, main.runs
+        panels[f"{name}: a point a seed"] = lambda axis: figures.accuracy_panel(axis, report, runs.runs)
+        if len(removal_epochs(runs)):
+            panels["the clamp removed after each epoch"] = lambda axis: clamp_figures.removal_panel(axis, runs)
+        elif clamped := clamp_figures.clamp_panels({"main": runs}):
             panels["activations beyond the clamp, a line a seed"] = lambda axis: clamp_figures.fraction_panel(
                 axis, clamped["main"]
             )
+        ways = _ways(studies).get(report.scale_label.partition(",")[0], report.ways[:0])
+        several = ways["way"].str.contains("off in|doubled in") & ways["way"].str.contains(ANEW)
+        ways = ways[(ways["normalizer"] == CLAMPING) & ~several]
+        if len(ways) > 2:
+            panels[f"{name}: ways to take the clamp away"] = lambda axis: clamp_figures.ways_panel(axis, ways, 34)
     if batches and isinstance(ablation := batches.made, Ablation):
 
         def draw(axis):

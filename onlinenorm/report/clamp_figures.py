@@ -1,5 +1,6 @@
 """Drawing of what clamps do over training, and of what their removal would."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -196,8 +197,11 @@ def draw_ways(found: Mapping[str, pd.DataFrame]) -> bytes | None:
         return png(figure)
 
 
-def ways_panel(axis: Axes, ways: pd.DataFrame) -> None:
-    """Last accuracy by way: a point a seed, a bar at the mean, and a line at the mean of the network as trained."""
+def ways_panel(axis: Axes, ways: pd.DataFrame, width: int = 200) -> None:
+    """Last accuracy by way: a point a seed, a bar at the mean, and a line at the mean of the network as trained.
+
+    Names are broken into lines of `width` characters.
+    """
     rows = list(ways.itertuples())[::-1]
     for place, row in enumerate(rows):
         values = [100 * value for value in row.figures["last_top1"].values()]
@@ -206,6 +210,7 @@ def ways_panel(axis: Axes, ways: pd.DataFrame) -> None:
         axis.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=row.colour, linewidth=2.5, zorder=4)
         if row.verdicts is None:
             axis.axvline(float(np.mean(values)), color=row.colour, linewidth=1.0, linestyle=":", zorder=1)
-    axis.set_yticks(range(len(rows)), [f"{row.way} (n = {len(row.seeds)})" for row in rows], fontsize=9)
+    names = [textwrap.fill(f"{row.way} (n\xa0=\xa0{len(row.seeds)})", width) for row in rows]  # no break before n
+    axis.set_yticks(range(len(rows)), names, fontsize=9)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_xlabel("last epoch val accuracy (%), dotted: as trained")

@@ -276,7 +276,7 @@ def cost_panel(axis: Axes, rows: pd.DataFrame, spec: ReportSpec) -> None:
 
 
 def draw_overview(panels: Mapping[str, Callable[[Axes], Any]]) -> bytes:
-    """PNG of up to four panels by title, two in a row."""
+    """PNG of panels by title, two in a row."""
     lines = (len(panels) + 1) // 2
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(

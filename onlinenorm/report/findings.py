@@ -1,26 +1,32 @@
 """Figures of recorded studies by name, each with what it leaves out, for a page that a person writes about them."""
 
 from collections.abc import Mapping
+from statistics import fmean, median
 from typing import Any
 
 import pandas as pd
 
 from onlinenorm.errors import ReportError
+from onlinenorm.records import lookup
 from onlinenorm.report import benchmarks, words
 from onlinenorm.report.ablation import Ablation, clamp_removals, courses, of_clamped
+from onlinenorm.report.removal import ANEW, AS_TRAINED, KEPT, REMOVED, removal_courses
 from onlinenorm.report.runs import Runs
 from onlinenorm.report.seeds import tally
-from onlinenorm.report.tables import Report, recount
+from onlinenorm.report.settings import ReportSpec
+from onlinenorm.report.swept import plain_value
+from onlinenorm.report.tables import Report, plain, recount
 
 
 class Findings:
-    """What a template may ask for, as words; a study, row or value that is not there is a ReportError.
+    """What a template may ask for, as words; a study, row or value that is not there is a ReportError, but for `has`.
 
     Args:
         studies: tables and ablations by the name of their study.
         runs: their runs.
         pooled: of tables, the comparisons image by image.
         results: rows of scripts/bench/training.py, None without.
+        spec: what runs are held against.
     """
 
     def __init__(
@@ -29,10 +35,23 @@ class Findings:
         runs: Mapping[str, Runs],
         pooled: Mapping[str, pd.DataFrame],
         results: Mapping[str, Any] | None,
+        spec: ReportSpec,
     ):
-        self.studies, self.runs, self.pooled, self.results = studies, runs, pooled, results
+        self.studies, self.runs, self.pooled, self.results, self.spec = studies, runs, pooled, results, spec
         tables = {name: runs[name] for name, made in studies.items() if isinstance(made, Report)}
         self.tables = tables  # of ablations their tables tell: values chosen to go wrong, and runs of other studies too
+
+    def has(self, *studies: str) -> bool:
+        """Are runs of all of these recorded?"""
+        return all(study in self.studies for study in studies)
+
+    def setting(self, study: str, key: str) -> str:
+        """The value that all runs of a study have at a key of their configuration."""
+        runs = self._find(self.runs, study, "study").runs
+        values = {plain_value(plain(value)) for config in runs["config"] if (value := lookup(config, key)) is not None}
+        if len(values) != 1:
+            raise ReportError(f"findings: {key} of {study} is not one value but {len(values)}")
+        return values.pop()
 
     def details(self, study: str) -> str:
         """Images, network, pixels and epochs."""
@@ -93,6 +112,86 @@ class Findings:
         marks = {made.published: " (published)"}
         return ", ".join(f"{self.at(study, v, series, metric)} at {v}{marks.get(v, '')}" for v in values)
 
+    def between(self, study: str, first: str, second: str, series: str, metric: str = "last_top1") -> str:
+        """Two swept values of a series, the first minus the second: outcome, difference and its interval."""
+        made = self._find(self.studies, study, "study")
+        sides = []
+        for value in (first, second):
+            points = made.points[(made.points["value"] == value) & (made.points["series"] == series)]
+            point = self._find(dict(enumerate(points.to_dict("records"))), 0, f"{series} at {value} of {study}")
+            sides.append(dict(zip(point["seeds"], point["figures"][metric], strict=True)))
+        return self._gap(sides[0], sides[1], metric, study)
+
+    def way(self, study: str, normalizer: str, start: str, setting: str = "") -> str:
+        """Last accuracy of the way that begins so, and its difference to the network as trained; see `removal.ways`."""
+        row = self._way(study, normalizer, start, setting)
+        mean = words.mean_and_spread(row.summaries["last_top1"], "last_top1")
+        if row.verdicts is None:
+            return mean
+        verdict = row.verdicts["last_top1"]
+        gap = (
+            words.DASH if row.gaps["last_top1"] is None else f"{words.difference(row.gaps['last_top1'], 'top1')} points"
+        )
+        if verdict.difference is None:
+            return f"{mean} ({gap}, n = {len(row.seeds)})"
+        return f"{mean} ({gap}, {words.interval_words(verdict.difference, 'top1')}: {verdict.outcome})"
+
+    def ways_to(self, study: str, normalizer: str, word: str) -> str:
+        """`way` for each way that has a word in it, by name."""
+        ways = self._find(self.studies, study, "study").ways
+        names = [way for way in ways[ways["normalizer"] == normalizer]["way"] if word in way]
+        return "; ".join(f"{name} {self.way(study, normalizer, name)}" for name in names)
+
+    def way_at(self, study: str, normalizer: str, start: str) -> str:
+        """The difference of a way to the network as trained, in points, at each value of a sweep, with its n."""
+        ways = self._find(self.studies, study, "study").ways
+        ways = ways[(ways["normalizer"] == normalizer) & ways["way"].str.startswith(start)]
+        told = [(row, row.gaps["last_top1"]) for row in ways.itertuples()]
+        return ", ".join(
+            f"{words.difference(gap, 'top1')} at {row.setting.rpartition(' ')[2]} (n = {len(row.seeds)})"
+            for row, gap in told
+            if gap is not None
+        )
+
+    def against_anew(self, study: str, first: str, second: str) -> str:
+        """The last accuracy of `first` as trained minus that of `second` on statistics estimated anew."""
+        usual = KEPT if self._has_way(study, first, KEPT) else AS_TRAINED
+        ours, rival = self._way(study, first, usual), self._way(study, second, ANEW)
+        return self._gap(ours.figures["last_top1"], rival.figures["last_top1"], "last_top1", study)
+
+    def last(self, study: str, first: str, second: str) -> str:
+        """Two rows at the last epoch, the first minus the second: outcome, difference and its interval."""
+        runs = self._find(self.runs, study, "study").runs
+        runs = runs[runs["finished"]]
+        rows = {name: runs[runs["normalizer"] == name] for name in (first, second)}
+        by_seed = {name: dict(zip(row["seed"], row["last_top1"], strict=True)) for name, row in rows.items()}
+        return self._gap(by_seed[first], by_seed[second], "last_top1", study)
+
+    def free(self) -> dict[str, str]:
+        """Over tables of seeds enough for a verdict: in how many of `tables` removal leaves accuracy `equivalent`."""
+        found = [
+            row.verdicts["last_top1"].outcome
+            for name in self.tables
+            for row in self.studies[name].ways.itertuples()
+            if row.way == REMOVED and row.verdicts["last_top1"].difference
+        ]
+        return {"equivalent": str(found.count("equivalent")), "tables": str(len(found))}
+
+    def over_drops(self, study: str) -> str:
+        """Median share of predictions that removal changes, by how often the learning rate had dropped."""
+        found = removal_courses({study: self._find(self.runs, study, "study")})
+        if found.empty:
+            raise ReportError(f"findings: there is no removal at every epoch of {study}; its run data are missing")
+        told = [f"{median(row.changed):.1%} at {words.span(row.lr, '{:.2g}'.format)}" for row in found.itertuples()]
+        return ", ".join(told)
+
+    def jump(self, study: str, normalizer: str) -> str:
+        """The largest rise of the validation loss from one epoch to the next, in nats, from least to most over runs."""
+        runs = self._find(self.runs, study, "study")
+        mine = runs.runs[runs.runs["finished"] & (runs.runs["normalizer"] == normalizer)]
+        losses = runs.epochs[runs.epochs["folder"].isin(mine["folder"])].groupby("folder")["val_loss"]
+        return words.span(losses.apply(lambda loss: loss.diff().max()).tolist(), "{:.2f}".format)
+
     def removal(self, study: str | None = None) -> dict[str, str]:
         """Of runs whose clamps were removed (of one study, or all): `exact` of `runs` changed no prediction, `share` of
         the predictions changed, and accuracy by `points` at most."""
@@ -138,6 +237,30 @@ class Findings:
     def device(self) -> str:
         """What costs were measured on."""
         return self.results["device"] if self.results else "no GPU"
+
+    def _gap(self, first: Mapping[int, float], second: Mapping[int, float], metric: str, study: str) -> str:
+        """Of the seeds that both have."""
+        shared = sorted(first.keys() & second.keys())
+        if not shared:
+            return "no seed is in both"
+        a, b = ({seed: side[seed] for seed in shared} for side in (first, second))
+        scale = next(results["scale"] for results in self.runs[study].runs["results"].dropna())
+        verdict = self.spec.compare(a, b, metric.replace("last", "best"), scale, [])
+        mean = fmean(a[seed] - b[seed] for seed in shared)
+        told = f"{words.difference(mean, metric)} {words.unit(metric)}"
+        if verdict.difference is None:
+            return f"{told}, n = {len(shared)}"
+        return f"{verdict.outcome} ({told}, {words.interval_words(verdict.difference, metric)}, n = {len(shared)})"
+
+    def _way(self, study: str, normalizer: str, start: str, setting: str = "") -> Any:
+        ways = self._find(self.studies, study, "study").ways
+        mine = ways[(ways["normalizer"] == normalizer) & (ways["setting"] == setting)]
+        mine = mine[mine["way"].str.startswith(start)]
+        return self._find(dict(enumerate(mine.itertuples())), 0, f"{normalizer}, {start} of {study}")
+
+    def _has_way(self, study: str, normalizer: str, way: str) -> bool:
+        ways = self._find(self.studies, study, "study").ways
+        return bool(((ways["normalizer"] == normalizer) & (ways["way"] == way)).any())
 
     @staticmethod
     def _with_mark(told: str, row: Any) -> str:

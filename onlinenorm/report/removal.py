@@ -1,7 +1,7 @@
 """What removing the clamp does, at the end and over a run, and other ways to take it away or to mend statistics."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -11,11 +11,12 @@ from onlinenorm.records import lookup
 from onlinenorm.report.runs import Runs, frame, milestones
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
-from onlinenorm.report.statistics import summarize
+from onlinenorm.report.statistics import EQUIVALENT, Verdict, summarize
 from onlinenorm.report.swept import number, swept, value_of
 from onlinenorm.scales import UNKNOWN
 
 AS_TRAINED, KEPT, REMOVED = "as trained", "clamp kept", "clamp removed after training, as published"
+ANEW = "statistics anew"  # how the way is named, before its images
 OFF_KEY, RAISE_KEY = "recipe.clamp_off_epochs", "recipe.clamp_raise_epochs"
 METRICS = {"last_top1": "val_top1", "last_loss": "val_loss"}
 _COLUMNS = (
@@ -61,21 +62,32 @@ def ways(runs: pd.DataFrame, spec: ReportSpec) -> pd.DataFrame:
         for way, entries in sorted(found.items(), key=lambda item: _rank(item[0])) if len(found) > 1 else ():
             figures = {metric: {entry["seed"]: entry[key] for entry in entries} for metric, key in METRICS.items()}
             changed = [entry["changed"] for entry in entries if entry["changed"] is not None]
-            verdicts, gaps = None, {}
-            if usual and entries is not usual:
-                verdicts = {}
-                lost = [f"{row.label}: {count.mark}"] if count.diverged else []
-                for metric, key in METRICS.items():
-                    trained = {entry["seed"]: entry[key] for entry in usual if entry["seed"] in figures[metric]}
-                    shared = {seed: figures[metric][seed] for seed in trained}
-                    verdicts[metric] = spec.compare(shared, trained, metric.replace("last", "best"), scale, lost)
-                    gaps[metric] = fmean(shared[seed] - trained[seed] for seed in trained) if trained else None
             summaries = {metric: summarize(values.values(), spec.confidence) for metric, values in figures.items()}
+            lost = [f"{row.label}: {count.mark}"] if count.diverged else []
+            against = entries is not usual and bool(usual)
+            gaps, verdicts = _against(figures, usual, changed, scale, lost, spec) if against else ({}, None)
             rows.append((
                 normalizer, row.label, row.colour, setting, way, list(figures["last_top1"]), figures, summaries,
                 fmean(changed) if changed else None, gaps, verdicts, count.mark,
             ))  # fmt: skip
     return frame(rows, _COLUMNS)
+
+
+def _against(
+    figures: Mapping[str, Mapping[int, float]], usual: Sequence[Mapping[str, Any]], changed: Sequence[float],
+    scale: str, lost: Sequence[str], spec: ReportSpec,
+) -> tuple[dict[str, float | None], dict[str, Verdict]]:  # fmt: skip
+    """`gaps` and `verdicts` of a way, against the entries as usual; equal where no prediction changed."""
+    gaps, verdicts = {}, {}
+    for metric, key in METRICS.items():
+        trained = {entry["seed"]: entry[key] for entry in usual if entry["seed"] in figures[metric]}
+        shared = {seed: figures[metric][seed] for seed in trained}
+        gaps[metric] = fmean(shared[seed] - trained[seed] for seed in trained) if trained else None
+        verdicts[metric] = spec.compare(shared, trained, metric.replace("last", "best"), scale, lost)
+    found = verdicts["last_top1"]
+    if found.difference and changed and not any(changed) and not lost:
+        verdicts["last_top1"] = Verdict(EQUIVALENT, "no prediction changed", found.difference)
+    return gaps, verdicts
 
 
 def _ways_of(run: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -96,7 +108,7 @@ def _ways_of(run: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         yield way, {**results["last"], "changed": None}
     if anew:
-        told = f"statistics anew ({anew['images']:,} images)"
+        told = f"{ANEW} ({anew['images']:,} images)"
         way = {AS_TRAINED: told, REMOVED: f"clamp removed, {told}"}.get(way, f"{way}, {told}")
         yield way, {**anew, "changed": anew["changed_predictions"] / images}
 

@@ -69,3 +69,50 @@ def write_studies(root: Path, epochs: int = 6, seeds: int = 3) -> Path:
             top1 = 0.7 + 0.03 * np.log10(size) if name == "batch" else 0.88
             write_run(folder, name, 0, recipe={"batch_size": size}, top1=top1, **stopped, **common)
     return root
+
+
+def write_photographs(root: Path) -> Path:
+    """root with every study of photographs that the findings tell of, as small as they can be."""
+    image = {"scale": "imagenette", "model": "resnet50", "data": {"image_size": 128}}
+
+    def clamped(folder: Path, seed: int, cost: float, recipe: dict | None = None, **options) -> None:
+        top1 = 0.81 + 0.001 * seed
+        clamping = {
+            "layers": 53, "clamp_value": 5.0, "with": {"val_loss": 0.6, "val_top1": top1},
+            "without": {"val_loss": 1.1, "val_top1": top1 - cost - 1e-4 * seed}, "changed_predictions": 400,
+            "clamped_fraction": 1e-3, "max_abs_activation": 22.0,
+        }  # fmt: skip
+        again = {"images": 9440, "val_loss": 0.7, "val_top1": top1 - cost / 2, "changed_predictions": 200}
+        removals = [(1.5, 0.5 - cost, 400 - 50 * epoch) for epoch in range(5)]
+        told = {"clamping": clamping, "reestimated": again, "clamped": [(1e-3, 20.0)] * 5, "removals": removals}
+        write_run(folder, "online_clamp", seed, recipe=recipe, **{**image, **told, **options})
+
+    for seed in range(3):
+        clamped(root / "imagenette" / "runs", seed, 0.05)
+        for name in ("online_layer_scaling", "batch"):
+            again = {"images": 9440, "val_loss": 0.5, "val_top1": 0.8 + 0.001 * seed, "changed_predictions": 100}
+            write_run(root / "imagenette" / "runs", name, seed, reestimated=again, **image)
+        for name in ("online_clamp", "online_layer_scaling", "batch"):
+            write_run(root / "cifar10" / "runs", name, seed, scale="cifar10", model="cifar_resnet20")
+        for pixels in ("png", "jpeg75"):
+            top1 = 0.60 + 0.001 * seed if pixels == "png" else 0.595 + 0.0013 * seed
+            folder = root / "jpeg_cost" / "runs" / f"data.root={pixels}"
+            write_run(folder, "batch", seed, top1=top1, scale="imagenette", data={"image_size": 32, "root": pixels})
+    sweeps: tuple = (("clamp_off", "clamp_off_epochs", (1, 2)), ("clamp_raised", "clamp_raise_epochs", (1, 2)))
+    for study, key, values in (*sweeps, ("lr", "lr", (0.05,))):
+        clamped(root / f"imagenette_{study}" / "runs", 0, 0.05)
+        for value in values:
+            folder = root / f"imagenette_{study}" / "runs" / f"recipe.{key}={value}"
+            clamped(folder, 0, 0.05 / (1 + value), recipe={key: value})
+    for value in (3, 8):
+        folder = root / "imagenette_clamp_value" / "runs" / f"normalizer.clamp_value={value}"
+        settings = {"clamp_value": float(value), "error_compensation": "clamp", "_target_": "x"}
+        clamped(folder, 0, 0.1 / value, normalizer_config=settings)
+    for model in ("resnet18", "resnet101"):
+        clamped(root / "imagenette_depth" / "runs" / f"model={model}", 0, 0.05, model=model)
+    clamped(root / "imagenette_short" / "runs", 0, 0.1)
+    for warmup in (0, 5):
+        folder = root / "imagenette_256" / "runs" / f"recipe.warmup_epochs={warmup}"
+        for name in ("online_clamp", "online_layer_scaling", "batch"):
+            write_run(folder, name, 0, recipe={"batch_size": 256, "warmup_epochs": warmup}, **image)
+    return root

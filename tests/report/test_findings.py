@@ -5,7 +5,7 @@ import re
 
 import pytest
 from run_folders import write_run
-from study_folders import NAN, benchmark, write_studies
+from study_folders import NAN, benchmark, write_photographs, write_studies
 
 from onlinenorm.errors import ReportError
 from onlinenorm.report.build import findings_page, load_studies
@@ -13,13 +13,13 @@ from onlinenorm.report.findings import Findings
 from onlinenorm.report.render import fill
 
 ALL = ("online_none", "online_clamp", "online_layer_scaling", "batch")
-NAMES = r"\bResNet-50\b|\bbfloat16\b"  # that have a number in them
+NAMES = r"\bResNet-50\b|\bCIFAR-10\b|\bbfloat16\b"  # that have a number in them
 
 
-def findings(studies, results=None):
+def findings(studies, spec, results=None):
     pooled = {name: study.pooled for name, study in studies.items() if study.pooled is not None}
     made = {name: study.made for name, study in studies.items()}
-    return Findings(made, {name: study.runs for name, study in studies.items()}, pooled, results)
+    return Findings(made, {name: study.runs for name, study in studies.items()}, pooled, results, spec)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def studies(tmp_path_factory, spec):
 
 
 @pytest.fixture(scope="module")
-def found(studies):
-    return findings(studies, benchmark(*ALL))
+def found(studies, spec):
+    return findings(studies, spec, benchmark(*ALL))
 
 
 def typed_numbers(template):
@@ -46,7 +46,8 @@ def test_no_number_of_the_page_is_typed_by_hand(root):
 
 def test_the_recorded_page_is_what_the_runs_give(root, spec):
     results = json.loads((root / "results" / "bench_training.json").read_text())
-    page = findings_page(root / "results" / "README.md.j2", load_studies(root / "results" / "study", spec), results)
+    studies = load_studies(root / "results" / "study", spec)
+    page = findings_page(root / "results" / "README.md.j2", studies, results, spec)
     assert (root / "results" / "README.md").read_bytes() == page, "run scripts/dev/reproduce.sh"
 
 
@@ -94,7 +95,7 @@ def test_removal_that_changes_something_is_told(tmp_path, spec):
     write_run(runs, "online_clamp", 0, clamping=clamping, clamped=[(1e-3, 9.0)] * 4 + [(2e-3, 8.0)])
     write_run(runs, "online_clamp", 1, clamped=[(1e-3, 9.0)] * 4 + [(0.0, 4.0)])
     write_run(runs, "online_clamp", 2, failure=NAN, done=1)
-    found = findings(load_studies(tmp_path, spec))
+    found = findings(load_studies(tmp_path, spec), spec)
     told = found.removal()
     assert told["runs"] == "2 runs (2 of 3 finished, 1 of 3 diverged)"
     assert (told["exact"], told["share"], told["points"]) == ("1", "0.0 to 1.5 %", "-0.05 points")
@@ -111,7 +112,7 @@ def test_swept_values_say_what_they_leave_out(found):
 
 def test_a_row_of_which_nothing_finished_says_how_it_ended(tmp_path, spec):
     write_run(tmp_path / "own" / "runs", "online_none", 1, failure=NAN, finish=False, done=0)
-    found = findings(load_studies(tmp_path, spec))
+    found = findings(load_studies(tmp_path, spec), spec)
     assert found.row("own", "online_none").startswith("seed 1 diverged: step 40")
     assert found.cost(256) == "not measured here"
 
@@ -135,3 +136,58 @@ def test_cost_is_that_of_the_batch(found):
 def test_what_is_not_there_is_named(found, asked):
     with pytest.raises(ReportError, match=r"findings: there is no .*its run data are missing"):
         fill(f"{{{{ {asked} }}}}", found)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory, spec):
+    return load_studies(write_photographs(tmp_path_factory.mktemp("photographs")), spec)
+
+
+def test_findings_about_photographs_appear_with_their_runs(root, spec, photographs):
+    recorded, template = load_studies(root / "results" / "study", spec), root / "results" / "README.md.j2"
+    recorded = {name: study for name, study in recorded.items() if name not in photographs}
+    both = (recorded, recorded | photographs)
+    before, after = (findings_page(template, studies, benchmark(*ALL), spec).decode() for studies in both)
+    for told in (
+        "## Which way of taking it away", "on photographs in small batches?", "moving statistics?", "## Does CIFAR-10",
+        "JPEG minus exact", "In a quarter of the epochs", "by epochs of warm-up", "By network", "By clamp value",
+    ):  # fmt: skip
+        assert told in after and (told not in before or told == "JPEG minus exact"), told
+    for page in (before, after):
+        assert page.count("What would change our mind") >= page.count("\n## ") - 1
+        assert "\n\n\n" not in page and not re.search(r"[.;)][A-Z]", page), "sentences run into one another"
+
+
+def test_ways_are_told_with_their_difference(spec, photographs):
+    told = findings(photographs, spec)
+    assert told.way("imagenette", "online_clamp", "clamp kept") == "81.10 ± 0.10 %"
+    removed = told.way("imagenette", "online_clamp", "clamp removed after")
+    assert removed == "76.09 ± 0.09 % (-5.01 points, 90 % CI -5.03 to -4.99, which excludes 0: different)"
+    off = told.ways_to("imagenette_clamp_off", "online_clamp", "off")
+    assert off.startswith("clamp off in the last 1 epoch 78.50 % (-2.50 points, n = 1); ")
+    by_rate = told.way_at("imagenette_lr", "online_clamp", "clamp removed after")
+    assert by_rate == "-4.76 at 0.05 (n = 1), -5.00 at 0.1 (n = 1)"
+    assert told.free() == {"equivalent": "1", "tables": "2"}  # on CIFAR-10 no prediction changed
+    with pytest.raises(ReportError, match="no online_clamp, clamp off of imagenette; its run data are missing"):
+        told.way("imagenette", "online_clamp", "clamp off")
+
+
+def test_batchnorm_is_told_on_statistics_estimated_anew_too(spec, photographs):
+    told = findings(photographs, spec)
+    anew = told.against_anew("imagenette", "online_clamp", "batch")
+    assert anew.startswith("inconclusive (+1.00 points, 90 % CI") and anew.endswith("n = 3)")
+    gap = told.last("imagenette", "online_clamp", "batch")
+    assert gap == "equivalent (-0.08 points, 90 % CI -0.13 to -0.04, which excludes 0, n = 3)"
+    rises = re.fullmatch(r"(0\.\d\d)( to 0\.\d\d)?", told.jump("imagenette", "batch"))
+    assert rises and float(rises[1]) > 0
+
+
+def test_values_of_a_sweep_are_compared_seed_by_seed(spec, photographs):
+    told = findings(photographs, spec)
+    gap = told.between("jpeg_cost", "jpeg75", "png", "BatchNorm")
+    assert gap.startswith("equivalent (-0.46 points") and gap.endswith("n = 3)")
+    assert told.between("imagenette_256", "5", "0", "BatchNorm").endswith("points, n = 1")
+    assert told.setting("imagenette", "recipe.batch_size") == "32"
+    with pytest.raises(ReportError, match=r"recipe\.lr of imagenette_lr is not one value but 2"):
+        told.setting("imagenette_lr", "recipe.lr")
+    assert told.over_drops("imagenette").endswith(" at 0.0001")

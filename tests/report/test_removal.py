@@ -69,6 +69,14 @@ def test_a_way_that_is_equivalent_is_not_where_a_run_diverged(tmp_path, spec):
     assert row.verdicts["last_top1"].outcome == "inconclusive" and "1 of 4 diverged" in row.mark
 
 
+def test_a_way_that_changes_no_prediction_is_equivalent(tmp_path, spec):
+    for seed in range(3):
+        write_run(tmp_path, "online_clamp", seed, **COMMON)  # whose clamp did nothing
+    row = by_way(ways(load_runs(tmp_path).runs, spec))["online_clamp", "", REMOVED]
+    verdict = row.verdicts["last_top1"]
+    assert (row.changed, verdict.outcome, verdict.reason) == (0, "equivalent", "no prediction changed")
+
+
 def test_remedies_of_training_stand_beside_the_run_that_keeps_its_clamp(tmp_path, spec):
     for seed in range(3):
         write_clamped(tmp_path, seed, top1=0.81 + 0.001 * seed)
