@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         spec = load_spec()
         found = load_runs(options.runs, options.without)
         report = build_report(found.runs, spec)
-        files = table_files(report, found, page=True)
+        files = table_files(report, found, page=output)
         write_together(output, files, ReportError)
     except ReportError as error:
         print(f"table1.py: {error}", file=sys.stderr)

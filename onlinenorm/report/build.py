@@ -1,10 +1,12 @@
 """Which files come of which frames: a table over normalizers, a sweep, or a folder of studies (`<study>/runs/...`)."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -61,13 +63,17 @@ def load_studies(root: Path, spec: ReportSpec) -> dict[str, Study]:
     return studies
 
 
-def table_files(report: Report, study: Runs, page: bool = False) -> dict[str, bytes]:
-    """table1.md, table1.json and curves.png, with `page` index.html too."""
+def table_files(report: Report, study: Runs, page: Path | None = None) -> dict[str, bytes]:
+    """table1.md, table1.json and curves.png, and for a folder `page` its index.html, which links to the runs."""
     curves = figures.draw_curves(study, report)
     files = {"table1.md": render.render_markdown(report).encode(), "table1.json": as_json(report), "curves.png": curves}
-    if page:
-        narrow = figures.draw_curves(study, report, narrow=True)
-        files["index.html"] = render.render_page(report, curves, narrow).encode()
+    if page is not None:
+        wide_and_narrow = {
+            "curves": (curves, figures.draw_curves(study, report, narrow=True)),
+            "intervals": (figures.draw_intervals(report), figures.draw_intervals(report, narrow=True)),
+        }
+        links = {run.name: quote(os.path.relpath(run.folder, page)) for run in study.runs.itertuples()}
+        files["index.html"] = render.render_page(report, wide_and_narrow, study.runs, links).encode()
     return files
 
 

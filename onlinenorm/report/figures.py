@@ -145,9 +145,8 @@ def _legend(rows: Sequence[Any], milestones: Sequence[int], columns: int) -> lis
     for row in rows:
         seeds = len(row.seeds)
         n = f"n = {seeds}" if seeds > 1 else "" if seeds else row.unfinished[0].split(" ", 2)[-1]
-        n = "; ".join(filter(None, [n, row.tally.mark if seeds else ""]))
-        n = f" ({n})" if n else ""
-        colours.append(Line2D([], [], color=row.colour, linewidth=3, label=row.label + n))
+        told = [row.label + (f" ({n})" if n else ""), *(row.tally.mark if seeds else "").split(", ")]
+        colours.append(Line2D([], [], color=row.colour, linewidth=3, label="\n".join(filter(None, told))))
     dashed = {"linestyle": (0, (4, 2)), "linewidth": 1.8}
     styles: list[tuple[str, dict[str, Any]]] = [("train", dashed), ("validation", {"linewidth": 1.8})]
     if any(len(row.seeds) > 1 for row in rows):
@@ -259,9 +258,84 @@ def accuracy_panel(axis: Axes, report: Report, runs: pd.DataFrame) -> None:
     for row in reversed(rows):
         name = f"{row.label} (n = {len(row.seeds)})".replace(" (", "\n(", 1)
         labels.append("\n".join(filter(None, [name, *row.tally.mark.split(", ")])))
-    axis.set_yticks(range(len(rows)), labels)
+    axis.set_yticks(range(len(rows)), labels, fontsize=9)  # four lines at most fit between two rows
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_xlabel("best val accuracy (%)")
+
+
+def draw_intervals(report: Report, narrow: bool = False) -> bytes:
+    """PNG of what came out, b"" where no run has finished: means of rows, and below them differences between rows.
+
+    Whiskers are intervals, of two seeds, which have none, the range; ticks beside a difference are at the margin.
+    Accuracy and loss stand side by side, with `narrow` one above the other. Published values are drawn where they are
+    comparable.
+    """
+    rows = [row for row in report.rows.itertuples() if row.seeds]
+    between = [found for found in report.comparisons.itertuples() if found.second and found.verdict.difference]
+    if not rows:
+        return b""
+    names = words.labels(report)
+    pairs = list(dict.fromkeys((found.first, found.second) for found in between))
+    heights = [1.1 + 0.36 * len(rows)] + [1.1 + 0.48 * len(pairs)] * bool(pairs)
+    across = 1 if narrow else 2
+    size = (6 if narrow else 12, sum(heights) * (2 if narrow else 1))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            2 * len(heights) // across, across, figsize=size, squeeze=False, layout="constrained",
+            height_ratios=heights * (2 if narrow else 1),
+        )  # fmt: skip
+        for column, metric in enumerate(("best_top1", "best_loss")):
+            panels = axes[column * len(heights) :, 0] if narrow else axes[:, column]
+            _means(panels[0], rows, metric, report.scale_short == report.published_short)
+            if pairs:
+                mine = {(found.first, found.second): found for found in between if found.metric == metric}
+                _differences(panels[1], [mine.get(pair) for pair in pairs], metric)
+            if narrow or not column:
+                panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
+                if pairs:
+                    panels[1].set_yticks(
+                        range(len(pairs)), [" −\n".join(names[side] for side in pair) for pair in pairs]
+                    )
+        return png(figure)
+
+
+def _means(axis: Axes, rows: Sequence[Any], metric: str, published: bool) -> None:
+    """A line a row from above: mean and whiskers, the published value hollow."""
+    factor = 100 if words.is_accuracy(metric) else 1
+    for place, row in enumerate(rows):
+        if (summary := row.summaries[metric]) is None:
+            continue
+        low, high = (summary.minimum, summary.maximum) if summary.low is None else (summary.low, summary.high)
+        _whisker(axis, place, factor * summary.mean, factor * low, factor * high, row.colour)
+        if published and row.published:
+            axis.plot(factor * getattr(row.published, metric), place, "D", color=row.colour, markerfacecolor="white")
+    _rows_from_above(axis, len(rows), f"{words.METRIC_NAMES[metric]} ({'%' if factor > 1 else 'nats'})")
+
+
+def _differences(axis: Axes, found: Sequence[Any], metric: str) -> None:
+    """A line a comparison from above: the difference with its interval, and ticks at the margin on both sides of 0."""
+    factor = 100 if words.is_accuracy(metric) else 1
+    axis.axvline(0, color="#888888", linewidth=1)
+    for place, comparison in enumerate(found):
+        if comparison is None:
+            continue
+        difference, margin = comparison.verdict.difference, factor * comparison.margin
+        ends = (factor * end for end in (difference.mean, difference.low, difference.high))
+        _whisker(axis, place, *ends, "#1d2430")
+        for side in (-margin, margin):
+            axis.plot([side] * 2, [place - 0.35, place + 0.35], color="#8a4b00", linewidth=1.6)
+    _rows_from_above(axis, len(found), f"difference in {words.METRIC_NAMES[metric]} ({words.unit(metric)})")
+
+
+def _whisker(axis: Axes, place: float, middle: float, low: float, high: float, colour: str) -> None:
+    sides = [[middle - low], [high - middle]]
+    axis.errorbar(middle, place, xerr=sides, fmt="o", color=colour, capsize=4, linewidth=2, markersize=6)
+
+
+def _rows_from_above(axis: Axes, count: int, label: str) -> None:
+    axis.set_ylim(count - 0.4, -0.6)
+    axis.set_yticks(range(count), [""] * count)
+    axis.set_xlabel(label)
 
 
 def cost_panel(axis: Axes, rows: pd.DataFrame, spec: ReportSpec) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onlinenorm.report import benchmarks, clamp_words, words
+from onlinenorm.report import benchmarks, clamp_words, page_words, words
 from onlinenorm.report.ablation import Ablation, clamp_courses, clamp_removals
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import Pairing
@@ -25,7 +25,7 @@ _ENVIRONMENT = Environment(
     autoescape=select_autoescape(("html.j2",)),
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-_ENVIRONMENT.globals |= {"words": words, "clamp_words": clamp_words}
+_ENVIRONMENT.globals |= {"words": words, "clamp_words": clamp_words, "page_words": page_words}
 
 
 def render(template: str, **names: Any) -> str:
@@ -48,10 +48,23 @@ def render_markdown(report: Report) -> str:
     return render("table1.md.j2", report=report)
 
 
-def render_page(report: Report, curves: bytes, narrow: bytes) -> str:
-    """The whole report as one HTML page that needs nothing beside it; `narrow` shows the curves on narrow screens."""
-    pictures = {name: base64.b64encode(png).decode() for name, png in (("curves", curves), ("narrow", narrow))}
-    return render("page.html.j2", report=report, **pictures)
+def render_page(
+    report: Report,
+    pictures: Mapping[str, tuple[bytes, bytes]],
+    runs: pd.DataFrame | None = None,
+    links: Mapping[str, str] | None = None,
+) -> str:
+    """The whole report as one HTML page that needs nothing beside it.
+
+    Args:
+        report: what it tells.
+        pictures: PNG of "curves" and "intervals", each for wide and for narrow screens; b"" for none.
+        runs: those of the report; without them there is no table of runs.
+        links: a run's name -> its folder, as an address from the page's.
+    """
+    texts = {name: tuple(base64.b64encode(png).decode() for png in both) for name, both in pictures.items()}
+    rows = [] if runs is None else page_words.runs(report, runs, links or {})
+    return render("page.html.j2", report=report, pictures=texts, runs=rows)
 
 
 def render_ablation(ablation: Ablation) -> str:

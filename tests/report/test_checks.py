@@ -108,7 +108,7 @@ def test_runs_from_before_the_one_rule_are_counted_again_and_told(tmp_path, spec
     assert "| online_clamp/seed0 | clamping.without.val_top1 | 1,690 | 1,693 | 2,000 |" in page
     assert "| online_clamp/seed0 | clamping.changed_predictions | 10 | 7 | 2,000 |" in page
     assert "online_clamp/seed0 | last.val_top1" not in page
-    assert "Accuracies by one rule" in render_page(report, b"", b"")
+    assert "Accuracies by one rule" in render_page(report, {})
 
 
 def divide(folder, **trainer):

@@ -103,7 +103,7 @@ def test_runs_that_have_one_way_make_no_section(tmp_path, spec):
     (tmp_path / "x").mkdir()
     report = build_report(load_runs(tmp_path / "online_clamp").runs, spec)
     assert "## Without the clamp" in render_markdown(report)
-    assert "<h2>Without the clamp" in render_page(report, b"", b"")
+    assert "<h2>Without the clamp" in render_page(report, {})
 
 
 def write_curves(root, **options):

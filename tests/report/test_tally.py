@@ -102,7 +102,7 @@ def test_rows_with_diverged_seeds_are_not_equivalent(tmp_path, spec):
     assert "BatchNorm: 4 of 7 finished, 3 of 7 diverged" in verdict.reason
     found = Findings({"own": report}, {"own": runs}, {}, None, spec)
     sentences = found.row("own", "batch"), found.verdict("own", "online_clamp", "batch")
-    for told in (render_markdown(report), render_page(report, b"", b""), *sentences):
+    for told in (render_markdown(report), render_page(report, {}), *sentences):
         assert "3 of 7 diverged" in told, told
 
 
