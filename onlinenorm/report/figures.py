@@ -320,8 +320,8 @@ def _differences(axis: Axes, found: Sequence[Any], metric: str) -> None:
         if comparison is None:
             continue
         difference, margin = comparison.verdict.difference, factor * comparison.margin
-        ends = (factor * end for end in (difference.mean, difference.low, difference.high))
-        _whisker(axis, place, *ends, "#1d2430")
+        middle, low, high = (factor * end for end in (difference.mean, difference.low, difference.high))
+        _whisker(axis, place, middle, low, high, "#1d2430")
         for side in (-margin, margin):
             axis.plot([side] * 2, [place - 0.35, place + 0.35], color="#8a4b00", linewidth=1.6)
     _rows_from_above(axis, len(found), f"difference in {words.METRIC_NAMES[metric]} ({words.unit(metric)})")
