@@ -46,7 +46,7 @@ def parse(words: Iterable[str]) -> Arguments:
             if not equals:
                 value = next(rest, "")
             if not value:
-                raise ConfigError(f"{name}: needs a value")
+                raise ConfigError(f"{name}: needs a value, as in --config-dir FOLDER or --cfg job")
             flags += [name, value]
             if name in ("--config-dir", "-cd"):
                 config_dir = _one_folder(config_dir, value)

@@ -73,7 +73,7 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{mark.name}, line {mark.line + 1}" if mark else shlex.join(overrides)
-        raise ConfigError(f"{place}: is no YAML ({error.problem})") from None
+        raise ConfigError(f"{place}: is no YAML ({error.problem}); correct it there") from None
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         if group not in GROUPS:
@@ -220,7 +220,8 @@ def _values(override: Override, config_dir: str | None) -> list[str]:
         values = list(itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
     if not values or len(values) > MOST_VALUES:
         count = "no value" if not values else f"more than {MOST_VALUES:,} values"
-        raise ConfigError(f"{key}: {(override.input_line or '').partition('=')[2]} gives {count}")
+        given = (override.input_line or "").partition("=")[2]
+        raise ConfigError(f"{key}: {given} gives {count}; list those that are meant, as in {key}=VALUE,VALUE")
     return [f"{override.get_key_element()}={each}" for each in values]
 
 

@@ -23,7 +23,9 @@ def folders(config_dir: str | None) -> list[Path]:
         return [CONFIGS]
     own = Path(config_dir)
     if not own.is_dir():
-        raise ConfigError(f"--config-dir: {config_dir} is no folder")
+        raise ConfigError(
+            f"--config-dir: {config_dir} is no folder; name the one that holds your own normalizer/, data/ or others"
+        )
     groups = [folder for group in GROUPS if (folder := own / group).is_dir()]
     if not groups:
         place = own.resolve()

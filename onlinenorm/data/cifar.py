@@ -83,9 +83,11 @@ class CIFAR10(ImageDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image_size < SIZE:
-            raise ArgumentError("image_size", f"{self.image_size} is below {SIZE}, the size of the images")
+            raise ArgumentError(
+                "image_size", f"{self.image_size} is below {SIZE}, the size of the images; use that or more"
+            )
         if self.in_channels != 3:
-            raise ArgumentError("in_channels", f"{self.in_channels} is not 3; the images are in colour")
+            raise ArgumentError("in_channels", f"{self.in_channels} is not 3; the images are in colour: leave it at 3")
         self.name = self.label
 
     def build(self) -> tuple[InMemoryDataset, InMemoryDataset]:

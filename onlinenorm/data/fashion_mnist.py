@@ -50,7 +50,9 @@ class FashionMNIST(ImageDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image_size < SIZE:
-            raise ArgumentError("image_size", f"{self.image_size} is below {SIZE}, the size of the images")
+            raise ArgumentError(
+                "image_size", f"{self.image_size} is below {SIZE}, the size of the images; use that or more"
+            )
         if self.in_channels not in (1, 3):
             raise ArgumentError("in_channels", f"{self.in_channels} is not 1 or 3")
         if self.augmentation == "scale_jitter":

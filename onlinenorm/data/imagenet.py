@@ -60,7 +60,9 @@ class ImageNet(ImageDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.in_channels != 3:
-            raise ArgumentError("in_channels", f"{self.in_channels} is not 3; images of class folders are read as RGB")
+            raise ArgumentError(
+                "in_channels", f"{self.in_channels} is not 3; images of class folders are read as RGB: leave it at 3"
+            )
         self.name = "imagenet"
 
     def build(self) -> tuple[FolderDataset, FolderDataset]:

@@ -144,7 +144,11 @@ def resumable(
 
 def _check_kinship(path: Path, content: dict[str, Any], config: dict[str, Any] | None, data: Any) -> None:
     if config is not None and (changes := changed_keys(content["config"], config)):
-        raise ConfigError(f"run_dir: {path} is a checkpoint of another configuration:\n  " + "\n  ".join(changes))
+        raise ConfigError(
+            f"run_dir: {path} is a checkpoint of another configuration:\n  "
+            + "\n  ".join(changes)
+            + "\nChoose another run_dir=, take the change back, or delete the folder to start over"
+        )
     if data is None or content["fingerprint"] == data.fingerprint:
         return
     if data.replaced_since(content.get("files")) is None:

@@ -132,7 +132,7 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
     for key, parameter in parameters.items():
         plain = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if plain and parameter.default is parameter.empty and key not in node and key not in provided:
-            raise ConfigError(f"{path}.{key}: is missing; {node['_target_']} needs it")
+            raise ConfigError(f"{path}.{key}: is missing; {node['_target_']} needs it: set {path}.{key}=VALUE")
 
 
 def _check_normalizer(node: dict[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:

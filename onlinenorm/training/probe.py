@@ -74,16 +74,23 @@ def probe_normalizer(
         except (TypeError, ValueError, RuntimeError) as error:
             if name not in NAMED["normalizer"]:
                 raise
-            raise ConfigError(f"normalizer: {name} could not be built ({first_line(error)})") from error
+            raise ConfigError(
+                f"normalizer: {name} could not be built ({first_line(error)}); correct its keys"
+            ) from error
     if not isinstance(layer, nn.Module):
-        raise ConfigError(f"normalizer._target_: {name} makes a {type(layer).__name__} and not a torch.nn.Module")
+        raise ConfigError(
+            f"normalizer._target_: {name} makes a {type(layer).__name__} and not a torch.nn.Module; name what makes one"
+        )
     try:
         parameter_roles(layer)
         statistics_depend_on(layer)
     except ValueError as error:
         raise ConfigError(f"normalizer._target_: {error}") from None
     if factory(num_features=CHANNELS) is layer:
-        raise ConfigError(f"normalizer._target_: {name} makes the same layer at each call, and each site needs its own")
+        raise ConfigError(
+            f"normalizer._target_: {name} makes the same layer at each call, and each site needs its own; build a new "
+            "one in each"
+        )
     trainer = trainer or {}
     several = trainer.get("devices", 1) * trainer.get("num_nodes", 1) > 1
     if several and not all(getattr(inner, "averages_statistics", True) for inner in layer.modules()):

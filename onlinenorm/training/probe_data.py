@@ -73,7 +73,7 @@ def _check_described(data: Any, name: str) -> None:
 def _check_labels(dataset: InMemoryDataset | FolderDataset, classes: int, what: str) -> None:
     labels = dataset.labels()
     if not len(labels):
-        raise ConfigError(f"data._target_: {what} is needed, and its set is empty")
+        raise ConfigError(f"data._target_: {what} is needed, and its set is empty; see what build() finds")
     if labels.min() < 0 or labels.max() >= classes:
         wrong = labels.max() if labels.max() >= classes else labels.min()
         raise ConfigError(
@@ -95,6 +95,9 @@ def _check_batch(data: Any, dataset: InMemoryDataset | FolderDataset, what: str)
         )
     x = data.network_input(images, *colour)
     if x.shape[-3:] != (data.in_channels, data.image_size, data.image_size) or not x.isfinite().all():
-        raise ConfigError(f"data._target_: {what} becomes {list(x.shape)} for the network, or what is not finite")
+        raise ConfigError(
+            f"data._target_: {what} becomes {list(x.shape)} for the network, or what is not finite; see to mean_std, "
+            f"and that images have data.image_size={data.image_size} pixels a side"
+        )
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ConfigError(f"data._target_: {what} has labels {labels.dtype}, {list(labels.shape)}, and not int64, [N]")

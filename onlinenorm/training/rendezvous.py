@@ -81,7 +81,9 @@ def meet(host: str, port: int, rank: int, world_size: int, devices: int, stop: S
     except RuntimeError as error:  # of the store: its server has gone
         if stop.signum:
             stop.raise_interrupted_early()
-        raise RunError(f"{host}:{port}: the first process left before all had come ({first_line(error)})") from None
+        raise RunError(
+            f"{host}:{port}: the first process left before all had come ({first_line(error)}); its own output says why"
+        ) from None
     if decided:
         stop.signum = stop.signum or decided
         if rank == 0:
@@ -100,7 +102,10 @@ class _Wait:
     def due(self) -> bool:
         now = time.monotonic()
         if now - self._began > LIMIT_SECONDS:
-            raise RunError(f"{LIMIT_SECONDS / 60:.0f} minutes have passed and not all processes have come; giving up")
+            raise RunError(
+                f"{LIMIT_SECONDS / 60:.0f} minutes have passed and not all processes have come; giving up: see that "
+                "each was started and reaches the first one at MASTER_ADDR, MASTER_PORT"
+            )
         if now < self._next:
             return False
         self._next = now + REMIND_SECONDS

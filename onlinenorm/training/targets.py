@@ -89,8 +89,10 @@ def locate(group: str, name: Any) -> Any:
         target = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "?"):
-            raise RunError(f"{group}: {name} needs the package {error.name}, which is not installed") from None
-        raise ConfigError(f"{group}._target_: {name!r} does not exist ({error})") from None
+            raise RunError(
+                f"{group}: {name} needs the package {error.name}, which is not installed; pip install {error.name}"
+            ) from None
+        raise ConfigError(f"{group}._target_: {name!r} does not exist ({error}); correct the name") from None
     except Exception as error:
         if not is_own:
             raise

@@ -78,7 +78,9 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
     if launch is None:
         check_alone(settings["devices"], settings["num_nodes"])
     if on_gpu and settings["devices"] > gpus:
-        raise ConfigError(f"trainer.devices: {settings['devices']} asked for, this machine has {gpus} GPU(s)")
+        raise ConfigError(
+            f"trainer.devices: {settings['devices']} asked for, this machine has {gpus} GPU(s); use auto for all"
+        )
     if settings["precision"] == "auto":
         settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
     if settings["strategy"] == "auto" and settings["devices"] * settings["num_nodes"] > 1:
