@@ -51,6 +51,10 @@ class MeetingDDPStrategy(DDPStrategy):
         # are without effect, and would be printed by every process.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        # A compiled network stays in one piece. Cut at DDP's buckets, a part's gradients could be reduced while others
+        # are computed; but captured they come all at once, and not every torch can cut what our layers are.
+        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+            dynamo.config.optimize_ddp = False
         return super()._setup_model(model)
 
 
