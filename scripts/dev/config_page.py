@@ -31,7 +31,7 @@ def table(*rows: tuple[str, ...]) -> str:
 
 def plain(comment: str) -> str:
     """A comment as text of Markdown, where <name> would be a tag."""
-    return re.sub(r"<(?!br>)(?=\w)", r"\\<", comment)
+    return re.sub(r"<(?!br>)(?=\w)", "&lt;", comment)
 
 
 def files_of(group: str) -> dict[str, Path]:
