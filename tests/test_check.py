@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from image_folders import write_tree
 from tests_training import load_train_module
 
 from onlinenorm.training import ImageClassifier, preflight
-from onlinenorm.training.config_check import AUTO_KEYS
+from onlinenorm.training.config_check import AUTO_KEYS, build
 from onlinenorm.training.fast_path import Choice, left_to_choose, with_values
+from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.trainer import resolve
 from scripts import check
 
@@ -44,7 +46,7 @@ def findings(script, capsys, tmp_path):
 
 def test_a_normalizer_that_never_leaves_its_warm_up_is_a_warning(findings):
     code, found = findings(*SYNTHETIC, "normalizer=batch_renorm", "normalizer.warmup_steps=5000")
-    assert code == 0 and found["normalizer"]["status"] == "warning" and "5,000 batches" in found["normalizer"]["text"]
+    assert code == 0 and found["settings"]["status"] == "warning" and "5,000 batches" in found["settings"]["text"]
 
 
 def test_a_run_that_would_train_is_ready(findings, tmp_path):
@@ -56,7 +58,7 @@ def test_a_run_that_would_train_is_ready(findings, tmp_path):
     rates = found["speed"]["loader_images_per_second"], found["speed"]["network_images_per_second"]
     assert found["speed"]["bottleneck"] == ("loader" if rates[0] < rates[1] else "network")
     steps, validation = 64 / min(rates), 16 / found["speed"]["val_images_per_second"]
-    expected = 250 * (steps + validation) + found["step"]["first_seconds"]
+    expected = 250 * (steps + validation) + validation + found["step"]["first_seconds"]
     assert found["time"]["expected_seconds"] == pytest.approx(expected)
     assert f"to {found['time']['expected_end']}" in found["time"]["text"]
     assert {key: found["step"][key] for key in AUTO_KEYS} == AUTO_KEYS, "as the run would resolve them"
@@ -192,9 +194,45 @@ def test_what_is_left_of_a_run_that_was_begun_is_forecast(findings, train_module
     monkeypatch.setattr(preflight, "resumable", lambda *_: (None, {"epoch": 2, "step": 4, "global_step": 20}))
     _, found = findings(*overrides)
     rates = found["speed"]["loader_images_per_second"], found["speed"]["network_images_per_second"]
-    epoch = 64 / min(rates) + 16 / found["speed"]["val_images_per_second"]
-    assert found["time"]["expected_seconds"] == pytest.approx(1.5 * epoch + found["step"]["first_seconds"])
+    validation = 16 / found["speed"]["val_images_per_second"]
+    expected = 1.5 * (64 / min(rates) + validation) + validation + found["step"]["first_seconds"]
+    assert found["time"]["expected_seconds"] == pytest.approx(expected)
     assert "1.5 of them left" in found["time"]["text"]
+
+
+@pytest.mark.parametrize(
+    "normalizer, changes, validations",
+    [
+        ("batch", {}, (0, 1, 0)),
+        ("online_clamp", {}, (0, 2, 0)),
+        ("online_clamp", {"clamp_off_epochs": 3, "removal_every_epoch": True}, (7, 2, 0)),
+        ("online_clamp", {"reestimate_images": 64}, (0, 3, 64)),
+        ("group", {"removal_every_epoch": True, "reestimate_images": 64}, (0, 1, 0)),
+    ],
+)
+def test_validations_that_are_no_epochs_are_forecast(normalizer, changes, validations):
+    """At 10 images/s of the network, 30 of it forward, and 5 of the loader; files are decoded once."""
+    config = load_train_module().load_config([*SYNTHETIC, f"normalizer={normalizer}"])
+    network = build(config, "model", normalizer=build(config, "normalizer"), num_classes=10, in_channels=3)
+    recipe = Recipe(epochs=10, batch_size=16, **changes)
+    of = preflight.Validations.of(network, recipe)
+    assert tuple(of) == validations
+    data, step = SimpleNamespace(train_images=40, val_images=15), {"first_seconds": 1.0}
+    speed = {"loader_images_per_second": 5.0, "network_images_per_second": 10.0, "val_images_per_second": 5.0}
+    position = {"epoch": 2, "step": 0}
+
+    def seconds(kept):
+        found = preflight.check_time(data, recipe, step, {**speed, "val_kept": kept}, of, position, None)
+        return found["expected_seconds"]
+
+    more = 1.0 + 0.5 * max(validations[0] - 2, 0) + validations[2] / 5
+    assert seconds(False) == pytest.approx(8 * (8 + 3) + 3 * validations[1] + more)
+    assert seconds(True) == pytest.approx(8 * (8 + 0.5) + 2.5 + 0.5 * validations[1] + more)
+
+
+def test_settings_without_effect_are_told(findings):
+    code, found = findings(*SYNTHETIC, "normalizer=group", "recipe.clamp_off_epochs=2")
+    assert code == 0 and found["settings"]["text"].startswith("recipe.clamp_off_epochs: without effect, as no layer")
 
 
 def test_what_the_run_would_do_without_is_told_and_not_timed(findings, monkeypatch):

@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -88,7 +88,7 @@ class ImageDataModule(pl.LightningDataModule):
     keep_decoded: bool = False
     limit_train: int | None = None
     limit_val: int | None = None
-    decoder: str = "pillow"
+    decoder: Literal["pillow", "torchvision", "nvjpeg"] = "pillow"
     val_decoder: str = "pillow"
     device_fraction: float = 1.0
     on_unreadable: str = "raise"

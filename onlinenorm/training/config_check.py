@@ -52,7 +52,8 @@ def check_config(config: dict[str, Any]) -> None:
                 raise ConfigError(
                     f"{key}._target_: {key}/{name}.yaml does not name a class; add the line '_target_: MODULE.CLASS'"
                 )
-            raise ConfigError(f"{key}: is missing; name one, as in {key}=NAME")
+            example = "csv, which is metrics.csv alone" if key == "logger" else "NAME"
+            raise ConfigError(f"{key}: is missing; name one, as in {key}={example}")
     for key, value in config.items():
         if key not in KNOWN and key != "choices":
             raise unknown_key(key, KNOWN)

@@ -122,6 +122,13 @@ def kept_buffers(network: nn.Module) -> Iterator[None]:
             buffer.copy_(kept[name])
 
 
+def can_reestimate(network: nn.Module) -> bool:
+    """Whether a network has statistics that `reestimate` moves: those of OnlineNorm or BatchNorm."""
+    layers = list(network.modules())
+    batch_norms = [layer for layer in layers if type(layer) in TORCHS_BATCH_NORMS]
+    return any(isinstance(layer, OnlineNorm) for layer in layers) or any(n.track_running_stats for n in batch_norms)
+
+
 def reestimate(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, images: int) -> int:
     """Moves the statistics of OnlineNorm and BatchNorm over training images; returns how many, 0 where neither is.
 
@@ -129,9 +136,8 @@ def reestimate(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModu
     one epoch at most. OnlineNorm goes on from where it is with its own decay (`update_statistics`), BatchNorm takes the
     mean over batches (`torch.optim.swa_utils.update_bn`).
     """
-    layers = list(module.network.modules())
-    online = any(isinstance(layer, OnlineNorm) for layer in layers)
-    if not online and not any(type(layer) in TORCHS_BATCH_NORMS and layer.track_running_stats for layer in layers):
+    online = any(isinstance(layer, OnlineNorm) for layer in module.network.modules())
+    if not can_reestimate(module.network):
         return 0
     recipe, device = module.recipe, trainer.strategy.root_device
     module.to(device)

@@ -30,6 +30,7 @@ SYNONYMS = {
     "output": "run_dir",
     "output_dir": "run_dir",
     "path": "root",
+    "warmup": "warmup_epochs",
     "wd": "weight_decay",
     "workers": "num_workers",
 }

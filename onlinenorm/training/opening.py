@@ -43,9 +43,10 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
     processes = trainer["devices"] * trainer["num_nodes"]
     on_gpu = trainer["accelerator"] == "gpu"
     where = f"{f'{processes} x ' * (processes > 1)}{device_name(on_gpu)}"
-    images = "on the device" if lookup(config, "data.on_device") else "from memory"
+    held = "on the device" if data.on_device and on_gpu else "from memory"
+    images = held
     if isinstance(data._sets[0], FolderDataset):
-        images = f"decoded by {data.decoder}" + (" once, then on the device" if data.on_device else "")
+        images = f"decoded by {data.decoder}" + (f" once, then {held}" if data.on_device else "")
         if on_gpu and "data.on_device" in reasons:
             images += f", not kept on the device ({reasons['data.on_device']})"
     return [
@@ -53,7 +54,8 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
         f"  {data.name}: {data.train_images:,} training and {data.val_images:,} validation images of "
         f"{data.num_classes:,} classes at {data.image_size} px, {images}",
         f"  learning rate {recipe.scaled_lr:g}{_schedule(recipe)}, momentum {recipe.scaled_momentum:g}; "
-        f"{data.train_images // recipe.batch_size:,} steps an epoch",
+        + (f"label smoothing {recipe.label_smoothing:g} in the train loss alone; " if recipe.label_smoothing else "")
+        + f"{data.train_images // recipe.batch_size:,} steps an epoch",
     ]
 
 
@@ -71,7 +73,30 @@ def _schedule(recipe: Any) -> str:
     )
 
 
-def warmup_notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
+def notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
+    """Sentences on what a run's settings ask for and its network will not do; arguments as of `details`."""
+    return [*_without_effect(network, recipe), *_warmup_notes(network, config, data, recipe)]
+
+
+def _without_effect(network: Any, recipe: Any) -> list[str]:
+    """A sentence for each reason why keys of the recipe that are set change nothing."""
+    from onlinenorm.training.clamping import clamped_layers
+    from onlinenorm.training.final_validation import can_reestimate
+
+    of_clamps = "clamp_raise_epochs", "clamp_off_epochs", "removal_every_epoch"
+    said = []
+    for keys, effective, why in (
+        (of_clamps, bool(clamped_layers(network)), "no layer of the network clamps"),
+        (("reestimate_images",), can_reestimate(network), "no layer of the network is OnlineNorm or BatchNorm"),
+        (("warmup_lr",), recipe.warmup_epochs > 0, "recipe.warmup_epochs is 0"),
+    ):
+        idle = [f"recipe.{key}" for key in keys if getattr(recipe, key)]
+        if idle and not effective:
+            said.append(f"{', '.join(idle)}: without effect, as {why}")
+    return said
+
+
+def _warmup_notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
     """A sentence where layers' own warm-up (``warmup_steps``, in batches) lasts as long as the run, else none.
 
     Such a run trains what the layer is during its warm-up: with BatchRenorm, BatchNorm.

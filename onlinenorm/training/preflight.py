@@ -11,17 +11,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 
 from onlinenorm.data import ImageDataModule, TinyImageNet
 from onlinenorm.data.datasets import FolderDataset
+from onlinenorm.data.kept_batches import KeptBatches, fits
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.records import lookup, run_path
 from onlinenorm.text import duration
 from onlinenorm.training.checkpoint import Checkpoints, resumable
+from onlinenorm.training.clamping import clamped_layers
 from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.fast_path import (
@@ -36,8 +38,9 @@ from onlinenorm.training.fast_path import (
     open_data,
     with_values,
 )
+from onlinenorm.training.final_validation import can_reestimate
 from onlinenorm.training.interruption import StopSignals
-from onlinenorm.training.opening import how, warmup_notes
+from onlinenorm.training.opening import how, notes
 from onlinenorm.training.probe import probe_batch, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.progress import RunProgress
@@ -92,8 +95,9 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     if any(run_folder.checkpoints.glob("*.ckpt")):
         position |= resumable(run_folder.checkpoints, config, data)[1] or {}
     network = _network(choice, normalizer)
-    yield from (finding("normalizer", WARN, note) for note in warmup_notes(network, config, data, recipe))
+    yield from (finding("settings", WARN, note) for note in notes(network, config, data, recipe))
     yield check_disk(folder, network, recipe)
+    validations = Validations.of(network, recipe)
     del network
     step, device = None, _device(config)
     while step is None:
@@ -112,7 +116,7 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     if step["status"] != FAIL:
         speed = check_speed(choice.data, loader, choice.config["trainer"], step, seconds)
         yield speed
-        yield check_time(choice.data, recipe, step, speed, position, limit)
+        yield check_time(choice.data, recipe, step, speed, validations, position, limit)
 
 
 def _device(config: dict[str, Any]) -> torch.device:
@@ -288,7 +292,10 @@ def check_speed(data: ImageDataModule, loader: Any, trainer: dict[str, Any], ste
     # a process's share of the cores is what num_workers=null gives it; a number is taken by each
     loaders = trainer["num_nodes"] if data.num_workers is None else processes
     train = loaders * loader_rate(data, loader, device, seconds)
-    val = loaders * loader_rate(data, data.val_dataloader(), device, seconds / 2)
+    val_loader = data.val_dataloader()
+    val = loaders * loader_rate(data, val_loader, device, seconds / 2)
+    crops = 10 if data.evaluation == "ten_crop" else 1
+    kept = isinstance(val_loader, KeptBatches) and fits(data.val_images * crops * 3 * data.image_size**2, device)
     model = processes * step["images_per_second"]
     slow = train < model
     files = isinstance(data._sets[0], FolderDataset) and not data.on_device
@@ -301,7 +308,8 @@ def check_speed(data: ImageDataModule, loader: Any, trainer: dict[str, Any], ste
         text += "; more data.num_workers, a faster data.decoder (torchvision, nvjpeg) or a local disk would help"
     return finding(
         "speed", WARN if slow else OK, text, loader_images_per_second=train, network_images_per_second=model,
-        val_images_per_second=min(val, FORWARD_SHARE * model), bottleneck="loader" if slow else "network",
+        val_images_per_second=min(val, FORWARD_SHARE * model), val_kept=kept,
+        bottleneck="loader" if slow else "network",
     )  # fmt: skip
 
 
@@ -324,18 +332,43 @@ def loader_rate(data: ImageDataModule, loader, device: torch.device, seconds: fl
     return images / (time.perf_counter() - began)
 
 
+class Validations(NamedTuple):
+    """What a run validates besides once an epoch.
+
+    doubled: first epochs whose validation runs a second time, without the clamp. final: validations after the last
+    epoch. reestimated: training images that statistics are estimated anew on before the last of these.
+    """
+
+    doubled: int
+    final: int
+    reestimated: int
+
+    @classmethod
+    def of(cls, network: torch.nn.Module, recipe: Any) -> "Validations":
+        """Those of a network, not trained yet, and a `Recipe`."""
+        clamps = bool(clamped_layers(network))
+        doubled = recipe.epochs - recipe.clamp_off_epochs if clamps and recipe.removal_every_epoch else 0
+        reestimated = recipe.reestimate_images if can_reestimate(network) else 0
+        return cls(doubled, 1 + clamps + (reestimated > 0), reestimated)
+
+
 def check_time(
-    data: ImageDataModule, recipe: Any, step: Finding, speed: Finding, position: dict[str, int], limit: float | None
-) -> Finding:
+    data: ImageDataModule, recipe: Any, step: Finding, speed: Finding, validations: Validations,
+    position: dict[str, int], limit: float | None,
+) -> Finding:  # fmt: skip
     """When the run would end if it began or continued (at `position`) now, against the seconds that are left."""
-    rate = min(speed["loader_images_per_second"], speed["network_images_per_second"])
-    epoch = data.train_images / rate + data.val_images / speed["val_images_per_second"]
+    loader, forward = speed["loader_images_per_second"], FORWARD_SHARE * speed["network_images_per_second"]
+    first = data.val_images / speed["val_images_per_second"]
+    later = data.val_images / forward if speed["val_kept"] else first
+    epoch = data.train_images / min(loader, speed["network_images_per_second"]) + later
     done = position["epoch"] + position["step"] * recipe.batch_size / data.train_images
-    total = max(recipe.epochs - done, 0.0) * epoch + step["first_seconds"]
+    total = max(recipe.epochs - done, 0.0) * epoch + (first - later) + validations.final * later + step["first_seconds"]
+    total += max(validations.doubled - done, 0.0) * data.val_images / forward
+    total += validations.reestimated / min(loader, forward)
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + total))
     text = f"{recipe.epochs} epochs of {duration(epoch)}"
     text += f", {recipe.epochs - done:.1f} of them left, take" if done else " take"
-    text += f" {duration(total)}, without checkpoints: to {end}"
+    text += f" {duration(total)} with the validations at the end, without checkpoints: to {end}"
     status = OK
     if limit is not None:
         status = WARN if total > limit else OK

@@ -32,7 +32,7 @@ from onlinenorm.training.fast_path import (
 from onlinenorm.training.final_validation import build_results, final_validation, summary, write_results
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import is_rank_zero
-from onlinenorm.training.opening import details, warmup_notes
+from onlinenorm.training.opening import details, notes
 from onlinenorm.training.probe import probe_batch, probe_network, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.recipe import Recipe
@@ -99,7 +99,7 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     steps = position["global_step"] if position else None
     if folder.rank_zero:
         print(*details(config, data, recipe, choice.reasons), sep="\n")
-        print(*(f"  {note}\n" for note in warmup_notes(network, config, data, recipe)), sep="", end="")
+        print(*(f"  {note}\n" for note in notes(network, config, data, recipe)), sep="", end="")
         if position:
             print(f"  continues from {checkpoint}: epoch {position['epoch'] + 1}, step {position['step']}")
         sys.stdout.flush()

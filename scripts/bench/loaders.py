@@ -49,7 +49,7 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 class Ours:
     """This project's loader with a decoder: batches as training gets them, over and over the epochs."""
 
-    def __init__(self, root: Path, decoder: str, batch: int, workers: int, device: torch.device, **arguments):
+    def __init__(self, root: Path, decoder: Any, batch: int, workers: int, device: torch.device, **arguments):
         self.device = device
         self.data = ImageNet(
             root=str(root), decoder=decoder, batch_size=batch, num_workers=workers, augmentation="random_resized_crop",

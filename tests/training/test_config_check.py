@@ -51,6 +51,7 @@ def test_a_sound_configuration_passes():
         ({"normaliser": {"_target_": "x"}}, r"normaliser: no such key; did you mean normalizer\?"),
         ({"seed": -1}, "seed: -1 is not a whole number from 0 to 4294967295"),
         ({"data": None}, "data: is missing; name one, as in data=NAME"),
+        ({"logger": None}, "logger: is missing; name one, as in logger=csv, which is metrics.csv alone"),
         (
             {"data": None, "choices": {"data": "mine"}},
             "data._target_: data/mine.yaml does not name a class; add the line",

@@ -12,11 +12,11 @@ from torch import nn
 from onlinenorm import provenance
 from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import Diverged
-from onlinenorm.normalizers import BatchRenorm2d
+from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d
 from onlinenorm.training import fast_path
 from onlinenorm.training import run as run_module
 from onlinenorm.training.fast_path import open_data, with_values
-from onlinenorm.training.opening import announce, details, warmup_notes
+from onlinenorm.training.opening import announce, details, notes
 from onlinenorm.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.1, base_batch_size=16)
@@ -104,8 +104,39 @@ def test_on_a_gpu_what_is_off_has_its_reason(gpu):
 def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
     """Three epochs of 64 images in batches of 16."""
     config = {"trainer": {"accumulate_grad_batches": accumulate}}
-    notes = warmup_notes(nn.Sequential(layer, layer), config, SimpleNamespace(train_images=64), RECIPE)
-    assert len(notes) == noted and all("BatchRenorm2d's warm-up of" in note and "run of 12" in note for note in notes)
+    said = notes(nn.Sequential(layer, layer), config, SimpleNamespace(train_images=64), RECIPE)
+    assert len(said) == noted and all("BatchRenorm2d's warm-up of" in note and "run of 12" in note for note in said)
+
+
+@pytest.mark.parametrize(
+    "layer, changes, said",
+    [
+        (OnlineNorm2d(4), {"clamp_off_epochs": 1, "reestimate_images": 64}, []),
+        (
+            nn.BatchNorm2d(4),
+            {"clamp_raise_epochs": 1, "removal_every_epoch": True, "reestimate_images": 64},
+            [
+                "recipe.clamp_raise_epochs, recipe.removal_every_epoch: without effect, as no layer of the network "
+                "clamps"
+            ],
+        ),
+        (
+            nn.GroupNorm(1, 4),
+            {"reestimate_images": 64},
+            ["recipe.reestimate_images: without effect, as no layer of the network is OnlineNorm or BatchNorm"],
+        ),
+        (nn.GroupNorm(1, 4), {"warmup_lr": 0.1}, ["recipe.warmup_lr: without effect, as recipe.warmup_epochs is 0"]),
+        (nn.GroupNorm(1, 4), {"warmup_lr": 0.1, "warmup_epochs": 1}, []),
+    ],
+)
+def test_settings_without_effect_are_told(layer, changes, said):
+    config = {"trainer": {"accumulate_grad_batches": 1}}
+    recipe = dataclasses.replace(RECIPE, **changes)
+    assert notes(nn.Sequential(layer), config, SimpleNamespace(train_images=64), recipe) == said
+
+
+def test_on_the_cpu_nothing_lies_on_the_device(gpu):
+    assert lines(data__on_device=True)[1].endswith("at 8 px, from memory")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +153,10 @@ def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
             "learning rate 0.1 after 1 epoch of warm-up from 0, falling to 0 as a cosine, momentum",
         ),
         ({"schedule": "plateau"}, "learning rate 0.1, times 0.1 when validation stops improving, momentum"),
+        (
+            {"label_smoothing": 0.1},
+            "learning rate 0.1, momentum 0.9; label smoothing 0.1 in the train loss alone; 4",
+        ),
     ],
 )
 def test_what_becomes_of_the_learning_rate_is_said(changes, said):
