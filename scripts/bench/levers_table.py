@@ -23,7 +23,7 @@ DROPPED = (
     (
         "weights cast together, and their gradients, in one kernel each way",
         "0.24 ms",
-        "-0.02 ms of 26.82 at batch 256; by the number of kernels torch.compile copied each once more",
+        "-0.02 ms of 26.82 at batch 256; in a test torch.compile had added a kernel for each",
     ),
     ("all of cuDNN's kernels tried (`benchmark_limit = 0`)", "0 to 0.5 ms", "-0.01 of BatchNorm's 44.45 ms at 256"),
     ("1x1 convolutions as products (`conv_1x1_as_mm`)", "0 to 0.5 ms", "-0.05 of BatchNorm's 44.45 ms at 256"),
