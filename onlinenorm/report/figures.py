@@ -264,7 +264,7 @@ def accuracy_panel(axis: Axes, report: Report, runs: pd.DataFrame) -> None:
 
 
 def draw_intervals(report: Report, narrow: bool = False) -> bytes:
-    """PNG of what came out, b"" where no run has finished: means of rows, and below them differences between rows.
+    """PNG of what came out, b"" where no row has two seeds: means of rows, and below them differences between rows.
 
     Whiskers are intervals, of two seeds, which have none, the range; ticks beside a difference are at the margin.
     Accuracy and loss stand side by side, with `narrow` one above the other. Published values are drawn where they are
@@ -272,7 +272,7 @@ def draw_intervals(report: Report, narrow: bool = False) -> bytes:
     """
     rows = [row for row in report.rows.itertuples() if row.seeds]
     between = [found for found in report.comparisons.itertuples() if found.second and found.verdict.difference]
-    if not rows:
+    if all(len(row.seeds) < 2 for row in rows):
         return b""
     names = words.labels(report)
     pairs = list(dict.fromkeys((found.first, found.second) for found in between))

@@ -66,7 +66,8 @@ def test_attempts_are_counted(tmp_path, spec):
     kept.mkdir(parents=True)
     (kept / "failed.json").write_text('{"kind": "diverged", "step": 3, "epoch": 1}')
     (kept / "failed.txt").write_text("loss is NaN in step 3\n")
-    report, _ = made(tmp_path, spec)
+    report, page = made(tmp_path, spec)
+    assert "ntervals" not in page.partition("<h2>Verdicts")[0], "of one seed there are none"
     assert page_words.what_was_run(report) == "1 run of 1 normalizer in 2 attempts: 1 finished, 1 diverged."
 
 
