@@ -12,8 +12,8 @@ Runs are taken one after another, with --parallel N that many at a time with the
 submitted; finished, running and queued ones are left alone, the others started or continued, and one that fails does
 not stop the next. One that diverged would end alike again and is left alone as well; --retry starts it once more and
 keeps the former attempt. Folders are runs/<experiment>/<normalizer>/seed<k>; other keys with several values come in
-between, as in runs/table1/recipe.lr=0.1/batch/seed0. A run's output is in output.log there, a failure's last lines in
-failed.txt.
+between, as in runs/table1/recipe.lr=0.1/batch/seed0. What data.decoder=auto became in the first run stands for the
+others of the same images. A run's output is in output.log there, a failure's last lines in failed.txt.
 
 Exit code 0: all done, or submitted; 1: some failed, diverged or are missing; 2: a configuration cannot be meant,
 nothing was started; 128 + signal: stopped, the run in hand has saved itself.
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--sbatch: there is no sbatch command here; submit from a login node of the cluster")
     if options.parallel < 1:
         parser.error(f"--parallel: {options.parallel} is not a whole number of at least 1")
-    from onlinenorm.training.matrix import UNDONE, Sweep, submit, table
+    from onlinenorm.training.matrix import UNDONE, Sweep, decoder_notes, decoder_of, submit, table
 
     rows = plan(options.overrides, options.runs, options.config_dir)
     if options.parallel > 1 and any(row.devices != 1 for row in rows):
@@ -82,18 +82,19 @@ def main(arguments: list[str] | None = None) -> int:
     print(*lines, sep="\n", flush=True)
     undone = (*UNDONE, "diverged") if options.retry else UNDONE
     todo = [row for row, state in zip(rows, states, strict=True) if state in undone]
+    print(*(f"{note}\n" for note in decoder_notes(rows, todo, bool(options.sbatch))), sep="", end="", flush=True)
     if options.dry_run:
         start = ["sbatch", str(options.sbatch)] if options.sbatch else ["python", "train.py"]
-        print(*(shlex.join([*start, *row.command(row.folder)]) for row in todo), sep="\n")
+        print(*(shlex.join([*start, *row.command(row.folder, decoder_of(row, rows))]) for row in todo), sep="\n")
         return 0
     if not options.status and todo:
-        sweep = Sweep([sys.executable, str(ROOT / "train.py")], options.parallel)
+        sweep = Sweep([sys.executable, str(ROOT / "train.py")], rows, options.parallel)
         if options.sbatch is None:
             sweep.take_all(todo)
         for row in todo if options.sbatch is not None else ():
             if sweep.signum:
                 break
-            submit(row, options.sbatch, ROOT)
+            submit(row, options.sbatch, ROOT, decoder_of(row, rows))
         states, lines = table(rows)
         print("", *lines, sep="\n")
         if sweep.signum:

@@ -1,5 +1,6 @@
 """A matrix of runs: where each stands, what it will still take, and how what is missing is run or submitted."""
 
+import json
 import os
 import shutil
 import signal
@@ -16,9 +17,10 @@ import torch
 
 from onlinenorm.data.workers import STOP_SIGNALS
 from onlinenorm.errors import ConfigError, FolderInUse, RunError
-from onlinenorm.records import FAILURE_TEXT, read_failure, read_record, read_rows, run_path
+from onlinenorm.records import CONFIG, FAILURE_TEXT, lookup, read_failure, read_record, read_rows, run_path
 from onlinenorm.text import duration
 from onlinenorm.training.attempts import former_attempts
+from onlinenorm.training.config_check import AUTO
 from onlinenorm.training.probe import probe_settings
 from onlinenorm.training.run_folder import RunFolder
 
@@ -26,17 +28,22 @@ from onlinenorm.training.run_folder import RunFolder
 STOPPED = {code for number in STOP_SIGNALS for code in (128 + number, -number)}
 UNDONE = ("failed", "stopped", "missing")
 LINES_KEPT = 30
+_DECODER = "data.decoder"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run of the matrix."""
+    """One run of the matrix.
+
+    images: rows that are alike in it show the same files, and leave to "auto" what decodes them; "" for others.
+    """
 
     overrides: tuple[str, ...]
     folder: Path
     normalizer: str
     epochs: int
     devices: int | str = 1
+    images: str = ""
 
     @property
     def failure(self) -> Path:
@@ -61,9 +68,17 @@ class Row:
             return failure.kind if failure is not None else "failed"
         return "stopped" if any(self.folder.glob("checkpoints/*.ckpt")) else "missing"
 
-    def command(self, folder: Path) -> list[str]:
-        """What train.py, or a batch script, is called with."""
-        return [*self.overrides, f"run_dir={folder}"]
+    @property
+    def decoder(self) -> str | None:
+        """What decodes the images of the run that the folder holds, where "auto" chose it; None where none is there."""
+        config = self.folder / CONFIG
+        begun = self.images and config.exists() and self.state({}) in ("done", "running", "stopped")
+        return lookup(read_record(config), _DECODER) if begun else None
+
+    def command(self, folder: Path, decoder: str | None = None) -> list[str]:
+        """What train.py, or a batch script, is called with; `decoder` stands for "auto"."""
+        fixed = [f"{_DECODER}={decoder}"] if decoder and self.images else []
+        return [*self.overrides, *fixed, f"run_dir={folder}"]
 
 
 def plan_row(
@@ -85,7 +100,37 @@ def plan_row(
     folder = run_path({**config, "run_dir": None, "choices": {**names, "experiment": experiment}}, runs, between)
     # of the trainer only train.py knows what it resolves to, on the machine where it runs
     RunFolder(folder, rank_zero=False).check_config(config, ignored=("trainer",))
-    return Row(tuple(overrides), folder, names["normalizer"], config["recipe"]["epochs"], config["trainer"]["devices"])
+    data = config["data"]
+    chosen = lookup(config, _DECODER) == AUTO and data.get("root") is not None
+    images = json.dumps([experiment, data]) if chosen else ""
+    devices = config["trainer"]["devices"]
+    return Row(tuple(overrides), folder, names["normalizer"], config["recipe"]["epochs"], devices, images)
+
+
+def decoder_of(row: Row, rows: Iterable[Row]) -> str | None:
+    """What decodes the images of a row of `rows`, as it does those of the first run of them that has begun.
+
+    What "auto" stands for depends on the machine, and a table takes one decoder. None where it is left to the run.
+    """
+    alike = [other for other in rows if other.images == row.images != ""]
+    return row.decoder or next(filter(None, (other.decoder for other in alike)), None)
+
+
+def decoder_notes(rows: Sequence[Row], todo: Sequence[Row], submitted: bool) -> list[str]:
+    """Sentences on rows whose images more than one decoder decodes, or may where jobs begin on several machines."""
+    notes = []
+    for images in dict.fromkeys(row.images for row in rows if row.images):
+        alike = [row for row in rows if row.images == images]
+        by_decoder = {row.decoder: row.folder for row in reversed(alike) if row.decoder}
+        if len(by_decoder) > 1:
+            found = ", ".join(f"{decoder} ({folder})" for decoder, folder in sorted(by_decoder.items()))
+            notes.append(f"{_DECODER}: {found} decode the same images: a table takes runs of one; delete the others")
+        elif not by_decoder and submitted and sum(row.images == images for row in todo) > 1:
+            notes.append(
+                f"{_DECODER}: auto, by each job's machine, and a table takes runs of one decoder: where the machines "
+                f"differ, give one, as {_DECODER}=pillow"
+            )
+    return notes
 
 
 def check_folders(rows: Iterable[Row]) -> None:
@@ -158,11 +203,12 @@ class Sweep:
 
     Args:
         program: the command that trains, before its overrides.
+        rows: of the whole matrix, also those that are not to be taken.
         parallel: runs at a time; with several the machine's GPUs serve in turn.
     """
 
-    def __init__(self, program: Sequence[str], parallel: int = 1):
-        self.program, self.parallel, self.signum = program, parallel, 0
+    def __init__(self, program: Sequence[str], rows: Sequence[Row], parallel: int = 1):
+        self.program, self.rows, self.parallel, self.signum = program, rows, parallel, 0
         self._runs: set[subprocess.Popen] = set()
         self._gpus = visible_gpus() if parallel > 1 else []
         for number in STOP_SIGNALS:
@@ -210,7 +256,7 @@ class Sweep:
         print(f"\n{row.folder}", flush=True)
         # a session of its own: a terminal's Ctrl-C reaches the run as a signal that it saves itself on
         run = subprocess.Popen(
-            [*self.program, *row.command(row.folder)], env={**os.environ, **gpu},
+            [*self.program, *row.command(row.folder, decoder_of(row, self.rows))], env={**os.environ, **gpu},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         self._runs.add(run)
@@ -232,15 +278,15 @@ def visible_gpus() -> list[str]:
     return [str(k) for k in range(torch.cuda.device_count())] if named is None else [k for k in named.split(",") if k]
 
 
-def submit(row: Row, script: Path, project: Path) -> None:
-    """Hands a row to SLURM, to be run in the folder `project` by a batch script."""
+def submit(row: Row, script: Path, project: Path, decoder: str | None = None) -> None:
+    """Hands a row to SLURM, to be run in the folder `project` by a batch script; `decoder` stands for "auto"."""
     folder = row.folder.resolve()
     try:
         RunFolder(row.folder).keep_attempt()
     except FolderInUse:  # somebody has begun it just now
         return
     options = ["--parsable", f"--job-name={row.folder}", f"--chdir={project}", f"--output={folder / 'output.log'}"]
-    sbatch = ["sbatch", *options, str(script.resolve()), *row.command(folder)]
+    sbatch = ["sbatch", *options, str(script.resolve()), *row.command(folder, decoder)]
     answer = subprocess.run(sbatch, capture_output=True, text=True, check=False)
     if answer.returncode:
         row.failure.write_text(f"sbatch: exit code {answer.returncode}\n{answer.stderr}", encoding="utf-8")
