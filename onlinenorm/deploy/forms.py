@@ -22,7 +22,7 @@ from onlinenorm import models
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.weights import WEIGHTS, read_weights, write_weights
 from onlinenorm.errors import DeployError
-from onlinenorm.normalizers import convert, identity, remove_clamping
+from onlinenorm.normalizers import OnlineNorm, OnlineNorm1d, OnlineNorm2d, convert, identity, remove_clamping
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -49,7 +49,7 @@ class Form:
 
 
 def prepare(trained: Trained, form: Form, keep_clamp: bool = False) -> nn.Module:
-    """A copy of the network as `form` will hold it, with BatchNorm for OnlineNorm where no guard is left.
+    """A copy of the network as `form` will hold it, with BatchNorm for OnlineNorm but for layer scaling.
 
     The clamp is removed unless `keep_clamp`. Raises DeployError, with the reason, where the form cannot hold it.
     """
@@ -76,7 +76,9 @@ def prepare(trained: Trained, form: Form, keep_clamp: bool = False) -> nn.Module
     network = copy.deepcopy(trained.network)
     if guard == "clamp" and not keep_clamp:
         remove_clamping(network)
-    if guard == "none" or (guard == "clamp" and not keep_clamp):
+    if guard == "clamp" and keep_clamp:
+        with_hardtanh(network)
+    elif guard in ("none", "clamp"):
         try:
             convert(network, to="batch")
         except ValueError as error:  # of a class of the user's own, which those forms hold as it is
@@ -88,6 +90,24 @@ def prepare(trained: Trained, form: Form, keep_clamp: bool = False) -> nn.Module
             f"--to {form.name}: normalizer {normalizer} has no running statistics to put there; use {_others()}"
         )
     return network.eval().requires_grad_(False)
+
+
+def with_hardtanh(network: nn.Module) -> None:
+    """BatchNorm and then Hardtanh in place of OnlineNorm layers that clamp, which compute the same in eval mode.
+
+    Files hold them as operators of their own, which runtimes fuse. A network with layers of other classes stays as it
+    is, and so do its files.
+    """
+    layers = {path: m for path, m in network.named_modules(remove_duplicate=False) if isinstance(m, OnlineNorm)}
+    if not all(type(layer) in (OnlineNorm1d, OnlineNorm2d) for layer in layers.values()):
+        return
+    values = {path: m.clamp_value for path, m in layers.items() if m.error_compensation == "clamp"}
+    convert(network, to="batch")
+    clamped: dict[nn.Module, nn.Module] = {}
+    for path, value in values.items():
+        layer = layers[path]
+        clamped.setdefault(layer, nn.Sequential(layer, nn.Hardtanh(-value, value)))
+        network.set_submodule(path, clamped[layer])
 
 
 def without_clamp(trained: Trained) -> nn.Module:

@@ -19,13 +19,13 @@ from torch import nn
 from onlinenorm.deploy import FORMS, DeployError, load_folded, load_trained
 from onlinenorm.deploy.card import removal_line
 from onlinenorm.deploy.export import export, page
-from onlinenorm.deploy.forms import fold, prepare, stock_network, stock_state
+from onlinenorm.deploy.forms import fold, prepare, stock_network, stock_state, with_hardtanh
 from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.predict import read_image
 from onlinenorm.deploy.verification import Agreement, latency_ms
 from onlinenorm.errors import VerificationError
 from onlinenorm.models import cifar_resnet8
-from onlinenorm.normalizers import OnlineNorm, remove_clamping
+from onlinenorm.normalizers import OnlineNorm, OnlineNorm2d, remove_clamping
 
 
 @pytest.fixture(scope="session")
@@ -209,7 +209,28 @@ def test_onnx_and_exported_programs_hold_the_clamp(clamp_run, tmp_path, script):
     nodes = [node.op_type for node in onnx.load(tmp_path / "cifar_resnet8-onnx.onnx").graph.node]
     assert nodes.count("Clip") == 9
     program = torch.export.load(tmp_path / "cifar_resnet8-exported-program.pt2")
-    assert sum("clamp" in str(node.target) or "hardtanh" in str(node.target) for node in program.graph.nodes) == 9
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("aten.hardtanh.default") == 9
+    assert sum("batch_norm" in target for target in targets) == 9, "as operators that runtimes fuse"
+
+
+def test_a_kept_clamp_is_batch_norm_and_hardtanh_wherever_its_layer_is_used():
+    layer = OnlineNorm2d(3, error_compensation="clamp", clamp_value=0.5)
+    layer.running_mean.fill_(0.2)
+    network = nn.Sequential(layer, nn.Sequential(layer), OnlineNorm2d(3, error_compensation="none")).eval()
+    images = torch.randn(4, 3, 5, 5)
+    before = network(images)
+    with_hardtanh(network)
+    torch.testing.assert_close(network(images), before)
+    assert network[0] is network[1][0] and network[0][1].max_val == 0.5
+    assert type(network[0][0]) is type(network[2]) is nn.BatchNorm2d
+
+    class Own(OnlineNorm2d):
+        pass
+
+    own = nn.Sequential(Own(3, error_compensation="clamp"))
+    with_hardtanh(own)
+    assert type(own[0]) is Own
 
 
 def test_what_removal_costs_and_what_helps_is_said():
