@@ -5,9 +5,10 @@
     scripts/export.py runs/table1/online_clamp/seed0/checkpoints/best.ckpt --to all --output exports
 
 RUN is a run folder (its last weights) or a checkpoint file in one. The clamp is removed unless --keep-clamp says
-otherwise. Each file is read back and compared with the network on validation images before it is kept, and gets a model
-card. Exit code 0: all forms asked for are written; 1: refused by that comparison, or --to all could not make each form
-(the others are written, the table says why); 2: the run, the form or the arguments do not allow it.
+otherwise; --reestimate N mends some of what that costs. Each file is read back and compared with the network on
+validation images before it is kept, and gets a model card. Exit code 0: all forms asked for are written; 1: refused by
+that comparison, or --to all could not make each form (the others are written, the table says why); 2: the run, the form
+or the arguments do not allow it.
 """
 
 import argparse
@@ -37,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--keep-clamp", action="store_true", help="leave the clamp in (forms other than torchvision, folded)"
     )
+    parser.add_argument(
+        "--reestimate", type=int, default=0, metavar="N", help="statistics anew on N training images without the clamp"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest logit difference allowed (default 1e-4)")
     parser.add_argument(
         "--images", type=int, metavar="N", default=2000, help="validation images to compare on (default 2000)"
@@ -55,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = export(
             trained, names, options.output, command,
             options.keep_clamp, options.tolerance, options.images, max(options.latency_runs, 0),
+            options.reestimate,
         )  # fmt: skip
         print(table(facts(trained, result, command)))
         if any(row.form == "torchscript" and row.file for row in result.rows):

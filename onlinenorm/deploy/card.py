@@ -31,8 +31,10 @@ def removal_line(found: dict) -> str:
 
     It is taken as free where it costs at most `FREE` of top-1.
     """
+    anew = found.get("images_anew")
+    how = f" and estimating statistics anew on {anew} training images" if anew else ""
     line = (
-        f"Removing the clamp changed {found['changed_predictions']} of {found['images']} predictions "
+        f"Removing the clamp{how} changed {found['changed_predictions']} of {found['images']} predictions "
         f"(logits by up to {found['max_logit_difference']:.2e})."
     )
     if found.get("top1_with_clamp") is None:  # no label is known, or recorded before it was measured
@@ -43,7 +45,8 @@ def removal_line(found: dict) -> str:
         return f"{line}: free, no remedy needed."
     line += ". Better keep it, with --keep-clamp in a form that holds it (onnx, torchscript, exported-program)"
     if again := found.get("reestimated_top1"):
-        line += f"; on statistics estimated anew without it the run measured {again:.2%}"
+        line += f"; on statistics estimated anew without it (--reestimate {found['reestimated_images']}) the run "
+        line += f"measured {again:.2%}"
     return f"{line}; or train without it at the end (recipe.clamp_off_epochs)."
 
 

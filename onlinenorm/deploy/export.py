@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -14,11 +14,12 @@ import torch
 
 from onlinenorm.deploy.card import removal_line, render_card
 from onlinenorm.deploy.forms import FORMS, Form, Logits, prepare, without_clamp
-from onlinenorm.deploy.images import validation_batches
+from onlinenorm.deploy.images import training_batches, validation_batches
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.verification import Agreement, agreements, latency_ms
 from onlinenorm.errors import DeployError, VerificationError
 from onlinenorm.files import staging
+from onlinenorm.normalizers import update_statistics
 from onlinenorm.provenance import git_state, hardware
 from onlinenorm.text import first_line
 
@@ -60,6 +61,7 @@ class Export:
 def export(
     trained: Trained, names: list[str], output: Path, command: str,
     keep_clamp: bool = False, tolerance: float = 1e-4, limit: int | None = None, latency_runs: int = 20,
+    reestimate: int = 0,
 ) -> Export:  # fmt: skip
     """Writes the forms `names` of a network, with a card each, into `output`.
 
@@ -74,19 +76,29 @@ def export(
         tolerance: largest absolute difference of a logit allowed, >= 0; no prediction may change.
         limit: validation images to compare on, spread evenly; None for all.
         latency_runs: timed calls with one image; 0 for none.
+        reestimate: training images on which statistics are estimated anew without the clamp; 0 for none.
 
     Raises DeployError where nothing can be written, VerificationError where a file computes something else; in both
     cases no file is left behind.
     """
     if not tolerance >= 0:
         raise DeployError(f"--tolerance {tolerance}: must be at least 0")
+    if reestimate < 0 or (reestimate and (keep_clamp or trained.guard != "clamp")):
+        raise DeployError(
+            f"--reestimate {reestimate}: is a number of training images for a network whose clamp is removed"
+            + (f", and {trained.folder} has none" if trained.guard != "clamp" else "; leave --keep-clamp out")
+        )
     bare = without_clamp(trained)
+    if reestimate:
+        reestimate, batches = training_batches(trained, reestimate)
+        update_statistics(bare, batches)
+    source = replace(trained, network=bare) if reestimate else trained
     kept = keep_clamp and trained.guard == "clamp"
     candidates: dict[str, tuple[Logits, Logits]] = {}
     if trained.guard == "clamp" and not kept:
         candidates |= {"removal": (bare, trained.network), "trained": (trained.network, trained.network)}
     with staging(output, DeployError) as work:
-        rows = [_stage(trained, FORMS[name], work, keep_clamp, alone=len(names) == 1) for name in names]
+        rows = [_stage(source, FORMS[name], work, keep_clamp, alone=len(names) == 1) for name in names]
         for row in rows:
             if row.file:
                 loaded = FORMS[row.form].load(work / row.file, trained)
@@ -94,13 +106,15 @@ def export(
         if not any(row.file for row in rows):
             raise DeployError("no form can hold this network: " + "; ".join(row.reason for row in rows))
         compared = agreements(candidates, validation_batches(trained, limit, torch.device("cpu")))
-        removal = _removal(trained, compared.pop("removal"), compared.pop("trained")) if "removal" in compared else None
+        removal = None
+        if "removal" in compared:
+            removal = _removal(trained, compared.pop("removal"), compared.pop("trained"), reestimate)
         image = torch.zeros(1, trained.in_channels, trained.data.image_size, trained.data.image_size)
         for row in rows:
             if row.file:
                 row.agreement = compared[row.form]
                 _check(row, tolerance)
-                _check_recorded(trained, row.agreement, kept)
+                _check_recorded(trained, row.agreement, "with" if kept else "anew" if reestimate else "without")
                 if latency_runs:
                     row.milliseconds = latency_ms(candidates[row.form][0], image, latency_runs)
                 card = render_card(
@@ -116,13 +130,12 @@ def export(
     return result
 
 
-def _removal(trained: Trained, without: Agreement, as_trained: Agreement) -> dict:
+def _removal(trained: Trained, without: Agreement, as_trained: Agreement, reestimate: int) -> dict:
     again = (trained.results or {}).get("reestimated") or {}
-    return {
-        **without.as_dict(),
-        "top1_with_clamp": as_trained.top1,
-        **({"reestimated_top1": again["val_top1"]} if again else {}),
-    }
+    told = {"reestimated_top1": again["val_top1"], "reestimated_images": again["images"]} if again else {}
+    if reestimate:
+        told = {"images_anew": reestimate}
+    return {**without.as_dict(), "top1_with_clamp": as_trained.top1, **told}
 
 
 def _stage(trained: Trained, form: Form, work: Path, keep_clamp: bool, alone: bool) -> Row:
@@ -161,8 +174,10 @@ def _check(row: Row, tolerance: float) -> None:
         )
 
 
-def _check_recorded(trained: Trained, agreement: Agreement, kept: bool) -> None:
+def _check_recorded(trained: Trained, agreement: Agreement, clamp: str) -> None:
     """Raises VerificationError where a network is not as accurate as its run has recorded, on the run's own images.
+
+    `clamp` is "with", "without", or "anew" on other statistics, of which nothing may be recorded.
 
     So it is where it keeps state that no checkpoint holds. Two points are for other arithmetic, and five standard
     deviations for a part of the images.
@@ -173,7 +188,10 @@ def _check_recorded(trained: Trained, agreement: Agreement, kept: bool) -> None:
     if data.fingerprint != results["dataset"].get("fingerprint"):
         return
     clamping = results.get("clamping")
-    recorded = (clamping["with" if kept else "without"] if clamping else results["last"])["val_top1"]
+    figures = results.get("reestimated") if clamp == "anew" else clamping[clamp] if clamping else results["last"]
+    if figures is None:
+        return
+    recorded = figures["val_top1"]
     images = agreement.labelled
     part = 5 * math.sqrt(recorded * (1 - recorded) / images) if images < data.val_images else 0.0
     if abs(agreement.top1 - recorded) > 0.02 + 2 / images + part:

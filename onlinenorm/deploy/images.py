@@ -1,6 +1,8 @@
-"""Validation images for a network outside of training."""
+"""Images for a network outside of training."""
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +20,25 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not has_gpu:
         raise DeployError("--device cuda: torch finds no GPU; use --device cpu")
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def training_batches(trained: Trained, count: int) -> tuple[int, Iterator[Tensor]]:
+    """How many training images, and these as the network takes them: those that `final_validation.reestimate` takes.
+
+    At least `count`, augmented and in whole batches as in training, but of one epoch at most. On the CPU. Raises
+    DeployError where the dataset is missing.
+    """
+    recipe = trained.recipe
+    data = replace(trained.data, augmentation=recipe.augmentation)
+    try:
+        data.setup()
+    except DataError as error:
+        raise DeployError(f"{first_line(error)} (--data-root names another place)") from error
+    data.resume(recipe.epochs, 0)
+    steps = min(-(-count // recipe.batch_size), data.train_images // recipe.batch_size)
+    batches = (tuple(data.on_before_batch_transfer(batch)) for batch in data.train_dataloader())
+    images = (data.on_after_batch_transfer(batch)[0] for batch in itertools.islice(batches, steps))
+    return steps * recipe.batch_size, images
 
 
 def validation_batches(

@@ -17,15 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from onlinenorm.deploy import FORMS, DeployError, load_folded, load_trained
-from onlinenorm.deploy.card import removal_line
 from onlinenorm.deploy.export import export, page
-from onlinenorm.deploy.forms import fold, prepare, stock_network, stock_state, with_hardtanh
+from onlinenorm.deploy.forms import fold, prepare, stock_network, stock_state
 from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.predict import read_image
 from onlinenorm.deploy.verification import Agreement, latency_ms
 from onlinenorm.errors import VerificationError
 from onlinenorm.models import cifar_resnet8
-from onlinenorm.normalizers import OnlineNorm, OnlineNorm2d, remove_clamping
+from onlinenorm.normalizers import OnlineNorm, remove_clamping
 
 
 @pytest.fixture(scope="session")
@@ -135,18 +134,6 @@ def test_pages_are_what_their_figures_give(exported, root):
         assert len(content["rows"]) == len(FORMS) and content["rows"][2]["file"], folder
 
 
-def test_clamp_is_kept_where_asked_and_possible(clamp_run, tmp_path, script, capsys):
-    assert script("export")(clamp_run, "--to", "torchscript", "--output", tmp_path, "--keep-clamp") == 0
-    trained = load_trained(clamp_run)
-    images = torch.randn(3, 1, 28, 28)
-    network = FORMS["torchscript"].load(tmp_path / "cifar_resnet8-torchscript.torchscript", trained)
-    torch.testing.assert_close(network(images), trained.network(images), atol=1e-4, rtol=0)
-    assert "clamp: kept" in (tmp_path / "cifar_resnet8-torchscript.md").read_text()
-    capsys.readouterr()
-    assert script("export")(clamp_run, "--to", "folded", "--output", tmp_path / "new", "--keep-clamp") == 2
-    assert "holds no clamp" in capsys.readouterr().err and not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize("form", ["torchvision", "folded"])
 def test_layer_scaling_is_refused_with_the_reason(form, scaling_run, tmp_path, script, capsys):
     assert script("export")(scaling_run, "--to", form, "--output", tmp_path / "new") == 2
@@ -201,58 +188,6 @@ def test_resnet50_trained_a_few_steps_is_torchvisions(train_run, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(stock.eval()(images), trained.network(images), atol=1e-4, rtol=0)
     assert "torchvision.models.resnet50(num_classes=10)" in (tmp_path / "resnet50-torchvision.md").read_text()
-
-
-def test_onnx_and_exported_programs_hold_the_clamp(clamp_run, tmp_path, script):
-    for form in ("onnx", "exported-program"):
-        assert script("export")(clamp_run, "--to", form, "--output", tmp_path, "--keep-clamp") == 0
-    nodes = [node.op_type for node in onnx.load(tmp_path / "cifar_resnet8-onnx.onnx").graph.node]
-    assert nodes.count("Clip") == 9
-    program = torch.export.load(tmp_path / "cifar_resnet8-exported-program.pt2")
-    targets = [str(node.target) for node in program.graph.nodes]
-    assert targets.count("aten.hardtanh.default") == 9
-    assert sum("batch_norm" in target for target in targets) == 9, "as operators that runtimes fuse"
-
-
-def test_a_kept_clamp_is_batch_norm_and_hardtanh_wherever_its_layer_is_used():
-    layer = OnlineNorm2d(3, error_compensation="clamp", clamp_value=0.5)
-    layer.running_mean.fill_(0.2)
-    network = nn.Sequential(layer, nn.Sequential(layer), OnlineNorm2d(3, error_compensation="none")).eval()
-    images = torch.randn(4, 3, 5, 5)
-    before = network(images)
-    with_hardtanh(network)
-    torch.testing.assert_close(network(images), before)
-    assert network[0] is network[1][0] and network[0][1].max_val == 0.5
-    assert type(network[0][0]) is type(network[2]) is nn.BatchNorm2d
-
-    class Own(OnlineNorm2d):
-        pass
-
-    own = nn.Sequential(Own(3, error_compensation="clamp"))
-    with_hardtanh(own)
-    assert type(own[0]) is Own
-
-
-def test_what_removal_costs_and_what_helps_is_said():
-    found = {"changed_predictions": 3, "images": 60, "max_logit_difference": 0.5, "top1": 0.5}
-    assert removal_line(found).endswith("predictions (logits by up to 5.00e-01).")  # recorded before
-    assert removal_line({**found, "top1_with_clamp": 0.5005}).endswith(
-        "50.05% to 50.00% there: free, no remedy needed."
-    )
-    line = removal_line({**found, "top1_with_clamp": 0.6, "reestimated_top1": 0.59})
-    assert "from 60.00% to 50.00% there. Better keep it, with --keep-clamp" in line and "measured 59.00%" in line
-
-
-def test_a_run_that_ended_without_its_clamp_is_exported_so(train_run, tmp_path):
-    tiny = ("data=synthetic", "data.image_size=8", "data.num_train=32", "data.num_val=8", "recipe.batch_size=8")
-    remedy = ("recipe.clamp_off_epochs=1", "recipe.reestimate_images=16")
-    run = train_run("off", "experiment=quickstart", "recipe.epochs=2", "recipe.milestones=[]", *tiny, *remedy)
-    trained = load_trained(run)
-    assert trained.guard == "none" and trained.results["clamping"]["layers"] == 9
-    assert trained.results["reestimated"]["images"] == 16
-    result = export(trained, ["folded"], tmp_path, "test", latency_runs=0)
-    assert result.removal is None and result.rows[0].agreement.within(1e-4)
-    assert "Activation clamp: none" in (tmp_path / "cifar_resnet8-folded.md").read_text()
 
 
 @pytest.mark.parametrize("by", [1e-3, float("nan")])
