@@ -31,6 +31,7 @@ STYLE: Any = {
 _FACTOR = {"loss": 1.0, "top1": 100.0}
 _AXIS = {"loss": "loss (nats)", "top1": "top-1 accuracy (%)"}
 _NESTED = 3  # rows whose curves are drawn in different widths
+_LONG = 50  # letters of a name of which a legend has two side by side, not three
 _CROWDED = 4  # more normalizers than this get train and val in panels of their own
 
 
@@ -52,6 +53,9 @@ def draw_curves(study: Runs, report: Report, narrow: bool = False) -> bytes:
     panels = [(split, start, kind) for split, start in splits for kind in ("loss", "top1")]
     across, legend_columns = (1, 1) if narrow else (2, 3)
     entries = _legend(shown, report.milestones, legend_columns)
+    if legend_columns > 2 and any(len(line) > _LONG for e in entries for line in str(e.get_label()).splitlines()):
+        legend_columns = 2
+        entries = _legend(shown, report.milestones, legend_columns)
     size = (12 / (2 if narrow else 1), 4.2 * len(panels) / across + 0.9 + 0.23 * len(entries) / legend_columns)
     last = max((run.planned or run.epochs for run in runs.itertuples()), default=1)
     with plt.rc_context(STYLE):

@@ -16,7 +16,9 @@ _NEXT_PAIR = re.compile(r",(?=[+~]*[\w.@]+=)")
 def swept(name: str) -> dict[str, str]:
     """Keys and values in the folder names above a run, e.g. {"normalizer.clamp_value": "3"}."""
     pairs = [pair for part in name.split("/")[:-2] if "=" in part for pair in _NEXT_PAIR.split(part)]
-    return {key.lstrip("+~"): plain_value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+    return {
+        key.lstrip("+~"): plain_value(value.strip("'")) for key, _, value in (pair.partition("=") for pair in pairs)
+    }
 
 
 def plain_value(value: Any) -> str:

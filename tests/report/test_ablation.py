@@ -5,10 +5,11 @@ from run_folders import write_run
 from study_folders import NAN, course
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.ablation import build_ablation, in_order
+from onlinenorm.report.ablation import build_ablation
 from onlinenorm.report.figures import draw_ablation, positions
 from onlinenorm.report.render import render_ablation
 from onlinenorm.report.runs import load_runs
+from onlinenorm.report.swept import in_order, swept
 from onlinenorm.report.words import ablation_table
 
 
@@ -121,3 +122,8 @@ def test_the_figure_survives_what_blew_up_and_what_never_finished(tmp_path, spec
         options |= {"loss": loss} if finished else {"done": 1, "failure": NAN}
         write_run(tmp_path / f"normalizer.clamp_value={value}", "online_clamp", **options)
     assert draw_ablation(ablation_of(tmp_path, spec)).startswith(b"\x89PNG")
+
+
+def test_values_of_folders_are_read_without_their_quotes():
+    assert swept("data.root='png',recipe.lr=0.10/batch/seed0") == {"data.root": "png", "recipe.lr": "0.1"}
+    assert swept("batch/seed0") == {}

@@ -103,7 +103,9 @@ def test_runs_that_have_one_way_make_no_section(tmp_path, spec):
     (tmp_path / "x").mkdir()
     report = build_report(load_runs(tmp_path / "online_clamp").runs, spec)
     assert "## Without the clamp" in render_markdown(report)
-    assert "<h2>Without the clamp" in render_page(report, {})
+    page = render_page(report, {})
+    assert "<h2>Without the clamp" in page and "&lt;br" not in page
+    assert '-5.00 points<span class="detail">inconclusive: n = 1</span>' in page
 
 
 def write_curves(root, **options):
