@@ -19,6 +19,7 @@ from official_archives import write_official
 from tests_training import load_train_module
 
 from onlinenorm.data import ImageNet
+from onlinenorm.data.decoders import DECODERS
 from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, read_split
 from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.kaggle import ZIP
@@ -173,3 +174,17 @@ def test_accuracy_does_not_depend_on_the_decoder_of_validation(tmp_path):
     difference = (pixels("pillow") - pixels("torchvision")).abs().float()
     print(f"grey levels: mean {difference.mean():.4f}, largest {difference.max():.0f}")
     assert difference.mean() <= 1
+
+
+def test_validation_images_are_decoded_once_a_run(tmp_path, monkeypatch):
+    """Three epochs, and at the end with the clamp and without; where there is no room, each time, to the same end."""
+    tree = write_tree(tmp_path / "set")
+    three = "recipe.epochs=3", "data.decoder=torchvision", "normalizer=online_clamp"
+    calls, decode = [], DECODERS["pillow"]
+    monkeypatch.setitem(DECODERS, "pillow", lambda *arguments: calls.append(1) or decode(*arguments))
+    once = run(tmp_path / "once", tree, *three)
+    assert len(calls) == once["dataset"]["val_images"] == 6
+    monkeypatch.setattr("onlinenorm.data.kept_batches.free_memory", lambda device: 0)
+    each_time = run(tmp_path / "each_time", tree, *three)
+    assert len(calls) == 6 + 5 * 6
+    assert all(once[key] == each_time[key] for key in ("parameters_sha256", "last", "clamping"))

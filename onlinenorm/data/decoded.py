@@ -113,7 +113,7 @@ def decode_images(dataset: FolderDataset, workers: int, device: torch.device, al
         at += len(data)
         sizes += sizes_M2.tolist()
         of_torch += of_torch_M.tolist()
-        progress(f"decoding {_split(dataset)}/ for the device", len(sizes), count)
+        progress(f"decoding {_split(dataset)}/, once", len(sizes), count)
     sizes_N2 = np.array(sizes, dtype=np.int64)
     starts_N = np.concatenate([[0], np.cumsum(3 * sizes_N2.prod(axis=1))[:-1]])
     return DecodedImages(pixels_B, starts_N, sizes_N2, np.array(of_torch))

@@ -13,6 +13,9 @@ commit baa1591, before the stem had kernels of its own; loaders of results/bench
   are then decoded once, and by Pillow, whose pixels are the reference; so they are where there is no room just now.
 - data.decoder: else nvjpeg, 7,045 images/s on 16 cores, where Pillow has 3,374 and torchvision 4,138; torchvision where
   the GPU does not decode.
+- validation images are decoded by data.val_decoder whatever decodes the others, so that accuracies are of the same
+  pixels; once a run, where a quarter of their device's free memory holds them (`data.kept_batches`): those of ImageNet
+  take 7.5 GB.
 
 Each is off where it is refused, or where nobody has seen it to be right: see the `_against_` functions.
 """

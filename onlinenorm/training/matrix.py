@@ -20,7 +20,7 @@ from onlinenorm.errors import ConfigError, FolderInUse, RunError
 from onlinenorm.records import CONFIG, FAILURE_TEXT, lookup, read_failure, read_record, read_rows, run_path
 from onlinenorm.text import duration
 from onlinenorm.training.attempts import former_attempts
-from onlinenorm.training.config_check import AUTO
+from onlinenorm.training.config_check import AUTO, AUTO_KEYS
 from onlinenorm.training.probe import probe_settings
 from onlinenorm.training.run_folder import RunFolder
 
@@ -73,7 +73,7 @@ class Row:
         """What decodes the images of the run that the folder holds, where "auto" chose it; None where none is there."""
         config = self.folder / CONFIG
         begun = self.images and config.exists() and self.state({}) in ("done", "running", "stopped")
-        return lookup(read_record(config), _DECODER) if begun else None
+        return lookup(read_record(config), _DECODER, AUTO_KEYS[_DECODER]) if begun else None
 
     def command(self, folder: Path, decoder: str | None = None) -> list[str]:
         """What train.py, or a batch script, is called with; `decoder` stands for "auto"."""

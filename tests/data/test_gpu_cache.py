@@ -290,7 +290,7 @@ def test_nvjpeg_needs_a_gpu_to_decode_once_too(tree):
 
 def test_how_far_decoding_is_is_shown(tree, capfd):
     batches(folders(tree, on_device=True))
-    assert "decoding train/ for the device: 18 of 18 (100.0%)" in capfd.readouterr().err
+    assert "decoding train/, once: 18 of 18 (100.0%)" in capfd.readouterr().err
 
 
 def test_leaving_early_ends_the_thread():
