@@ -95,18 +95,17 @@ def _ways_of(run: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     results, images = run.results, run.results["dataset"]["val_images"]
     clamping, anew = results.get("clamping"), results.get("reestimated")
     off, raised = (int(lookup(run.config, key, 0) or 0) for key in (OFF_KEY, RAISE_KEY))
-    way, changed = AS_TRAINED, None
-    if clamping and (off or raised):
-        parts = [f"doubled in each of the last {_epochs(raised)}"] * bool(raised)
-        parts += [f"off in the last {_epochs(off)}" if off else "then removed"]
-        way = f"clamp {', '.join(parts)}"
-        yield way, {**clamping["without"], "changed": None}
-    elif clamping:
-        yield KEPT, {**clamping["with"], "changed": None}
-        way, changed = REMOVED, clamping["changed_predictions"] / images
-        yield way, {**clamping["without"], "changed": changed}
-    else:
+    doubled = f"clamp doubled in each of the last {_epochs(raised)}, " if raised else "clamp "
+    if not clamping:
+        way = AS_TRAINED
         yield way, {**results["last"], "changed": None}
+    elif off:
+        way = f"{doubled}off in the last {_epochs(off)}"
+        yield way, {**clamping["without"], "changed": None}
+    else:
+        kept, way = (f"{doubled}kept", f"{doubled}then removed") if raised else (KEPT, REMOVED)
+        yield kept, {**clamping["with"], "changed": None}
+        yield way, {**clamping["without"], "changed": clamping["changed_predictions"] / images}
     if anew:
         told = f"{ANEW} ({anew['images']:,} images)"
         way = {AS_TRAINED: told, REMOVED: f"clamp removed, {told}"}.get(way, f"{way}, {told}")
