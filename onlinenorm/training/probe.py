@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from onlinenorm.errors import ArgumentError, ConfigError
 from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.normalizers.dependence import statistics_depend_on
-from onlinenorm.normalizers.online_norm import STATISTICS
+from onlinenorm.normalizers.settings import STATISTICS
 from onlinenorm.text import first_line
 from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.fast_path import left_to_choose, make_data, with_values

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from onlinenorm.ops.fused import nvrtc, single_read, tiling, workspace
+from onlinenorm.ops.fused.params import NORM, SHORTCUT, Params
 from onlinenorm.ops.spec import NormSpec
 
 OF_SHORTCUTS = [row[-1] for row in tiling.SHORTCUT_TUNINGS if row[-1]]
@@ -69,12 +70,12 @@ def test_parameters_are_laid_out_as_the_kernels_read_them():
         lines = source.partition(f"struct {structure} {{")[2].partition("};")[0].split(";")
         return [name for line in lines for name in re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", line.strip())]
 
-    assert declared("Norm") == list(single_read.NORM) and "Norm norms[2];" in source
+    assert declared("Norm") == list(NORM) and "Norm norms[2];" in source
     at = declared("Params").index("norms")
-    names = declared("Params")[:at] + list(single_read.NORM)
-    names += [single_read.SHORTCUT + name for name in single_read.NORM] + declared("Params")[at + 1 :]
-    assert names == [name for name, *_ in single_read.Params._fields_ if name != "padding"]
-    assert ctypes.sizeof(single_read.Params) % 64 == 0
+    names = declared("Params")[:at] + list(NORM)
+    names += [SHORTCUT + name for name in NORM] + declared("Params")[at + 1 :]
+    assert names == [name for name, *_ in Params._fields_ if name != "padding"]
+    assert ctypes.sizeof(Params) % 64 == 0
 
 
 class FakeKernel:
@@ -92,7 +93,7 @@ class FakeKernel:
         return 1
 
     def launch(self, ctas, threads, shared_memory, stream, params, cooperative):
-        self.launched.append((ctas, stream, single_read.Params.from_buffer_copy(params), cooperative))
+        self.launched.append((ctas, stream, Params.from_buffer_copy(params), cooperative))
 
 
 H100 = SimpleNamespace(shared_memory_per_block_optin=232_448, multi_processor_count=132)

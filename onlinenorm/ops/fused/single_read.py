@@ -13,6 +13,7 @@ from torch import Tensor
 from onlinenorm.ops.fused import workspace
 from onlinenorm.ops.fused.cubin_cache import cubin
 from onlinenorm.ops.fused.nvrtc import Kernel, architecture, tensor_map
+from onlinenorm.ops.fused.params import NORM, SHORTCUT, Params
 from onlinenorm.ops.fused.tiling import (
     POOLED_TUNINGS,
     WIDTH,
@@ -30,29 +31,6 @@ MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the sums o
 DEPTH = 4  # samples that must wait on the chip at once for it; one would do, but slowly
 FLAGS = "RELU", "RESIDUAL", "SKIP_GRAD", "POOL", "SHORTCUT"
 SOURCES = Path(__file__).parent / "cuda"
-
-POINTERS = ("out", "out_residual", "mask", "tile_counter", "clear")
-NORM = (
-    "weight", "bias", "state_a", "state_b", "tables", "moments", "rzeta", "grad_weight", "grad_bias", "sample_sums",
-    "tile_sums", "channel_sums",
-)  # fmt: skip
-SHORTCUT = "shortcut_"  # before the names of the second layer's
-INTEGERS = (
-    "samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes", "width", "clear_count",
-)  # fmt: skip
-REALS = ("alpha_fwd", "one_minus_alpha_fwd", "alpha_bkw", "one_minus_alpha_bkw", "eps", "clamp", "zeta_eps", "scale")
-
-
-class Params(ctypes.Structure):
-    """The kernels' argument; same order as in common.cu."""
-
-    _fields_ = (
-        ("maps", ctypes.c_char * 128 * 4),
-        *((name, ctypes.c_void_p) for name in (*POINTERS, *NORM, *(SHORTCUT + name for name in NORM))),
-        *((name, ctypes.c_int) for name in INTEGERS),
-        *((name, ctypes.c_float) for name in REALS),
-        ("padding", ctypes.c_char * 16),  # to whole 64 bytes, as the maps are aligned
-    )
 
 
 @functools.cache
