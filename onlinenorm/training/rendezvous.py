@@ -52,7 +52,7 @@ class MeetingDDPStrategy(DDPStrategy):
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # A compiled network stays in one piece. Cut at DDP's buckets, a part's gradients could be reduced while others
-        # are computed; but captured they come all at once, and not every torch can cut what our layers are.
+        # are computed; but captured, as by default, they come all at once.
         if (dynamo := sys.modules.get("torch._dynamo")) is not None:
             dynamo.config.optimize_ddp = False
         return super()._setup_model(model)
