@@ -23,7 +23,7 @@ from onlinenorm.report.swept import swept
 from onlinenorm.report.tables import Report, build_report
 
 MAIN = ("imagenette", "cifar10", "fashion_mnist", "embedded")  # the first with runs is drawn in the summary figure
-CLAMPING = "online_clamp"
+CLAMPING, VALUES = "online_clamp", "clamp_value"
 BATCHES, IMAGENET_NETWORK = "batch_size", "resnet50"
 
 
@@ -163,6 +163,10 @@ def _ways(studies: Mapping[str, Study]) -> dict[str, pd.DataFrame]:
     return {name: joined(parts) for name, parts in found.items()}
 
 
+def _of_clamping(ways: pd.DataFrame) -> pd.DataFrame:
+    return ways[ways["normalizer"] == CLAMPING]
+
+
 def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, spec: ReportSpec) -> dict[str, Callable]:
     """Panels of the summary figure by title, as far as there are data."""
     panels: dict[str, Callable] = {}
@@ -172,13 +176,18 @@ def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, s
         panels[f"{name}: a point a seed"] = lambda axis: figures.accuracy_panel(axis, report, runs.runs)
         if len(removal_epochs(runs)):
             panels["the clamp removed after each epoch"] = lambda axis: clamp_figures.removal_panel(axis, runs)
+        elif VALUES in studies and len(values := _of_clamping(studies[VALUES].made.ways)):
+            images = studies[VALUES].made.scale_label.partition(",")[0]
+            panels[f"{images}:\nthe clamp removed after training"] = lambda axis: clamp_figures.removal_by_value_panel(
+                axis, values
+            )
         elif clamped := clamp_figures.clamp_panels({"main": runs}):
             panels["activations beyond the clamp, a line a seed"] = lambda axis: clamp_figures.fraction_panel(
                 axis, clamped["main"]
             )
         ways = _ways(studies).get(report.scale_label.partition(",")[0], report.ways[:0])
         several = ways["way"].str.contains("off in|doubled in") & ways["way"].str.contains(ANEW)
-        ways = ways[(ways["normalizer"] == CLAMPING) & ~several]
+        ways = _of_clamping(ways[~several])
         if len(ways) > 2:
             panels[f"{name}: ways to take the clamp away"] = lambda axis: clamp_figures.ways_panel(axis, ways, 34)
     if batches and isinstance(ablation := batches.made, Ablation):

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from onlinenorm.report.figures import STYLE, png, unique
-from onlinenorm.report.removal import removal_epochs
+from onlinenorm.report.removal import KEPT, REMOVED, removal_epochs
 from onlinenorm.report.runs import Runs, milestones
 from onlinenorm.report.swept import CLAMP_KEY, in_order, number, swept, value_of
 
@@ -177,6 +177,25 @@ def changed_panel(axis: Axes, study: Runs, against: str) -> None:
         axis.set_xlabel("learning rate (log scale)")
     if epochs["setting"].any():
         axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+
+
+def removal_by_value_panel(axis: Axes, ways: pd.DataFrame) -> None:
+    """Last accuracy against the clamp value, as trained and with the clamp removed: a point a seed, lines by means."""
+    for way, label, style in ((KEPT, "as trained", "-"), (REMOVED, "clamp removed", (0, (3, 1.5)))):
+        rows = [row for row in ways.itertuples() if row.way == way]
+        places = [float(row.setting.rpartition(" ")[2]) for row in rows]
+        look: dict[str, Any] = {"color": rows[0].colour, "zorder": 3}
+        means = [100 * row.summaries["last_top1"].mean for row in rows]
+        axis.plot(places, means, marker="o", linewidth=1.6, linestyle=style, label=label, **look)
+        for place, row in zip(places, rows, strict=True):
+            values = [100 * value for value in row.figures["last_top1"].values()]
+            axis.plot([place] * len(values), values, ".", markersize=5, alpha=0.5, **look)
+    axis.set_xscale("log")
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.minorticks_off()
+    axis.set_xlabel("clamp value (log scale)")
+    axis.set_ylabel("last epoch val accuracy (%)")
+    axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
 
 
 def draw_ways(found: Mapping[str, pd.DataFrame]) -> bytes | None:

@@ -147,3 +147,18 @@ def test_runs_without_curves_make_no_picture(tmp_path, spec):
     write_run(tmp_path / "own" / "runs", "online_clamp", clamped=[(1e-3, 9.0)] * 5)
     files = study_files(load_studies(tmp_path, spec), None, spec)["."]
     assert not {"removal.png", "ways.png"} & files.keys() and "every epoch" not in files["clamping.md"].decode()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_summary_shows_removal_by_clamp_value_where_no_epochs_were_asked(tmp_path, spec, monkeypatch, named):
+    titles = []
+    monkeypatch.setattr("onlinenorm.report.figures.draw_overview", lambda panels: titles.extend(panels) or b"")
+    clamped = [(1e-3, 9.0)] * 5
+    write_run(tmp_path / "fashion_mnist" / "runs", "online_clamp", scale="fashion_mnist", clamped=clamped)
+    for value in (2, 8):
+        folder = tmp_path / ("clamp_value" if named else "another") / "runs" / f"normalizer.clamp_value={value}"
+        settings = {"clamp_value": float(value), "error_compensation": "clamp", "_target_": "x"}
+        write_clamped(folder, 0, cost=0.1 / value, normalizer_config=settings)
+    study_files(load_studies(tmp_path, spec), None, spec)
+    removal, fraction = "Imagenette:\nthe clamp removed after training", "activations beyond the clamp, a line a seed"
+    assert (removal in titles) == named and (fraction in titles) != named
