@@ -1,11 +1,11 @@
 """What the page of a report says on its first screen, and its runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from onlinenorm.report import words
+from onlinenorm.report import clamp_words, words
 from onlinenorm.report.tables import Report
 from onlinenorm.text import duration
 
@@ -75,6 +75,25 @@ def mean(row: Any, metric: str) -> str:
 
 def kind(outcome: str) -> str:
     return outcome if outcome in OUTCOMES else "other"
+
+
+def _way(metric: str) -> Callable[[Any], words.Cell]:
+    def show(way: Any) -> words.Cell:
+        verdict, gap = (way.verdicts or {}).get(metric), way.gaps.get(metric)
+        if verdict is None or verdict.difference is None or gap is None:
+            return clamp_words.way_verdict(way, metric)
+        told = f"{words.difference(gap, metric)} {words.unit(metric)}; {verdict.reason}"
+        return words.Cell(words.verdict_words(verdict), told)
+
+    return show
+
+
+# What networks do without the clamp, their differences without intervals.
+WAYS: words.Columns = {
+    **clamp_words.WAYS,
+    "accuracy, against as trained": _way("last_top1"),
+    "loss, against as trained": _way("last_loss"),
+}
 
 
 def runs(report: Report, found: pd.DataFrame, links: Mapping[str, str]) -> list[dict[str, Any]]:
