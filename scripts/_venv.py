@@ -1,5 +1,7 @@
 """How every command starts and ends: in .venv where the calling Python lacks packages, and with errors in a line."""
 
+from __future__ import annotations  # so that an older Python gets as far as to say that it is one
+
 import importlib.util
 import os
 import sys
@@ -9,6 +11,7 @@ from types import TracebackType
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv" / "bin" / "python"
+OLDEST = (3, 11)  # as pyproject.toml has it
 # The modules of the extras train, report and deploy, which scripts/environment.sh installs.
 NEEDED = (
     "torch", "torchvision", "pytorch_lightning", "hydra", "wandb", "tensorboard", "rich", "platformdirs", "yaml",
@@ -17,17 +20,24 @@ NEEDED = (
 
 
 def enter() -> None:
-    """Replaces train.py or a script by itself under .venv's Python, where this one lacks packages and there is one.
+    """Replaces train.py or a script by itself under .venv's Python, where this one is too old or lacks packages.
 
     Without a .venv it goes on, for a command needs but some of the packages; one that is missing ends it in a line. A
     module that is imported changes nothing.
     """
     program = Path(sys.argv[0]).resolve()
     lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if not lacking or (ROOT / "scripts" not in program.parents and program != ROOT / "train.py"):
+    old = sys.version_info < OLDEST
+    if not (lacking or old) or (ROOT / "scripts" not in program.parents and program != ROOT / "train.py"):
         return
     if PYTHON.exists() and Path(sys.prefix) != PYTHON.parents[1]:
         os.execv(PYTHON, [str(PYTHON), *sys.argv])
+    if old:
+        found = sys.version.split()[0]
+        sys.exit(
+            f"{program.name}: Python {'.'.join(map(str, OLDEST))} or newer is needed, and this is {found}; run "
+            "PYTHON=/path/to/python3 scripts/environment.sh, which makes .venv of that one"
+        )
     sys.excepthook = _tell_missing
     if "torch" in lacking:
         raise ModuleNotFoundError(name="torch")

@@ -1,5 +1,6 @@
 """Every script is a module with a main(), starts in .venv where the calling Python lacks packages, and ends alike."""
 
+import ast
 import importlib
 import importlib.metadata
 import inspect
@@ -106,3 +107,18 @@ def test_every_command_has_its_line():
 def test_entry_points_of_users_are_short():
     for path in (ROOT / "scripts").glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 130, path
+
+
+def test_a_python_that_is_too_old_is_told_in_a_line(monkeypatch, tmp_path):
+    with monkeypatch.context() as old:
+        old.setattr(sys, "version_info", (3, 9, 18))
+        old.setattr(sys, "argv", [str(ROOT / "scripts" / "table1.py")])
+        old.setattr(_venv, "PYTHON", tmp_path / ".venv" / "bin" / "python")
+        with pytest.raises(
+            SystemExit, match=r"^table1\.py: Python 3\.11 or newer is needed, and this is .*environment\.sh"
+        ):
+            _venv.enter()
+    text = (ROOT / "scripts" / "_venv.py").read_text(encoding="utf-8")
+    assert "from __future__ import annotations" in text
+    ast.parse(text, feature_version=(3, 8))  # reached before any other module's syntax is
+    assert f'requires-python = ">={_venv.OLDEST[0]}.{_venv.OLDEST[1]}"' in (ROOT / "pyproject.toml").read_text()
