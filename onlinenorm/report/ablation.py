@@ -124,13 +124,17 @@ def _studies(studies: Mapping[str, Runs]) -> pd.DataFrame:
 
 
 def clamp_removals(studies: Mapping[str, Runs]) -> pd.DataFrame:
-    """A row a finished run that had clamps: what changed when they were removed; `loss`, `top1` without minus with."""
+    """A row a finished run that had clamps: what changed when they were removed; `loss`, `top1` without minus with.
+
+    `weights` tell runs that several studies show.
+    """
     rows = []
     for run in _studies(studies).itertuples():
         if run.finished and (figures := run.results["clamping"]):
             change = {key: figures["without"][f"val_{key}"] - figures["with"][f"val_{key}"] for key in ("loss", "top1")}
             images = run.results["dataset"]["val_images"]
-            rows.append({"study": run.study, "run": run.name, "images": images, **figures, **change})
+            told = {"study": run.study, "run": run.name, "images": images, "weights": run.results["parameters_sha256"]}
+            rows.append({**told, **figures, **change})
     return frame(rows, rows[0] if rows else ("study", "images", "changed_predictions", "top1"))
 
 

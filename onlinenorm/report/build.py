@@ -119,7 +119,9 @@ def study_files(
         together["removal.png"] = curves
     if ways := clamp_figures.draw_ways(_ways(studies)):
         together["ways.png"] = ways
-    if clamping or not clamp_removals(runs).empty:
+    if not (removals := clamp_removals(runs)).empty:
+        together["removals.png"] = clamp_figures.draw_removals(removals, titles)
+    if clamping or not removals.empty:
         picture = "clamping.png" if clamping else None
         together["clamping.md"] = render.render_clamping(runs, picture, bool(ways)).encode()
     if benchmark:

@@ -179,6 +179,30 @@ def changed_panel(axis: Axes, study: Runs, against: str) -> None:
         axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
 
 
+def draw_removals(removals: pd.DataFrame, titles: Mapping[str, str]) -> bytes:
+    """PNG of `ablation.clamp_removals`: predictions changed by removal against the clamped fraction, a point a run."""
+    removals = removals.drop_duplicates("weights")
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
+        studies = list(dict.fromkeys(removals["study"]))
+        for study, colour in zip(studies, plt.get_cmap("tab20")(np.arange(len(studies)) % 20), strict=True):
+            mine = removals[removals["study"] == study]
+            share = 100 * mine["changed_predictions"].astype(float) / mine["images"].astype(float)
+            label = titles.get(study, study)
+            axis.plot(mine["clamped_fraction"].astype(float), share, "o", color=colour, alpha=0.8, label=label)
+        axis.set_xscale("symlog", linthresh=1e-6, linscale=0.8)
+        axis.set_yscale("symlog", linthresh=0.1, linscale=0.3)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.minorticks_off()
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=-0.02)
+        axis.set_xlabel("fraction of activations clamped, whole validation set")
+        axis.set_ylabel("predictions changed by removal (%)")
+        axis.set_title("Removing the clamp after training: a point a run", fontsize=12, fontweight="bold")
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        return png(figure)
+
+
 def removal_by_value_panel(axis: Axes, ways: pd.DataFrame) -> None:
     """Last accuracy against the clamp value, as trained and with the clamp removed: a point a seed, lines by means."""
     for way, label, style in ((KEPT, "as trained", "-"), (REMOVED, "clamp removed", (0, (3, 1.5)))):

@@ -5,6 +5,7 @@ from statistics import fmean, median
 from typing import Any
 
 import pandas as pd
+from scipy import stats
 
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
@@ -176,6 +177,15 @@ class Findings:
             if row.way == REMOVED and row.verdicts["last_top1"].difference
         ]
         return {"equivalent": str(found.count("equivalent")), "tables": str(len(found))}
+
+    def association(self) -> dict[str, str]:
+        """Spearman's rank correlation over `runs` of the share of predictions that removal changed with the clamped
+        `fraction` of activations, and with the `largest` one."""
+        found = clamp_removals(self.runs).drop_duplicates("weights")
+        share = (found["changed_predictions"] / found["images"]).astype(float)
+        columns = {"fraction": "clamped_fraction", "largest": "max_abs_activation"}
+        told = {key: stats.spearmanr(share, found[column].astype(float)).statistic for key, column in columns.items()}
+        return {key: f"{round(value, 2) + 0.0:.2f}" for key, value in told.items()} | {"runs": str(len(found))}
 
     def over_drops(self, study: str) -> str:
         """Median share of predictions that removal changes, by how often the learning rate had dropped."""

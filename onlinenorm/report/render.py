@@ -86,11 +86,12 @@ def render_pooled(pooled: pd.DataFrame, spec: ReportSpec, scale_label: str) -> s
 
 def render_clamping(studies: Mapping[str, Runs], picture: str | None, ways: bool) -> str:
     """What clamps did as Markdown; `picture` is the file name of the figure, if there is one, `ways`: is ways.png?"""
-    courses, epochs = clamp_courses(studies), removal_courses(studies)
+    courses, epochs, removals = clamp_courses(studies), removal_courses(studies), clamp_removals(studies)
     return render(
         "clamping.md.j2",
         courses=words.table(clamp_words.CLAMP_COURSES, courses) if len(courses) else "",
-        removals=words.table(clamp_words.CLAMP_REMOVALS, clamp_removals(studies)),
+        removals=words.table(clamp_words.CLAMP_REMOVALS, removals),
+        drawn=len(removals) > 0,
         epochs=words.table(clamp_words.REMOVAL_COURSES, epochs) if len(epochs) else "",
         picture=picture,
         ways=ways,

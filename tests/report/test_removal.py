@@ -1,5 +1,7 @@
 """What removing the clamp does, at the end and at every epoch, and other ways to take it away or to mend statistics."""
 
+import json
+
 import pytest
 from run_folders import write_run
 from study_folders import NAN
@@ -7,6 +9,7 @@ from study_folders import NAN
 from onlinenorm.report import clamp_words, words
 from onlinenorm.report.ablation import build_ablation
 from onlinenorm.report.build import load_studies, study_files
+from onlinenorm.report.findings import Findings
 from onlinenorm.report.removal import removal_courses, removal_epochs, ways
 from onlinenorm.report.render import render_ablation, render_markdown, render_page
 from onlinenorm.report.runs import load_runs
@@ -162,3 +165,17 @@ def test_the_summary_shows_removal_by_clamp_value_where_no_epochs_were_asked(tmp
     study_files(load_studies(tmp_path, spec), None, spec)
     removal, fraction = "Imagenette:\nthe clamp removed after training", "activations beyond the clamp, a line a seed"
     assert (removal in titles) == named and (fraction in titles) != named
+
+
+def test_a_run_that_two_studies_show_counts_once(tmp_path, spec):
+    for study in ("first", "second"):
+        for seed, cost in enumerate((0.01, 0.03, 0.05)):
+            folder = write_clamped(tmp_path / study / "runs", seed, cost=cost)
+            results = json.loads((folder / "results.json").read_text())
+            results["clamping"] |= {
+                "clamped_fraction": cost, "changed_predictions": round(1e4 * cost), "max_abs_activation": 9 - seed
+            }  # fmt: skip
+            (folder / "results.json").write_text(json.dumps({**results, "parameters_sha256": f"weights {seed}"}))
+    studies = load_studies(tmp_path, spec)
+    found = Findings({}, {name: study.runs for name, study in studies.items()}, {}, None, spec)
+    assert found.association() == {"fraction": "1.00", "largest": "-1.00", "runs": "3"}

@@ -44,7 +44,7 @@ def test_every_study_has_its_files(studies, files):
         {"table1.md", "table1.json", "curves.png", "paired.md"},
         {"ablation.md", "ablation.json", "ablation.png"},
     )
-    together = {"clamping.md", "clamping.png", "cost.md", "imagenet.md", "overview.png"}
+    together = {"clamping.md", "clamping.png", "removals.png", "cost.md", "imagenet.md", "overview.png"}
     assert {name: set(contents) for name, contents in files.items()} == {
         ".": together, "fashion_mnist": table, "resnet50": table, "clamp_value": ablation, "batch_size": ablation,
     }  # fmt: skip
