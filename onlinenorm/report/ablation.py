@@ -135,7 +135,7 @@ def clamp_removals(studies: Mapping[str, Runs]) -> pd.DataFrame:
             images = run.results["dataset"]["val_images"]
             told = {"study": run.study, "run": run.name, "images": images, "weights": run.results["parameters_sha256"]}
             rows.append({**told, **figures, **change})
-    return frame(rows, rows[0] if rows else ("study", "images", "changed_predictions", "top1"))
+    return frame(rows, rows[0] if rows else ("study", "run", "images", "changed_predictions", "top1"))
 
 
 def courses(studies: Mapping[str, Runs]) -> pd.DataFrame:

@@ -11,11 +11,11 @@ from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report import benchmarks, words
 from onlinenorm.report.ablation import Ablation, clamp_removals, courses, of_clamped
-from onlinenorm.report.removal import ANEW, AS_TRAINED, KEPT, REMOVED, removal_courses
+from onlinenorm.report.removal import ANEW, AS_TRAINED, KEPT, OFF_KEY, RAISE_KEY, REMOVED, removal_courses
 from onlinenorm.report.runs import Runs
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
-from onlinenorm.report.swept import plain_value
+from onlinenorm.report.swept import plain_value, swept
 from onlinenorm.report.tables import Report, plain, recount
 
 
@@ -40,7 +40,7 @@ class Findings:
     ):
         self.studies, self.runs, self.pooled, self.results, self.spec = studies, runs, pooled, results, spec
         tables = {name: runs[name] for name, made in studies.items() if isinstance(made, Report)}
-        self.tables = tables  # of ablations their tables tell: values chosen to go wrong, and runs of other studies too
+        self.tables = tables  # ablations have values chosen to go wrong, and runs of other studies too
 
     def has(self, *studies: str) -> bool:
         """Are runs of all of these recorded?"""
@@ -216,6 +216,17 @@ class Findings:
             "share": f"{words.span(share.tolist(), '{:.1f}'.format)} %",
             "points": f"{words.difference(max(found['top1'], key=abs), 'top1')} points",
         }
+
+    def removal_in_sweeps(self) -> str:
+        """What `removal` leaves out: accuracy's largest change in each sweep, in points, and the values it came at."""
+        sweeps = {name: runs for name, runs in self.runs.items() if name not in self.tables}
+        found = clamp_removals(sweeps)
+        keys = found["run"].map(swept)
+        found = found.assign(at=[" ".join(map("=".join, each.items())) for each in keys])
+        found = found[[bool(each) and not {OFF_KEY, RAISE_KEY} & set(each) for each in keys]]
+        worst = found.loc[found.groupby("study")["top1"].apply(lambda change: change.abs().idxmax())]
+        worst = worst.sort_values("top1", key=abs, ascending=False)
+        return ", ".join(f"{words.difference(row.top1, 'top1')} at {row.at}" for row in worst.itertuples()) or "not run"
 
     def course(self) -> dict[str, str]:
         """Of clamped fractions: `fallen` of `compared` are lower at the end than before the rate first drops, `zero` of

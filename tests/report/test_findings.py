@@ -102,6 +102,24 @@ def test_removal_that_changes_something_is_told(tmp_path, spec):
     assert found.course() == {"fallen": "1", "compared": "2", "zero": "1", "runs": "2"}
 
 
+def test_removal_in_sweeps_is_told_by_its_worst_runs(tmp_path, spec):
+    def clamping(top1):
+        sides = {"with": {"val_loss": 0.35, "val_top1": 0.87}, "without": {"val_loss": 0.4, "val_top1": 0.87 + top1}}
+        counts = {"changed_predictions": 30, "clamped_fraction": 2e-5, "max_abs_activation": 8.25}
+        return {"layers": 19, "clamp_value": 5.0, **sides, **counts}
+
+    sizes, clamps = tmp_path / "batch_size" / "runs", tmp_path / "clamp_value" / "runs"
+    for size, top1 in ((8, 0.001), (512, -0.4975)):
+        recipe = {"batch_size": size}
+        write_run(sizes / f"recipe.batch_size={size}", "online_clamp", clamping=clamping(top1), recipe=recipe)
+    value = {"normalizer_config": {"clamp_value": 1.0}}
+    write_run(clamps / "normalizer.clamp_value=1", "online_clamp", clamping=clamping(0.01), **value)
+    write_run(clamps, "online_clamp", clamping=clamping(-0.8))  # of another study: the value that is swept elsewhere
+    found = findings(load_studies(tmp_path, spec), spec)
+    assert found.removal_in_sweeps() == "-49.75 at recipe.batch_size=512, +1.00 at normalizer.clamp_value=1"
+    assert found.removal()["runs"] == "not run"
+
+
 def test_swept_values_say_what_they_leave_out(found):
     assert found.at("batch_size", "1", "BatchNorm").startswith("seed 0 diverged: step 40")
     told = found.at("clamp_value", "off", "OnlineNorm (no compensation)")
