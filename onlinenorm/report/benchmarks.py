@@ -18,10 +18,14 @@ def steps(results: Mapping[str, Any]) -> pd.DataFrame:
     It has torch.compile by its defaults and the first convolution too: rows of BatchNorm with other compilers and stems
     are its best as a rival.
     """
+    frame = _measured(results)
+    return frame[(frame["compiler"].isna() | (frame["compiler"] == "default")) & (frame["stem"] != "conv7x7")]
+
+
+def _measured(results: Mapping[str, Any]) -> pd.DataFrame:
     absent = {"mode": None, "dtype": None, "compiler": None, "stem": None, "repeat_spread": None, "backend": "fused"}
     frame = pd.DataFrame([{**absent, "optimizer": results.get("optimizer", False), **row} for row in results["rows"]])
     frame["optimizer"] = frame["optimizer"].astype(bool)
-    frame = frame[(frame["compiler"].isna() | (frame["compiler"] == "default")) & (frame["stem"] != "conv7x7")]
     fused = (frame["normalizer"] == "batch") | (frame["backend"] == "fused")
     return frame.assign(trained=fused & (frame["dtype"].isna() | (frame["dtype"] == TRAINED)))
 
@@ -76,9 +80,16 @@ def clamping_against_scaling(steps: pd.DataFrame, trained: bool = False) -> pd.D
     return both.drop_duplicates("batch").sort_values("batch", ascending=False)
 
 
-def headline(steps: pd.DataFrame) -> pd.DataFrame:
-    """Of `costs` the fastest setting of the largest batch in which train.py trains; no rows without one."""
-    return costs(steps).merge(clamping_against_scaling(steps, trained=True)[CASE].head(1), on=CASE)
+def best(results: Mapping[str, Any], batch: int | None = None) -> pd.DataFrame:
+    """A row a normalizer: its fastest step in the precision of train.py, whatever the compiler's settings and the stem.
+
+    Of one batch, the largest without it; with the optimizer, where that was recorded. No rows of what was not measured.
+    """
+    rows = as_trained(_measured(results))
+    rows = rows[rows["normalizer"].isin(ORDER)]
+    rows = rows[rows["batch"] == (rows["batch"].max() if batch is None else batch)]
+    rows = rows.sort_values("images_per_second", ascending=False, kind="stable").drop_duplicates("normalizer")
+    return rows.sort_values("normalizer", key=lambda names: names.map(ORDER.index))
 
 
 def imagenet(steps: pd.DataFrame, normalizers: list[str]) -> pd.DataFrame:

@@ -199,6 +199,6 @@ def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, s
             axis.legend(frameon=False, fontsize=9)
 
         panels[f"{ablation.name}, rates by the horizon rule"] = draw
-    if studies and benchmark and len(rows := benchmarks.headline(benchmarks.steps(benchmark))):
+    if studies and benchmark and len(rows := benchmarks.best(benchmark)):
         panels["cost of a training step"] = lambda axis: figures.cost_panel(axis, rows, spec)
     return panels

@@ -84,6 +84,9 @@ def fraction_panel(axis: Axes, study: Runs) -> None:
         ticks = [t for t in 10.0 ** np.arange(np.log10(floor), 1) if t <= top]
         axis.set_yticks([foot, *ticks], ["0", *(f"$10^{{{round(np.log10(t))}}}$" for t in ticks)])
         axis.axhline(floor, color="#c8c8c8", linewidth=0.9, zorder=1)
+    elif positive.size and positive.max() < 100 * positive.min():  # decades alone would be one label or none
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
     axis.minorticks_off()
     axis.set_ylabel("clamped fraction of activations")
     _epochs(axis, study.runs)

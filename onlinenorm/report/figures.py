@@ -343,14 +343,17 @@ def _rows_from_above(axis: Axes, count: int, label: str) -> None:
 
 
 def cost_panel(axis: Axes, rows: pd.DataFrame, spec: ReportSpec) -> None:
-    """Milliseconds a step by normalizer in one setting."""
+    """Milliseconds a step by normalizer, each in its fastest settings; rows of `benchmarks.best`."""
     rows = rows[::-1]
     shown = [spec.row(name) for name in rows["normalizer"]]
     bars = axis.barh(range(len(rows)), rows["milliseconds"], color=[row.colour for row in shown], height=0.6)
     axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.set_yticks(range(len(rows)), [row.label.replace(" (", "\n(") for row in shown])
     axis.margins(x=0.15)
-    axis.set_xlabel(f"ms a step, ResNet-50, 224 px\n{words.describe(next(rows.itertuples()))}", fontsize=9)
+    of = rows.iloc[0]
+    optimizer = ", with optimizer" if of["optimizer"] else ""
+    what = f"ms a step, ResNet-50, 224 px, batch {of['batch']}, {of['dtype']}{optimizer}"
+    axis.set_xlabel(f"{what}\neach by the fastest compiler settings measured", fontsize=9)
 
 
 def draw_overview(panels: Mapping[str, Callable[[Axes], Any]]) -> bytes:

@@ -17,6 +17,8 @@ from scripts._venv import ROOT, run_main
 
 from jinja2 import Environment, StrictUndefined
 
+from onlinenorm.report import benchmarks
+
 BATCH = "batch"  # the normalizer that speeds are compared with
 
 
@@ -70,16 +72,10 @@ class Recorded:
 
     def _rate(self, normalizer: str, batch: int) -> float:
         """Of the fastest of what was measured as train.py trains: the fused kernels, bfloat16 and SGD."""
-        rows = [
-            row["images_per_second"]
-            for row in self._benchmark["rows"]
-            if (row["normalizer"], row["batch"], row["dtype"]) == (normalizer, batch, "bf16")
-            and row["optimizer"]
-            and (row["backend"] == "fused" or normalizer == BATCH)
-        ]
-        if not rows:
+        rows = benchmarks.best(self._benchmark, batch)
+        if normalizer not in set(rows[rows["optimizer"]]["normalizer"]):
             raise KeyError(f"bench_training.json: no step of {normalizer} in batches of {batch} with SGD in bf16")
-        return max(rows)
+        return rows.set_index("normalizer").at[normalizer, "images_per_second"]
 
     def _row(self, study: str, normalizer: str) -> dict[str, Any]:
         return {row["normalizer"]: row for row in self._table(study)["rows"]}[normalizer]
