@@ -8,15 +8,11 @@ from typing import Any
 import pandas as pd
 
 from onlinenorm.records import lookup
+from onlinenorm.report.mixtures import check_one_table
 from onlinenorm.report.removal import ways
 from onlinenorm.report.runs import counted, frame, milestones
 from onlinenorm.report.seeds import over_seeds
-from onlinenorm.report.settings import (
-    ReportSpec,
-    check_one_table,
-    departures,
-    planned_scale,
-)
+from onlinenorm.report.settings import ReportSpec, departures, planned_scale
 from onlinenorm.report.statistics import (
     NOT_COMPARABLE,
     NOT_RUN,

@@ -7,9 +7,9 @@ import pytest
 from run_folders import read_yaml, write_run
 
 from onlinenorm.errors import ReportError
+from onlinenorm.report.mixtures import check_one_table
 from onlinenorm.report.render import render_markdown, render_page
 from onlinenorm.report.runs import load_runs
-from onlinenorm.report.settings import check_one_table
 from onlinenorm.report.tables import build_report
 
 RULE = "argmax of float32 logits, the lowest class of equal ones"

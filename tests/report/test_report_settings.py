@@ -3,8 +3,9 @@ from run_folders import write_run
 
 from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import ReportError
+from onlinenorm.report.mixtures import check_one_table
 from onlinenorm.report.runs import load_runs
-from onlinenorm.report.settings import check_one_table, departures, same
+from onlinenorm.report.settings import departures, same
 
 
 def departing(runs, spec):
