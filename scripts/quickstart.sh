@@ -3,8 +3,8 @@
 #   quickstart.sh [--fresh] [OVERRIDE...]
 # --fresh starts over; without it finished runs are kept and unfinished ones continued. Overrides go to train.py
 # (seed=1, recipe.epochs=4, ...). Results lie in runs/quickstart.
-# Exit code 0: all three have run and the table is written; 1 or 2: a run failed, or runs of other settings lie there,
-# which --fresh removes; 128 + signal: stopped, the same command continues.
+# Exit code 0: all three have run and the table is written; 1 or 2: a run failed, or runs of other settings lie there
+# (told before anything trains), which --fresh removes; 128 + signal: stopped, the same command continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,6 +18,10 @@ for word in "$@"; do
 done
 former=$(find runs/quickstart -name config.yaml 2>/dev/null || true)
 source scripts/environment.sh ""
+if [ -n "$former" ] && ! "$VENV/bin/python" scripts/table1.py runs/quickstart --before experiment=quickstart "${overrides[@]}"; then
+  echo "Nothing was trained. Move those runs out of runs/quickstart, or start over with --fresh, which deletes all there." >&2
+  exit 1
+fi
 
 # Side by side with their share of the cores: small networks gain little from threads of their own.
 threads=$(($(nproc) / 3))

@@ -5,6 +5,7 @@
     scripts/table1.py runs/table1 --output /tmp/report
 
     scripts/table1.py runs/quickstart --without batch/seed7      # leaves out a run of other settings
+    scripts/table1.py runs/quickstart --before experiment=quickstart    # writes nothing: would such a run fit in?
 
 Reads files only: it works while runs are under way and on a machine without GPU. Exit code 0: written; 1: the runs are
 missing, damaged or of different settings (nothing is written, the message names those to leave out); 2: wrong usage.
@@ -21,9 +22,11 @@ from scripts._venv import run_main
 from rich.console import Console
 
 from onlinenorm.cli.arguments import parse_options
-from onlinenorm.errors import ReportError
+from onlinenorm.cli.compose import load_config
+from onlinenorm.errors import ConfigError, ReportError
 from onlinenorm.files import write_together
 from onlinenorm.report.build import table_files
+from onlinenorm.report.mixtures import check_joins
 from onlinenorm.report.render import print_report
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.settings import load_spec
@@ -38,15 +41,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--without", metavar="RUN", nargs="+", default=[], help="runs to leave out, named as below RUNS: batch/seed7"
     )
+    parser.add_argument(
+        "--before",
+        metavar="KEY=VALUE",
+        nargs="+",
+        help="write nothing; refuse runs of other settings than these of train.py",
+    )
     options = parse_options(parser, arguments)
     output = options.output or options.runs
     try:
         spec = load_spec()
         found = load_runs(options.runs, options.without)
+        if options.before:
+            check_joins(found.runs, load_config(options.before))
+            return 0
         report = build_report(found.runs, spec)
         files = table_files(report, found, page=output)
         write_together(output, files, ReportError)
-    except ReportError as error:
+    except (ReportError, ConfigError) as error:
         print(f"table1.py: {error}", file=sys.stderr)
         return 1
     width = None if sys.stdout.isatty() else 140

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from jinja2 import UndefinedError
 
+from onlinenorm.cli.compose import load_config
 from scripts.dev.readme import filled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +31,9 @@ def test_readme_is_short_and_soon_has_a_command():
     assert after.startswith("scripts/quickstart.sh") and len(before.split()) <= 150
 
 
-def test_quickstart_from_nothing_to_table(tmp_path):
-    """The script itself in a copy of the repository: runs, table, and the same table again without training."""
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what quickstart.sh needs."""
     for name in ("onlinenorm", "configs", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "pyproject.toml", "constraints.txt"):
@@ -39,14 +42,31 @@ def test_quickstart_from_nothing_to_table(tmp_path):
     made_of = hashlib.sha256(sources).hexdigest()
     if all(stamp.read_text().strip() != made_of for stamp in Path(sys.prefix).glob(".installed*")):
         pytest.skip(f"{sys.prefix} was not made by scripts/environment.sh: the script would install into it")
-    call = [str(tmp_path / "scripts/quickstart.sh"), *SHRUNK]
+    return tmp_path
+
+
+def test_quickstart_tells_of_runs_of_other_settings_before_it_trains(checkout):
+    other = checkout / "runs/quickstart/group/seed0"
+    other.mkdir(parents=True)
+    config = load_config(["experiment=quickstart", "normalizer=group", "data.limit_train=1500"])
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    (other / "environment.json").write_text("{}")
+    done = subprocess.run([checkout / "scripts/quickstart.sh"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and "data.limit_train: null (this command) | 1500" in done.stderr
+    assert "Nothing was trained" in done.stderr and "--fresh" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in (checkout / "runs/quickstart").iterdir()] == ["group"]
+
+
+def test_quickstart_from_nothing_to_table(checkout):
+    """The script itself in a copy of the repository: runs, table, and the same table again without training."""
+    call = [str(checkout / "scripts/quickstart.sh"), *SHRUNK]
     first = subprocess.run(call, env=environment(), capture_output=True, text=True, check=True).stdout
     for label in ("OnlineNorm (activation clamping)", "OnlineNorm (layer scaling)", "BatchNorm"):
         assert label in first
     assert "not ImageNet" in first
-    before = (tmp_path / "runs/quickstart/batch/seed0/results.json").stat().st_mtime_ns
+    before = (checkout / "runs/quickstart/batch/seed0/results.json").stat().st_mtime_ns
     again = subprocess.run(call, env=environment(), capture_output=True, text=True, check=True).stdout
-    assert (tmp_path / "runs/quickstart/batch/seed0/results.json").stat().st_mtime_ns == before
+    assert (checkout / "runs/quickstart/batch/seed0/results.json").stat().st_mtime_ns == before
     assert "BatchNorm" in again
 
 

@@ -1,8 +1,10 @@
 """Which runs may share a table, a row of one or a point: those whose settings agree in what is compared there."""
 
 import itertools
+import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -34,6 +36,18 @@ def check_one_table(runs: pd.DataFrame) -> None:
                     "cannot count twice. Name the folder of one experiment"
                 )
             seen[run.seed] = run.name
+
+
+def check_joins(runs: pd.DataFrame, config: Mapping[str, Any]) -> None:
+    """Raises ReportError if a run of `config`, as composed, would not share a table with `runs`; "auto" fits all."""
+    planned = _setting(SimpleNamespace(config=config, results=None, environment={}))
+    settings = {"this command": {key: value for key, value in planned.items() if value != "auto"}}
+    others = {run.name: _setting(run) for run in runs.itertuples()}
+    if odd := {name: other for name, other in others.items() if _mixture({**settings, name: other})}:
+        raise ReportError(
+            f"{_few(list(odd))}: of other settings than this command, in what all rows of one table must share:\n  "
+            + "\n  ".join(_shortened(_mixture(settings | odd)))
+        )
 
 
 def check_one_point(runs: pd.DataFrame, where: str) -> None:
@@ -99,12 +113,15 @@ def _own_code(run: Any, *groups: str) -> dict[str, Any]:
 
 def _refuse_mixture(settings: dict[str, dict[str, Any]], where: str) -> None:
     if lines := _mixture(settings):
-        shown = lines[:12] + ([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])
         raise ReportError(
-            f"these runs differ in what {where} of one table must share:\n  " + "\n  ".join(shown) + "\n"
+            f"these runs differ in what {where} of one table must share:\n  " + "\n  ".join(_shortened(lines)) + "\n"
             f"Leave out those of another setting, as with --without {' '.join(_odd(settings))}, or name a folder whose "
             "runs agree, e.g. that of one experiment"
         )
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    return lines[:12] + ([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])
 
 
 def _odd(settings: dict[str, dict[str, Any]]) -> list[str]:
@@ -123,12 +140,22 @@ def _mixture(settings: dict[str, dict[str, Any]]) -> list[str]:
         values: dict[str, list[str]] = defaultdict(list)
         for name, setting in settings.items():
             if key in setting:
-                value = setting[key]
-                values[repr(float(value)) if type(value) is int else repr(value)].append(name)
+                values[_as_given(setting[key])].append(name)
         if len(values) > 1:
             shown = " | ".join(f"{value} ({_few(names)})" for value, names in values.items())
             lines.append(f"{key}: {shown}")
     return lines
+
+
+def _as_given(value: Any) -> str:
+    """One spelling for equal values, as on a command line; of a fingerprint the beginning, which tells it apart."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return f"{value[:12]}..."
+    return repr(value)
 
 
 def _few(names: list[str]) -> str:

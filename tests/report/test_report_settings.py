@@ -1,9 +1,12 @@
+import json
+
 import pytest
+import yaml
 from run_folders import write_run
 
 from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import ReportError
-from onlinenorm.report.mixtures import check_one_table
+from onlinenorm.report.mixtures import check_joins, check_one_table
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.settings import departures, same
 
@@ -24,10 +27,10 @@ def test_rows_of_one_study_share_a_table(tmp_path):
     ("other", "named"),
     [
         ({"scale": "fashion_mnist"}, ["scale: 'embedded' (a/batch/seed0) | 'fashion_mnist' (b/online_clamp/seed1)"]),
-        ({"epochs": 7}, ["recipe.epochs: 5.0 (a/batch/seed0) | 7.0 (b/online_clamp/seed1)"]),
-        ({"recipe": {"batch_size": 128}}, ["recipe.batch_size: 32.0", "128.0 (b/online_clamp/seed1)"]),
+        ({"epochs": 7}, ["recipe.epochs: 5 (a/batch/seed0) | 7 (b/online_clamp/seed1)"]),
+        ({"recipe": {"batch_size": 128}}, ["recipe.batch_size: 32 (", "128 (b/online_clamp/seed1)"]),
         ({"model": "cifar_resnet20"}, ["model._target_", "cifar_resnet8", "cifar_resnet20"]),
-        ({"epochs": 9, "done": 2}, ["recipe.epochs", "9.0 (b/online_clamp/seed1)"]),
+        ({"epochs": 9, "done": 2}, ["recipe.epochs", "9 (b/online_clamp/seed1)"]),
     ],
 )
 def test_a_mixture_is_refused_with_what_differs_and_where(tmp_path, other, named):
@@ -52,6 +55,32 @@ def test_edited_code_of_ones_own_is_another_setting(tmp_path):
             write_run(tmp_path / group, "mine", seed, environment={"own_code": {group: {"my_norms": digest}}})
         with pytest.raises(ReportError, match=rf"own_code.{group}.my_norms: 'aa' .* 'bb'"):
             check_one_table(load_runs(tmp_path / group).runs)
+
+
+def test_values_are_told_as_they_would_be_given(tmp_path):
+    for normalizer, limit, digest in (("batch", None, "a" * 64), ("group", 1500, "b" * 64)):
+        file = write_run(tmp_path, normalizer, data={"limit_train": limit}) / "results.json"
+        results = json.loads(file.read_text())
+        results["dataset"]["fingerprint"] = digest
+        file.write_text(json.dumps(results))
+    with pytest.raises(ReportError) as caught:
+        check_one_table(load_runs(tmp_path).runs)
+    assert "data.limit_train: null (batch/seed0) | 1500 (group/seed0)" in str(caught.value)
+    assert "dataset.fingerprint: aaaaaaaaaaaa... (batch/seed0) | bbbbbbbbbbbb... (group/seed0)" in str(caught.value)
+
+
+def test_a_run_to_come_is_held_against_those_that_are_there(tmp_path):
+    config = load_config(["experiment=quickstart"])
+    for name, limit in (("batch", None), ("moving_rms", 1500)):
+        folder = tmp_path / name / "seed0"
+        folder.mkdir(parents=True)
+        recorded = {**config, "data": {**config["data"], "limit_train": limit}, "trainer": {"precision": "32-true"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+        (folder / "environment.json").write_text("{}")
+    with pytest.raises(ReportError, match=r"^moving_rms/seed0: of other settings") as caught:
+        check_joins(load_runs(tmp_path).runs, config)
+    assert "data.limit_train: null (this command) | 1500 (moving_rms/seed0)" in str(caught.value)
+    check_joins(load_runs(tmp_path, ["moving_rms"]).runs, config)
 
 
 def test_a_seed_counts_once(tmp_path):
