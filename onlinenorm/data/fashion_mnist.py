@@ -29,6 +29,13 @@ EMBEDDED = {"train": 10_000, "val": 2_000}
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
+_TO_GET_IT = """\
+Expected in ROOT: train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and
+t10k-labels-idx1-ubyte.gz, or what they unpack to
+To get it: https://github.com/zalandoresearch/fashion-mnist, or apt install dataset-fashion-mnist
+Then: python train.py data=fashion_mnist data.root=ROOT
+Without any download: data=embedded, a part of it"""
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class FashionMNIST(ImageDataModule):
@@ -36,8 +43,8 @@ class FashionMNIST(ImageDataModule):
 
     Args:
         embedded: True takes the first 10,000 training and 2,000 test images, which come with the package. False takes
-            all 60,000 and 10,000 from `root`, else from Debian's package dataset-fashion-mnist, else downloads them
-            into the user's cache folder with torchvision's class.
+            all 60,000 and 10,000 from `root`; without one from Debian's package dataset-fashion-mnist, else downloads
+            them into the user's cache folder with torchvision's class.
         image_size: 28 or larger; images are upscaled bilinearly on the device, after augmentation.
         in_channels: 1, or 3 to repeat the gray channel for networks made for colour.
         Others as ImageDataModule.
@@ -57,6 +64,12 @@ class FashionMNIST(ImageDataModule):
             raise ArgumentError("in_channels", f"{self.in_channels} is not 1 or 3")
         if self.augmentation == "scale_jitter":
             raise ArgumentError("augmentation", "scale_jitter adds RGB noise and these images are gray; use pad_crop")
+        if self.embedded and self.root is not None:
+            raise ArgumentError(
+                "root",
+                f"{self.root} would not be read: these images come with the package. For class folders of your "
+                "own choose data=imagenet, for all of Fashion-MNIST data=fashion_mnist; else leave it out",
+            )
         self.name = "embedded" if self.embedded else "fashion_mnist"
 
     def build(self) -> tuple[InMemoryDataset, InMemoryDataset]:
@@ -94,11 +107,11 @@ class FashionMNIST(ImageDataModule):
 
 
 def find_full_set(root: str | None) -> Path:
-    """The folder that holds the four IDX files; downloads them as a last resort. Raises DataError otherwise."""
+    """The folder that holds the four IDX files: below `root`, without one found or downloaded. Raises DataError."""
     searched = []
-    given = [Path(root).expanduser()] if root is not None else []
     cache = user_cache() / "fashion_mnist"
-    for folder in [f / sub for f in [*given, DEBIAN_FOLDER, cache] for sub in ("", "raw", "FashionMNIST/raw")]:
+    places = [DEBIAN_FOLDER, cache] if root is None else [Path(root).expanduser()]
+    for folder in [f / sub for f in places for sub in ("", "raw", "FashionMNIST/raw")]:
         missing = [name for names in FILES.values() for name in names if _file(folder, name) is None]
         if not missing:
             log.info("Fashion-MNIST is read from %s", folder)
@@ -110,6 +123,9 @@ def find_full_set(root: str | None) -> Path:
                 key="root",
             )
         searched.append(str(folder))
+    if root is not None:
+        folders = "\n  ".join(searched)
+        raise DataError(f"Fashion-MNIST is in none of\n  {folders}\n{_TO_GET_IT}", key="root")
     return _download(cache, searched)
 
 
@@ -122,12 +138,7 @@ def _download(cache: Path, searched: list[str]) -> Path:
         folders = "\n  ".join(searched)
         cause = " ".join(str(error).split())
         raise DataError(
-            f"Fashion-MNIST is in none of\n  {folders}\nand its download into {cache} failed ({cause}).\n"
-            "Expected in ROOT: train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and\n"
-            "t10k-labels-idx1-ubyte.gz, or what they unpack to\n"
-            "To get it: https://github.com/zalandoresearch/fashion-mnist, or apt install dataset-fashion-mnist\n"
-            "Then: python train.py data=fashion_mnist data.root=ROOT\n"
-            "Without any download: data=embedded, a part of it",
+            f"Fashion-MNIST is in none of\n  {folders}\nand its download into {cache} failed ({cause}).\n{_TO_GET_IT}",
             key="root",
         ) from error
     return cache / "FashionMNIST" / "raw"

@@ -8,6 +8,7 @@ import torchvision
 
 from onlinenorm.data import DataError, FashionMNIST
 from onlinenorm.data import fashion_mnist as fm
+from onlinenorm.errors import ArgumentError
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_limits_change_the_fingerprint_and_are_told():
 @pytest.mark.parametrize("compressed", [True, False])
 def test_full_set_is_found(tmp_path, place, compressed):
     folder = write_set(tmp_path / place, compressed)
-    root = str(tmp_path / "root")
+    root = str(tmp_path / "root") if place.startswith("root") else None
     assert fm.find_full_set(root) == folder
     data = FashionMNIST(root=root)
     assert (data.scale, data.train_images, data.val_images) == ("fashion_mnist", 60_000, 10_000)
@@ -74,11 +75,10 @@ def test_full_set_is_found(tmp_path, place, compressed):
 
 def test_missing_set_says_where_it_was_sought_and_what_to_do(tmp_path):
     with pytest.raises(DataError) as caught:
-        FashionMNIST(root=str(tmp_path / "root")).setup()
+        FashionMNIST().setup()
     text = str(caught.value)
     for part in (
         "root: ",
-        str(tmp_path / "root"),
         str(tmp_path / "debian"),
         str(tmp_path / "cache"),
         "failed (Error d",
@@ -86,6 +86,14 @@ def test_missing_set_says_where_it_was_sought_and_what_to_do(tmp_path):
         assert part in text
     for remedy in ("apt install dataset-fashion-mnist", "data.root=", "data=embedded"):
         assert remedy in text
+
+
+def test_a_folder_that_was_given_is_the_only_one(tmp_path):
+    write_set(tmp_path / "debian")
+    with pytest.raises(DataError, match=r"(?s)^root: .* none of\n  \S+photos\n.*Then: python train.py"):
+        FashionMNIST(root=str(tmp_path / "photos")).setup()
+    with pytest.raises(ArgumentError, match=r"^root: /photos would not be read: .*data=imagenet"):
+        FashionMNIST(root="/photos", embedded=True)
 
 
 def test_partial_set_names_the_missing_files(tmp_path):

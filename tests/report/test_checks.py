@@ -123,7 +123,7 @@ def test_batch_norm_of_other_statistics_does_not_share_a_row(tmp_path):
     for seed, parts in enumerate((1, 8, 32)):
         divide(write_run(tmp_path, "batch", seed), accumulate_grad_batches=parts)
         divide(write_run(tmp_path, "online_clamp", seed), accumulate_grad_batches=parts)
-    with pytest.raises(ReportError, match=r"the row of batch[\s\S]*accumulation .*: 1.0 .* \| 8.0 .* \| 32.0"):
+    with pytest.raises(ReportError, match=r"the row of batch[\s\S]*accumulation .*: 1 .* \| 8 .* \| 32 "):
         check_one_table(load_runs(tmp_path).runs)
     runs = load_runs(tmp_path).runs
     check_one_table(runs[runs["normalizer"] == "online_clamp"])
