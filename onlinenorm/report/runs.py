@@ -95,7 +95,7 @@ def _frames(read: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> Runs:
 
 
 def find_run_folders(root: Path) -> Iterator[Path]:
-    """Folders in or below `root` that hold a run's files, in a fixed order; does not look inside a run.
+    """Folders in or below `root` that hold a run's files, in a fixed order; below a run, too.
 
     Links are followed, to each folder once. Raises ReportError where one cannot be read: a run there would go missing.
     """
@@ -118,7 +118,6 @@ def find_run_folders(root: Path) -> Iterator[Path]:
             if not name.startswith(".") and os.path.islink(path) and not os.path.exists(path):
                 raise ReportError(f"{path}: is a link to {os.readlink(path)}, which is not there; repair or remove it")
         if present & {"metrics.csv", "results.json"} or {"config.yaml", "environment.json"} <= present:
-            children.clear()
             yield Path(folder)
         children[:] = sorted(c for c in children if not c.startswith(".") and c not in _NOT_RUN_FOLDERS)
 

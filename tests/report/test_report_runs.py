@@ -239,3 +239,11 @@ def test_results_without_metrics_are_refused(tmp_path):
     (write_run(tmp_path, "batch") / "metrics.csv").unlink()
     with pytest.raises(ReportError, match=r"metrics\.csv: missing"):
         load_runs(tmp_path)
+
+
+def test_a_run_below_another_run_is_no_part_of_it(tmp_path):
+    """One in run_dir=runs/photos, and another in run_dir=runs/photos/batch/seed0; attempts are a run's own."""
+    outer = write_run(tmp_path, "online_clamp")
+    inner = write_run(outer, "batch")
+    shutil.copytree(inner, outer / "attempts" / "1")
+    assert load_runs(outer).runs["folder"].tolist() == [str(outer), str(inner)]
