@@ -12,6 +12,7 @@ from typing import Any
 from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, load_official, load_shards
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DEVICE_DECODERS
+from onlinenorm.data.imagenet_classes import WNIDS
 from onlinenorm.data.index import FolderIndex, is_image, list_classes, load_index, name_few
 from onlinenorm.data.kaggle import COMPETITION, LABELS, ZIP, find_images, load_folders, load_zip
 from onlinenorm.data.module import ImageDataModule
@@ -35,6 +36,10 @@ Expected in ROOT, any one of
 To get ImageNet: register at one of the three addresses. All forms are read as they are.
 Then: python train.py experiment=table1 data.root=ROOT
 Without any download: python train.py experiment=quickstart (real images, small network, minutes on a CPU)."""
+
+_FOLDERS = """\
+Expected in ROOT: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or test/), the same class folders in both.
+ImageNet may have other forms, see onlinenorm/data/README.md."""
 
 _IMAGENET = "imagenet", "imagenet-subset"  # scales of what may be named so
 
@@ -117,7 +122,10 @@ class ImageNet(ImageDataModule):
 
     @property
     def licence(self) -> str:
-        return "the terms of the images trained on; ImageNet's (image-net.org): non-commercial research and education"
+        own = "the terms of the images trained on"
+        if self.scale == "folder" and not WNIDS.issuperset(self.class_names):
+            return own
+        return f"{own}; ImageNet's (image-net.org): non-commercial research and education"
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -135,14 +143,14 @@ def open_splits(root: str | None, progress: Progress | None = None) -> Splits:
     if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".zip"):
         kind = "is a file, not a folder" if folder.exists() else "does not exist"
         kind = "is a link that leads nowhere" if folder.is_symlink() and not folder.exists() else kind
-        raise DataError(f"{folder.absolute()} {kind}.\n{_LAYOUT}", key="root")
+        raise DataError(f"{folder.absolute()} {kind}.\n{_FOLDERS}", key="root")
     forms = _forms(folder)
     if not forms:
         missing = [split for split in ("train", "val") if not (folder / split).is_dir()]
         found = name_few(sorted(os.listdir(folder))) or "nothing"
         raise DataError(
             f"{folder.absolute()} holds no folder {' and no folder '.join(missing)} (it holds: {found}), nor tar "
-            f"files of them.\n{_LAYOUT}",
+            f"files of them.\n{_FOLDERS}",
             key="root",
         )
     taken, *others = forms
@@ -225,7 +233,7 @@ def _check_classes(folder: Path, train: list[str], val: list[str], val_folder: s
         if not classes:
             loose = sum(is_image(entry.name) for entry in os.scandir(folder / split))
             hint = f"; its {loose} images lie loose and have to be sorted into class folders" if loose else ""
-            raise DataError(f"{folder.absolute() / split} holds no class folders{hint}.\n{_LAYOUT}", key="root")
+            raise DataError(f"{folder.absolute() / split} holds no class folders{hint}.\n{_FOLDERS}", key="root")
     if train == val:
         return
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))

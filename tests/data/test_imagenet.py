@@ -1,3 +1,4 @@
+import itertools
 import shutil
 
 import numpy as np
@@ -271,8 +272,17 @@ def test_paths_of_any_kind(tree, tmp_path):
 )
 def test_broken_layouts_are_explained(tree, change, message):
     change(tree)
-    with pytest.raises(DataError, match=f"(?s)^root: .*{message}"):
+    with pytest.raises(DataError, match=f"(?s)^root: .*{message}") as caught:
         module(tree).setup()
+    assert len(str(caught.value).splitlines()) <= 3, "nothing of how ImageNet is to be had"
+
+
+def test_photographs_of_ones_own_are_not_under_imagenet_s_terms(tree):
+    assert "ImageNet" not in module(tree).licence
+    for split, wnid in itertools.product(("train", "val"), range(3)):
+        name = ("ant", "bee", "cat")[wnid]
+        (tree / split / name).rename(tree / split / sorted(WNIDS)[wnid])
+    assert "non-commercial" in module(tree).licence
 
 
 def test_gray_input_is_refused(tree):
