@@ -51,12 +51,14 @@ def call(folder, *arguments):
         ("recipe.batch_size=[", r"^recipe.batch_size: '\[' cannot be read .*quote it: 'recipe.batch_size=\"\[\"'$"),
         ("normalizer._target_=os.system", r"^normalizer._target_: 'os.system' is refused"),
         ("data.root=/nowhere", r"^data.root: .*/nowhere"),
+        ("experiment=quickstart data.root=/photos", r"^data.root: /photos would not be read: .*data=imagenet"),
+        ("data=synthetic data.root=/photos", r"^data.root: /photos would not be read"),
     ],
 )
 def test_mistakes_get_one_message_that_names_the_key(override, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        train.train(train.load_config([override]))
+        train.train(train.load_config(override.split(" ")))
     assert not list(tmp_path.iterdir()), "nothing is made for a run that cannot start"
 
 

@@ -64,12 +64,6 @@ class FashionMNIST(ImageDataModule):
             raise ArgumentError("in_channels", f"{self.in_channels} is not 1 or 3")
         if self.augmentation == "scale_jitter":
             raise ArgumentError("augmentation", "scale_jitter adds RGB noise and these images are gray; use pad_crop")
-        if self.embedded and self.root is not None:
-            raise ArgumentError(
-                "root",
-                f"{self.root} would not be read: these images come with the package. For class folders of your "
-                "own choose data=imagenet, for all of Fashion-MNIST data=fashion_mnist; else leave it out",
-            )
         self.name = "embedded" if self.embedded else "fashion_mnist"
 
     def build(self) -> tuple[InMemoryDataset, InMemoryDataset]:
@@ -96,6 +90,10 @@ class FashionMNIST(ImageDataModule):
     @property
     def scale(self) -> str:
         return "embedded" if self.embedded else "fashion_mnist"
+
+    @property
+    def reads_root(self) -> bool:
+        return not self.embedded
 
     @property
     def licence(self) -> str:

@@ -49,7 +49,7 @@ class ImageDataModule(pl.LightningDataModule):
     The Trainer must be built with `use_distributed_sampler=False`: the samplers here already know the processes.
 
     Args:
-        root: folder of the dataset, or None where the set has a place of its own.
+        root: folder of the dataset, or None where the set has a place of its own; refused unless `reads_root`.
         num_workers: loader processes; None chooses this process's share of the cores, at most 16.
         on_device: keep the whole set in the device's memory and augment it there; files are decoded once. The pixels
             are the same.
@@ -119,6 +119,12 @@ class ImageDataModule(pl.LightningDataModule):
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         check_choice("evaluation", self.evaluation, EVALUATIONS)
         check_int("crop_padding", self.crop_padding, 0)
+        if self.root is not None and not self.reads_root:
+            raise ArgumentError(
+                "root",
+                f"{self.root} would not be read: these images are there without it. For class folders of your own "
+                "choose data=imagenet; else leave it out",
+            )
         self.name = type(self).__name__
         self.unreadable: list[str] = []
         self.replaced: list[str] = []
@@ -142,6 +148,11 @@ class ImageDataModule(pl.LightningDataModule):
         Of a set of the user's own any short text but "imagenet", which is compared with published figures.
         """
         raise NotImplementedError
+
+    @property
+    def reads_root(self) -> bool:
+        """Whether the images come from `root`."""
+        return True
 
     @property
     def licence(self) -> str:

@@ -107,6 +107,10 @@ class Synthetic(ImageDataModule):
         return "synthetic"
 
     @property
+    def reads_root(self) -> bool:
+        return False
+
+    @property
     def licence(self) -> str:
         return "none: the images are random numbers"
 
