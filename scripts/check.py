@@ -39,20 +39,32 @@ def check(
 ) -> Iterator[Finding]:
     """Findings {check, status, text, figures...}, in an order in which each needs only those before it."""
     config = load_config(overrides, config_dir)
-    yield from preflight(config, seconds, limit)
-    yield from check_recipe({**config, "trainer": resolve(config["trainer"])})
+    scale = ""
+    for found in preflight(config, seconds, limit):
+        scale = found.get("scale", scale)
+        yield found
+    yield check_recipe({**config, "trainer": resolve(config["trainer"])}, scale)
 
 
-def check_recipe(config: dict[str, Any]) -> Iterator[Finding]:
-    """Where the settings depart from those behind the published table, or behind what was published on these data."""
+def check_recipe(config: dict[str, Any], scale: str) -> Finding:
+    """Where the settings depart from those behind the published table, or behind what was published on these data.
+
+    `scale` is that of the run's images: on others than the published ones no departure is a warning.
+    """
     spec = load_spec().published_on(config["choices"]["data"])
     normalizer = config["choices"]["normalizer"]
     found = list(departures([(normalizer, config)], spec.published_setting).itertuples())
-    lines = [f"{d.name} is {d.actual}, published {d.published}{' (decisive)' if d.decisive else ''}" for d in found]
-    text = "; ".join(lines) or "the published setting"
-    status = WARN if any(d.decisive for d in found) else OK
+    theirs, decisive = scale == spec.published_scale, any(d.decisive for d in found)
+    mark = " (decisive)" if theirs else ""
+    text = "; ".join(f"{d.name} is {d.actual}, published {d.published}{mark * d.decisive}" for d in found)
+    text = text or "the published setting"
+    if not theirs:
+        text = f"nothing is published on these images ({scale}), any recipe is right; {spec.published_scale}'s: {text}"
+    elif decisive:
+        text += "; with a decisive departure tables compare with no published figure"
     keys = "name", "published", "actual", "decisive"
-    yield finding("recipe", status, text, departures=[{key: getattr(d, key) for key in keys} for d in found])
+    departing = [{key: getattr(d, key) for key in keys} for d in found]
+    return finding("recipe", WARN if theirs and decisive else OK, text, departures=departing)
 
 
 def parse_limit(text: str) -> float:

@@ -69,13 +69,24 @@ def test_departures_from_the_published_recipe_are_listed(findings):
     _, found = findings(*SYNTHETIC)
     departures = {d["name"]: d for d in found["recipe"]["departures"]}
     assert departures["epochs"] == {"name": "epochs", "published": 100, "actual": 250, "decisive": True}
-    assert found["recipe"]["status"] == "warning"
+    assert found["recipe"]["status"] == "ok"
+    assert found["recipe"]["text"].startswith("nothing is published on these images (synthetic), any recipe")
+
+
+def test_a_decisive_departure_on_the_published_images_is_a_warning_that_says_what_it_means(script):
+    config = script.load_config(["experiment=table1", "trainer=cpu", "recipe.epochs=120"])
+    found = script.check_recipe(config, "imagenet")
+    assert found["status"] == "warning"
+    assert found["text"] == (
+        "epochs is 120, published 100 (decisive); with a decisive departure tables compare with no published figure"
+    )
 
 
 @pytest.mark.parametrize("experiment", ["table1", "cifar10", "cifar100"])
 def test_the_published_recipe_departs_in_nothing(script, experiment):
     config = script.load_config([f"experiment={experiment}", "trainer=cpu"])
-    assert [(d["status"], d["departures"]) for d in script.check_recipe(config)] == [("ok", [])]
+    found = script.check_recipe(config, "imagenet" if experiment == "table1" else experiment)
+    assert (found["status"], found["departures"], found["text"]) == ("ok", [], "the published setting")
 
 
 def test_a_time_limit_is_compared(findings):
@@ -198,6 +209,8 @@ def test_what_is_left_of_a_run_that_was_begun_is_forecast(findings, train_module
     expected = 1.5 * (64 / min(rates) + validation) + validation + found["step"]["first_seconds"]
     assert found["time"]["expected_seconds"] == pytest.approx(expected)
     assert "1.5 of them left" in found["time"]["text"]
+    monkeypatch.setattr(preflight, "resumable", lambda *_: (None, {"epoch": 4, "step": 0, "global_step": 32}))
+    assert ", none left, take" in findings(*overrides)[1]["time"]["text"]
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def check_data(data: ImageDataModule) -> Finding:
         status, text = WARN, f"{text}; verification found: {'; '.join(described['verified']['problems'])}"
     if data.batch_size > data.train_images:
         status, text = FAIL, f"{text}; fewer than one batch of {data.batch_size}"
-    return finding("data", status, text, dataset=described, unreadable=bad)
+    return finding("data", status, text, scale=data.scale, dataset=described, unreadable=bad)
 
 
 def _readable(dataset: FolderDataset, index: int) -> bool:
@@ -362,12 +362,13 @@ def check_time(
     later = data.val_images / forward if speed["val_kept"] else first
     epoch = data.train_images / min(loader, speed["network_images_per_second"]) + later
     done = position["epoch"] + position["step"] * recipe.batch_size / data.train_images
-    total = max(recipe.epochs - done, 0.0) * epoch + (first - later) + validations.final * later + step["first_seconds"]
+    left = max(recipe.epochs - done, 0.0)
+    total = left * epoch + (first - later) + validations.final * later + step["first_seconds"]
     total += max(validations.doubled - done, 0.0) * data.val_images / forward
     total += validations.reestimated / min(loader, forward)
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + total))
     text = f"{recipe.epochs} epochs of {duration(epoch)}"
-    text += f", {recipe.epochs - done:.1f} of them left, take" if done else " take"
+    text += f", {f'{left:.1f} of them' if left else 'none'} left, take" if done else " take"
     text += f" {duration(total)} with the validations at the end, without checkpoints: to {end}"
     status = OK
     if limit is not None:
