@@ -72,7 +72,7 @@ def unknown_key(key: str, options: Iterable[str], elsewhere: Mapping[str, list[s
             f"{key}: no such key of the {group} chosen; it belongs to {', '.join(f'{group}={c}' for c in choices)}"
         )
     parts = [SYNONYMS.get(part, part) for part in key.split(".")]
-    if parts[0] == "optimizer":
+    if "optimizer" in parts:
         return ConfigError(f"{key}: no such {'key' if group else 'group'}; {_OPTIMIZER}")
     beside = [option for option in options if option.rpartition(".")[0] == group]
     meant = ".".join(parts)

@@ -18,6 +18,7 @@ MISTAKES = [
     (["data=embedded", "data.content_seed=3"], "it belongs to data=synthetic$"),
     (["optimizer=adam"], "^optimizer: no such group; the optimizer is SGD .*recipe.lr, recipe.momentum"),
     (["optimizer.lr=3"], "^optimizer.lr: no such key; the optimizer is SGD"),
+    (["recipe.optimizer=adam"], "^recipe.optimizer: no such key; the optimizer is SGD with momentum, of recipe.lr"),
     (["recipe.learning_rate=3"], r"^recipe.learning_rate: no such key; did you mean recipe.lr\?$"),
     (["recipe.workers=3"], r"^recipe.workers: no such key; did you mean data.num_workers\?$"),
     (["epochs=3"], r"^epochs: no such key; did you mean recipe.epochs\?$"),
