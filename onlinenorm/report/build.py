@@ -42,7 +42,7 @@ def load_studies(root: Path, spec: ReportSpec) -> dict[str, Study]:
     Raises ReportError, naming the study, where runs are damaged or cannot share a table.
     """
     if not root.is_dir():
-        raise ReportError(f"{root}: no such folder. Name the folder that holds studies, e.g. results/study")
+        raise ReportError(f"{root.absolute()}: no such folder. Name the folder that holds studies, e.g. results/study")
     folders = {path.parent.name: path for path in sorted(root.glob("*/runs")) if any(find_run_folders(path))}
     for failure in sorted(root.glob("*/runs/**/failed.txt")):
         former = failure.parent.parent.name == "attempts"  # told by the run that it was an attempt at

@@ -66,7 +66,7 @@ def load_runs(root: str | Path, without: Sequence[str] = ()) -> Runs:
     """
     root = Path(root)
     if not root.is_dir():
-        raise ReportError(f"{root}: no such folder. Name the folder that holds runs, e.g. runs/quickstart")
+        raise ReportError(f"{root.absolute()}: no such folder. Name the folder that holds runs, e.g. runs/quickstart")
     folders = list(find_run_folders(root))
     for name in without:
         if not any(folder.is_relative_to(root / name) for folder in folders):

@@ -160,9 +160,10 @@ def test_an_epoch_of_which_only_the_clamps_are_recorded_is_no_epoch_of_a_curve(t
     assert runs["epochs"].tolist() == [1]
 
 
-def test_folders_without_runs(tmp_path):
-    with pytest.raises(ReportError, match=r"nowhere: no such folder"):
-        load_runs(tmp_path / "nowhere")
+def test_folders_without_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ReportError, match=rf"^{tmp_path}/runs/nowhere: no such folder"):  # where it was looked for
+        load_runs("runs/nowhere")
     with pytest.raises(ReportError, match=r"holds no run.*quickstart"):
         load_runs(tmp_path)
 
