@@ -8,6 +8,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {secs} s" if minutes else f"{secs} s"
 
 
+def plural(count: int, noun: str) -> str:
+    """1 and "epoch" as "1 epoch", 1200 as "1,200 epochs"."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def first_line(error: BaseException) -> str:
     """Of an error's message, or the name of its class where it has none; what follows is advice to programmers."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

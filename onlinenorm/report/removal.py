@@ -14,6 +14,7 @@ from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.statistics import EQUIVALENT, Verdict, summarize
 from onlinenorm.report.swept import number, swept, value_of
 from onlinenorm.scales import UNKNOWN
+from onlinenorm.text import plural
 
 AS_TRAINED, KEPT, REMOVED = "as trained", "clamp kept", "clamp removed after training, as published"
 ANEW = "statistics anew"  # how the way is named, before its images
@@ -95,12 +96,12 @@ def _ways_of(run: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     results, images = run.results, run.results["dataset"]["val_images"]
     clamping, anew = results.get("clamping"), results.get("reestimated")
     off, raised = (int(lookup(run.config, key, 0) or 0) for key in (OFF_KEY, RAISE_KEY))
-    doubled = f"clamp doubled in each of the last {_epochs(raised)}, " if raised else "clamp "
+    doubled = f"clamp doubled in each of the last {plural(raised, 'epoch')}, " if raised else "clamp "
     if not clamping:
         way = AS_TRAINED
         yield way, {**results["last"], "changed": None}
     elif off:
-        way = f"{doubled}off in the last {_epochs(off)}"
+        way = f"{doubled}off in the last {plural(off, 'epoch')}"
         yield way, {**clamping["without"], "changed": None}
     else:
         kept, way = (f"{doubled}kept", f"{doubled}then removed") if raised else (KEPT, REMOVED)
@@ -110,10 +111,6 @@ def _ways_of(run: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         told = f"{ANEW} ({anew['images']:,} images)"
         way = {AS_TRAINED: told, REMOVED: f"clamp removed, {told}"}.get(way, f"{way}, {told}")
         yield way, {**anew, "changed": anew["changed_predictions"] / images}
-
-
-def _epochs(count: int) -> str:
-    return f"{count} epoch" + "s" * (count != 1)
 
 
 def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:

@@ -97,9 +97,9 @@ def scale_labels(runs: pd.DataFrame, spec: ReportSpec) -> tuple[str, str, str]:
     if not finished.empty:
         dataset = finished.iloc[0]["dataset"]
         details = [f"{dataset['train_images']:,} training, {dataset['val_images']:,} validation images"]
-    for key, words in (("model._target_", "{}"), ("data.image_size", "{} px"), ("recipe.epochs", "{} epochs")):
+    for key, unit in (("model._target_", ""), ("data.image_size", " px"), ("recipe.epochs", " epochs")):
         if found := {plain(value) for config in runs["config"] if (value := lookup(config, key)) is not None}:
-            details.append(words.format("/".join(sorted(found))))
+            details.append("/".join(sorted(found)) + (" epoch" if unit == " epochs" and found == {"1"} else unit))
     return scale, label + (f" ({', '.join(details)})" if details else ""), spec.scale(scale).short
 
 

@@ -68,7 +68,7 @@ def mean_and_spread(summary: Summary | None, metric: str) -> str:
 
 def difference(value: float, metric: str) -> str:
     """A signed difference: points for accuracies, nats for losses."""
-    return f"{100 * value:+.2f}" if is_accuracy(metric) else f"{value:+.4f}"
+    return f"{100 * value:+z.2f}" if is_accuracy(metric) else f"{value:+z.4f}"
 
 
 def ends(found: Difference, metric: str) -> str:

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import update_bn
 from onlinenorm.data import ImageDataModule
 from onlinenorm.files import write_atomically
 from onlinenorm.normalizers import OnlineNorm, remove_clamping, update_statistics
+from onlinenorm.text import plural
 from onlinenorm.training.accuracy import TOP1_RULE
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.epoch_log import EpochLog
@@ -204,10 +205,11 @@ def write_results(folder: Path, results: dict[str, Any], arrays: dict[str, np.nd
 
 def summary(results: dict[str, Any], folder: Path) -> str:
     """A finished run in a few lines."""
-    clamping = results.get("clamping")
+    clamping, name, scale = results.get("clamping"), results["dataset"]["name"], results["scale"]
+    told = "" if scale == name.lower() else f" ({scale})"
     lines = [
-        f"{results['experiment']} {results['normalizer']} seed {results['seed']} on {results['dataset']['name']} "
-        f"({results['scale']}), {results['epochs']} epochs: done",
+        f"{results['experiment']} {results['normalizer']} seed {results['seed']} on {name}{told}, "
+        f"{plural(results['epochs'], 'epoch')}: done",
         f"  best val loss {results['best_loss']['val_loss']:.4f} (epoch {results['best_loss']['epoch']}), "
         f"best val top-1 {results['best_top1']['val_top1']:.2%} (epoch {results['best_top1']['epoch']}), "
         f"last {results['last']['val_loss']:.4f} and {results['last']['val_top1']:.2%}",

@@ -6,6 +6,7 @@ Nothing that takes long to load is imported here: the first lines come before to
 from typing import Any
 
 from onlinenorm.records import lookup, run_path
+from onlinenorm.text import plural
 from onlinenorm.training.launch import is_rank_zero
 
 
@@ -55,7 +56,7 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
         f"{data.num_classes:,} classes at {data.image_size} px, {images}",
         f"  learning rate {recipe.scaled_lr:g}{_schedule(recipe)}, momentum {recipe.scaled_momentum:g}; "
         + (f"label smoothing {recipe.label_smoothing:g} in the train loss alone; " if recipe.label_smoothing else "")
-        + f"{data.train_images // recipe.batch_size:,} steps an epoch",
+        + f"{plural(data.train_images // recipe.batch_size, 'step')} an epoch",
     ]
 
 

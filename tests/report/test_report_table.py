@@ -12,7 +12,7 @@ from onlinenorm.report.runs import load_runs, read_yaml
 from onlinenorm.report.settings import PUBLISHED as FILE
 from onlinenorm.report.settings import parse_spec
 from onlinenorm.report.tables import build_report
-from onlinenorm.report.words import main_table
+from onlinenorm.report.words import difference, main_table
 
 THREE = ("online_clamp", "online_layer_scaling", "batch")
 PUBLISHED = {"scale": "imagenet", "model": "resnet50", "epochs": 100, "recipe": {"milestones": [30, 60, 80, 90]}}
@@ -82,6 +82,12 @@ def test_a_row_is_called_and_drawn_as_its_normalizers_file_says(tmp_path, spec):
     assert rows["third"].label == "third"
     assert len({row.colour for row in rows.values()}) == len(rows)
     assert rows["batch"].label == "BatchNorm" and rows["batch"].seeds == [0, 1]
+
+
+def test_one_epoch_is_singular_and_nothing_has_no_sign(tmp_path, spec):
+    write_run(tmp_path, "batch", epochs=1, recipe={"milestones": []})
+    assert report_on(tmp_path, spec).scale_label.endswith(", 28 px, 1 epoch)")
+    assert difference(-1e-6, "last_loss") == "+0.0000" and difference(-1e-6, "last_top1") == "+0.00"
 
 
 def test_a_small_run_cannot_be_read_as_imagenet(tmp_path, spec):

@@ -165,7 +165,7 @@ def test_finished_run_is_reprinted_and_another_configuration_refused(undisturbed
     capsys.readouterr()
     results = run(folder, "normalizer=batch", "data.num_workers=2", "trainer.log_every_n_steps=7")
     assert results["normalizer"] == "batch"
-    assert "3 epochs: done" in capsys.readouterr().out
+    assert " seed 0 on synthetic, 3 epochs: done" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"(?s)run_dir: .*recipe.lr: 0.1 -> 0.2\n.*another run_dir"):
         run(folder, "normalizer=batch", "recipe.lr=0.2")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
