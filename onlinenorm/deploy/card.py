@@ -102,7 +102,9 @@ def render_card(
         if file.endswith(".safetensors")
         else f'torch.load("{file}", weights_only=True)'
     )
-    usage = form.usage.format(file=file, builder=builder, reader=reader)
+    modules = sorted({f"{builder.split('.')[0]}.models", "torch", reader.partition(".load")[0]})
+    imports = "\n".join(f"import {module}" for module in modules)
+    usage = form.usage.format(file=file, builder=builder, reader=reader, imports=imports)
     git = environment.get("git", {})
     trained_with = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
     deprecated = f"\n{TORCHSCRIPT}.\n" if form.name == "torchscript" else ""
@@ -134,14 +136,16 @@ Against the {reference}, on {agreement.images} validation images in float32: lar
 Input `images`: float32, N x {channels} x {size} x {size}, any N: pixels / 255, minus mean {list(mean)},
 over deviation {list(std)}. Output: logits, N x {trained.num_classes}.
 
-```python
-{usage}
-```
-
 From a photograph to `images`, as the validation images were prepared:
 
 ```python
 {preparation(trained)}
+```
+
+From `images` to `logits`:
+
+```python
+{usage}
 ```
 
 Classes, in the order of the logits{f" ({unnamed})" if unnamed else ""}: {", ".join(names)}.

@@ -37,7 +37,7 @@ class Form:
         holds_guards: whether a clamp or layer scaling can be part of it.
         write: (source network, `Trained`, path) -> None.
         load: (path, `Trained`) -> the network in the file as a function of images; used to verify the file.
-        usage: Python that loads the file, with {file}, {builder} and {classes} to be filled in.
+        usage: Python that loads the file, with {file}, {builder}, {reader} and {imports} to be filled in.
     """
 
     name: str
@@ -277,15 +277,16 @@ def _need(*packages: str, extra: str) -> None:
 
 _FORMS = (
     Form("torchvision", WEIGHTS, False, _write_stock, _load_stock,
-         "network = {builder}\nnetwork.load_state_dict({reader}, strict=True)\nlogits = network.eval()(images)"),
+         "{imports}\n\nnetwork = {builder}\nnetwork.load_state_dict({reader}, strict=True)\n"
+         "logits = network.eval()(images)"),
     Form("folded", WEIGHTS, False, _write_folded, lambda path, trained: load_folded(path),
-         'from onlinenorm.deploy import load_folded\nlogits = load_folded("{file}")(images)'),
+         'from onlinenorm.deploy import load_folded\n\nlogits = load_folded("{file}")(images)'),
     Form("onnx", ".onnx", True, _write_onnx, _load_onnx,
-         'import onnxruntime\nsession = onnxruntime.InferenceSession("{file}")\n'
+         'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{file}")\n'
          'logits = session.run(["logits"], {{"images": images.numpy()}})[0]'),
     Form("torchscript", ".torchscript", True, _write_torchscript, _load_torchscript,
-         'logits = torch.jit.load("{file}")(images)'),
+         'import torch\n\nlogits = torch.jit.load("{file}")(images)'),
     Form("exported-program", ".pt2", True, _write_exported, _load_exported,
-         'logits = torch.export.load("{file}").module()(images)'),
+         'import torch\n\nlogits = torch.export.load("{file}").module()(images)'),
 )  # fmt: skip
 FORMS = {form.name: form for form in _FORMS}

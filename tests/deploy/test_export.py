@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -309,6 +311,28 @@ def test_the_card_turns_a_photograph_into_the_input(exported, clamp_run, tmp_pat
     expected, _, _ = trained.data.on_after_batch_transfer((image, torch.zeros(1), torch.zeros(1)))
     torch.testing.assert_close(found["images"], expected, atol=1e-6, rtol=1e-5)
     assert "T-shirt/top" in card and "Classes, in the order of the logits" in card
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_the_cards_run_as_pasted(exported, tmp_path, monkeypatch):
+    """Their blocks one after the other; that of weights in a Python of its own, where nothing has been imported."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
+    for file in exported.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    logits = []
+    for name in FORMS:
+        blocks = (exported / f"cifar_resnet8-{name}.md").read_text().split("```python\n")[1:]
+        program = "".join(block.partition("```")[0] for block in blocks)
+        if name == "torchvision":
+            program += "torch.save(logits.detach(), 'logits.pt')\n"
+            subprocess.run([sys.executable, "-c", program], check=True)
+            logits.append(torch.load("logits.pt", weights_only=True))
+        else:
+            exec(program, found := {})
+            logits.append(torch.as_tensor(found["logits"]))
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], atol=1e-4, rtol=0)
 
 
 def test_a_form_that_cannot_be_made_is_an_exit_code(scaling_run, tmp_path, script, capsys):
