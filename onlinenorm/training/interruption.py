@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from onlinenorm.data.workers import STOP_SIGNALS
 from onlinenorm.errors import Interrupted
+from onlinenorm.training.launch import is_rank_zero
 
 
 class StopSignals:
@@ -50,7 +51,7 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self._deferred:
             self.raise_interrupted_early()
-        if signum == signal.SIGINT:
+        if signum == signal.SIGINT and is_rank_zero():  # of the processes that a terminal asks
             # not print, which may be what has been interrupted; the cursor is shown, for the bar cannot when killed
             cursor = b"\x1b[?25h" if os.isatty(1) else b""
             os.write(2, cursor + b"\nCtrl-C: saving at the end of this step; again: leave at once, without saving\n")

@@ -15,6 +15,7 @@ from distributed_runs import TINY, train
 from tests_training import ROOT, outcome
 
 from onlinenorm.training import ImageClassifier
+from onlinenorm.training.interruption import StopSignals
 
 RUN = (*TINY, "normalizer=online_clamp", "recipe.scaling=none", "recipe.lr=0.01", "data.num_workers=2")
 OFTEN = "trainer.checkpoint_every_n_steps=1"
@@ -198,3 +199,12 @@ def test_sigterm_to_torchrun(tmp_path):
     assert errors.count("SIGTERM: saved at ") == 1, errors
     assert "DataLoader worker" not in errors and "RuntimeError" not in errors, errors
     assert not (tmp_path / "failed.txt").exists()
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_of_the_processes_of_a_terminal_the_first_answers_ctrl_c(monkeypatch, capfd, rank, lines):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with StopSignals() as stop:
+        stop.defer()
+        signal.raise_signal(signal.SIGINT)
+    assert stop.signum == signal.SIGINT and capfd.readouterr().err.count("Ctrl-C: saving") == lines
