@@ -351,7 +351,8 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
         ValueError: an argument outside its range; an input of another rank, channel count or integer dtype; on every
             process, an empty batch on one of them.
 
-    Sources: Chiley et al. 2019, arXiv:1905.05894; the clamp: Chiley, Activation Clamping in Online Normalization, 2020.
+    Sources: Chiley et al. 2019, arXiv:1905.05894; the clamp: Chiley, Error Compensation Mechanism in Online
+    Normalization, 2020.
     """
 
 
