@@ -253,8 +253,8 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise DataError(
-            "Parquet files are read by pyarrow, which is not installed: pip install 'onlinenorm[parquet]', or pyarrow "
-            "alone",
+            "Parquet files are read by pyarrow, which is not installed: pip install "
+            "-c constraints.txt -e '.[parquet]', or pyarrow alone",
             key="root",
         ) from error
     return pyarrow, pyarrow.parquet

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onlinenorm import OnlineNorm1d, OnlineNorm2d, convert
+from onlinenorm import OnlineNorm1d, OnlineNorm2d, convert, remove_clamping
 from onlinenorm.normalizers.conversion import OnlineNormAct2d
 
 NETWORKS = {
@@ -68,6 +68,18 @@ def test_default_guard_goes_and_comes_without_a_trace():
         before = network(images)
         assert not torch.allclose(convert(network)(images), before)  # the clamp acts on such images
         assert torch.equal(convert(network, to="batch")(images), before)
+
+
+def test_stock_torchvision_loads_what_was_trained_with_clamps():
+    """The lines of README.md: convert, train, remove_clamping, convert back."""
+    network = convert(torchvision.models.resnet18(num_classes=4)).train()
+    network(torch.randn(4, 3, 32, 32)).square().mean().backward()
+    remove_clamping(network)
+    images, stock = torch.randn(2, 3, 32, 32), torchvision.models.resnet18(num_classes=4).eval()
+    with torch.no_grad():
+        before = network.eval()(images)
+        stock.load_state_dict(convert(network, "batch").state_dict())
+        torch.testing.assert_close(stock(images), before, atol=1e-5, rtol=1e-5)
 
 
 def test_converted_network_trains():
