@@ -22,7 +22,6 @@ from scripts._venv import run_main
 from rich.console import Console
 
 from onlinenorm.cli.arguments import parse_options
-from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import ConfigError, ReportError
 from onlinenorm.files import write_together
 from onlinenorm.report.build import table_files
@@ -53,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         spec = load_spec()
         found = load_runs(options.runs, options.without)
         if options.before:
+            from onlinenorm.cli.compose import load_config  # here: the extra `report` brings no Hydra
+
             check_joins(found.runs, load_config(options.before))
             return 0
         report = build_report(found.runs, spec)
