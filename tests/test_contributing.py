@@ -33,7 +33,8 @@ def files(section):
 
 
 def commands(section):
-    lines = "\n".join(re.findall(r"```sh\n(.*?)```", SECTIONS[section], re.DOTALL)).splitlines()
+    text = "\n".join(re.findall(r"```sh\n(.*?)```", SECTIONS[section], re.DOTALL))
+    lines = text.replace(" \\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -151,7 +152,7 @@ def test_a_network_to_an_export(walk, monkeypatch):
     walk("network")
     assert list(Path("exports").glob("*.pt2"))
     monkeypatch.setattr("onlinenorm.data.FashionMNIST.class_names", property(lambda self: pytest.fail("needs data")))
-    trained = load_trained("runs/net/batch/seed0", allowed=["two_layers.TwoLayers"])
+    trained = load_trained("runs/net", allowed=["two_layers.TwoLayers"])
     assert (trained.num_classes, trained.in_channels) == (10, 1)
 
 

@@ -56,6 +56,13 @@ def test_links_lead_somewhere(page):
     assert dead == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_fit_the_width_of_github(page):
+    """Beyond it there is a scroll bar, and the comment behind a command is not read."""
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 112] == []
+
+
 def test_the_python_of_pages_runs():
     """That of users, on a network of theirs."""
     ran = 0

@@ -55,7 +55,8 @@ def written(page):
     """The command lines of a page: of its code blocks, their comments and its texts and tables."""
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = [re.split(" +# ", line) for block in blocks for line in block.splitlines() if line.strip()]
+    blocks = [re.sub(r" \\\n *", " ", block) for block in blocks]
+    lines = [re.split("(?:^| +)# ", line) for block in blocks for line in block.splitlines() if line.strip()]
     found = [line[0].strip() for line in lines]
     found += [more.split("or: ")[1].strip() for line in lines for more in line[1:] if "or: " in more]
     found += re.findall(r"`((?:python |scripts/|torchrun |sbatch |pip )[^`]*[ .][^`]+)`", text)
