@@ -20,7 +20,7 @@ For example
   python train.py experiment=quickstart normalizer=batch seed=1                      minutes on two CPU cores
   python train.py experiment=quickstart normalizer.clamp_value=3 run_dir=runs/c3     a key changed, in its own folder
   python train.py experiment=table1 data.root=/data/imagenet                         a row of the published table
-  python train.py data=imagenet data.root=photos recipe.epochs=30 recipe.milestones=[15,25]   class folders of your own
+  python train.py data=imagenet data.root=photos recipe.epochs=30 recipe.milestones=[9,18,24,27]   folders of your own
   torchrun --nproc-per-node 8 train.py trainer=ddp experiment=table1 data.root=/data/imagenet
 """
 MORE = """\

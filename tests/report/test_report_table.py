@@ -1,7 +1,9 @@
 import json
+import re
 
 import numpy as np
 import pytest
+import yaml
 from run_folders import DATASETS, NORMALIZERS, write_run
 
 from onlinenorm.errors import ReportError
@@ -274,3 +276,14 @@ def test_cifar_runs_that_are_not_done_are_beside_what_was_published_there(tmp_pa
     write_run(tmp_path, "batch", scale="cifar100", data=data, done=2)
     report = report_on(tmp_path, spec)
     assert (report.scale, report.published_short) == ("cifar100", "CIFAR-100") and "68.6 %" in main_table(report)
+
+
+def test_the_margin_that_the_page_of_data_names_gives_folders_of_ones_own_a_verdict(tmp_path, root):
+    page = (root / "onlinenorm/data/README.md").read_text(encoding="utf-8")
+    content = read_yaml(FILE)
+    content["equivalence"]["margins"] |= yaml.safe_load(re.search(r"a line `(folder: \{.*?\})`", page)[1])
+    for seed in range(3):
+        for normalizer in ("online_clamp", "batch"):
+            write_run(tmp_path, normalizer, seed, scale="folder", top1=0.8 + 0.01 * seed)
+    outcome = verdicts(report_on(tmp_path, parse_spec(content)))["online_clamp", "batch"].outcome
+    assert outcome not in ("not comparable", "not run")
