@@ -169,6 +169,18 @@ def test_bad_arguments_are_named(arguments, message):
         Synthetic(**arguments)
 
 
+def test_a_set_of_ones_own_takes_a_root_unless_it_says_that_it_reads_none():
+    class Reading(ImageDataModule):
+        pass
+
+    class Making(ImageDataModule):
+        reads_root = False
+
+    assert Reading(root="/photos").root == "/photos" and Making().root is None
+    with pytest.raises(ValueError, match=r"^root: /photos would not be read"):
+        Making(root="/photos")
+
+
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(ValueError, match=r"^batch_size: 512 exceeds the 300 training images"):
         embedded(batch_size=512).train_dataloader()
