@@ -23,10 +23,12 @@ from onlinenorm.cli.arguments import Arguments, literal, parse
 from onlinenorm.cli.compose import jobs, load_config, to_plain
 from onlinenorm.cli.files import CONFIGS
 from onlinenorm.errors import ConfigError, cli_errors
+from onlinenorm.training.opening import announce
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Runs, continues or reprints the run of a configuration (of `load_config`); returns its results."""
+    announce(config)
     from onlinenorm.training import run  # not above: a wrong key is an error before torch and Lightning are loaded
 
     return run.train(config)

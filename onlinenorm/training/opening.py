@@ -1,13 +1,12 @@
-"""What a run says of itself before it trains: first what its configuration says, then what else had to be found out."""
+"""What a run says of itself before it trains: at once what its configuration says, then what else had to be found out.
+
+Nothing that takes long to load is imported here: the first lines come before torch is.
+"""
 
 from typing import Any
 
-from onlinenorm.data.datasets import FolderDataset
-from onlinenorm.provenance import device_name
 from onlinenorm.records import lookup, run_path
 from onlinenorm.text import plural
-from onlinenorm.training.clamping import clamped_layers
-from onlinenorm.training.final_validation import can_reestimate
 from onlinenorm.training.launch import is_rank_zero
 
 
@@ -38,6 +37,9 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
         recipe: its `Recipe`.
         reasons: key -> why what could be faster is off, of `fast_path.Choice`.
     """
+    from onlinenorm.data.datasets import FolderDataset
+    from onlinenorm.provenance import device_name
+
     trainer = config["trainer"]
     processes = trainer["devices"] * trainer["num_nodes"]
     on_gpu = trainer["accelerator"] == "gpu"
@@ -79,6 +81,9 @@ def notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[
 
 def _without_effect(network: Any, recipe: Any) -> list[str]:
     """A sentence for each reason why keys of the recipe that are set change nothing."""
+    from onlinenorm.training.clamping import clamped_layers
+    from onlinenorm.training.final_validation import can_reestimate
+
     of_clamps = "clamp_raise_epochs", "clamp_off_epochs", "removal_every_epoch"
     said = []
     for keys, effective, why in (

@@ -32,7 +32,7 @@ from onlinenorm.training.fast_path import (
 from onlinenorm.training.final_validation import build_results, final_validation, summary, write_results
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import is_rank_zero
-from onlinenorm.training.opening import announce, details, notes
+from onlinenorm.training.opening import details, notes
 from onlinenorm.training.probe import probe_batch, probe_network, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.recipe import Recipe
@@ -64,7 +64,6 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
     asked = config = adopt(config, recorded, ANEW)
     if recorded:
         check_compiles_here(config, path)
-    announce(config)  # after the settings were checked, before data that may take minutes to open
     with full_keys(config, "data", "recipe"):
         choice = choose(config, lambda config: open_data(config, recipe))
         probe_data(choice.data, choice.config)
