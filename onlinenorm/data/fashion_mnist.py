@@ -123,7 +123,12 @@ def find_full_set(root: str | None) -> Path:
         searched.append(str(folder))
     if root is not None:
         folders = "\n  ".join(searched)
-        raise DataError(f"Fashion-MNIST is in none of\n  {folders}\n{_TO_GET_IT}", key="root")
+        what = (
+            f"Fashion-MNIST is in none of\n  {folders}"
+            if places[0].is_dir()
+            else f"{places[0].absolute()} is no folder"
+        )
+        raise DataError(f"{what}\n{_TO_GET_IT}", key="root")
     return _download(cache, searched)
 
 

@@ -90,6 +90,9 @@ def test_missing_set_says_where_it_was_sought_and_what_to_do(tmp_path):
 
 def test_a_folder_that_was_given_is_the_only_one(tmp_path):
     write_set(tmp_path / "debian")
+    with pytest.raises(DataError, match=rf"(?s)^root: {tmp_path}/photos is no folder\n.*Then: python train.py"):
+        FashionMNIST(root=str(tmp_path / "photos")).setup()
+    (tmp_path / "photos").mkdir()
     with pytest.raises(DataError, match=r"(?s)^root: .* none of\n  \S+photos\n.*Then: python train.py"):
         FashionMNIST(root=str(tmp_path / "photos")).setup()
     with pytest.raises(ArgumentError, match=r"^root: /photos would not be read: .*data=imagenet"):
