@@ -26,8 +26,9 @@ from onlinenorm.data.prefetch import Batch
 from onlinenorm.data.replaced_files import described_files, replaced_files
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
+from onlinenorm.data.unreadable import check_share, unreadable_image
 from onlinenorm.data.workers import PREFETCHED, check_shared_memory, share_of_cores, worker_loader
-from onlinenorm.errors import ArgumentError, UnreadableImageError
+from onlinenorm.errors import ArgumentError
 
 log = logging.getLogger(__name__)
 
@@ -375,17 +376,13 @@ class ImageDataModule(pl.LightningDataModule):
         path, holder = dataset.index.path(index), dataset.index.holder(index)
         cause = f"{path} cannot be decoded ({dataset.failure(index)})"
         if self.on_unreadable == "raise":
-            raise UnreadableImageError(
-                f"{cause}. Replace {'the file' if holder == path else holder}, or go on without it with "
-                "data.on_unreadable=skip, which counts and lists such images.",
-                key="on_unreadable",
-            )
+            raise unreadable_image(cause, "the file" if holder == path else str(holder))
         name = f"{split}/{dataset.index.relative_path(index)}"
         if name in self.unreadable:
             return
         self.unreadable.append(name)
         log.warning("skipped: %s", cause)
-        self._check_limit(split, f"{cause}.")
+        self._check_share(split, cause)
 
     def agree_on_unreadable(self) -> None:
         """Make the list that of all processes, by rank, and hold it against the limit; every process calls this."""
@@ -396,15 +393,8 @@ class ImageDataModule(pl.LightningDataModule):
         self.unreadable = list(dict.fromkeys(itertools.chain(*lists)))
         for split in ("train", "val"):
             if met := [path for path in self.unreadable if path.startswith(f"{split}/")]:
-                self._check_limit(split, f"{met[-1]}.")
+                self._check_share(split, met[-1])
 
-    def _check_limit(self, split: str, last: str) -> None:
-        count = sum(p.startswith(f"{split}/") for p in self.unreadable)
+    def _check_share(self, split: str, last: str) -> None:
         images = len(self._sets[0 if split == "train" else 1])
-        if count > self.unreadable_limit * images:
-            raise UnreadableImageError(
-                f"{count} of {images} images in {split}/ cannot be decoded, more than the allowed "
-                f"fraction {self.unreadable_limit:g}; the last is {last} Repair the dataset, or raise "
-                "data.unreadable_limit.",
-                key="unreadable_limit",
-            )
+        check_share(self.unreadable, split, images, self.unreadable_limit, last)
