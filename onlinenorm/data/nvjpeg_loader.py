@@ -11,6 +11,7 @@ EXIF orientation, so that boxes planned from the header and the CPU decoders' pi
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,11 +27,21 @@ from onlinenorm.data.prefetch import Batch, prefetch, to_device, transfer_rest
 from onlinenorm.data.resize import crop_table, most_taps, resize_crops
 
 
+def more_work_queues() -> None:
+    """Lets nvJPEG work beside captured training steps; to be called before CUDA starts.
+
+    A process has 8 hardware work queues by default. Streams beyond them share one, where work runs in turn: with the 14
+    of nvJPEG some would stand behind a whole step, and decoding with them. What the environment says stays. Under MPS
+    the queues of all processes are a pool, so that those that do not decode while they train should not ask.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
 class NvjpegLoader:
     """A DataLoader of `EncodedBatch`es as a loader of decoded batches on `device`.
 
     One thread decodes ahead, another makes the crops of what it has decoded, each on a stream of its own, so that
-    decoding, crops and training steps overlap. Length, sampler and order are those of the loader within. `dataset`
+    decoding, crops and training steps overlap (see `more_work_queues`). Length, sampler and order are those of the loader within. `dataset`
     finds replacements for what the GPU cannot decode.
     """
 

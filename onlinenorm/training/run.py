@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from onlinenorm.arguments import flatten
+from onlinenorm.data.nvjpeg_loader import more_work_queues
 from onlinenorm.data.workers import explain_worker_deaths
 from onlinenorm.errors import ConfigError, DataError
 from onlinenorm.records import CONFIG, read_record, run_path
@@ -43,6 +44,8 @@ from onlinenorm.training.trainer import quiet_lightning, resolve_in
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Runs, continues or reprints the run of a configuration (plain values); returns its results."""
     check_config(config)
+    if config["data"].get("decoder") in ("auto", "nvjpeg") and config["data"].get("on_device") is not True:
+        more_work_queues()
     path = run_path(config)
     folder = RunFolder(path, is_rank_zero())
     config = {**config, "trainer": resolve_in(folder, config["trainer"])}

@@ -1,5 +1,8 @@
 """The path of decoder nvjpeg with the CPU as its device: only the decoder's own arithmetic differs from a GPU's."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -182,3 +185,38 @@ def test_the_gpu_gives_the_pixels_of_the_cpu(tmp_path, monkeypatch):
     off = np.abs(ours[0].cpu().numpy().astype(int) - theirs[0].numpy().astype(int))
     print(f"equal {(off == 0).mean():.1%}, at most one grey level off {(off <= 1).mean():.1%}, at most {off.max()}")
     assert off.mean() < 1
+
+
+DECODING_BESIDE_A_STEP = """
+import torch
+from torchvision.io import encode_jpeg
+from onlinenorm.data.nvjpeg_loader import decode_all, more_work_queues
+
+more_work_queues()
+device = torch.device("cuda", 0)
+files = [encode_jpeg(torch.randint(256, (3, 64, 64), dtype=torch.uint8)) for _ in range(64)]
+decode_all(files, device)  # starts the decoder
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    for _ in range(50):
+        torch.cuda._sleep(100_000_000)  # clock cycles: 50 ms and more
+graph.replay()
+step = torch.cuda.current_stream().record_event()
+stream = torch.cuda.Stream()
+with torch.cuda.stream(stream):
+    images = decode_all(files, device)
+    stream.synchronize()
+print("decoded", len(images), "beside" if not step.query() else "after")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_decoding_does_not_wait_for_a_captured_step():
+    """In a process of its own, as queues are made when CUDA starts."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    done = subprocess.run(
+        [sys.executable, "-c", DECODING_BESIDE_A_STEP], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["decoded", "64", "beside"], done.stderr

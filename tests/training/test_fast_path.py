@@ -1,6 +1,7 @@
 """What auto stands for: fast on a GPU where it pays and is known to be right, as before on the CPU, kept by a run."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -358,3 +359,21 @@ def test_the_check_of_a_compiled_run_says_what_its_start_would(run, train_module
     monkeypatch.setattr(preflight_module, "check_compiles_here", refused, raising=False)
     with pytest.raises(ConfigError, match="is compiled"):
         list(preflight(train_module.load_config([*TINY, f"run_dir={tmp_path}"]), 0.1, None))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "queues"),
+    [
+        (["experiment=imagenette"], "32"),
+        (["experiment=imagenette", "data.on_device=true"], None),
+        (["experiment=imagenette", "data.decoder=pillow"], None),
+        (["experiment=cifar10"], None),
+    ],
+)
+def test_runs_that_decode_while_they_train_ask_for_more_work_queues(overrides, queues, monkeypatch):
+    """Before anything starts CUDA."""
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setattr(run_module, "run_path", lambda config: sys.exit(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")))
+    with pytest.raises(SystemExit) as found:
+        run_module.train(load_config([*overrides, "data.root=images"]))
+    assert found.value.code == queues
