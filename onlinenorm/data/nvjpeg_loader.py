@@ -14,6 +14,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,18 +32,19 @@ def more_work_queues() -> None:
     """Lets nvJPEG work beside captured training steps; to be called before CUDA starts.
 
     A process has 8 hardware work queues by default. Streams beyond them share one, where work runs in turn: with the 14
-    of nvJPEG some would stand behind a whole step, and decoding with them. What the environment says stays. Under MPS
-    the queues of all processes are a pool, so that those that do not decode while they train should not ask.
+    of nvJPEG some would stand behind a whole step, and decoding with them. What the environment says stays, and so does
+    the default under MPS, whose processes share one pool of queues.
     """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if not Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists():
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class NvjpegLoader:
     """A DataLoader of `EncodedBatch`es as a loader of decoded batches on `device`.
 
     One thread decodes ahead, another makes the crops of what it has decoded, each on a stream of its own, so that
-    decoding, crops and training steps overlap (see `more_work_queues`). Length, sampler and order are those of the loader within. `dataset`
-    finds replacements for what the GPU cannot decode.
+    decoding, crops and training steps overlap (see `more_work_queues`). Length, sampler and order are those of the
+    loader within. `dataset` finds replacements for what the GPU cannot decode.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device):

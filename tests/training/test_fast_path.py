@@ -367,13 +367,18 @@ def test_the_check_of_a_compiled_run_says_what_its_start_would(run, train_module
         (["experiment=imagenette"], "32"),
         (["experiment=imagenette", "data.on_device=true"], None),
         (["experiment=imagenette", "data.decoder=pillow"], None),
-        (["experiment=cifar10"], None),
     ],
 )
-def test_runs_that_decode_while_they_train_ask_for_more_work_queues(overrides, queues, monkeypatch):
-    """Before anything starts CUDA."""
+def test_runs_that_decode_while_they_train_ask_for_more_work_queues(overrides, queues, tmp_path, monkeypatch):
+    """Before anything starts CUDA, and not where MPS shares out the queues."""
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
     monkeypatch.setattr(run_module, "run_path", lambda config: sys.exit(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")))
     with pytest.raises(SystemExit) as found:
-        run_module.train(load_config([*overrides, "data.root=images"]))
+        run_module.train(load_config(overrides))
     assert found.value.code == queues
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    with pytest.raises(SystemExit) as found:
+        run_module.train(load_config(overrides))
+    assert found.value.code is None
