@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import programs
 import pytest
 
-from scripts.bench import end_to_end
+from scripts.bench import end_to_end, end_to_end_table
 
 TINY = [
     "--device", "cpu", "--no-compile", "--model", "resnet18", "--size", "32", "--batch", "8", "--epochs", "2",
@@ -47,6 +47,13 @@ def test_training_is_held_against_its_step_and_the_reference_loop(tmp_path, monk
         rate, step = row["images_per_second"], row["step_images_per_second"]
         assert row["batch"] == 8 and row["ratio"] == pytest.approx(rate / step, abs=0.01)
     assert (tmp_path / "found.png").stat().st_size > 10_000
+    ours["images_per_second"] = 5999.0
+    ours["ratio"] = 0.5
+    missing = {**ours, "data": "cifar10", "runs": 15, "why": "out of time"}
+    page = end_to_end_table.render({**results, "not_run": [missing]})
+    assert "| 5,999 |" in page and "| 0.500 |" in page and "6,000 images/s | **no** |" in page
+    assert "15 runs side by side" in page and "(out of time)" in page
+    assert "| yes |" in end_to_end_table.render({**results, "rows": [{**ours, "images_per_second": 6000.0}, peer]})
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ from onlinenorm.deploy.export import page
 from scripts import study, table1
 from scripts.bench import (
     distributed_table,
+    end_to_end,
+    end_to_end_table,
     kernels_table,
     levers_table,
     loaders_picture,
@@ -37,7 +39,7 @@ RESULTS = ROOT / "results"
 PAGES = {
     "bench_training": training_table, "bench_normalizer": norm_sites_table, "bench_kernels": kernels_table,
     "bench_distributed": distributed_table, "bench_data": loaders_table, "bench_shortcut": shortcut_table,
-    "bench_levers": levers_table,
+    "bench_levers": levers_table, "end_to_end": end_to_end_table,
 }  # fmt: skip
 
 
@@ -62,6 +64,8 @@ def rebuild(folder: Path) -> int:
     if "bench_training" in data:
         picture = data["bench_training"].with_suffix(".png")
         training.plot(json.loads(data["bench_training"].read_text(encoding="utf-8")), str(picture))
+    if "end_to_end" in data:
+        end_to_end.draw(data["end_to_end"])
     for file in data.values():
         file.unlink()
     for file in RESULTS.glob("exports/*/exports.json"):
