@@ -27,7 +27,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "warmup_epochs": 0, "warmup_lr": 0.0, "label_smoothing": 0.0, "clamp_raise_epochs": 0, "clamp_off_epochs": 0,
         "removal_every_epoch": False, "reestimate_images": 0,
     },
-    "model": {"compile": False, "stem": "auto", "fuse_max_pool": True, "fuse_shortcut": False},
+    "model": {"compile": False, "stem": "auto", "fuse_max_pool": True, "fuse_shortcut": True},
     "trainer": {"cuda_graph": False},
     "data": {"decoder": "pillow", "val_decoder": "pillow", "device_fraction": 1.0},
 }  # fmt: skip

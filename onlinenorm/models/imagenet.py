@@ -51,7 +51,7 @@ def resnet(
     zero_init_last_gamma: bool = False,
     stem: str = "auto",
     fuse_max_pool: bool = True,
-    fuse_shortcut: bool = False,
+    fuse_shortcut: bool = True,
     compile: bool = False,
 ) -> ImageNetResNet:
     """ResNet for images of about 224 x 224 with torchvision's parameter names, for (N, C, H, W) -> (N, num_classes).

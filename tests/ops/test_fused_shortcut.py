@@ -339,8 +339,8 @@ def test_compiled_blocks_call_the_operators_with_both_gradients(monkeypatch):
     assert all(p.grad is not None for p in network.parameters())
 
 
-@pytest.mark.parametrize("fuse", [True, False])
-def test_compiled_networks_ask_the_normalizer_unless_told_not_to(fuse):
+@pytest.mark.parametrize("options", [{}, {"fuse_shortcut": False}], ids=["by default", "told not to"])
+def test_compiled_networks_ask_the_normalizer_unless_told_not_to(options):
     calls = []
 
     class Norm(nn.BatchNorm2d):
@@ -350,6 +350,7 @@ def test_compiled_networks_ask_the_normalizer_unless_told_not_to(fuse):
             calls.append(shortcut)
             return x
 
-    model = models.resnet18(Norm, fuse_shortcut=fuse)
+    model = models.resnet18(Norm, **options)
     torch.compile(model, backend="eager")(torch.randn(2, 3, 32, 32))
-    assert sum(norm is not None for norm in calls) == 3 * fuse and len(calls) == 20 - 3 * fuse
+    fused = 0 if options else 3
+    assert sum(norm is not None for norm in calls) == fused and len(calls) == 20 - fused
