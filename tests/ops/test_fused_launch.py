@@ -299,6 +299,24 @@ def test_the_compiler_that_comes_with_torch_knows_hopper(monkeypatch):
     assert nvrtc.architecture(9, 0) is None
 
 
+@pytest.mark.parametrize("cooperative", [True, False])
+def test_a_kernel_begins_when_all_can_run_at_once_or_ahead_of_the_end_of_the_one_before(cooperative, monkeypatch):
+    launched = []
+
+    def launch(config, function, arguments, extra):
+        attribute = config._obj.attributes[0]
+        launched.append((list(config._obj.shape), config._obj.stream, config._obj.count, attribute.id, attribute.value))
+        launched.append(single_read.Params.from_address(arguments[0]).samples)
+        return 0
+
+    driver = SimpleNamespace(cuModuleLoadData=lambda *_: 0, cuModuleGetFunction=lambda *_: 0, cuLaunchKernelEx=launch)
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    params = single_read.Params(samples=7)
+    nvrtc.Kernel(b"", "online_norm_forward").launch(24, 544, 1000, 99, params, cooperative)
+    assert launched == [([24, 1, 1, 544, 1, 1, 1000], 99, 1, 2 if cooperative else 6, 1), 7]
+    assert (ctypes.sizeof(nvrtc._Attribute), ctypes.sizeof(nvrtc._Config)) == (72, 56)  # as in cuda.h
+
+
 class ThreadWithoutContext:
     """A driver that refuses to work until the calling thread has been given a context."""
 

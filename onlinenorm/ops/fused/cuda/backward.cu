@@ -357,24 +357,12 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm_back
     extern __shared__ __align__(128) uint4 memory[];
     Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size(p));
     const int role = threadIdx.x / GROUP;
-    const Place at(p, threadIdx.x % GROUP);
-    // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
-    float u = 0.f, v = 0.f;
-    if (role == 1) {
-        u = p.norms[at.norm].state_a[at.channel], v = p.norms[at.norm].state_b[at.channel];
-        s.gain[0][at.column] = u, s.slope[0][at.column] = v;
-    }
-    prepare_stages(s.stages);
-    if (role == 0) {
-        reduce_warps(p, at, s, memory);
-    } else if (role == 1) {
-        clear_messages(p, at.thread);
-        write_warps(p, at, s, memory, u, v);
-    } else if (at.warp_lane == 0) {
-        load_tiles(p, s.stages, [&](const Item& item, int stage) {
+    const bool loads = threadIdx.x == 2 * GROUP;
+    auto load = [&](int i) {
+        return load_tile(p, s.stages, i, [&](const Item& item, int stage) {
             u64* barrier = s.stages.full + stage;
             uint4* to = memory + stage * stage_size(p);
-            const int row = int(item.first_row), pooled = item.tile * p.tile_rows / 4;
+            const int slab = blockIdx.x % (p.channels / WIDTH), row = int(item.first_row), pooled = item.tile * p.tile_rows / 4;
             const int grad_row = POOL ? item.sample * pooled_pixels(p) + pooled : row;
             u32 bits = p.segments > 1 ? item.count * even(p.pixels) * 8 : even(item.rows) * 8;
             if (POOL) bits = min(mask_bytes(p), (pooled_pixels(p) - pooled) * 32);
@@ -385,12 +373,31 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm_back
             for (int t = 0; t < NORMS; t++) {
                 tma_load_boxes(p, to + grad_size(p) + t * stage_rows(p) * LANES, p.maps[1 + t], row, p.box_rows, p.boxes, barrier);
                 uint4* states = to + states_at(p) + t * p.segments * WIDTH / 2;
-                const float2* from = p.norms[t].tables + (long long)item.sample * p.channels + at.slab * WIDTH;
+                const float2* from = p.norms[t].tables + (long long)item.sample * p.channels + slab * WIDTH;
                 for (int k = 0; k < item.count; k++)
                     tma_load_bytes(states + k * WIDTH / 2, from + (long long)k * p.channels, WIDTH * 8, barrier);
             }
-            if (MASK) tma_load_bytes(to + mask_at(p), p.mask + mask_offset(p, at.slab, item.sample, item.tile * p.tile_rows), bits, barrier);
-            if (POOL) tma_load_bytes(to + mask_at(p), p.mask + index_offset(p, at.slab, item.sample, pooled), bits, barrier);
+            if (MASK) tma_load_bytes(to + mask_at(p), p.mask + mask_offset(p, slab, item.sample, item.tile * p.tile_rows), bits, barrier);
+            if (POOL) tma_load_bytes(to + mask_at(p), p.mask + index_offset(p, slab, item.sample, pooled), bits, barrier);
         });
+    };
+    if (loads) prepare_stages<1 + NORMS + SKIP_GRAD>(p, s.stages);
+    wait_for_earlier_kernels();
+    bool more = loads && load(0);
+    const Place at(p, threadIdx.x % GROUP);
+    // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
+    float u = 0.f, v = 0.f;
+    if (role == 1) {
+        u = p.norms[at.norm].state_a[at.channel], v = p.norms[at.norm].state_b[at.channel];
+        s.gain[0][at.column] = u, s.slope[0][at.column] = v;
+    }
+    __syncthreads();
+    if (role == 0) {
+        reduce_warps(p, at, s, memory);
+    } else if (role == 1) {
+        clear_messages(p, at.thread);
+        write_warps(p, at, s, memory, u, v);
+    } else {
+        for (int i = 1; more; i++) more = load(i);
     }
 }

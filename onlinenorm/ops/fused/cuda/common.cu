@@ -240,36 +240,35 @@ struct Stages {
     int queue[STAGES];  // item of a stage, -1 after the last
 };
 
-// Before any role begins; ends with all threads of the CTA in step.
-__device__ __forceinline__ void prepare_stages(Stages& s) {
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(s.full + i, 1);
-            barrier_init(s.reduced + i, WARPS);
-            barrier_init(s.empty + i, WARPS);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+// Before any role begins, by the thread that loads: what it needs to issue the first loads.
+template <int MAPS>
+__device__ __forceinline__ void prepare_stages(const Params& p, Stages& s) {
+#pragma unroll
+    for (int i = 0; i < MAPS; i++) asm volatile("prefetch.tensormap [%0];" ::"l"(p.maps + i) : "memory");
+    for (int i = 0; i < STAGES; i++) {
+        barrier_init(s.full + i, 1);
+        barrier_init(s.reduced + i, WARPS);
+        barrier_init(s.empty + i, WARPS);
     }
-    __syncthreads();
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The load warp's one thread: takes items from the tile scheduler; fetch(item, stage) issues TMA and arrives on the stage's mbarrier.
+// The kernel may have begun ahead of the end of the one in front of it in the stream, from which on memory may be read and
+// written.
+__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The load warp's one thread takes the next item from the tile scheduler, for stage i of its CTA's; false: there is none.
+// fetch(item, stage) issues TMA and arrives on the stage's mbarrier.
 template <class Fetch>
-__device__ __forceinline__ void load_tiles(const Params& p, Stages& s, Fetch fetch) {
-    const int items = item_count(p);
-    int* tile_counter = p.tile_counter + blockIdx.x % (p.channels / WIDTH);
-    for (int i = 0;; i++) {
-        const int stage = i % STAGES;
-        if (i >= STAGES) wait(s.empty + stage, i / STAGES - 1 & 1);
-        const int index = atomicAdd(tile_counter, 1) + 1;
-        s.queue[stage] = index < items ? index : -1;
-        if (index >= items) {
-            arrive(s.full + stage);
-            return;
-        }
-        fetch(Item(p, index), stage);
-    }
+__device__ __forceinline__ bool load_tile(const Params& p, Stages& s, int i, Fetch fetch) {
+    const int items = item_count(p), stage = i % STAGES;
+    if (i >= STAGES) wait(s.empty + stage, i / STAGES - 1 & 1);
+    const int index = atomicAdd(p.tile_counter + blockIdx.x % (p.channels / WIDTH), 1) + 1;
+    s.queue[stage] = index < items ? index : -1;
+    if (index < items) fetch(Item(p, index), stage);
+    else arrive(s.full + stage);
+    return index < items;
 }
 
 // Write warps, while the first tile is on its way: make EMPTY what this launch was given for it. A launch reads nothing there.

@@ -315,23 +315,9 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) 
     const int stage_size = TENSORS * stage_rows(p) * LANES;
     Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size);
     const int role = min(int(threadIdx.x) / GROUP, 2), index = threadIdx.x - role * GROUP;
-    const Place at(p, index % GROUP);
-    // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
-    float mean = 0.f, var = 0.f;
-    if (role == 1) {
-        mean = p.norms[at.norm].state_a[at.channel], var = p.norms[at.norm].state_b[at.channel];
-        s.mean[0][at.column] = mean, s.scale[0][at.column] = var;
-    }
-    prepare_stages(s.stages);
-    if (role == 0) {
-        reduce_warps(p, at, s, memory);
-    } else if (role == 1) {
-        clear_messages(p, at.thread);
-        write_warps(p, at, s, memory, mean, var);
-    } else if (index >= 32) {
-        if (blockIdx.x < at.slabs) scale_warps(p, Place(p, index - 32));
-    } else if (index == 0) {
-        load_tiles(p, s.stages, [&](const Item& item, int stage) {
+    const bool loads = role == 2 && index == 0;
+    auto load = [&](int i) {
+        return load_tile(p, s.stages, i, [&](const Item& item, int stage) {
             u64* barrier = s.stages.full + stage;
             uint4* to = memory + stage * stage_size;
             arrive_expecting(barrier, stage_size * 16);
@@ -339,5 +325,26 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) 
             for (int t = 0; t < TENSORS; t++)
                 tma_load_boxes(p, to + t * stage_rows(p) * LANES, p.maps[t], int(item.first_row) - halo_rows(p), p.box_rows, p.boxes, barrier);
         });
+    };
+    if (loads) prepare_stages<TENSORS>(p, s.stages);
+    wait_for_earlier_kernels();
+    bool more = loads && load(0);
+    const Place at(p, index % GROUP);
+    // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
+    float mean = 0.f, var = 0.f;
+    if (role == 1) {
+        mean = p.norms[at.norm].state_a[at.channel], var = p.norms[at.norm].state_b[at.channel];
+        s.mean[0][at.column] = mean, s.scale[0][at.column] = var;
+    }
+    __syncthreads();
+    if (role == 0) {
+        reduce_warps(p, at, s, memory);
+    } else if (role == 1) {
+        clear_messages(p, at.thread);
+        write_warps(p, at, s, memory, mean, var);
+    } else if (index >= 32) {
+        if (blockIdx.x < at.slabs) scale_warps(p, Place(p, index - 32));
+    } else {
+        for (int i = 1; more; i++) more = load(i);
     }
 }
