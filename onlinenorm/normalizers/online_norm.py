@@ -1,5 +1,6 @@
 """OnlineNorm as modules: parameters, state and input checks around one op."""
 
+import itertools
 import logging
 import math
 from dataclasses import replace
@@ -22,6 +23,8 @@ from onlinenorm.ops.repetition import with_known_start
 
 logger = logging.getLogger(__name__)
 
+_mailboxes = itertools.count(1)
+
 
 class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
     """What OnlineNorm1d and OnlineNorm2d share; use those."""
@@ -32,6 +35,8 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
     running_var: Tensor
     control_u: Tensor
     control_v: Tensor
+    exchange = "gather"  # of layers pickled by versions without it
+    _mailbox = 0
     fuses_residual = True
     fuses_max_pool = True
     fuses_shortcut = True
@@ -52,6 +57,7 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
         layer_scaling_group_size: int | None = None,
         backend: str = "auto",
         statistics: str = "global",
+        exchange: str = "gather",
         process_group: dist.ProcessGroup | None = None,
         device=None,
         dtype=None,
@@ -69,7 +75,9 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
         self.layer_scaling_group_size = layer_scaling_group_size
         self.backend = backend
         self.statistics = statistics
+        self.exchange = exchange
         self.process_group = process_group
+        self._mailbox = next(_mailboxes)
         self.gradient_scale = 1.0
 
         state = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
@@ -105,7 +113,12 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
         Each of W processes sees the gradient of its own mean loss, W times its share of the global mean: dividing by W
         keeps the control state in units that do not depend on the number of processes.
         """
+        return self._spec()
+
+    def _spec(self, shortcut: "OnlineNorm | None" = None) -> NormSpec:
         world_size = data_parallel.group_size(*self._group) if self.training else 1
+        processes = world_size if self.statistics == "global" else 1
+        exchanges = processes > 1 and self.exchange == "peers"
         return NormSpec(
             self.alpha_fwd,
             self.alpha_bkw,
@@ -115,8 +128,10 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
             self.layer_scaling_eps,
             self.layer_scaling_group_size,
             self.gradient_scale / world_size,
-            world_size if self.statistics == "global" else 1,
+            processes,
             self._group[0],
+            mailbox=self._mailbox if exchanges else 0,
+            shortcut_mailbox=shortcut._mailbox if exchanges and shortcut is not None else 0,
         )
 
     @property
@@ -168,12 +183,14 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
         residual_NCHW = None if residual is None else self._as_images(residual)
         if self.training:
             check_training_is_differentiated_once(self, x)
-            spec = self.spec
+            spec = self._spec(shortcut)
             start = self._start(x_NCHW, spec)
             if start.sizes.counts:
                 spec = replace(spec, counts=start.sizes.counts)
             if not start.sizes.same_pixels:
                 ops = backend_module("torch")  # the kernels take one number of pixels for all processes
+                if shortcut is not None and residual is not None:
+                    residual_NCHW, shortcut = self._as_images(shortcut(residual)), None
             layer = (self.weight, self.bias, start.mean, start.var, self.control_u, self.control_v)
             arguments: tuple = (x_NCHW, residual_NCHW, *layer, spec, relu)
             step = ops.train_step
@@ -200,8 +217,9 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
             and shortcut.training
             and backend == shortcut.resolve_backend(x.device)
             and hasattr(backend_module(backend), "train_step_shortcut")
-            and self.spec.processes == 1
-            and self.spec == shortcut.spec
+            and (self.spec.processes == 1 or self.exchange == "peers")
+            and self.exchange == shortcut.exchange
+            and (*self.spec.as_arguments(), *self.spec.peers) == (*shortcut.spec.as_arguments(), *shortcut.spec.peers)
         )
 
     def _layer(self, x_NCHW: Tensor) -> tuple:
@@ -340,6 +358,9 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
             had as many samples as the layer before it must go on so. DistributedDataParallel starts local streams from
             that of rank 0, where it wraps the network and at its first forward pass, and then leaves them alone: load
             statistics of a process's own after that pass.
+        exchange: how global statistics come to other processes: "gather" (collectives) or "peers" (on GPUs of one
+            machine with access to each other, in 16 bits, kernels store moments into the others' memory while they
+            run, so that images are read once; elsewhere, and for uneven batches, as "gather").
         process_group: whose batches form the global stream, and by whose number gradients are taken to be averaged; a
             ``torch.distributed`` group that this process belongs to, or None for all processes.
         device, dtype: of parameters and state; float32, or float64 when asked for, never half precision.

@@ -9,7 +9,13 @@ from onlinenorm.errors import ArgumentError
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS
 
 STATISTICS = ("global", "local")
-_CHOICES = {"error_compensation": ERROR_COMPENSATIONS, "backend": ("auto", *BACKENDS), "statistics": STATISTICS}
+EXCHANGES = ("gather", "peers")
+_CHOICES = {
+    "error_compensation": ERROR_COMPENSATIONS,
+    "backend": ("auto", *BACKENDS),
+    "statistics": STATISTICS,
+    "exchange": EXCHANGES,
+}
 _RANGES = {
     "alpha_fwd": (0, 1),
     "alpha_bkw": (0, 1),

@@ -15,7 +15,9 @@ class NormSpec:
     ``gradient_scale`` gives the unit of the control state: u and v are kept as gradient x gradient_scale. ``processes``
     is the number of processes that a global batch was dealt out to, sample by sample, and whose batches form one
     stream in that order; ``group`` names their process group ("": all processes), and ``counts`` the samples of each
-    where these differ (empty: all have as many).
+    where these differ (empty: all have as many). ``mailbox`` is the number of a layer whose kernels tell other
+    processes their moments while they run, where they can (0: the moments are gathered), ``shortcut_mailbox`` that of
+    the layer on a residual that one kernel serves too.
     """
 
     alpha_fwd: float = 0.999
@@ -29,6 +31,8 @@ class NormSpec:
     processes: int = 1
     group: str = ""
     counts: tuple[int, ...] = ()
+    mailbox: int = 0
+    shortcut_mailbox: int = 0
 
     @property
     def peers(self) -> tuple[int, str, tuple[int, ...]]:

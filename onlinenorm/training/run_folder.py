@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "logger",
     "normalizer._colour_",
     "normalizer._label_",
+    "normalizer.exchange",
     "run_dir",
     "trainer.accumulate_grad_batches",
     "trainer.checkpoint_every_n_steps",

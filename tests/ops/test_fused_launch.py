@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from onlinenorm.ops.fused import nvrtc, single_read, tiling, workspace
+from onlinenorm.ops.fused import nvrtc, peers, single_read, tiling, workspace
 from onlinenorm.ops.fused.params import NORM, SHORTCUT, Params
 from onlinenorm.ops.spec import NormSpec
 
@@ -47,16 +47,17 @@ def test_slow_statistics_are_served_too(without_gpu, monkeypatch):
     assert single_read.supports(images_on_a_gpu((2, 64, 8, 8)), NormSpec(alpha_fwd=1 - 1e-7))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("fused", ["", "POOL", "SHORTCUT"])
 @pytest.mark.parametrize("error_compensation", ["CLAMP", "SCALED"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_cuda_compiles_without_a_gpu(direction, error_compensation, fused):
+def test_cuda_compiles_without_a_gpu(direction, error_compensation, fused, processes):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA carries no NVRTC")
     source = single_read.source_of(direction)
     names = "HALF", "RELU", "RESIDUAL", "SKIP_GRAD", "CLAMP", "SCALED", "POOL", "SHORTCUT"
     ones = {"HALF", "RELU", "SKIP_GRAD", error_compensation, fused, "" if fused == "POOL" else "RESIDUAL"}
-    flags = {name: int(name in ones) for name in names} | TUNINGS[-1].defines
+    flags = {name: int(name in ones) for name in names} | TUNINGS[-1].defines | {"PEERS": processes}
     code = nvrtc.compile_source(source, "sm_90", tuple(f"-D{name}={value}" for name, value in flags.items()))
     assert code[:4] == b"\x7fELF" and f"online_norm_{direction}".encode() in code
     with pytest.raises(RuntimeError, match="NVRTC failed"):
@@ -166,6 +167,66 @@ def test_a_launch_for_two_layers_passes_the_tensors_of_both(error_compensation, 
         assert getattr(backward, name) == tensor.data_ptr()
     for tensor, name in zip(found[3:], ("shortcut_grad_weight", "shortcut_grad_bias"), strict=True):
         assert getattr(backward, name) == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("error_compensation", ["clamp", "layer_scaling"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_across_processes_sums_of_samples_lie_in_the_mailboxes(direction, error_compensation, without_gpu, monkeypatch):
+    scaled = error_compensation == "layer_scaling"
+    asked = []
+
+    def mailbox(spec, *arguments):
+        asked.append(arguments)
+        return peers.Mailbox((1 << 20, 3 << 20), 1, 4000)
+
+    monkeypatch.setattr(peers, "mailbox", mailbox)
+    monkeypatch.setattr(peers, "patience", lambda spec, device: 9.0)
+    monkeypatch.setattr(peers, "late_report", lambda: 77)
+    spec = NormSpec(error_compensation=error_compensation, processes=2, mailbox=5)
+    x = torch.randn(5, 128, 30, 30).bfloat16().contiguous(memory_format=torch.channels_last)
+    mean, var = torch.rand(2, 128)
+    if direction == "forward":
+        _, tables, _ = single_read.forward(x, None, None, None, mean, var, spec, True)
+        assert tables.shape == (1, 20 + scaled, 256)  # of ten samples
+    else:
+        tables = torch.zeros(1, 20 + scaled, 256)
+        single_read.backward(x, None, x, None, None, None, tables, mean, var, spec, True)
+    ((ctas, _, params, _),) = FakeKernel.launched
+    assert asked == [(direction, 5, 128, x.device, 1)]
+    assert (params.samples, params.rank, params.patience, params.late) == (5, 1, 9.0, 77)
+    assert params.peers[:3] == [1 << 20, 3 << 20, None] and params.sample_sums == 3 << 20
+    assert params.channel_sums - params.sample_sums == 8 * 10 * 128
+    assert params.launches - params.sample_sums == 4000
+    assert params.moments - params.tables == 8 * 10 * 128 == params.rzeta - params.moments
+    assert params.tile_counter - params.tile_sums == 8 * 5 * 128 * params.tiles
+    most = H100.multi_processor_count - scaled * single_read.LEFT_TO_OTHERS
+    assert ctas <= most
+
+
+def test_across_processes_both_layers_of_a_launch_share_a_mailbox(without_gpu, monkeypatch):
+    asked = []
+
+    def mailbox(spec, *arguments):
+        asked.append((spec.mailbox, spec.shortcut_mailbox, *arguments))
+        return peers.Mailbox((1 << 20, 3 << 20), 1, 2 * 8 * 10 * (64 + 1))
+
+    monkeypatch.setattr(peers, "mailbox", mailbox)
+    monkeypatch.setattr(peers, "patience", lambda spec, device: 9.0)
+    monkeypatch.setattr(peers, "late_report", lambda: 77)
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 5, 64, 30, 30).bfloat16())
+    layer, second = torch.rand(2, 4, 64)
+    spec = NormSpec(error_compensation="layer_scaling", processes=2, mailbox=5, shortcut_mailbox=6)
+    flags = ("RELU", "RESIDUAL", "SHORTCUT")
+    tables = single_read.launch_forward((x, other), flags, spec, layer, torch.empty_like(x), torch.empty(10), second)
+    single_read.launch_backward((x, x, other), flags, spec, layer, tables, torch.empty(10), other, second)
+    assert asked == [(5, 6, direction, 5, 64, x.device, 2) for direction in ("forward", "backward")]
+    assert tables.shape == (2, 21, 128)  # of ten samples
+    for _, _, params, _ in FakeKernel.launched:
+        assert params.shortcut_tables == tables[1].data_ptr() and params.shortcut_moments == tables[1, 10:].data_ptr()
+        assert params.sample_sums == 3 << 20 and params.channel_sums == params.sample_sums + 8 * 10 * 64
+        assert params.shortcut_sample_sums == params.channel_sums + 8 * 10
+        assert params.shortcut_channel_sums == params.shortcut_sample_sums + 8 * 10 * 64
+        assert params.launches == params.shortcut_channel_sums + 8 * 10
 
 
 def images_on_a_gpu(shape):

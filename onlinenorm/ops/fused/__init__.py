@@ -64,7 +64,7 @@ def train_step_shortcut(x: Tensor, shortcut_x: Tensor, layer: Layer, shortcut_la
     """relu(norm(x) + norm(shortcut_x)) of two layers of equal constants, in one operator each way if there is one."""
     if _kernels_serve(x, layer[2]) and _kernels_serve(x, shortcut_layer[2]) and shortcut.supports(x, shortcut_x, spec):
         return shortcut.OnlineNormShortcut.apply(x, shortcut_x, *layer, *shortcut_layer, spec)
-    residual = train_step(shortcut_x, None, *shortcut_layer, spec)
+    residual = train_step(shortcut_x, None, *shortcut_layer, shortcut.of_shortcut_alone(spec))
     return train_step(x, residual, *layer, spec, True)
 
 

@@ -21,7 +21,7 @@ FEWEST_PIXELS = 28 * 28  # of an image, from which on it pays
 def supports(x: Tensor, spec: NormSpec) -> bool:
     """Whether to use these kernels: where single-read kernels serve, for even sizes neither small nor wide."""
     height, width = x.shape[2:]
-    if spec.processes > 1 or height % 2 or width % 2 or width > MOST_COLUMNS or height * width < FEWEST_PIXELS:
+    if height % 2 or width % 2 or width > MOST_COLUMNS or height * width < FEWEST_PIXELS:
         return False
     if not single_read.supports(x, spec) or (torch.compiler.is_compiling() and not inductor_pass.install()):
         return False
@@ -57,11 +57,15 @@ def fused_max_pool_forward(
     layer_scaling_eps: float,
     layer_scaling_group_size: int | None,
     gradient_scale: float,
+    processes: int,
+    group: str = "",
+    counts: list[int] | None = None,
+    mailbox: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled output, the table of ``single_read.forward``, and the indices (C / 64, N, pooled pixels, 32 bytes)."""
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale,
+        gradient_scale, processes, group, tuple(counts or ()), mailbox,
     )  # fmt: skip
     check_first_pass()
     with torch.cuda.device_of(x):
@@ -72,9 +76,12 @@ def fused_max_pool_forward(
 
 
 @fake(fused_max_pool_forward)
-def _(x, weight, bias, running_mean, running_var, alpha_fwd, alpha_bkw, eps, error_compensation, *rest):
+def _(
+    x, weight, bias, running_mean, running_var, alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value,
+    layer_scaling_eps, layer_scaling_group_size, gradient_scale, processes, *rest,
+):  # fmt: skip
     samples, channels = x.shape[:2]
-    rows = single_read.table_rows(samples, channels, error_compensation)
+    rows = single_read.table_rows(samples * processes, channels, error_compensation)
     table = x.new_empty((1, rows, 2 * channels), dtype=torch.float32)
     return _like_pooled(x), table, _indices(x)
 
@@ -98,11 +105,15 @@ def fused_max_pool_backward(
     layer_scaling_eps: float,
     layer_scaling_group_size: int | None,
     gradient_scale: float,
+    processes: int,
+    group: str = "",
+    counts: list[int] | None = None,
+    mailbox: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias from that of the pooled output, grad + skip_grad."""
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale,
+        gradient_scale, processes, group, tuple(counts or ()), mailbox,
     )  # fmt: skip
     last = {"memory_format": torch.channels_last}
     grads: tuple[Tensor, ...] = grad.contiguous(**last), x.contiguous(**last)
@@ -126,7 +137,8 @@ class OnlineNormMaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, control_u, control_v, spec):
-        y, tables, indices = fused_max_pool_forward(x, weight, bias, running_mean, running_var, *spec.as_arguments())
+        arguments = *spec.as_arguments(), *spec.peers, spec.mailbox
+        y, tables, indices = fused_max_pool_forward(x, weight, bias, running_mean, running_var, *arguments)
         ctx.save_for_backward(x, weight, bias, tables, indices)
         # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
         ctx.control_u, ctx.control_v, ctx.spec = control_u, control_v, spec
@@ -137,8 +149,9 @@ class OnlineNormMaxPool(torch.autograd.Function):
     def backward(ctx, saved, grad):
         x, weight, bias, tables, indices = saved
         grad_x, grad_weight, grad_bias = fused_max_pool_backward(
-            grad, None, x, weight, bias, tables, indices, ctx.control_u, ctx.control_v, *ctx.spec.as_arguments()
-        )
+            grad, None, x, weight, bias, tables, indices, ctx.control_u, ctx.control_v, *ctx.spec.as_arguments(),
+            *ctx.spec.peers, ctx.spec.mailbox,
+        )  # fmt: skip
         grad_weight = None if weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if bias is None else grad_bias.to(bias.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None

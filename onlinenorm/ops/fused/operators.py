@@ -81,6 +81,7 @@ def fused_forward(
     processes: int,
     group: str = "",
     counts: list[int] | None = None,
+    mailbox: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward over a dense x, with the single-read kernels if ``single_read``.
 
@@ -91,7 +92,7 @@ def fused_forward(
     """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale, processes, group, tuple(counts or ()),
+        gradient_scale, processes, group, tuple(counts or ()), mailbox,
     )  # fmt: skip
     check_first_pass()
     path = single_read_path if single_read else two_pass_path
@@ -104,9 +105,10 @@ def fused_forward(
 @fake(fused_forward)
 def _(
     x, residual, weight, bias, running_mean, running_var, single_read, relu, alpha_fwd, alpha_bkw, eps,
-    error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size, gradient_scale, *peers,
+    error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size, gradient_scale, processes, group="",
+    counts=None, mailbox=0,
 ):  # fmt: skip
-    samples, channels = total_samples(x.shape[0], *peers), x.shape[1]
+    samples, channels = total_samples(x.shape[0], processes, group, counts), x.shape[1]
     mask_or_rzeta, tables = x.new_empty(0), (2, samples, 2 * channels)
     if single_read:
         tables = 1, single_read_path.table_rows(samples, channels, error_compensation), 2 * channels
@@ -143,6 +145,7 @@ def fused_backward(
     processes: int,
     group: str = "",
     counts: list[int] | None = None,
+    mailbox: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training backward of the gradient grad + skip_grad: gradients of x, residual (or nothing), weight and bias.
 
@@ -150,7 +153,7 @@ def fused_backward(
     """
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale, processes, group, tuple(counts or ()),
+        gradient_scale, processes, group, tuple(counts or ()), mailbox,
     )  # fmt: skip
     if single_read:  # hooks on saved tensors, such as save_on_cpu, may have given x back in another order
         x = x.contiguous(memory_format=torch.channels_last)
@@ -222,11 +225,11 @@ class OnlineNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, running_mean, running_var, control_u, control_v, spec, relu):
-        # across processes a sample's tile cannot be written before the other processes' moments are known
-        single_read = spec.processes == 1 and single_read_path.supports(x, spec)
+        single_read = single_read_path.supports(x, spec)
         y, tables, mask_or_rzeta = fused_forward(
-            x, residual, weight, bias, running_mean, running_var, single_read, relu, *spec.as_arguments(), *spec.peers
-        )
+            x, residual, weight, bias, running_mean, running_var, single_read, relu, *spec.as_arguments(), *spec.peers,
+            spec.mailbox,
+        )  # fmt: skip
         ctx.has_residual, ctx.single_read, ctx.relu, ctx.spec = residual is not None, single_read, relu, spec
         reads_output = relu and residual is not None and not single_read
         ctx.save_for_backward(x, y if reads_output else None, weight, bias, tables, mask_or_rzeta)
@@ -241,7 +244,7 @@ class OnlineNormFunction(torch.autograd.Function):
         masked = ctx.has_residual and ctx.relu
         grad_x, grad_residual, grad_weight, grad_bias = fused_backward(
             grad, None, x, out, weight, bias, tables, mask_or_rzeta, ctx.control_u, ctx.control_v, masked,
-            ctx.single_read, ctx.relu, *ctx.spec.as_arguments(), *ctx.spec.peers,
+            ctx.single_read, ctx.relu, *ctx.spec.as_arguments(), *ctx.spec.peers, ctx.spec.mailbox,
         )  # fmt: skip
         if not masked:
             grad_residual = grad if ctx.has_residual else None

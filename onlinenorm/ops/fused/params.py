@@ -2,7 +2,9 @@
 
 import ctypes
 
-POINTERS = ("out", "out_residual", "mask", "tile_counter", "clear")
+from onlinenorm.ops.fused import peers
+
+POINTERS = ("out", "out_residual", "mask", "tile_counter", "clear", "launches", "late")
 NORM = (
     "weight", "bias", "state_a", "state_b", "tables", "moments", "rzeta", "grad_weight", "grad_bias", "sample_sums",
     "tile_sums", "channel_sums",
@@ -10,8 +12,12 @@ NORM = (
 SHORTCUT = "shortcut_"  # before the names of the second layer's
 INTEGERS = (
     "samples", "channels", "pixels", "tile_rows", "tiles", "segments", "box_rows", "boxes", "width", "clear_count",
+    "rank",
 )  # fmt: skip
-REALS = ("alpha_fwd", "one_minus_alpha_fwd", "alpha_bkw", "one_minus_alpha_bkw", "eps", "clamp", "zeta_eps", "scale")
+REALS = (
+    "alpha_fwd", "one_minus_alpha_fwd", "alpha_bkw", "one_minus_alpha_bkw", "eps", "clamp", "zeta_eps", "scale",
+    "patience",
+)  # fmt: skip
 
 
 class Params(ctypes.Structure):
@@ -19,8 +25,13 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         ("maps", ctypes.c_char * 128 * 4),
-        *((name, ctypes.c_void_p) for name in (*POINTERS, *NORM, *(SHORTCUT + name for name in NORM))),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("peers", ctypes.c_void_p * peers.MOST),
+        *((name, ctypes.c_void_p) for name in (*NORM, *(SHORTCUT + name for name in NORM))),
         *((name, ctypes.c_int) for name in INTEGERS),
         *((name, ctypes.c_float) for name in REALS),
-        ("padding", ctypes.c_char * 16),  # to whole 64 bytes, as the maps are aligned
+        (
+            "padding",
+            ctypes.c_char * (-(8 * (len(POINTERS + NORM + NORM) + peers.MOST) + 4 * len(INTEGERS + REALS)) % 64),
+        ),
     )

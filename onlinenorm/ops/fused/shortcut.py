@@ -20,11 +20,18 @@ def supports(x: Tensor, shortcut_x: Tensor, spec: NormSpec) -> bool:
     """Whether to use these kernels: where single-read kernels serve and forward pays, for inputs alike."""
     if not _pays("forward", x, spec):
         return False
-    if spec.processes > 1 or shortcut_x.shape != x.shape or shortcut_x.dtype != x.dtype:
+    if shortcut_x.shape != x.shape or shortcut_x.dtype != x.dtype:
         return False
     if not single_read.supports(x, spec, shortcut=True):
         return False
     return not torch.compiler.is_compiling() or inductor_pass.install()
+
+
+def of_shortcut_alone(spec: NormSpec) -> NormSpec:
+    """The constants of the second layer, where it is served by a kernel of its own."""
+    # not by dataclasses.replace, which not every torch traces
+    fields = *spec.as_arguments(), *spec.peers, spec.shortcut_mailbox
+    return NormSpec(*fields)
 
 
 def _pays(direction: str, x: Tensor, spec: NormSpec) -> bool:
@@ -54,11 +61,15 @@ def fused_shortcut_forward(
     layer_scaling_eps: float,
     layer_scaling_group_size: int | None,
     gradient_scale: float,
+    processes: int = 1,
+    group: str = "",
+    mailbox: int = 0,
+    shortcut_mailbox: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, the tables of both layers as of ``single_read.forward`` (2, rows, 2 C), and the ReLU's bits."""
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale,
+        gradient_scale, processes, group, (), mailbox, shortcut_mailbox,
     )  # fmt: skip
     check_first_pass()
     with torch.cuda.device_of(x):
@@ -77,8 +88,8 @@ def _mask(x: Tensor) -> Tensor:
 @fake(fused_shortcut_forward)
 def _(x, *rest):
     samples, channels = x.shape[:2]
-    error_compensation = rest[12]
-    rows = single_read.table_rows(samples, channels, error_compensation)
+    error_compensation, processes = rest[12], rest[17] if len(rest) > 17 else 1
+    rows = single_read.table_rows(samples * processes, channels, error_compensation)
     return torch.empty_like(x), x.new_empty((2, rows, 2 * channels), dtype=torch.float32), _mask(x)
 
 
@@ -106,11 +117,15 @@ def fused_shortcut_backward(
     layer_scaling_eps: float,
     layer_scaling_group_size: int | None,
     gradient_scale: float,
+    processes: int = 1,
+    group: str = "",
+    mailbox: int = 0,
+    shortcut_mailbox: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of both inputs, then of weight and bias of each layer, from grad + skip_grad of the output."""
     spec = NormSpec(
         alpha_fwd, alpha_bkw, eps, error_compensation, clamp_value, layer_scaling_eps, layer_scaling_group_size,
-        gradient_scale,
+        gradient_scale, processes, group, (), mailbox, shortcut_mailbox,
     )  # fmt: skip
     tensors = (grad, x, shortcut_x) if skip_grad is None else (grad, x, shortcut_x, skip_grad)
     inputs: tuple[Tensor, ...] = tuple(tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors)
@@ -124,7 +139,7 @@ def fused_shortcut_backward(
             )
             assert residual is not None, "there is a mask"
             grad_shortcut_x, _, *of_shortcut = single_read.backward(
-                residual, None, inputs[2], None, *shortcut, spec, relu=False
+                residual, None, inputs[2], None, *shortcut, of_shortcut_alone(spec), relu=False
             )
         return grad_x, grad_shortcut_x, of_layer[0], of_layer[1], of_shortcut[0], of_shortcut[1]
     flags = ("RELU", "RESIDUAL", "SHORTCUT") + ("SKIP_GRAD",) * (skip_grad is not None)
@@ -143,6 +158,10 @@ def _(grad, skip_grad, x, *rest):
     return torch.empty_like(x), torch.empty_like(x), *of_parameters
 
 
+def _exchange(spec: NormSpec) -> tuple[int, str, int, int]:
+    return spec.processes, spec.group, spec.mailbox, spec.shortcut_mailbox
+
+
 class OnlineNormShortcut(torch.autograd.Function):
     """Training step of both layers; saves their inputs, tables and the ReLU's bits."""
 
@@ -150,7 +169,7 @@ class OnlineNormShortcut(torch.autograd.Function):
     def forward(ctx, x, shortcut_x, weight, bias, mean, var, u, v, *rest):
         *shortcut, spec = rest
         y, tables, mask = fused_shortcut_forward(
-            x, shortcut_x, weight, bias, mean, var, *shortcut[:4], *spec.as_arguments()
+            x, shortcut_x, weight, bias, mean, var, *shortcut[:4], *spec.as_arguments(), *_exchange(spec)
         )
         ctx.save_for_backward(x, shortcut_x, weight, bias, *shortcut[:2], tables, mask)
         # Not saved tensors: they may move between forward and backward (two forward passes before one backward).
@@ -161,7 +180,7 @@ class OnlineNormShortcut(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, saved, grad):
         grad_x, grad_shortcut_x, *found = fused_shortcut_backward(
-            grad, None, *saved, *ctx.controls, *ctx.spec.as_arguments()
+            grad, None, *saved, *ctx.controls, *ctx.spec.as_arguments(), *_exchange(ctx.spec)
         )
         parameters = saved[2:6]
         weight, bias, shortcut_weight, shortcut_bias = (

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onlinenorm.ops.fused import workspace
+from onlinenorm.ops.fused import peers, workspace
 from onlinenorm.ops.fused.cubin_cache import cubin
 from onlinenorm.ops.fused.nvrtc import Kernel, architecture, tensor_map
 from onlinenorm.ops.fused.params import NORM, SHORTCUT, Params
@@ -28,6 +28,7 @@ from onlinenorm.ops.fused.tiling import (
 from onlinenorm.ops.spec import NormSpec
 
 MOST_SCALED = 32 * WIDTH  # channels of layer scaling: a warp adds up the sums of their slabs
+LEFT_TO_OTHERS = 32  # multiprocessors, where CTAs that all run at once wait for another GPU: NCCL's kernels take them
 DEPTH = 4  # samples that must wait on the chip at once for it; one would do, but slowly
 FLAGS = "RELU", "RESIDUAL", "SKIP_GRAD", "POOL", "SHORTCUT"
 SOURCES = Path(__file__).parent / "cuda"
@@ -78,9 +79,11 @@ def _plan(
     scaled = spec.error_compensation == "layer_scaling"
     values: dict[str, int] = {"HALF": half, "CLAMP": spec.error_compensation == "clamp", "SCALED": scaled}
     values |= {name: name in flags for name in FLAGS}
-    values |= tuning.defines
+    values |= {"PEERS": spec.processes, **tuning.defines}
     kernel = _kernel(device, direction, tuple(f"-D{name}={int(value)}" for name, value in values.items()))
     multiprocessors, most_shared_memory = _chip(device)
+    if scaled and spec.processes > 1:
+        multiprocessors -= LEFT_TO_OTHERS
     tiling, shared = cut(direction, height, width, values, tuning, most_shared_memory)
     kernel.allow_shared_memory(shared)
     norms = 1 + values["SHORTCUT"]
@@ -89,9 +92,10 @@ def _plan(
     ctas_per_slab = max(1, min(resident * multiprocessors // slabs, tiling.items(samples)))
     waits = not scaled or (resident > 0 and samples_held(tiling, tuning, ctas_per_slab) > 0)
     assert waits, f"{direction} of {shape}: more than `supports` allows"
-    tile_sums = 8 * samples * channels
-    channel_sums = tile_sums * (1 + tiling.tiles) if tiling.tiles > 1 else tile_sums
-    messages = channel_sums + 8 * samples * slabs * scaled
+    alone = spec.processes == 1  # else sums of samples and of their channels are in a mailbox of `peers`
+    tile_sums = 8 * samples * channels * alone
+    channel_sums = tile_sums + 8 * samples * channels * tiling.tiles * (tiling.tiles > 1)
+    messages = channel_sums + 8 * samples * slabs * scaled * alone
     params = Params(
         samples=samples,
         channels=channels,
@@ -120,7 +124,8 @@ def _plan(
 def supports(x: Tensor, spec: NormSpec, shortcut: bool = False) -> bool:
     """Whether to use these kernels: Hopper or later, 16 bits, channels_last, whole slabs of 64 channels.
 
-    With ``shortcut`` also those of two layers.
+    With ``shortcut`` also those of two layers. Across processes they exchange moments by `peers`, where the layer and
+    the machine are for it.
     """
     return (
         x.is_cuda
@@ -130,7 +135,13 @@ def supports(x: Tensor, spec: NormSpec, shortcut: bool = False) -> bool:
         and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
         and supports_device(x.device.index)
         and (spec.error_compensation != "layer_scaling" or _fits_on_chip(x, spec, shortcut))
+        and (spec.processes == 1 or _exchanges(x, spec))
     )
+
+
+def _exchanges(x: Tensor, spec: NormSpec) -> bool:
+    """Whether the processes' kernels exchange moments while they run, for which all need batches of one size."""
+    return bool(spec.mailbox) and not spec.counts and peers.serve(spec.group, x.device.index)
 
 
 def _fits_on_chip(x: Tensor, spec: NormSpec, shortcut: bool = False) -> bool:
@@ -228,26 +239,41 @@ def _launch(direction: str, inputs: tuple[Tensor, ...], flags: tuple[str, ...], 
 
     def queue(address: int, clear: int, clear_bytes: int) -> None:
         """Launch with mailboxes between CTAs and the tile scheduler's counters at ``address``, empty: all bits set."""
-        _place_tables(params, "", address, plan)
+        _place_tables(params, "", address, plan, spec.processes)
         if "SHORTCUT" in flags:
             address += plan.messages
-            rows = table_rows(samples, channels, spec.error_compensation)
+            rows = table_rows(samples * spec.processes, channels, spec.error_compensation)
             params.shortcut_tables = params.tables + 8 * channels * rows
-            _place_tables(params, SHORTCUT, address, plan)
+            _place_tables(params, SHORTCUT, address, plan, spec.processes)
         params.tile_counter = address + plan.messages
+        if spec.processes > 1:
+            _place_mailbox(params, spec, direction, device, 1 + ("SHORTCUT" in flags))
         params.clear, params.clear_count = clear, clear_bytes // 16
         plan.kernel.launch(plan.ctas, plan.threads, plan.shared_memory, stream, params, plan.cooperative)
 
     workspace.with_messages(plan.workspace, device, stream, queue)
 
 
-def _place_tables(params: Params, layer: str, address: int, plan: Launch) -> None:
+def _place_tables(params: Params, layer: str, address: int, plan: Launch, processes: int) -> None:
     """What lies behind a layer's states in its table, and its messages from ``address`` on."""
-    size = 8 * params.samples * params.channels
+    size = 8 * params.samples * processes * params.channels
     moments = getattr(params, layer + "tables") + size
     places = moments, moments + size, address, address + plan.tile_sums, address + plan.channel_sums
     for name, place in zip(("moments", "rzeta", "sample_sums", "tile_sums", "channel_sums"), places, strict=True):
         setattr(params, layer + name, place)
+
+
+def _place_mailbox(params: Params, spec: NormSpec, direction: str, device: torch.device, layers: int) -> None:
+    """Sums of samples and of their channels in this process's mailbox, and the places of all processes' mailboxes."""
+    box = peers.mailbox(spec, direction, params.samples, params.channels, device, layers)
+    place, params.rank = box.addresses[box.rank], box.rank
+    params.launches, params.late = place + box.launches, peers.late_report()
+    for prefix in ("", SHORTCUT)[:layers]:
+        setattr(params, prefix + "sample_sums", place)
+        setattr(params, prefix + "channel_sums", place + 8 * params.samples * spec.processes * params.channels)
+        place += box.launches // layers
+    params.patience = peers.patience(spec, device.index)
+    params.peers[: len(box.addresses)] = box.addresses
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
@@ -260,7 +286,7 @@ def mask_size(x: Tensor) -> int:
 
 
 def table_rows(samples: int, channels: int, error_compensation: str) -> int:
-    """Rows of 2 C in the table of ``forward``."""
+    """Rows of 2 C in the table of ``forward``, of so many samples of all processes."""
     return 2 * samples + (-(-samples // (2 * channels)) if error_compensation == "layer_scaling" else 0)
 
 
@@ -276,7 +302,7 @@ def launch_forward(inputs, flags, spec: NormSpec, layer, y, mask, shortcut=None)
     ``layer``, and ``shortcut`` that normalises the residual, are each weight, bias, mean and variance.
     """
     samples, channels = inputs[0].shape[:2]
-    rows, layers = table_rows(samples, channels, spec.error_compensation), 1 + (shortcut is not None)
+    rows, layers = table_rows(samples * spec.processes, channels, spec.error_compensation), 1 + (shortcut is not None)
     tables = torch.empty((layers, rows, 2 * channels), dtype=torch.float32, device=y.device)
     other = {} if shortcut is None else _layer(SHORTCUT, *shortcut)
     _launch("forward", inputs, flags, spec, out=y, mask=mask, tables=tables, **_layer("", *layer), **other)
@@ -317,8 +343,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, table (1, rows, 2 C), and the bits of a ReLU behind a residual; moves the state.
 
-    N rows are the states before each sample, N the moments of each; behind them is 1 / zeta of each where layers are
-    scaled.
+    M rows are the states before each of all processes' samples, M the moments of each; behind them is 1 / zeta of each
+    where layers are scaled.
     """
     y, masked = torch.empty_like(x), relu and residual is not None
     mask = torch.empty(mask_size(x), dtype=torch.uint8, device=x.device) if masked else None

@@ -11,11 +11,6 @@ struct Scratch {
     float2 scaling[SEGMENTS][NORMS];  // 1 / zeta and kappa, of layer scaling
 };
 
-// The mailbox of a sample's sums, of g and g (x - m), of the thread's channel.
-__device__ __forceinline__ u64* sums_of(const Params& p, const Norm& norm, const Place& at, int sample) {
-    return norm.sample_sums + (long long)sample * p.channels + at.channel;
-}
-
 __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, Scratch& s, uint4* memory) {
     const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
     // Layer scaling wants mean(g w) over a sample: this channel's part is taken from its sums.
@@ -27,10 +22,11 @@ __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, S
         own_bias[t] = norm.bias ? norm.bias[at.channel] : 0.f, own_weight[t] = norm.weight ? norm.weight[at.channel] : 1.f;
     }
     const float per_pixels = 1.f / p.pixels;
-    auto announce = [&](int t, int n, float2 sums, float rstd) {
-        publish(sums_of(p, p.norms[t], at, n), sums.x, sums.y);
+    auto announce = [&](int t, int n, float2 sums, float rstd) {  // of g and g (x - m)
+        n = in_stream(p, n);
+        publish_sums(p, p.norms[t], at, n, sums.x, sums.y);
         const float part = own_weight[t] * rstd * sums.y + own_bias[t] * sums.x;
-        if (SCALED) publish_channel_sum(p.norms[t], at, n, sum_of_lanes(part * per_pixels));
+        if (SCALED) publish_channel_sum<true>(p, p.norms[t], at, n, sum_of_lanes(part * per_pixels));
     };
     visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
         uint4* start = memory + stage * stage_size(p);
@@ -135,30 +131,33 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
 
     // v <- row[0] v + row[1] and u <- alpha u + row[2] - row[3] v, with G and GY behind, from a sample's moments, the
     // state before it and its sums. Of layer scaling also from 1 / zeta and from the projection kappa of the gradient on
-    // z, mean(g w) / zeta^2.
+    // z, mean(g w) / zeta^2. Where a product meets a sum, fmaf says which are rounded together: this is inlined at several
+    // places, of which the compiler would choose at each, and another process may take the same sample at another.
     auto row_of = [&](float2 before, float2 moment, float2 sums, float rzeta, float kappa, float (&row)[6]) {
         const float rstd = rsqrtf(before.y + p.eps), y = (moment.x - before.x) * rstd;
-        const float yy = y * y + moment.y * rstd * rstd;
+        const float yy = fmaf(y, y, moment.y * rstd * rstd);
         row[4] = sums.x * per_pixels;
         row[5] = sums.y * rstd * per_pixels;
         if (SCALED) {
-            row[4] = (row[4] - kappa * (weight * y + own_bias)) * rzeta;
-            row[5] = (row[5] - kappa * (weight * yy + own_bias * y)) * rzeta;
+            row[4] = fmaf(-kappa, fmaf(weight, y, own_bias), row[4]) * rzeta;
+            row[5] = fmaf(-kappa, fmaf(weight, yy, own_bias * y), row[5]) * rzeta;
         }
-        row[0] = 1.f - p.one_minus_alpha_bkw * yy;
+        row[0] = fmaf(-p.one_minus_alpha_bkw, yy, 1.f);
         row[1] = p.scale * weight * row[5];
         row[2] = p.scale * weight * row[4] * rstd;
         row[3] = p.one_minus_alpha_bkw * y * rstd;
     };
-    auto step = [&](const float (&row)[6]) {
-        u = p.alpha_bkw * u + (row[2] - row[3] * v);
-        v = row[0] * v + row[1];
-        grad_bias += row[4];
-        grad_weight += row[5];
+    auto step = [&](int n, const float (&row)[6]) {
+        u = fmaf(p.alpha_bkw, u, fmaf(-row[3], v, row[2]));
+        v = fmaf(row[0], v, row[1]);
+        if (is_own(p, n)) {  // other processes' gradients of the parameters are added to these later
+            grad_bias += row[4];
+            grad_weight += row[5];
+        }
     };
-    auto step_if_finite = [&](const float (&row)[6]) {
+    auto step_if_finite = [&](int n, const float (&row)[6]) {
         const float old_u = u, old_v = v;
-        step(row);
+        step(n, row);
         if (!is_finite(u) || !is_finite(v)) u = old_u, v = old_v;
     };
     auto row_at = [&](int j, float (&row)[6]) {
@@ -177,29 +176,30 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
 #pragma unroll
         for (int j = 0; j < WORDS; j++) {
             const bool wanted = sample_of(j) < last;
-            words[j] = wanted ? peek(sums_of(p, norm, at, sample_of(j))) : 0;
+            words[j] = wanted ? peek_sums(p, norm, at, sample_of(j)) : present(at);
             if (wanted) before[j] = of_sample(norm.tables, sample_of(j)), moments[j] = of_sample(norm.moments, sample_of(j));
             if (SCALED) {
-                channel_sums[j] = wanted ? peek_channel_sums(norm, at, sample_of(j)) : 0;
+                channel_sums[j] = wanted ? peek_channel_sums(p, norm, at, sample_of(j)) : present(at);
                 rzeta[j] = wanted ? norm.rzeta[sample_of(j)] : 0.f;
             }
         }
     };
     auto collect = [&]() {
         bool missing = true;
+        Patience patience;
         while (missing) {
             missing = false;
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (words[j] == EMPTY) words[j] = peek(sums_of(p, norm, at, sample_of(j)));
+                if (is_missing(words[j], at)) patience.look(p, sample_of(j)), words[j] = peek_sums(p, norm, at, sample_of(j));
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) missing |= words[j] == EMPTY;
+            for (int j = 0; j < WORDS; j++) missing |= is_missing(words[j], at);
 #if SCALED
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (half_empty(channel_sums[j])) channel_sums[j] = peek_channel_sums(norm, at, sample_of(j));
+                if (is_half_missing(channel_sums[j], at)) channel_sums[j] = peek_channel_sums(p, norm, at, sample_of(j));
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) missing |= half_empty(channel_sums[j]);
+            for (int j = 0; j < WORDS; j++) missing |= is_half_missing(channel_sums[j], at);
 #endif
         }
     };
@@ -217,7 +217,7 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
                 if (k < batch) {
                     float row[6];
                     const float kappa = SCALED ? projection(total_of_channel_sums(channel_sums[j]), rzeta[j]) : 0.f;
-                    row_of(before[j], moments[j], as_pair(words[j]), rzeta[j], kappa, row);
+                    row_of(before[j], moments[j], sums_in(words[j]), rzeta[j], kappa, row);
 #pragma unroll
                     for (int i = 0; i < 6; i++) s.table[i][k][at.column] = row[i];
                 }
@@ -231,11 +231,12 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
             if (at.thread < COLUMNS) {
                 auto record = [&](int j) {
                     const int n = position + j;
-                    if (n >= first && (j < batch || n == last)) {
-                        const float rstd = rsqrtf(own[(at.norm * p.segments + n - first) * WIDTH + at.c].y + p.eps), k = p.one_minus_alpha_bkw / p.scale;
-                        s.gain[n - first][at.column] = weight * rstd;
-                        s.slope[n - first][at.column] = -k * v * rstd * rstd;
-                        s.constant[n - first][at.column] = -k * u;
+                    if (n >= first && (j < batch || n == last) && is_own(p, n)) {
+                        const int i = (n - first) / PEERS;
+                        const float rstd = rsqrtf(own[(at.norm * p.segments + i) * WIDTH + at.c].y + p.eps), k = p.one_minus_alpha_bkw / p.scale;
+                        s.gain[i][at.column] = weight * rstd;
+                        s.slope[i][at.column] = -k * v * rstd * rstd;
+                        s.constant[i][at.column] = -k * u;
                     }
                 };
                 const float start[4] = {u, v, grad_weight, grad_bias};
@@ -247,13 +248,13 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
 #pragma unroll
                     for (int i = 0; i < 24; i++) rows[i / 6][i % 6] = s.table[i % 6][j + i / 6][at.column];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) step(rows[i]);
+                    for (int i = 0; i < 4; i++) step(position + j + i, rows[i]);
                 }
                 float row[6];
                 for (; j < batch; j++) {
                     record(j);
                     row_at(j, row);
-                    step(row);
+                    step(position + j, row);
                 }
                 // Once not finite they stay so: one look tells whether a sample of the batch must not move them.
                 if (!is_finite(u) || !is_finite(v)) {
@@ -261,7 +262,7 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
                     for (j = 0; j < batch; j++) {
                         record(j);
                         row_at(j, row);
-                        step_if_finite(row);
+                        step_if_finite(position + j, row);
                     }
                 }
                 record(batch);
@@ -276,16 +277,17 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         const uint4* start = memory + stage * stage_size(p);
         const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
         const float2* own = reinterpret_cast<const float2*>(start + states_at(p));
-        const int rows = item.rows_of(at.segment), last = item.sample + item.count - 1;
+        const int rows = item.rows_of(at.segment);
+        const int first = in_stream(p, item.sample), last = in_stream(p, item.sample + item.count - 1);
         ask(last);
-        advance(item.sample, last, own);
-        closing |= last == p.samples - 1 && item.tile == 0;
+        advance(first, last, own);
+        closing |= last == in_stream(p, p.samples - 1) && item.tile == 0;
 #if SCALED
         if (at.row < 32 / LANES && at.segment < item.count) {  // the segment's first warp waits for all
-            const int n = item.sample + at.segment;
+            const int n = in_stream(p, item.sample + at.segment);
 #pragma unroll
             for (int t = 0; t < NORMS; t++) {
-                const float rzeta = p.norms[t].rzeta[n], kappa = projection(wait_for_channel_sums(p.norms[t], at, n), rzeta);
+                const float rzeta = p.norms[t].rzeta[n], kappa = projection(wait_for_channel_sums(p, p.norms[t], at, n), rzeta);
                 if (at.warp_lane == 0) s.scaling[at.segment][t] = make_float2(rzeta, kappa);
             }
         }
@@ -342,12 +344,14 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         release(s.stages.empty + stage, at);
     });
     if (closing && at.thread < COLUMNS) {
-        const int n = p.samples - 1;
-        const float last_rzeta = SCALED ? norm.rzeta[n] : 0.f;
-        const float kappa = SCALED ? projection(wait_for_channel_sums(norm, at, n), last_rzeta) : 0.f;
-        float row[6];
-        row_of(of_sample(norm.tables, n), of_sample(norm.moments, n), wait_for(sums_of(p, norm, at, n)), last_rzeta, kappa, row);
-        step_if_finite(row);
+        for (int n = in_stream(p, p.samples - 1); n < stream_size(p); n++) {  // the last own sample, and others' behind it
+            const float last_rzeta = SCALED ? norm.rzeta[n] : 0.f;
+            const float kappa = SCALED ? projection(wait_for_channel_sums(p, norm, at, n), last_rzeta) : 0.f;
+            float row[6];
+            row_of(of_sample(norm.tables, n), of_sample(norm.moments, n), wait_for_sums(p, norm, at, n), last_rzeta, kappa, row);
+            step_if_finite(n, row);
+        }
+        if (PEERS > 1 && at.thread == 0) p.launches[at.slab] = at.launch;
         norm.state_a[at.channel] = u, norm.state_b[at.channel] = v;
         norm.grad_weight[at.channel] = grad_weight * p.pixels, norm.grad_bias[at.channel] = grad_bias * p.pixels;
     }
@@ -373,9 +377,9 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm_back
             for (int t = 0; t < NORMS; t++) {
                 tma_load_boxes(p, to + grad_size(p) + t * stage_rows(p) * LANES, p.maps[1 + t], row, p.box_rows, p.boxes, barrier);
                 uint4* states = to + states_at(p) + t * p.segments * WIDTH / 2;
-                const float2* from = p.norms[t].tables + (long long)item.sample * p.channels + slab * WIDTH;
+                const float2* from = p.norms[t].tables + (long long)in_stream(p, item.sample) * p.channels + slab * WIDTH;
                 for (int k = 0; k < item.count; k++)
-                    tma_load_bytes(states + k * WIDTH / 2, from + (long long)k * p.channels, WIDTH * 8, barrier);
+                    tma_load_bytes(states + k * WIDTH / 2, from + (long long)k * PEERS * p.channels, WIDTH * 8, barrier);
             }
             if (MASK) tma_load_bytes(to + mask_at(p), p.mask + mask_offset(p, slab, item.sample, item.tile * p.tile_rows), bits, barrier);
             if (POOL) tma_load_bytes(to + mask_at(p), p.mask + index_offset(p, slab, item.sample, pooled), bits, barrier);

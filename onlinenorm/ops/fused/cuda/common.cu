@@ -1,6 +1,6 @@
 // Single-read kernels for Hopper: x (and the gradient) pass through shared memory once, because sample n needs statistics of
 // earlier samples only. Compiled at run time by NVRTC with -D HALF, RELU, RESIDUAL, SKIP_GRAD, CLAMP, SCALED, POOL, SHORTCUT
-// (0 or 1), GROUP, STAGES, CHUNK.
+// (0 or 1), GROUP, STAGES, CHUNK, and PEERS, the processes that a batch was dealt out to.
 //
 // Tile scheduler. Tensors are channels_last 16-bit matrices (N * pixels rows, channels). A CTA serves one slab of 64
 // channels; an item is a tile of rows: a part of one sample, or several whole samples (segments) where they are small. An
@@ -27,6 +27,15 @@
 // Shortcut (SHORTCUT). The residual is normalised too, by a layer of its own, the second of `norms`: an item is a tile of both
 // inputs, whose sums are published side by side. In table work half of the threads serve the one layer, half the other. An
 // item still waits for earlier items only (of layer scaling: for those that the chip holds at once).
+// Across processes (PEERS > 1), each with a GPU of one machine. Sample i of rank r is number i PEERS + r of the stream: a
+// tile is of own samples, what runs over samples (the recurrence, tables, mailboxes of samples and of their channel sums)
+// is of the stream. A message is stored into every process's mailboxes over NVLink and read from one's own. There it stays
+// from launch to launch: the flag is the lowest bit of a float (of q, of the sum of g (x - m), of each channel sum), which
+// changes with each launch, counted in `launches`. A launch has read all messages when it ends, so the next finds all bits
+// alike. It does not begin to send before every process has read: between two launches of a direction every stream has the
+// other direction's, or a barrier, which ends after messages that each process sends once it has read.
+// Items wait for earlier items of the stream, which every GPU holds or will: no deadlock as long as each comes to this
+// launch and has room for a CTA of each slab. A process that does not come within `patience` is told of in `late`.
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
@@ -60,18 +69,37 @@ struct Params {
                                        // (slab, sample, pooled pixels, 32 bytes)
     int* tile_counter;                 // of the tile scheduler, -1 at launch, one a slab
     uint4* clear;                      // what an earlier launch left of its messages, to be made EMPTY for a later one
+    u32 *launches, *late;              // of the mailboxes across processes, one a slab; 1 + the rank that was waited for
+    u64* peers[8];                     // the first layer's sample_sums of every process, which the others' lie behind
     Norm norms[2];
     int samples, channels, pixels, tile_rows, tiles, segments, box_rows, boxes;
     int width;        // of an image that is pooled
     int clear_count;  // of 16 bytes
+    int rank;
     float alpha_fwd, one_minus_alpha_fwd, alpha_bkw, one_minus_alpha_bkw;
     float eps, clamp, zeta_eps, scale;  // the last is the unit of u and v
+    float patience;                     // seconds
 };
+
+// The stream of samples.
+__device__ __forceinline__ int stream_size(const Params& p) { return p.samples * PEERS; }
+__device__ __forceinline__ int in_stream(const Params& p, int sample) { return PEERS == 1 ? sample : sample * PEERS + p.rank; }
+__device__ __forceinline__ bool is_own(const Params& p, int n) { return PEERS == 1 || n % PEERS == p.rank; }
 
 __device__ __forceinline__ u64 peek(const u64* p) {
     u64 value;
     asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
     return value;
+}
+
+__device__ __forceinline__ u64 peek_message(const u64* p) {
+#if PEERS > 1
+    u64 value;
+    asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+    return value;
+#else
+    return peek(p);
+#endif
 }
 
 __device__ __forceinline__ float2 as_pair(u64 word) {
@@ -89,8 +117,6 @@ __device__ __forceinline__ void publish_half(u32* p, float a) {
     const u32 word = __float_as_uint(a);
     asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(word == ~0u ? 0x7fffffffu : word) : "memory");
 }
-
-__device__ __forceinline__ bool half_empty(u64 word) { return u32(word) == ~0u || u32(word >> 32) == ~0u; }
 
 __device__ __forceinline__ float2 wait_for(const u64* p) {
     u64 word = peek(p);
@@ -198,6 +224,7 @@ __device__ __forceinline__ float finite(float x) { return is_finite(x) ? x : 0.f
 // What a thread of the reduce or write warps knows of its place: 16 bytes of every row it owns, one segment.
 struct Place {
     int thread, warp_lane, slab, c, lane, segment, row, step, slabs, channel;
+    u32 launch, flag;          // this launch's number among those of its mailboxes, and its lowest bit
     int norm, column, reader;  // layer and column that it serves in the write warps' table work, and as which of READERS
 
     __device__ Place(const Params& p, int index) : thread(index) {
@@ -213,8 +240,68 @@ struct Place {
         norm = thread / WIDTH % NORMS;
         column = thread % COLUMNS;
         reader = thread / COLUMNS;
+        launch = PEERS > 1 ? *static_cast<volatile u32*>(p.launches + slab) + 1 : 0;
+        flag = launch & 1;
     }
 };
+
+// Messages, of sums of a sample (a word) or of its channels (two halves): whether one is there, what stands for one that is
+// or is not, and its content.
+__device__ __forceinline__ bool is_missing(u64 word, const Place& at) {
+    return PEERS > 1 ? (u32(word >> 32) & 1) != at.flag : word == EMPTY;
+}
+__device__ __forceinline__ bool is_half_missing(u64 word, const Place& at) {
+    if (PEERS > 1) return (u32(word) & 1) != at.flag || is_missing(word, at);
+    return u32(word) == ~0u || u32(word >> 32) == ~0u;
+}
+__device__ __forceinline__ u64 present(const Place& at) { return PEERS > 1 ? at.flag * 0x100000001ull : 0; }
+__device__ __forceinline__ u64 absent(const Place& at) { return PEERS > 1 ? u64(at.flag ^ 1) << 32 : EMPTY; }
+__device__ __forceinline__ float2 sums_in(u64 word) { return as_pair(PEERS > 1 ? word & ~(1ull << 32) : word); }
+__device__ __forceinline__ float2 halves_in(u64 word) { return as_pair(PEERS > 1 ? word & ~0x100000001ull : word); }
+
+// What waits for messages of other processes looks at the clock now and then.
+struct Patience {
+    u32 looks = 0;
+    u64 start;
+
+    // Before the message of sample n of the stream is looked for again.
+    __device__ __forceinline__ void look(const Params& p, int n) {
+        if (PEERS == 1 || ++looks % 4096) return;
+        u64 now;
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+        if (looks == 4096) start = now;
+        if (float(now - start) * 1e-9f < p.patience) return;
+        *static_cast<volatile u32*>(p.late) = n % PEERS + 1;
+        __threadfence_system();
+        while (float(now - start) * 1e-9f < p.patience + 1.f) asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));  // for the host to read it
+        asm volatile("trap;");
+    }
+};
+
+// Sample n's sums, to every process; n is its number in the stream.
+__device__ __forceinline__ void publish_sums(const Params& p, const Norm& norm, const Place& at, int n, float a, float b) {
+    const long long index = (long long)n * p.channels + at.channel;
+#if PEERS > 1
+    const u64 word = u64(__float_as_uint(a)) | u64(__float_as_uint(b) & ~1u | at.flag) << 32;
+    const long long from_first = norm.sample_sums - p.norms[0].sample_sums;
+#pragma unroll
+    for (int q = 0; q < PEERS; q++)
+        asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(p.peers[q] + from_first + index), "l"(word) : "memory");
+#else
+    publish(norm.sample_sums + index, a, b);
+#endif
+}
+
+__device__ __forceinline__ u64 peek_sums(const Params& p, const Norm& norm, const Place& at, int n) {
+    return peek_message(norm.sample_sums + (long long)n * p.channels + at.channel);
+}
+
+__device__ __forceinline__ float2 wait_for_sums(const Params& p, const Norm& norm, const Place& at, int n) {
+    Patience patience;
+    u64 word = peek_sums(p, norm, at, n);
+    while (is_missing(word, at)) patience.look(p, n), word = peek_sums(p, norm, at, n);
+    return sums_in(word);
+}
 
 // One tile of work: first row, first sample, and rows of each of its segments.
 struct Item {

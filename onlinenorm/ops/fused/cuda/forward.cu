@@ -14,18 +14,21 @@ constexpr int TENSORS = 1 + RESIDUAL;
 __device__ __forceinline__ int halo_rows(const Params& p) { return POOL ? p.width : 0; }  // above a tile
 constexpr int SCALE_THREADS = SCALED ? COLUMNS : 0;  // threads of the scale warps
 
+// Where a product meets a sum, fmaf says which are rounded together: this is inlined at several places, of which the compiler
+// would choose at each, and another process may take the same sample at another.
 __device__ __forceinline__ void step_over(const Params& p, float2 moment, float& mean, float& var) {
     const float d = moment.x - mean;
-    var = p.alpha_fwd * var + p.one_minus_alpha_fwd * (moment.y + p.alpha_fwd * d * d);
-    mean += p.one_minus_alpha_fwd * d;
+    var = fmaf(p.alpha_fwd, var, p.one_minus_alpha_fwd * fmaf(p.alpha_fwd * d, d, moment.y));
+    mean = fmaf(p.one_minus_alpha_fwd, d, mean);
 }
 
 __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
     const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size;
     auto announce = [&](const Norm& norm, int n, float mu, float q) {
-        const long long index = (long long)n * p.channels + at.channel;
-        publish(norm.sample_sums + index, mu, q);
-        norm.moments[index] = make_float2(mu, q);  // for backward
+        n = in_stream(p, n);
+        if (PEERS > 1) q = __uint_as_float(__float_as_uint(q) & ~1u);  // as it is sent
+        publish_sums(p, norm, at, n, mu, q);
+        norm.moments[(long long)n * p.channels + at.channel] = make_float2(mu, q);  // for backward
     };
     visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
 #pragma unroll
@@ -86,35 +89,44 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
     int position = 0;  // mean and var are those before this sample, one column a thread of the first COLUMNS
     bool closing = false;
     auto step = [&](float2 moment) { step_over(p, moment, mean, var); };
+    // Whole warps call these.
+    auto rzeta_of = [&](const Norm& norm, int n) { return rsqrtf(fmaf(wait_for_channel_sums(p, norm, at, n), per_channels, p.zeta_eps)); };
+    auto record_rzeta = [&](const Norm& norm, int n) {
+        const float rzeta = rzeta_of(norm, n);
+        if (at.warp_lane == 0) norm.rzeta[n] = rzeta;
+    };
 
     // Ask for the moments of the next samples up to `last`; some may not be there yet.
     u64 words[WORDS];
     auto mine = [&](int j) { return at.reader + READERS * j; };
-    auto mailbox = [&](int j) { return norm.sample_sums + (long long)(position + mine(j)) * p.channels + at.channel; };
+    auto sample_of = [&](int j) { return position + mine(j); };
     auto ask = [&](int last) {
 #pragma unroll
-        for (int j = 0; j < WORDS; j++) words[j] = position + mine(j) < last ? peek(mailbox(j)) : 0;
+        for (int j = 0; j < WORDS; j++) words[j] = sample_of(j) < last ? peek_sums(p, norm, at, sample_of(j)) : present(at);
     };
     auto collect = [&]() {
         bool missing = true;
+        Patience patience;
         while (missing) {
             missing = false;
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (words[j] == EMPTY) words[j] = peek(mailbox(j));
+                if (is_missing(words[j], at)) patience.look(p, sample_of(j)), words[j] = peek_sums(p, norm, at, sample_of(j));
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) missing |= words[j] == EMPTY;
+            for (int j = 0; j < WORDS; j++) missing |= is_missing(words[j], at);
         }
     };
 
-    // Bring the recurrence to `last`, leaving the normalisation of samples first..last in s.mean and s.scale.
+    // Bring the recurrence to `last`, leaving the normalisation of own samples first..last in s.mean and s.scale. Other
+    // processes' samples between these and the own one before are recorded with them.
     auto advance = [&](int first, int last, bool record) {
+        const int from = first - (record ? PEERS - 1 : 0);
         while (true) {
             const int batch = min(CHUNK, last - position);
             collect();
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (mine(j) < batch) s.table[mine(j)][at.column] = as_pair(words[j]);
+                if (mine(j) < batch) s.table[mine(j)][at.column] = sums_in(words[j]);
             sync<2>();
             if (position + batch < last) {
                 position += batch;
@@ -123,7 +135,7 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
             }
             if (at.thread < COLUMNS) {
                 // Samples this tile does not hold go by in eights, so that only the recurrence itself is waited for.
-                const int passing = min(batch, first - position);
+                const int passing = min(batch, from - position);
                 int j = 0;
                 for (; j + 8 <= passing; j += 8) {
                     float2 moments[8];
@@ -134,10 +146,15 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
                 }
                 for (; j <= batch; j++) {
                     const int n = position + j;
-                    if (n >= first && (j < batch || n == last)) {
-                        s.mean[n - first][at.column] = mean;
-                        s.scale[n - first][at.column] = weight * rsqrtf(var + p.eps);
-                        if (record) norm.tables[(long long)n * p.channels + at.channel] = make_float2(mean, var);
+                    if (n >= from && (j < batch || n == last)) {
+                        const long long index = (long long)n * p.channels + at.channel;
+                        if (is_own(p, n)) {
+                            s.mean[(n - first) / PEERS][at.column] = mean;
+                            s.scale[(n - first) / PEERS][at.column] = weight * rsqrtf(var + p.eps);
+                        } else if (record) {
+                            norm.moments[index] = s.table[j][at.column];
+                        }
+                        if (record) norm.tables[index] = make_float2(mean, var);
                     }
                     if (j < batch) step(s.table[j][at.column]);
                 }
@@ -150,12 +167,13 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
 
     visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
         const uint4* tile = memory + stage * stage_size + (halo_rows(p) + at.segment * p.pixels) * LANES + at.lane;
-        const int rows = item.rows_of(at.segment), last = item.sample + item.count - 1;
+        const int rows = item.rows_of(at.segment);
+        const int first = in_stream(p, item.sample), last = in_stream(p, item.sample + item.count - 1);
         uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
         unsigned char* mask = p.mask + mask_offset(p, at.slab, item.sample + at.segment, item.tile * p.tile_rows) + at.lane;
         ask(last);
-        advance(item.sample, last, item.tile == 0);
-        closing |= last == p.samples - 1 && item.tile == 0;
+        advance(first, last, item.tile == 0);
+        closing |= last == in_stream(p, p.samples - 1) && item.tile == 0;
         float m[NORMS][8], scale[NORMS][8], offset[NORMS][8];
 #pragma unroll
         for (int t = 0; t < NORMS; t++) {
@@ -166,12 +184,14 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         }
 #if SCALED
         if (at.row < 32 / LANES && at.segment < item.count) {  // the segment's first warp waits for all
-            const int n = item.sample + at.segment;
+            const int n = in_stream(p, item.sample + at.segment);
 #pragma unroll
             for (int t = 0; t < NORMS; t++) {
-                const float rzeta = rsqrtf(wait_for_channel_sums(p.norms[t], at, n) * per_channels + p.zeta_eps);
+                const float rzeta = rzeta_of(p.norms[t], n);
                 if (at.warp_lane == 0) s.rzeta[at.segment][t] = rzeta;
-                if (at.warp_lane == 0 && item.tile == 0 && at.slab == 0) p.norms[t].rzeta[n] = rzeta;
+                if (item.tile > 0 || at.slab > 0) continue;
+                if (at.warp_lane == 0) p.norms[t].rzeta[n] = rzeta;
+                for (int other = max(0, n - PEERS + 1); PEERS > 1 && other < n; other++) record_rzeta(p.norms[t], other);
             }
         }
         sync<2>();
@@ -257,8 +277,17 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         release(s.stages.empty + stage, at);
     });
     if (closing && at.thread < COLUMNS) {
-        step(wait_for(norm.sample_sums + (long long)(p.samples - 1) * p.channels + at.channel));
+        for (int n = in_stream(p, p.samples - 1); n < stream_size(p); n++) {  // the last own sample, and others' behind it
+            const float2 moment = wait_for_sums(p, norm, at, n);
+            if (!is_own(p, n)) {
+                const long long index = (long long)n * p.channels + at.channel;
+                norm.tables[index] = make_float2(mean, var), norm.moments[index] = moment;
+                if (SCALED && at.slab == 0 && at.thread % WIDTH < 32) record_rzeta(norm, n);
+            }
+            step(moment);
+        }
         norm.state_a[at.channel] = mean, norm.state_b[at.channel] = var;
+        if (PEERS > 1 && at.thread == 0) p.launches[at.slab] = at.launch;
     }
 }
 
@@ -269,22 +298,23 @@ __device__ __forceinline__ void scale_warps(const Params& p, const Place& at) {
     const Norm& norm = p.norms[at.norm];
     const float weight = norm.weight ? norm.weight[at.channel] : 1.f, bias = norm.bias ? norm.bias[at.channel] : 0.f;
     float mean = norm.state_a[at.channel], var = norm.state_b[at.channel];
-    auto ask = [&](int n) { return n < p.samples ? peek(norm.sample_sums + (long long)n * p.channels + at.channel) : EMPTY; };
+    // Here a variable would cost registers that are short.
+    auto ask = [&](int n) { return n < stream_size(p) ? peek_sums(p, norm, at, n) : absent(at); };
     auto square_of = [&](u64 word) {  // mean(w^2) of the next sample, which is then behind
-        const float2 moment = as_pair(word);
-        const float scale = weight * rsqrtf(var + p.eps), w = scale * (moment.x - mean) + bias;
+        const float2 moment = sums_in(word);
+        const float scale = weight * rsqrtf(var + p.eps), w = fmaf(scale, moment.x - mean, bias);
         step_over(p, moment, mean, var);
         // Of infinite pixels the variance is NaN.
-        return fabsf(w) == INFINITE ? INFINITE : w * w + scale * scale * moment.y;
+        return fabsf(w) == INFINITE ? INFINITE : fmaf(w, w, scale * scale * moment.y);
     };
     u64 words[AHEAD], next[AHEAD];
 #pragma unroll
     for (int j = 0; j < AHEAD; j++) next[j] = ask(j);
-    for (int first = 0; first < p.samples; first += AHEAD) {
+    for (int first = 0; first < stream_size(p); first += AHEAD) {
         bool missing = false;
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
-            words[j] = next[j], missing |= words[j] == EMPTY;
+            words[j] = next[j], missing |= is_missing(words[j], at);
             next[j] = ask(first + AHEAD + j);
         }
         if (!__any_sync(~0u, missing)) {  // side by side
@@ -294,17 +324,19 @@ __device__ __forceinline__ void scale_warps(const Params& p, const Place& at) {
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) squares[j] = sum_of_lanes(squares[j]);
 #pragma unroll
-            for (int j = 0; j < AHEAD; j++) publish_channel_sum(norm, at, first + j, squares[j]);
+            for (int j = 0; j < AHEAD; j++) publish_channel_sum<false>(p, norm, at, first + j, squares[j]);
         } else {  // as each comes: later ones may wait for what this one lets go
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
-                if (first + j >= p.samples) break;
-                while (words[j] == EMPTY) {
+                if (first + j >= stream_size(p)) break;
+                Patience patience;
+                while (is_missing(words[j], at)) {
+                    patience.look(p, first + j);
 #pragma unroll
                     for (int k = j; k < AHEAD; k++)
-                        if (words[k] == EMPTY) words[k] = ask(first + k);
+                        if (is_missing(words[k], at)) words[k] = ask(first + k);
                 }
-                publish_channel_sum(norm, at, first + j, sum_of_lanes(square_of(words[j])));
+                publish_channel_sum<false>(p, norm, at, first + j, sum_of_lanes(square_of(words[j])));
             }
         }
     }

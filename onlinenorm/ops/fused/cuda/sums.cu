@@ -70,24 +70,38 @@ __device__ __forceinline__ float sum_of_lanes(float x) {
     return x;
 }
 
-__device__ __forceinline__ void publish_channel_sum(const Norm& norm, const Place& at, int sample, float value) {
-    u64* word = norm.channel_sums + (long long)sample * at.slabs + at.slab;
-    if (at.warp_lane == 0) publish_half(reinterpret_cast<u32*>(word) + at.thread / 32 % 2, value);
+// To this process alone, or to every one.
+template <bool EVERYWHERE>
+__device__ __forceinline__ void publish_channel_sum(const Params& p, const Norm& norm, const Place& at, int n, float value) {
+    const long long index = 2 * ((long long)n * at.slabs + at.slab) + at.thread / 32 % 2;
+    if (at.warp_lane) return;
+#if PEERS > 1
+    const long long from_first = norm.channel_sums - p.norms[0].sample_sums;
+    const u32 half = __float_as_uint(value) & ~1u | at.flag;
+#pragma unroll
+    for (int q = 0; q < (EVERYWHERE ? PEERS : 1); q++) {
+        u32* to = reinterpret_cast<u32*>(EVERYWHERE ? p.peers[q] + from_first : norm.channel_sums);
+        asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(to + index), "r"(half) : "memory");
+    }
+#else
+    publish_half(reinterpret_cast<u32*>(norm.channel_sums) + index, value);
+#endif
 }
 
 // The sums that the thread adds up: those of one slab, of which there are 32 at most.
-__device__ __forceinline__ u64 peek_channel_sums(const Norm& norm, const Place& at, int sample) {
-    return at.warp_lane < at.slabs ? peek(norm.channel_sums + (long long)sample * at.slabs + at.warp_lane) : 0;
+__device__ __forceinline__ u64 peek_channel_sums(const Params& p, const Norm& norm, const Place& at, int n) {
+    return at.warp_lane < at.slabs ? peek_message(norm.channel_sums + (long long)n * at.slabs + at.warp_lane) : present(at);
 }
 
 __device__ __forceinline__ float total_of_channel_sums(u64 word) {
-    const float2 halves = as_pair(word);
+    const float2 halves = halves_in(word);
     return sum_of_lanes(halves.x + halves.y);
 }
 
-__device__ __forceinline__ float wait_for_channel_sums(const Norm& norm, const Place& at, int sample) {
-    u64 word = peek_channel_sums(norm, at, sample);
-    while (half_empty(word)) word = peek_channel_sums(norm, at, sample);
+__device__ __forceinline__ float wait_for_channel_sums(const Params& p, const Norm& norm, const Place& at, int n) {
+    Patience patience;
+    u64 word = peek_channel_sums(p, norm, at, n);
+    while (is_half_missing(word, at)) patience.look(p, n), word = peek_channel_sums(p, norm, at, n);
     return total_of_channel_sums(word);
 }
 

@@ -1,0 +1,249 @@
+"""Mailboxes in which kernels of several processes, each with a GPU of one machine, find each other's sums of samples.
+
+They lie in torch's symmetric memory: every process holds as many, at equal offsets, and maps those of the others, so
+that a kernel stores a message into each by ordinary stores over NVLink or PCIe. The kernels say how a message is told
+from the one before it in the same place (common.cu): between two launches of a layer in one direction every process's
+stream must hold a launch of that layer in the other, as training does by itself, or a barrier, which is put there where
+it does not. Addresses stay, and what changes lies on the devices, so that launches can be captured in CUDA graphs; the
+replays of a forward and a backward graph must take turns as these do.
+
+A mailbox is for one size of batch. Where that changes, a layer's is emptied for the next size; but what a graph was
+captured with remains the graph's.
+
+Between machines there are no such stores, and the moments are gathered: a sample needs those of all samples before it,
+so where they come by a collective, images are read twice however it is divided. Messages within each machine and one
+gather between machines would save a part of each gather's latency, which NCCL divides in that way by itself.
+"""
+
+import logging
+import os
+import socket
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from onlinenorm.ops.distributed import constant_when_compiled, process_group
+from onlinenorm.ops.spec import NormSpec
+from onlinenorm.text import first_line
+
+logger = logging.getLogger(__name__)
+
+MOST = 8  # processes, as in common.cu
+CHUNK = 64 * 2**20  # bytes asked for at once: the processes meet for each
+ALIGNMENT = 256
+DEFAULT_PATIENCE = 600.0  # seconds, where the process group names none
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """That of one layer, direction and size of batch: where it begins in each process's memory, seen from this one."""
+
+    addresses: tuple[int, ...]
+    rank: int
+    launches: int  # bytes behind it: the number of launches so far
+
+
+@dataclass
+class _Shared:
+    """A piece of the memory that the processes of a group share."""
+
+    own: Tensor
+    addresses: tuple[int, ...]  # where it begins in each process's memory
+    barrier: Callable[[], None]
+
+
+@dataclass
+class _Group:
+    """What the processes of a group share: memory, of which `rest` is free, and the mailboxes in it."""
+
+    members: dist.ProcessGroup
+    store: dist.Store
+    patience: float
+    met: int = 0  # times
+    handles: list = field(default_factory=list)
+    rest: _Shared | None = None
+    boxes: dict[tuple, tuple[Mailbox, _Shared]] = field(default_factory=dict)
+    reusable: dict[tuple, int] = field(default_factory=dict)  # samples, by layers and direction
+    last: dict[tuple, str] = field(default_factory=dict)  # direction, by layer and samples
+
+    def meet(self, word: str = "") -> list[str]:
+        """What each process says, in rank order."""
+        place, self.met = f"meeting/{self.met}", self.met + 1
+        keys = [f"{place}/{rank}" for rank in range(self.members.size())]
+        self.store.set(keys[self.members.rank()], word)
+        self.store.wait(keys, timedelta(seconds=self.patience))
+        return [self.store.get(key).decode() for key in keys]
+
+
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _Group | None] = weakref.WeakKeyDictionary()
+_made: Counter[str] = Counter()  # groups, by name
+_late: list[Tensor] = []
+_lock = threading.Lock()
+
+
+@constant_when_compiled
+def serve(group: str, device: int) -> bool:
+    """Whether the processes of a group can reach each other's GPUs; all get the same answer, and must ask once."""
+    return _state(group, device) is not None
+
+
+def _state(group: str, device: int) -> _Group | None:
+    members = process_group(group) or dist.group.WORLD
+    assert members is not None, "the caller has several processes"
+    if members not in _groups:
+        name = members.group_name
+        _made[name] += 1  # what an earlier group of that name said may still be in the store
+        place = f"onlinenorm/peers/{name}/{_made[name]}"
+        store = dist.PrefixStore(place, dist.distributed_c10d._get_default_store())
+        state = _Group(members, store, _patience(members))
+        missing = _out_of_reach(state, device)
+        if missing:
+            logger.info("OnlineNorm: moments of samples are gathered by collectives: %s", missing)
+        _groups[members] = None if missing else state
+    return _groups[members]
+
+
+def _out_of_reach(state: _Group, device: int) -> str:
+    """Why kernels cannot exchange messages, the same on all processes; "" where each has mapped the others' memory."""
+    processes = state.members.size()
+    if processes > MOST:
+        return f"{processes} processes, and messages between kernels are for {MOST} at most"
+    places = [word.split(" ", 1) for word in state.meet(f"{_machine()} {_uuid(device)}")]
+    if (machines := len({machine for machine, _ in places})) > 1:
+        return f"{machines} machines"
+    visible = {_uuid(index): index for index in range(torch.cuda.device_count())}
+    gpus = [visible.get(gpu) for _, gpu in places]
+    problem = ""
+    if len({gpu for _, gpu in places}) < processes:
+        problem = "processes share a GPU"
+    elif not all(gpu == device or (gpu is not None and torch.cuda.can_device_access_peer(device, gpu)) for gpu in gpus):
+        problem = "a GPU has no access to another one's memory"
+    if problem := next(filter(None, state.meet(problem)), ""):
+        return problem
+    try:
+        _allocate(state, CHUNK, torch.device("cuda", device))
+    except RuntimeError as error:
+        if torch.cuda.is_current_stream_capturing():
+            raise
+        problem = f"no memory can be shared ({first_line(error)})"
+    return next(filter(None, state.meet(problem)), "")
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
+
+
+def _uuid(device: int) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _patience(members: dist.ProcessGroup) -> float:
+    """Seconds after which collectives of the group, too, give up on a process."""
+    timeout = getattr(getattr(members._get_backend(torch.device("cuda")), "options", None), "_timeout", None)
+    return timeout.total_seconds() if timeout else DEFAULT_PATIENCE
+
+
+def patience(spec: NormSpec, device: int) -> float:
+    """Seconds that a kernel waits for a process."""
+    state = _state(spec.group, device)
+    assert state is not None, "`serve` was asked"
+    return state.patience
+
+
+def mailbox(
+    spec: NormSpec, direction: str, samples: int, channels: int, device: torch.device, layers: int = 1
+) -> Mailbox:
+    """The mailbox for the next launch of a layer on the current stream; every process must ask, in the same order.
+
+    Of two ``layers`` that one kernel serves, the second's half of it follows the first's. Raises RuntimeError for the
+    first launch of its kind while a CUDA graph is captured.
+    """
+    with _lock:
+        state = _state(spec.group, device.index)
+        assert state is not None, "`serve` was asked"
+        numbers = (spec.mailbox, spec.shortcut_mailbox)[:layers]
+        owner = numbers, direction
+        if (owner, samples) not in state.boxes:
+            _make_mailbox(state, owner, samples, 8 * samples * spec.processes, channels, device)
+        elif any(state.last.get((number, samples)) == direction for number in numbers):
+            state.boxes[owner, samples][1].barrier()
+        state.last.update({(number, samples): direction for number in numbers})
+        if state.reusable.get(owner) == samples and torch.cuda.is_current_stream_capturing():
+            del state.reusable[owner]
+        return state.boxes[owner, samples][0]
+
+
+def _make_mailbox(
+    state: _Group, owner: tuple[tuple[int, ...], str], samples: int, column: int, channels: int, device: torch.device
+) -> None:
+    """That of another size of batch: the owner's one, where it has room, emptied, or a new one.
+
+    ``column`` is the size of a channel's messages in bytes.
+    """
+    _check_not_capturing()
+    sums = len(owner[0]) * column * (channels + channels // 64)
+    size = -(-(sums + channels // 64 * 4) // ALIGNMENT) * ALIGNMENT
+    former = state.reusable.pop(owner, None)
+    shared = None if former is None else state.boxes.pop((owner, former))[1]
+    if shared is not None and shared.own.nbytes >= size:
+        shared.barrier()  # behind which nobody reads it or stores into it
+        shared.own.zero_()
+        shared.barrier()
+    else:
+        # what was too small remains unused; doubled each time, it is never more than what is used
+        size = max(size, 0 if shared is None else 2 * shared.own.nbytes)
+        if state.rest is None or state.rest.own.nbytes < size:
+            _allocate(state, max(size, CHUNK), device)
+        assert state.rest is not None
+        rest = state.rest
+        shared = _Shared(rest.own[:size], rest.addresses, rest.barrier)
+        state.rest = _Shared(rest.own[size:], tuple(address + size for address in rest.addresses), rest.barrier)
+    state.reusable[owner] = samples
+    state.boxes[owner, samples] = Mailbox(shared.addresses, state.members.rank(), sums), shared
+
+
+def _check_not_capturing() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "OnlineNorm: the processes share memory for their kernels' messages at a layer's first step with a size of "
+            "batch, which cannot be captured in a CUDA graph; run a step of that size before the capture"
+        )
+
+
+def _allocate(state: _Group, size: int, device: torch.device) -> None:
+    """More memory that all processes share, empty; each must call it."""
+    _check_not_capturing()
+    state.meet()  # torch's own meeting waits for a short time only
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here needs it
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    memory = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    memory.zero_()
+    torch.cuda.synchronize(device)  # before any other process, which meets this one below, stores into it
+    handle = symmetric_memory.rendezvous(memory, state.members.group_name)
+    state.handles.append(handle)
+    barrier = partial(handle.barrier, channel=0, timeout_ms=int(1000 * state.patience))
+    state.rest = _Shared(memory, tuple(handle.buffer_ptrs), barrier)
+
+
+def late_report() -> int:
+    """Address of the number in which a kernel leaves 1 + the rank that it has waited for in vain."""
+    if not _late:
+        _late.append(torch.zeros(1, dtype=torch.int32).pin_memory())
+    return _late[0].data_ptr()
+
+
+def late() -> int | None:
+    """The rank that a kernel of this process has waited for in vain, which ended it."""
+    rank = int(_late[0]) - 1 if _late else -1
+    return None if rank < 0 else rank

@@ -1,0 +1,360 @@
+"""Kernels of two GPUs that tell each other the moments of their samples while they run: the stream of one process.
+
+python -m pytest tests/distributed/test_peers.py -m gpu        on a machine with two GPUs, Hopper or later
+"""
+
+import copy
+import random
+import time
+from datetime import timedelta
+from functools import partial
+
+import process_groups
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from onlinenorm import OnlineNorm2d, models
+from onlinenorm.training.cuda_graph import GraphedStep
+
+pytest.importorskip("triton")
+
+from onlinenorm.ops.fused import peers, two_pass
+
+GUARDS = ("clamp", "layer_scaling")
+# samples of both processes, channels, height, width, and what else the layer does
+LAYERS = (
+    (8, 64, 56, 56, "residual"),
+    (6, 128, 28, 28, "relu"),
+    (64, 2048, 7, 7, "residual"),
+    (10, 512, 14, 14, "plain"),
+    (4, 64, 112, 112, "pool"),
+    (256, 64, 14, 14, "residual"),
+    (2, 64, 9, 7, "relu"),
+)
+SHORTCUTS = (
+    (8, 256, 56, 56, "shortcut"),
+    (10, 512, 14, 14, "shortcut"),  # a backward kernel of each layer
+    (64, 2048, 7, 7, "shortcut"),
+)
+STEPS = 3
+
+
+def enough_gpus():
+    return torch.cuda.device_count() >= 2 and torch.cuda.get_device_capability() >= (9, 0)
+
+
+gpu = pytest.mark.gpu
+two_gpus = pytest.mark.skipif(not enough_gpus(), reason="needs two GPUs, Hopper or later")
+
+
+def begin(rank, seconds=60.0):
+    """Joins the processes; from then on a gather is an error."""
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=seconds))
+
+    def refuse(*arguments):
+        raise AssertionError("the moments were gathered by a collective")
+
+    two_pass.gather_samples = refuse
+    return device
+
+
+def layer_steps(kind, guard, device, rank=None):
+    """Outputs, gradients and state of a layer in a few steps, of one process's share or (rank None) of the whole."""
+    samples, channels, height, width, form = kind
+    generator = torch.Generator().manual_seed(7)
+    torch.manual_seed(1)
+    arguments = {"error_compensation": guard, "clamp_value": 1.5, "alpha_fwd": 0.9, "exchange": "peers"}
+    layer, other = layers = nn.ModuleList([OnlineNorm2d(channels, **arguments) for _ in range(2)])
+    with torch.no_grad():
+        for norm in layers:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.3)
+    layers.to(device)
+    found, scale = {}, 1 if rank is None else 2  # the mean over own samples is twice the share of the mean over all
+    for step in range(STEPS):
+        draw = torch.randn((3, samples, channels, height, width), generator=generator).bfloat16()
+        x, residual, w = (t if rank is None else t[rank::2] for t in draw)
+        x, residual, w = (t.to(device).contiguous(memory_format=torch.channels_last) for t in (2 * x - 1, residual, w))
+        x, residual = x.requires_grad_(), residual.requires_grad_()
+        if form == "pool":
+            y = layer(x, relu=True, max_pool=True)
+            w = w[..., : height // 2, : width // 2]
+        else:
+            shortcut = other if form == "shortcut" else None
+            y = layer(x, residual if form in ("residual", "shortcut") else None, form != "plain", shortcut=shortcut)
+        y.backward(w * scale)
+        found |= {f"y{step}": y.detach(), f"grad_x{step}": x.grad / scale}
+        if form in ("residual", "shortcut"):
+            found[f"grad_residual{step}"] = residual.grad / scale
+    used = layers if form == "shortcut" else layers[:1]
+    return found, dict(used.named_buffers()), {name: p.grad / scale for name, p in used.named_parameters()}
+
+
+def distance(found, truth):
+    return float((found.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-9))
+
+
+def compare_layers(rank, layers):
+    torch.cuda.set_device(rank)
+    alone = {(kind, guard): layer_steps(kind, guard, torch.device("cuda", rank)) for kind in layers for guard in GUARDS}
+    device = begin(rank)
+    lines = []
+    for (kind, guard), (whole, state, gradients) in alone.items():
+        own, own_state, own_gradients = layer_steps(kind, guard, device, rank)
+        worst = 0.0
+        for name, tensor in own.items():
+            worst = max(worst, distance(tensor, whole[name][rank::2]))
+            assert worst <= 2e-3, (kind, guard, name, worst)
+        for name, tensor in own_state.items():
+            # a value next to 0 or to the clamp may fall to its other side, and a gradient is counted or not
+            limit = 2e-5 if "running" in name else 1e-2
+            assert distance(tensor, state[name]) <= limit, (kind, guard, name, distance(tensor, state[name]))
+            others = [torch.empty_like(tensor) for _ in range(2)]
+            dist.all_gather(others, tensor)
+            assert torch.equal(*others), (kind, guard, f"{name} differs between processes")
+        for name, tensor in own_gradients.items():
+            dist.all_reduce(tensor)
+            assert distance(tensor, gradients[name]) <= 2e-3, (kind, guard, name, distance(tensor, gradients[name]))
+        lines.append(f"{kind} {guard}: {worst:.1e}")
+    dist.destroy_process_group()
+    return lines
+
+
+@gpu
+@two_gpus
+@pytest.mark.parametrize("layers", [LAYERS, SHORTCUTS], ids=["alone", "with a shortcut's"])
+def test_layers_equal_one_process(layers):
+    print(*process_groups.run(2, compare_layers, layers, seconds=300)[0], sep="\n")
+
+
+class Network(nn.Module):
+    """A few layers of every form, which end in logits."""
+
+    def __init__(self, guard="clamp", exchange="peers"):
+        super().__init__()
+        norm = partial(OnlineNorm2d, error_compensation=guard, exchange=exchange)
+        self.stem, self.n1 = nn.Conv2d(3, 64, 3, padding=1, bias=False), norm(64)
+        self.c2, self.n2 = nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False), norm(128)
+        self.c3, self.n3 = nn.Conv2d(128, 128, 1, bias=False), norm(128)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x):
+        x = self.n1(self.stem(x), relu=True, max_pool=True)
+        x = self.n2(self.c2(x), relu=True)
+        x = self.n3(self.c3(x), residual=x, relu=True)
+        return self.head(x.mean((2, 3)))
+
+
+def network(device, **arguments):
+    torch.manual_seed(0)
+    return Network(**arguments).to(device, memory_format=torch.channels_last)
+
+
+def batches(rank, device, steps, samples=16, size=64):
+    """A process's share of global batches."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn((steps, 2 * samples, 3, size, size), generator=generator)
+    labels = torch.randint(10, (steps, 2 * samples), generator=generator)
+    for x, target in zip(images[:, rank::2].to(device), labels[:, rank::2].to(device), strict=True):
+        yield x.contiguous(memory_format=torch.channels_last), target
+
+
+def loss_of(forward, x, target):
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = F.cross_entropy(forward(x), target)
+    return loss
+
+
+def gradients(model, step):
+    """What a step, which returns a loss, leaves: its value, gradients and statistics."""
+    model.zero_grad(set_to_none=True)
+    loss = step()
+    loss.backward()
+    return [loss.detach().clone(), *(p.grad.clone() for p in model.parameters()), *(b.clone() for b in model.buffers())]
+
+
+def same_bits(found, expected):
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def stress(rank):
+    """Delays of one process or the other and other work on the GPU change no bit."""
+    device = begin(rank)
+    torch.backends.cudnn.deterministic = True
+    rng, other = random.Random(rank), torch.cuda.Stream()
+    matrix = torch.randn(2048, 2048, device=device)
+    for guard in GUARDS:
+        model = network(device, guard=guard)
+        start = copy.deepcopy(model.state_dict())
+        parts = list(batches(rank, device, 4))
+        expected = [gradients(model, partial(loss_of, model, *part)) for part in parts]
+
+        def delay(*arguments):
+            if rng.random() < 0.4:
+                torch.cuda._sleep(rng.randrange(3_000_000))
+            if rng.random() < 0.3:
+                with torch.cuda.stream(other):
+                    matrix @ matrix
+
+        for module in model.children():
+            module.register_forward_pre_hook(delay)
+            module.register_full_backward_pre_hook(delay)
+        for repeat in range(25):
+            model.load_state_dict(start)
+            for part, truth in zip(parts, expected, strict=True):
+                assert same_bits(gradients(model, partial(loss_of, model, *part)), truth), (guard, repeat)
+    dist.destroy_process_group()
+
+
+@gpu
+@two_gpus
+def test_delays_change_no_bit():
+    process_groups.run(2, stress, seconds=300)
+
+
+def graphs(rank):
+    """Captured and replayed many times, and replayed after all kinds of eager passes."""
+    device = begin(rank)
+    torch.backends.cudnn.deterministic = True
+    model = network(device)
+    start = copy.deepcopy(model.state_dict())
+    parts = list(batches(rank, device, 5))
+    expected = [gradients(model, partial(loss_of, model, *part)) for part in parts]
+    for capture in range(20):
+        model.load_state_dict(start)
+        graphed = GraphedStep(model, loss_of)
+        for part, truth in zip(parts, expected, strict=True):
+            assert same_bits(gradients(model, partial(graphed, *part)), truth), capture
+    for repeat in range(100):
+        model.load_state_dict(start)
+        for part, truth in zip(parts, expected, strict=True):
+            assert same_bits(gradients(model, partial(graphed, *part)), truth), repeat
+        smaller = [part[: 1 + repeat % 3] for part in parts[0]]
+        gradients(model, partial(loss_of, model, *smaller))
+    dist.destroy_process_group()
+
+
+@gpu
+@two_gpus
+def test_captures_and_replays():
+    process_groups.run(2, graphs, seconds=300)
+
+
+def out_of_turn(rank):
+    """Passes without a backward, two forward passes before one, and a graph gone through twice."""
+    device = begin(rank)
+    torch.backends.cudnn.deterministic = True
+    found = {}
+    parts = list(batches(rank, device, 4))
+    for exchange in ("peers", "gather"):
+        if exchange == "gather":
+            two_pass.gather_samples = gather
+        model = network(device, exchange=exchange)
+        with torch.no_grad():
+            for part in parts[:3]:
+                loss_of(model, *part)
+        first, second = (loss_of(model, *part) for part in parts[:2])
+        second.backward(retain_graph=True)
+        second.backward()
+        first.backward()
+        loss_of(model, *parts[2])
+        loss_of(model, *parts[3]).backward()
+        found[exchange] = [*(p.grad for p in model.parameters()), *model.buffers()]
+    for ours, theirs in zip(found["peers"], found["gather"], strict=True):
+        assert distance(ours, theirs) <= 2e-2, distance(ours, theirs)
+    dist.destroy_process_group()
+
+
+gather = two_pass.gather_samples
+
+
+@gpu
+@two_gpus
+def test_passes_out_of_turn():
+    process_groups.run(2, out_of_turn, seconds=200)
+
+
+def late(rank):
+    """The second process stops taking part; the first is told of it and does not wait for ever."""
+    device = begin(rank, seconds=8)
+    graphed = GraphedStep(network(device), loss_of)  # in which nothing but kernels waits
+    parts = list(batches(rank, device, 2))
+    graphed(*parts[0]).backward()
+    torch.cuda.synchronize()
+    if rank == 1:
+        time.sleep(16)
+        return None
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        graphed(*parts[1]).backward()
+        torch.cuda.synchronize()
+    return peers.late(), time.monotonic() - start
+
+
+@gpu
+@two_gpus
+def test_a_process_that_stays_away_is_named_in_time():
+    (waited_for, seconds), _ = process_groups.run(2, late, seconds=100)
+    assert waited_for == 1 and seconds < 15
+
+
+def learn(rank, compiled):
+    """Thirty steps of a network with data-parallel gradients, by either exchange and on one process."""
+    curves, ends = {}, {}
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+
+    def run(exchange, several):
+        torch.manual_seed(0)
+        if compiled:
+            model = network(device, exchange=exchange)  # of few layers, as every one of them takes its time
+        else:
+            model = models.resnet18(partial(OnlineNorm2d, exchange=exchange), num_classes=10)
+            model.to(device, memory_format=torch.channels_last)
+        torch._dynamo.config.optimize_ddp = False
+        forward = torch.compile(model, dynamic=False) if compiled else model
+        wrapped = DistributedDataParallel(forward, [device], broadcast_buffers=False) if several else forward
+        sgd = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
+        curve = []
+        for step in range(30):
+            generator = torch.Generator().manual_seed(step)
+            x, target = torch.randn((32, 3, 64, 64), generator=generator), torch.arange(32) % 10
+            if several:
+                x, target = x[rank::2], target[rank::2]
+            x = x.to(device).contiguous(memory_format=torch.channels_last)
+            sgd.zero_grad()
+            loss = loss_of(wrapped, x, target.to(device))
+            loss.backward()
+            sgd.step()
+            curve.append(loss.detach())
+        curves[exchange if several else "one"] = torch.stack(curve)
+        ends[exchange if several else "one"] = torch.cat([b.flatten() for b in model.buffers() if b.numel() > 1])
+
+    run("gather", False)
+    begin(rank)
+    run("peers", True)
+    two_pass.gather_samples = gather
+    run("gather", True)
+    for name in ("peers", "gather"):
+        dist.all_reduce(curves[name])
+        curves[name] /= 2
+    dist.destroy_process_group()
+    return {name: float((curve - curves["one"]).abs().max()) for name, curve in curves.items()} | {
+        f"statistics {name}": distance(end, ends["one"]) for name, end in ends.items()
+    }
+
+
+@gpu
+@two_gpus
+@pytest.mark.parametrize("compiled", [False, True])
+def test_thirty_steps_equal_one_process(compiled):
+    (found, _) = process_groups.run(2, learn, compiled, seconds=400)
+    print(found)
+    assert found["peers"] <= max(2 * found["gather"], 0.02)
+    assert found["statistics peers"] <= max(2 * found["statistics gather"], 0.02)

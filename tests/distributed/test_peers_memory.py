@@ -1,0 +1,135 @@
+"""Which processes exchange moments between kernels, and the memory in which they do, without GPUs."""
+
+from types import SimpleNamespace
+
+import process_groups
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("triton")
+
+from onlinenorm.ops.fused import peers, single_read
+from onlinenorm.ops.spec import NormSpec
+
+
+def pretend(rank, on_each, shared=False, no_access=(), no_memory=()):
+    """Makes this process one of several on machines of ``on_each`` GPUs, as far as `peers` looks at them."""
+    dist.init_process_group("gloo")
+    machine, device = divmod(rank, on_each)
+    peers._machine = lambda: f"machine-{machine}"
+    peers._uuid = lambda index: f"GPU-{machine}-{0 if shared else index}"
+    torch.cuda.device_count = lambda: on_each
+    torch.cuda.can_device_access_peer = lambda own, other: rank not in no_access
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.get_device_properties = lambda index: SimpleNamespace(
+        multi_processor_count=132, shared_memory_per_block_optin=232_448
+    )
+    single_read.supports_device = lambda index: True
+    peers._patience = lambda members: 20.0
+    peers.CHUNK = 1 << 16
+
+    def allocate(state, size, device):
+        state.meet()
+        if rank in no_memory:
+            raise RuntimeError("no handle can be exported")
+        places = tuple(r << 40 for r in range(state.members.size()))
+        state.rest = peers._Shared(torch.zeros(size, dtype=torch.uint8), places, lambda: events.append("barrier"))
+
+    peers._allocate, events = allocate, []
+    return device, events
+
+
+def chosen(rank, on_each, groups=(), **faults):
+    """Whether the kernels of a layer of all processes exchange, and of one of each group that this process is in."""
+    device, _ = pretend(rank, on_each, **faults)
+    image = SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, shape=(4, 64, 8, 8), device=SimpleNamespace(index=device),
+        element_size=lambda: 2, is_contiguous=lambda memory_format: True,
+    )  # fmt: skip
+    names = {"": dist.get_world_size()}
+    for ranks in groups:
+        if rank in ranks:
+            names[dist.new_group(ranks, use_local_synchronization=True).group_name] = len(ranks)
+    found = []
+    for name, processes in names.items():
+        specs = [NormSpec(processes=processes, group=name, mailbox=mailbox) for mailbox in (1, 2, 0)]
+        *both, gathered = [single_read.supports(image, spec) for spec in specs]
+        assert both[0] == both[1] and not gathered
+        found.append(both[0])
+    dist.barrier()  # rank 0 serves the store
+    dist.destroy_process_group()
+    return found
+
+
+class Chosen:
+    """`chosen` with arguments, which can be sent to a process."""
+
+    def __init__(self, on_each, faults, groups=()):
+        self.on_each, self.faults, self.groups = on_each, faults, groups
+
+    def __call__(self, rank):
+        return chosen(rank, self.on_each, self.groups, **self.faults)
+
+
+@pytest.mark.parametrize(
+    "on_each, faults, expected",
+    [
+        (2, {}, True),
+        (1, {}, False),
+        (2, {"shared": True}, False),
+        (2, {"no_access": (1,)}, False),
+        (2, {"no_memory": (0,)}, False),
+    ],
+)
+def test_processes_on_one_machine_exchange_where_each_reaches_the_others(on_each, faults, expected):
+    """And all of them say the same, whichever of them it is that does not reach another."""
+    found = process_groups.run(2, Chosen(on_each, faults))
+    assert found == [[expected]] * 2
+
+
+def test_between_machines_moments_are_gathered_and_within_each_exchanged():
+    """Two machines of two GPUs: a layer of all processes gathers, one whose group is a machine's does not."""
+    assert process_groups.run(4, Chosen(2, {}, ((0, 1), (2, 3)))) == [[False, True]] * 4
+
+
+def launches(rank):
+    """Mailboxes of a layer: the offsets they begin at, and what happens in between."""
+    _, events = pretend(rank, 2)
+    spec, gpu, found = NormSpec(processes=2, mailbox=1), torch.device("cuda", rank), []
+
+    def launch(direction, samples, capturing=False):
+        torch.cuda.is_current_stream_capturing = lambda: capturing
+        events.clear()
+        box = peers.mailbox(spec, direction, samples, 128, gpu)
+        assert box.rank == rank and box.addresses[1] - box.addresses[0] == 1 << 40
+        found.append((box.addresses[0], box.launches, list(events)))
+        return box
+
+    assert peers.serve("", rank)
+    for samples in (4, 4):  # alike: one after the other, and nothing between them
+        launch("forward", samples), launch("backward", samples)
+    launch("forward", 4), launch("forward", 4)  # out of turn
+    state = peers._groups[dist.group.WORLD]
+    state.boxes[((1,), "forward"), 4][1].own.fill_(7)
+    launch("forward", 2)  # another size: emptied
+    assert not state.boxes[((1,), "forward"), 2][1].own.any() and (((1,), "forward"), 4) not in state.boxes
+    launch("forward", 8)  # a larger one: elsewhere
+    launch("forward", 8, capturing=True), launch("forward", 4), launch("forward", 8)  # what is captured remains
+    with pytest.raises(RuntimeError, match="run a step of that size before the capture"):
+        launch("forward", 16, capturing=True)
+    dist.barrier()  # rank 0 serves the store
+    dist.destroy_process_group()
+    return found
+
+
+def test_a_layers_mailbox_follows_its_size_of_batch_and_leaves_graphs_theirs():
+    found, other = process_groups.run(2, launches)
+    assert found == other
+    size = 8 * 4 * 2 * (128 + 2)  # of four samples of each of two processes, two slabs of 64 channels
+    assert found[:4] == [(0, size, []), (8448, size, [])] * 2 and size + 8 <= 8448
+    assert found[4:6] == [(0, size, []), (0, size, ["barrier"])]
+    assert found[6] == (0, size // 2, ["barrier", "barrier"])
+    large, captured, smaller, again = found[7:]
+    assert large == (2 * 8448, 2 * size, []) and captured == again == (*large[:2], ["barrier"])
+    assert smaller[0] >= large[0] + 2 * size
