@@ -1,4 +1,4 @@
-"""The processes that a run's first one starts on its machine, and what is said when one of them dies."""
+"""The processes that a run's first one starts on its machine, and what is said when a process dies or hangs."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from pytorch_lightning.strategies.launchers.subprocess_script import (
     _set_num_threads_if_needed,
@@ -23,16 +23,21 @@ PATIENCE_SECONDS = RANK_ZERO_SECONDS + 2.0  # in which a process says why it end
 class WatchingLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher; where a process dies, the first one says which and how, ends the others, and exits with 1.
 
-    Lightning's own would kill the first by SIGKILL, without a word.
+    Lightning's own would kill the first by SIGKILL, without a word. Where a kernel has waited for another process in
+    vain, each process says so and exits, before that kernel fails: after it NCCL would abort the process, whatever
+    Python is about to say.
     """
 
     said = False  # what is to be said of a dead one
+    watched = False
 
     def launch(self, function: Callable, *args: Any, trainer=None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
-            threading.Thread(target=self._watch, daemon=True, name="child-process-observer").start()
+        if not self.watched:
+            self.watched = True
+            threading.Thread(target=self._watch, daemon=True, name="process-observer").start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             return function(*args, **kwargs)
@@ -47,16 +52,23 @@ class WatchingLauncher(_SubprocessScriptLauncher):
             self.said = True
             self._end_others()
             raise RunError(lost) from error
+        finally:
+            self.watched = bool(self.procs)
 
     def _watch(self) -> None:
-        """Ends this process where it waits for one that is gone, in a collective that no exception reaches."""
+        """Ends this process where it waits for one that is gone, in a collective or kernel no exception reaches."""
         while not (lost := lost_process(self.procs)):
-            if all(process.returncode == 0 for process in self.procs):
+            if late := late_process():
+                self._end(late)
+            if not self.watched or (self.procs and all(process.returncode == 0 for process in self.procs)):
                 return
             time.sleep(POLL_SECONDS)
         time.sleep(PATIENCE_SECONDS)
-        if not self.said:
-            print(lost, file=sys.stderr, flush=True)
+        self._end("" if self.said else lost)
+
+    def _end(self, message: str) -> NoReturn:
+        if message:
+            print(message, file=sys.stderr, flush=True)
         self._end_others()
         os._exit(RunError.exit_code)
 
@@ -80,3 +92,15 @@ def lost_process(processes: list[subprocess.Popen]) -> str:
             "the same command continues the run from its last checkpoint"
         )
     return ""
+
+
+def late_process() -> str:
+    """What to say of a process that a kernel of this one has waited for in vain, or ""."""
+    late = getattr(sys.modules.get("onlinenorm.ops.fused.peers"), "late", None)  # where it is in use
+    rank = None if late is None else late()
+    if rank is None:
+        return ""
+    return (
+        f"process {rank} did not come to a layer that another had reached, for as long as they wait: it is stuck or "
+        "dead, and its own output may say why. The same command continues the run from its last checkpoint"
+    )

@@ -64,3 +64,20 @@ def test_a_first_process_that_waits_for_a_dead_one_ends(end, words):
     done = programs.call("-c", HUNG.format(end=end))
     assert done.returncode == 1 and words in done.stderr, done
     assert "process 2 of 0 to 2 on this machine" in done.stderr
+
+
+LATE = """
+import sys, time
+from types import SimpleNamespace
+from onlinenorm.training.children import WatchingLauncher
+
+sys.modules["onlinenorm.ops.fused.peers"] = SimpleNamespace(late=lambda: 2)
+environment = SimpleNamespace(validate_settings=lambda **_: None, creates_processes_externally=True)
+WatchingLauncher(environment, 3, 1).launch(time.sleep, 10_000)
+"""
+
+
+def test_a_process_whose_kernel_has_waited_in_vain_says_for_whom_and_ends():
+    done = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("process 2 did not come to a layer") == 1, done
+    assert "the same command continues the run" in done.stderr.lower()

@@ -1,0 +1,106 @@
+"""Runs of two GPUs whose kernels exchange messages: one process is killed or stuck, and the run goes on exactly.
+
+python -m pytest tests/distributed/test_peers_killed.py -m gpu        on a machine with two GPUs, Hopper or later
+"""
+
+import random
+import time
+from datetime import timedelta
+from functools import partial
+
+import process_groups
+import pytest
+import torch
+from distributed_runs import TINY, train
+from test_interrupted_processes import checkpoint_moved
+from tests_training import outcome
+
+from onlinenorm.models import cifar
+from onlinenorm.training import trainer
+from onlinenorm.training.module import ImageClassifier
+
+pytest.importorskip("triton")
+
+from onlinenorm.ops.fused import peers
+
+RUN = (
+    *TINY[:-1], "trainer=ddp", "trainer.deterministic=true", "trainer.cuda_graph=false", "model.compile=false",
+    "trainer.checkpoint_every_n_steps=1", "normalizer=online_clamp", "normalizer.exchange=peers", "data.image_size=32",
+    "data.num_train=330", "data.num_workers=0", "data.on_device=false", "recipe.batch_size=32", "recipe.epochs=8",
+    "recipe.milestones=[6]", "recipe.lr=0.01",
+)  # fmt: skip
+KILLS = 10
+STUCK_AT, SECONDS = 5, 10  # step, and for how long processes wait for each other
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.device_count() < 2 or torch.cuda.get_device_capability() < (9, 0), reason="needs two GPUs, Hopper"
+    ),
+]
+
+
+def run(rank, folder):
+    """The results of a run in which all layers exchange messages."""
+    cifar.WIDTHS = (64, 128, 256)
+    asked, mailbox = [], peers.mailbox
+    peers.mailbox = lambda *arguments: asked.append(1) or mailbox(*arguments)
+    results = train(rank, folder, *RUN)
+    assert asked or results["resumed"], "no kernel has exchanged messages"
+    return results
+
+
+def run_with_a_stuck_process(rank, folder):
+    trainer.MeetingDDPStrategy = partial(trainer.MeetingDDPStrategy, timeout=timedelta(seconds=SECONDS))
+    training_step = ImageClassifier.training_step
+
+    def stuck(self, batch, batch_idx):
+        if rank == 1 and self.global_step == STUCK_AT:
+            time.sleep(1000)
+        return training_step(self, batch, batch_idx)
+
+    ImageClassifier.training_step = stuck
+    return run(rank, folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process_groups.run(2, run, str(folder))
+    return folder
+
+
+def test_a_process_is_killed_ten_times_and_the_run_is_the_same(undisturbed, tmp_path):
+    """The other one is ended a second later, as launchers do."""
+    chooser, since = random.Random(3), None
+    for _ in range(KILLS):
+        started = process_groups.start(2, run, str(tmp_path))
+        for _ in range(chooser.randint(1, 2)):
+            since = checkpoint_moved(tmp_path, since, started) or since
+        time.sleep(chooser.random() * 0.1)
+        victim = chooser.randrange(2)
+        for rank, pause in ((victim, 1.0), (1 - victim, 0.0)):
+            started[rank][0].kill()
+            time.sleep(pause)
+        for process, pipe in started:
+            process.join()
+            pipe.close()
+    results = process_groups.run(2, run, str(tmp_path))[0]
+    print(f"resumed {results['resumed']} times after {KILLS} kills")
+    assert results["resumed"] >= KILLS // 2
+    assert outcome(tmp_path) == outcome(undisturbed)
+
+
+def test_a_stuck_process_is_named_in_time_and_the_run_continues(undisturbed, tmp_path, capfd):
+    started = process_groups.start(2, run_with_a_stuck_process, str(tmp_path))
+    checkpoint_moved(tmp_path, None, started)
+    start = time.monotonic()
+    started[0][0].join(60)
+    waited = time.monotonic() - start
+    code = started[0][0].exitcode
+    started[1][0].kill()
+    said = capfd.readouterr().err
+    print(f"ended with {code} after {waited:.1f} s, {SECONDS} of which it waits for the other")
+    assert code == 1 and "process 1 did not come to a layer that another had reached" in said, said
+    results = process_groups.run(2, run, str(tmp_path))[0]
+    assert results["resumed"] == 1 and outcome(tmp_path) == outcome(undisturbed)
