@@ -1,10 +1,12 @@
 """The table of the benchmark of several processes says what the figures do."""
 
+import argparse
 import copy
 import json
 
 import pytest
 
+from scripts.bench import distributed
 from scripts.bench import distributed_table as table
 
 
@@ -52,6 +54,58 @@ def test_what_is_worse_or_was_not_measured_is_said():
     assert "a step with global statistics is not faster than SyncBatchNorm's: 0.984 times" in text and "| NO |" in text
     partial = table.render({**RESULTS, "rows": RESULTS["rows"][:2], "exactness_float32": []})
     assert "takes" not in partial and "SyncBatchNorm" not in partial
+
+
+def test_peers_messages_what_is_sent_and_what_could_not_be_built():
+    rows = [*RESULTS["rows"], row("online_peers", 2, 45.9)]
+    found = {"rows": rows, "exactness_bfloat16": RESULTS["exactness_float32"], "statistics_bytes_sent": {"batch": 0}}
+    found["statistics_bytes_sent"]["online_peers"] = 27_200_000
+    found["not_built"] = [{"normalizer": "sync_batch", "mode": "compile", "error": "RuntimeError: no"}]
+    text = table.render({**RESULTS, **found})
+    for part in (
+        "- eager: online_peers takes +0.90 ms a step over online_local (+2.0%).",
+        "with global statistics by peers' messages is faster than SyncBatchNorm's: 1.307 times its rate.",
+        "Statistics that a process sends in a step: online_peers 27.2 MB.",
+        "- Not built: sync_batch, compile: RuntimeError: no",
+        "The same in bfloat16",
+    ):
+        assert part in text, part
+
+
+def test_costs_are_told_of_each_batch():
+    small = [
+        {**row(name, 2, time), "batch_per_process": 16} for name, time in (("online_local", 4), ("online_peers", 5))
+    ]
+    text = table.render({**RESULTS, "rows": RESULTS["rows"] + small})
+    assert "- eager, 16 images: online_peers takes +1.00 ms a step over online_local (+25.0%)." in text
+    assert "- eager, 256 images: online_global takes +3.00 ms a step over online_local (+6.7%)." in text
+
+
+def test_what_decides_is_measured_first():
+    args = argparse.Namespace(normalizer=list(distributed.MEASURED), batch=[128, 16], mode=["compile+graph", "graph"])
+    planned = distributed.stages(args, 2)
+    both = "compile+graph"
+    deciding = ("online_peers", both), ("online_local", both), ("sync_batch", "graph"), ("sync_batch", both)
+    alone = ("online_local", both), ("batch", both)
+    found = [(stage.rows, stage.processes, stage.batch) for stage in planned]
+    assert found[:4] == [(deciding, 2, 128), (alone, 1, 128), (deciding, 2, 16), (alone, 1, 16)]
+    rows = [(*row, stage.processes) for stage in planned if stage.batch == 16 for row in stage.rows]
+    everything = {(name, mode, 2) for name in args.normalizer for mode in args.mode}
+    everything |= {(name, mode, 1) for name in ("batch", "online_local") for mode in args.mode}
+    assert set(rows) == everything and len(rows) == len(everything)
+
+
+def test_what_is_compiled_stands_beside_the_faster_of_syncbatchnorms_modes():
+    rows = [{**row(name, 2, time), "mode": mode} for name, mode, time in (
+        ("online_peers", "compile+graph", 10.0), ("sync_batch", "compile+graph", 30.0), ("sync_batch", "graph", 15.0),
+    )]  # fmt: skip
+    text = table.render({**RESULTS, "rows": rows})
+    assert "by peers' messages is faster than SyncBatchNorm's (graph): 1.500 times its rate." in text
+
+
+def test_efficiency_is_that_of_one_process_with_the_same_batch():
+    rows = [row("batch", 1, 50.0), {**row("batch", 1, 5.0), "batch_per_process": 16}, row("sync_batch", 2, 60.0)]
+    assert [line["scaling_efficiency"] for line in distributed.with_efficiency(rows)] == [1.0, 1.0, round(50 / 60, 4)]
 
 
 def test_recorded_table_is_what_the_recorded_figures_give(root):

@@ -1,27 +1,32 @@
-"""Images per second on one and on several processes, normalizer against normalizer, after a check that all is exact.
+"""Images per second on one and on several processes, each normalizer as it would be used: compiled, captured, or both.
 
-    torchrun --standalone --nproc-per-node 2 scripts/bench/distributed.py                     two GPUs, about 3 minutes
+    torchrun --standalone --nproc-per-node 2 scripts/bench/distributed.py                     two GPUs, some 10 minutes
     torchrun --standalone --nproc-per-node 2 scripts/bench/distributed.py --model cifar_resnet8 --size 16 --batch 4 \
         --repeats 2 --dtype fp32 --output /tmp/bench.json                                     the same on CPUs
     python scripts/bench/distributed_table.py results/bench_distributed.json                  the table alone
 
-A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images, eager or
-(as trainer.cuda_graph does) with forward and backward replayed as CUDA graphs, collectives included; `--batch` images a
-process, so that efficiency = rate of W processes / (W x rate of one). One process is measured on rank 0 while
-the others wait. Rates are medians over rounds that visit every row. First the exactness check: float32 without TF32,
-the same global batches on one process and on all; losses, parameters and statistics compared. What has been measured is
-written after each row, as JSON and as a Markdown table beside it.
+A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images, with forward
+and backward replayed as CUDA graphs, collectives included (as trainer.cuda_graph does), of the network as it is or
+compiled; efficiency = rate of W processes / (W x rate of one). One process is measured on rank 0 while the others wait.
+Networks are compiled first, all at once, by processes of their own that fill Inductor's cache.
+
+Rows that are held beside each other are built together and measured in rounds that visit each; a time is the median
+over rounds. First comes what decides, with one `--batch` images a process and then the next: the first three
+normalizers on all processes, SyncBatchNorm, which torch compiles in pieces, also without being compiled, and then one
+process. After these comes the exactness check: the same global batches on one process and on all, in float32 without
+TF32 and, for the kernels that take 16 bits alone, in bfloat16; losses, parameters and statistics compared. What has
+been measured is written after each row, as JSON and as a Markdown table beside it, and after `--seconds` nothing new
+begins.
 """
 
 import argparse
-import copy
-import itertools
+import contextlib
+import gc
 import os
-import statistics
+import subprocess
 import sys
 import time
-import warnings
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,199 +36,164 @@ from scripts._venv import run_main
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from onlinenorm import OnlineNorm2d, models
-from onlinenorm.normalizers import synchronise_batch_norm
-from onlinenorm.training.cuda_graph import GraphedStep
+from onlinenorm.text import first_line
 from scripts.bench import common
+from scripts.bench.distributed_exactness import (
+    ALONE,
+    CHECKED,
+    CHECKED_16_BITS,
+    DTYPES,
+    NORMALIZERS,
+    Alone,
+    build,
+    exactness,
+)
+from scripts.bench.distributed_rows import MEASURED, MODES, Row, Stage, data, stages
 from scripts.bench.distributed_table import render
 
-NORMALIZERS = {
-    "batch": nn.BatchNorm2d,
-    "sync_batch": nn.BatchNorm2d,
-    "online_local": partial(OnlineNorm2d, statistics="local"),
-    "online_local_layer_scaling": partial(OnlineNorm2d, statistics="local", error_compensation="layer_scaling"),
-    "online_global": partial(OnlineNorm2d, statistics="global"),
-    "online_global_layer_scaling": partial(OnlineNorm2d, statistics="global", error_compensation="layer_scaling"),
-}
-MEASURED = ("batch", "sync_batch", "online_local", "online_local_layer_scaling", "online_global")
-CHECKED = ("sync_batch", "online_global", "online_global_layer_scaling")
-MODES = ("eager", "graph", "compile")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+def sent(name: str, args, device: torch.device) -> int:
+    """Bytes of statistics that a process sends in a step of the first batch: an eager one is watched."""
+    world, total = dist.get_world_size(), 0
+    found = {key: getattr(dist, key, None) for key in ("all_gather_single", "all_gather_into_tensor", "all_reduce")}
 
-def build(name: str, model: str, device: torch.device) -> nn.Module:
-    torch.manual_seed(0)
-    network = getattr(models, model)(NORMALIZERS[name]).to(device, memory_format=torch.channels_last)
-    if name == "sync_batch" and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    elif name == "sync_batch":
-        network = synchronise_batch_norm(network)
-    return network.train()
+    def watched(key, function):
+        def call(*tensors, **options):
+            nonlocal total
+            tensor = tensors[1] if "gather" in key else tensors[0]
+            # a ring: everybody's part goes once round; of a sum, scattered and gathered, twice
+            total += int(tensor.nbytes * ((world - 1) if "gather" in key else 2 * (world - 1) / world))
+            return function(*tensors, **options)
 
+        return call
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    ids = [device] if device.type == "cuda" else None
-    # newer torch deprecates the key before its successor leaves each process its own statistics
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model = build(name, args.model, device)
+    images, labels = data(args.batch[0], args, device)
+    with contextlib.ExitStack() as stack:
+        for key, function in found.items():
+            if function is not None:
+                setattr(dist, key, watched(key, function))
+                stack.callback(setattr, dist, key, function)
+        if device.type == "cuda":
+            from onlinenorm.ops.fused import peers
 
+            mailbox = peers.mailbox
 
-def trained(model: nn.Module, batches, steps: int, lr: float) -> list[float]:
-    """SGD over batches of (images, labels); the losses."""
-    sgd = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    losses = []
-    for images, labels in batches[:steps]:
-        sgd.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
+            def counted(spec, direction, samples, channels, device, layers=1):
+                nonlocal total
+                total += 8 * samples * channels * layers * (world - 1)
+                return mailbox(spec, direction, samples, channels, device, layers)
+
+            peers.mailbox = counted
+            stack.callback(setattr, peers, "mailbox", mailbox)
+        dtype = DTYPES[args.dtype]
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            loss = F.cross_entropy(model(images), labels)
         loss.backward()
-        sgd.step()
-        losses.append(loss.item())
-    return losses
+    return total
 
 
-class Alone:
-    """Context in which layers of this process see no process group: what one process computes."""
-
-    def __enter__(self):
-        self.found = dist.is_initialized, dist.get_world_size
-        dist.is_initialized, dist.get_world_size = (lambda: False), (lambda *_: 1)
-
-    def __exit__(self, *_):
-        dist.is_initialized, dist.get_world_size = self.found
-
-
-def exactness(name: str, args, device: torch.device) -> dict:
-    """How far losses, parameters and statistics of all processes are from those of one, in float32."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    generator = torch.Generator().manual_seed(1)
-    batch = args.check_batch * world
-    images = torch.randn(args.check_steps, batch, 3, 32, 32, generator=generator) + 1
-    labels = torch.randint(10, (args.check_steps, batch), generator=generator)
-    images, labels = images.to(device), labels.to(device)
-    whole = [(x.to(memory_format=torch.channels_last), t) for x, t in zip(images, labels, strict=True)]
-    own = [(x[rank::world].contiguous(memory_format=torch.channels_last), t[rank::world]) for x, t in whole]
-    model = build(name, args.check_model, device)
-    one = copy.deepcopy(model)
-    several = torch.tensor(trained(parallel(model, device), own, args.check_steps, args.check_lr), device=device)
-    dist.all_reduce(several)
-    several /= world
-    with Alone():
-        single = torch.tensor(trained(one, whole, args.check_steps, args.check_lr), device=device)
-    found = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
-    parameters = {key for key, _ in one.named_parameters()}
-
-    def far(keys) -> float:
-        pairs = [(found[key].flatten().double(), one.state_dict()[key].flatten().double()) for key in keys]
-        ours, truth = (torch.cat(side) for side in zip(*pairs, strict=True))
-        return float((ours - truth).norm() / truth.norm())
-
-    same = torch.cat([value.flatten().double() for value in found.values()])
-    others = [torch.empty_like(same) for _ in range(world)]
-    dist.all_gather(others, same)
-    return {
-        "normalizer": name,
-        "steps": args.check_steps,
-        "largest_loss_difference": float((several - single).abs().max()),
-        "parameter_difference": far(parameters),
-        "statistic_difference": far(found.keys() - parameters),
-        "ranks_identical": all(torch.equal(other, same) for other in others),
+def compile_all(coming: list[Stage], world: int) -> None:
+    """Fills Inductor's cache and that of the CUDA kernels: a process for each network, batch, processes and GPU."""
+    script = [sys.executable, __file__, *sys.argv[1:], "--warm"]
+    kinds = {
+        (name, stage.processes, gpu, stage.batch)
+        for stage in coming
+        for name, mode in stage.rows
+        for gpu in range(stage.processes)
+        if "compile" in mode
     }
+    environment = {key: value for key, value in os.environ.items() if "RANK" not in key and key != "WORLD_SIZE"}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, len(kinds))))
+    running = [subprocess.Popen([*script, *map(str, kind)], env=environment) for kind in sorted(kinds)]
+    for process in running:
+        process.wait()  # what one does not manage is compiled when it is measured
 
 
-class Loss(nn.Module):
-    """(images, labels) -> cross entropy of a network; in the mode "graph" as CUDA graphs."""
+def warm(args, name: str, processes: int, gpu: int, batch: int) -> None:
+    """Compiles a network for a GPU as one of ``processes``, of which it is the only one."""
+    torch.cuda.set_device(gpu)
+    device = torch.device("cuda", gpu)
+    if processes > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    def __init__(self, network: nn.Module, mode: str):
-        super().__init__()
-        self.network = torch.compile(network, dynamic=False) if mode == "compile" else network
-        self.graphed = GraphedStep(network, self.step) if mode == "graph" else None
+        from onlinenorm.ops.fused import nvrtc, peers
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return (self.graphed or partial(self.step, self.network))(images, labels)
-
-    @staticmethod
-    def step(forward, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(forward(images), labels)
-
-
-class Row:
-    """One normalizer in one mode on one process or on all; its network lives through all rounds."""
-
-    def __init__(self, name: str, mode: str, processes: int, args, device: torch.device):
-        self.name, self.mode, self.processes, self.args, self.device = name, mode, processes, args, device
-        self.rounds: list[float] = []
-        self.model = build(name, args.model, device)
-        self.run: nn.Module = Loss(self.model, mode)
-        if processes > 1:
-            self.run = parallel(self.run, device)
-        shape = (args.batch, 3, args.size, args.size)
-        self.x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
-        self.target = torch.arange(args.batch, device=device) % 10
-        self.sgd = torch.optim.SGD(self.model.parameters(), 1e-4, 0.9)
-
-    def step(self) -> None:
-        self.sgd.zero_grad(set_to_none=True)
-        dtype = DTYPES[self.args.dtype]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
-            loss = self.run(self.x, self.target)
-        loss.backward()
-        self.sgd.step()
-
-    def measure(self) -> None:
-        warm_up = 3 if self.rounds else 8
-        times = common.timed(self.step, self.device, self.args.repeats + warm_up)[warm_up:]
-        self.rounds.append(statistics.median(times))
-
-    def record(self) -> dict:
-        milliseconds = statistics.median(self.rounds)
-        return {
-            "normalizer": self.name,
-            "processes": self.processes,
-            "dtype": self.args.dtype,
-            "mode": self.mode,
-            "batch_per_process": self.args.batch,
-            "milliseconds": round(milliseconds, 3),
-            "images_per_second": round(1e3 * self.args.batch * self.processes / milliseconds, 1),
-            "rounds": len(self.rounds),
-            "repeat_spread": round((max(self.rounds) - min(self.rounds)) / milliseconds, 4),
-        }
+        dist.init_process_group("fake", store=FakeStore(), rank=gpu, world_size=processes)
+        gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        # that of SyncBatchNorm, whose shapes not every torch's pretended group knows
+        setattr(dist, gather, lambda found, own, *_, **__: found.view(processes, -1).copy_(own.flatten()))
+        peers.serve = lambda group, device: True  # and kernels that would wait for others are compiled only
+        peers.mailbox = lambda *_: peers.Mailbox((256,) * processes, gpu, 0)  # at no address that is followed
+        peers.patience = lambda *_: 1.0
+        if "peers" in name:
+            nvrtc.Kernel.launch = lambda *_: None  # type: ignore[method-assign]  # of this process, which does nothing else
+    network = torch.compile(build(name, args.model, device), dynamic=False)
+    images, labels = data(batch, args, device)
+    with torch.autocast("cuda", DTYPES[args.dtype], enabled=args.dtype != "fp32", cache_enabled=False):
+        F.cross_entropy(network(images), labels).backward()
+    torch.cuda.synchronize()
 
 
-def measured(args, device: torch.device, write) -> None:
-    """Measures all normalizers on one process and on all, in rounds; `write` gets the rows there are after each."""
-    world = dist.get_world_size()
-    first = dist.get_rank() == 0
-    start = time.perf_counter()
+def built(name: str, mode: str, stage: Stage, args, device: torch.device, tell) -> Row | None:
+    """A row, which is rank 0's where it is of one process, or None where one cannot build it, which `tell` is told."""
+    row, error, alone = None, "", stage.processes == 1
+    try:
+        if not alone or dist.get_rank() == 0:
+            with Alone() if alone else contextlib.nullcontext():
+                row = Row(name, mode, stage, args, device)
+    except Exception as caught:  # of compilers and captures, whatever they raise
+        error = f"{type(caught).__name__}: {first_line(caught)}"
+    failed = torch.tensor(int(bool(error)), device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if failed:
+        kind = {"normalizer": name, "mode": mode, "batch_per_process": stage.batch}
+        tell({**kind, "error": error or "on another process"})
+        return None
+    return row
+
+
+def measure_stage(stage: Stage, args, device: torch.device, over, tell) -> None:
+    """Builds and measures the rows of a stage; `tell` gets each as it is after each round, or what kept it from it."""
     rows: list[Row] = []
-    for mode, name in itertools.product(args.mode, args.normalizer):
-        if name != "sync_batch" and first:
-            with Alone():
-                rows.append(Row(name, mode, 1, args, device))
-        dist.barrier()
-        rows.append(Row(name, mode, world, args, device))
-    for _ in range(args.rounds):
-        for row in rows:
-            if row.processes == 1:
-                with Alone():
-                    row.measure()
-            else:
-                dist.barrier()  # the other processes wait here while rank 0 measures alone
-                row.measure()
-            write([row.record() for row in rows if row.rounds], row)
-        over = torch.tensor(time.perf_counter() - start > args.seconds, device=device, dtype=torch.int32)
-        dist.broadcast(over, 0)
-        if over:
+
+    def measure(row: Row) -> None:
+        with Alone() if stage.processes == 1 else contextlib.nullcontext():
+            row.measure()
+        tell(row.record())
+
+    for name, mode in stage.rows:
+        if over():
             break
+        if (row := built(name, mode, stage, args, device, tell)) is not None:
+            rows.append(row)
+            measure(row)
+            if args.profile and device.type == "cuda":
+                tell({"normalizer": name, "mode": mode, "batch_per_process": stage.batch, "kernels": row.profile()})
+        dist.barrier()  # where rank 0 is alone the others wait here
+    for _ in range(1, args.rounds):
+        if over():
+            break
+        for row in rows:
+            measure(row)
+        dist.barrier()
+    row = None
+    del rows, measure
+    gc.collect()  # graphs hold each other and the memory of a stage's rows
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def with_efficiency(rows: list[dict]) -> list[dict]:
-    """Rows with what W processes reach of W times one; SyncBatchNorm is held against BatchNorm on one."""
-    alone = {(row["normalizer"], row["mode"]): row["images_per_second"] for row in rows if row["processes"] == 1}
+    """Rows with what W processes reach of W times one, which has no others to synchronise with."""
+
+    def kind(row: dict, name: str) -> tuple:
+        return name, row["mode"], row["batch_per_process"]
+
+    alone = {kind(row, row["normalizer"]): row["images_per_second"] for row in rows if row["processes"] == 1}
     for row in rows:
-        base = alone.get(("batch" if row["normalizer"] == "sync_batch" else row["normalizer"], row["mode"]))
+        base = alone.get(kind(row, ALONE[row["normalizer"]]))
         row["scaling_efficiency"] = round(row["images_per_second"] / row["processes"] / base, 4) if base else None
     return rows
 
@@ -232,26 +202,38 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
-    parser.add_argument("--batch", type=int, default=128, help="images a process; all rows' graphs hold theirs at once")
+    parser.add_argument("--batch", type=int, nargs="+", default=[128, 16], help="images a process")
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
     parser.add_argument("--normalizer", nargs="+", default=list(MEASURED), choices=list(NORMALIZERS))
-    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: eager and, on GPUs, graph")
-    parser.add_argument("--rounds", type=int, default=5, help="at most")
-    parser.add_argument("--seconds", type=float, default=100, help="after which no further round begins")
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: on GPUs compile+graph and graph, else eager")
+    parser.add_argument("--rounds", type=int, default=4, help="at most")
+    parser.add_argument("--seconds", type=float, default=540, help="after which no further row or round begins")
     parser.add_argument("--repeats", type=int, default=15, help="steps a round")
     parser.add_argument("--check-model", default="cifar_resnet8", help="of the exactness check, at 32 px")
+    parser.add_argument("--check-model-16-bits", default="resnet18", help="of that in bfloat16")
     parser.add_argument("--check-steps", type=int, default=30)
     parser.add_argument("--check-lr", type=float, default=0.002, help="low: rounding errors grow with it")
     parser.add_argument("--check-batch", type=int, default=32, help="images a process of the exactness check")
     parser.add_argument("--output", type=Path, default=Path("results/bench_distributed.json"))
+    parser.add_argument("--profile", action="store_true", help="also print each row's slowest kernels")
+    parser.add_argument("--no-check", action="store_true", help="leave the exactness checks out")
+    parser.add_argument("--warm", nargs=4, help=argparse.SUPPRESS)  # normalizer, processes, GPU, batch: compile and end
     args = parser.parse_args(argv)
+    if args.warm:
+        warm(args, args.warm[0], *map(int, args.warm[1:]))
+        return 0
     cuda = torch.cuda.is_available()
-    args.mode = args.mode or (["eager", "graph"] if cuda else ["eager"])
+    args.mode = args.mode or (["compile+graph", "graph"] if cuda else ["eager"])
+    if not cuda:
+        args.normalizer = [name for name in args.normalizer if "peers" not in name]
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    torch._dynamo.config.recompile_limit = 64  # every row's network has the same code
+    torch._dynamo.config.optimize_ddp = False  # captured, gradients come all at once: no part's are reduced earlier
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        dist.init_process_group("nccl", device_id=device)
+        # longer than compiling takes, for which the others wait
+        dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=300))
     else:
         dist.init_process_group("gloo")
     world, leader = dist.get_world_size(), dist.get_rank() == 0
@@ -259,26 +241,60 @@ def main(argv=None) -> int:
     results = {**common.head(device), "backend": dist.get_backend(), "processes": world}
     results["command"] = results["command"].replace("python", f"torchrun --standalone --nproc-per-node {world}", 1)
     results |= {"model": args.model, "size": args.size, "exactness_float32": [], "rows": []}
+    if cuda:
+        results |= {"exactness_bfloat16": [], "statistics_bytes_sent": {}}
 
-    def tell(line: dict) -> None:
+    def tell(latest: dict) -> None:
+        if "error" in latest:
+            results.setdefault("not_built", []).append(latest)
+        elif "milliseconds" in latest:
+            kind = "normalizer", "mode", "batch_per_process", "processes"
+            others = [row for row in results["rows"] if any(row[key] != latest[key] for key in kind)]
+            results["rows"] = with_efficiency([*others, latest])
         if leader:
-            print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
+            print(f"{time.perf_counter() - start:5.0f} s  {latest}", flush=True)
             common.write(args.output, results)
             if results["rows"]:
                 args.output.with_suffix(".md").write_text(render(results))
 
-    def write(rows: list[dict], latest: Row) -> None:
-        results["rows"] = with_efficiency(rows)
-        tell(latest.record())
+    def over() -> bool:
+        """Whether rank 0 has used up the seconds."""
+        flag = torch.tensor(time.perf_counter() - start > args.seconds, device=device, dtype=torch.int32)
+        dist.broadcast(flag, 0)
+        return bool(flag)
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for name in CHECKED:
-        results["exactness_float32"].append(exactness(name, args, device))
-        tell(results["exactness_float32"][-1])
-    torch.backends.cudnn.allow_tf32 = True
-    measured(args, device, write)
+    def check() -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        for name in CHECKED:
+            results["exactness_float32"].append(exactness(name, args, device, args.check_model))
+            tell(results["exactness_float32"][-1])
+        torch.backends.cudnn.allow_tf32 = True
+        for name in CHECKED_16_BITS if cuda else ():
+            checked = exactness(name, args, device, args.check_model_16_bits, torch.bfloat16)
+            results["exactness_bfloat16"].append(checked)
+            tell(checked)
+
+    def measure(some: list[Stage]) -> None:
+        if cuda and not over():
+            if leader:
+                compile_all(some, world)
+                tell({"compiled": [stage.rows for stage in some]})
+            dist.barrier()
+        for stage in some:
+            if not over():
+                measure_stage(stage, args, device, over, tell)
+
+    planned = stages(args, world)
+    for first in range(0, 2 * len(args.batch), 2):  # of a batch those of all processes, and of one
+        measure(planned[first : first + 2])
+    if not args.no_check and not over():
+        check()
+    for name in args.normalizer if cuda and not over() else ():
+        results["statistics_bytes_sent"][name] = sent(name, args, device)
+    measure(planned[2 * len(args.batch) :])
     dist.destroy_process_group()
     exact = all(r["ranks_identical"] and r["largest_loss_difference"] < 1e-4 for r in results["exactness_float32"])
+    exact &= all(row["ranks_identical"] for row in results.get("exactness_bfloat16", ()))
     return 0 if exact else 1
 
 

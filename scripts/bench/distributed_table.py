@@ -15,7 +15,9 @@ from scripts._venv import run_main
 
 from onlinenorm.report.words import markdown_table, origin
 
-SYNCHRONISED = {"sync_batch": "batch", "online_global": "online_local"}  # and what each does without communication
+SYNCHRONISED = {"sync_batch": "batch", "online_global": "online_local", "online_peers": "online_local"}  # and without
+# torch compiles SyncBatchNorm in pieces, between its collectives: beside what is compiled stands its faster mode.
+UNCOMPILED = {("sync_batch", "compile+graph"): "graph", ("sync_batch", "compile"): "eager"}
 RATES = ("normalizer", "mode", "processes", "images a process", "ms a step", "images/s", "scaling efficiency")
 EXACTNESS = ("normalizer", "steps", "largest of a loss", "parameters", "statistics", "processes identical")
 
@@ -28,13 +30,31 @@ def render(results: dict) -> str:
         markdown_table(RATES, [_rate(row) for row in rows]),
         f"{rows[0]['dtype']}: forward, backward with the gradients' all-reduce, and SGD; synthetic "
         f"images. Efficiency: images/s over {world} times those of one process (sync_batch: of batch on one).",
-        *(_cost([row for row in rows if row["processes"] == world], mode) for mode in {row["mode"]: 0 for row in rows}),
+        *_costs([row for row in rows if row["processes"] == world]),
+        _wire(results.get("statistics_bytes_sent", {})),
         f"Float32 without TF32, {world} processes against one, same global batches. Parameters and statistics: norm "
         "of the difference over the norm.",
         markdown_table(EXACTNESS, [_difference(row) for row in results["exactness_float32"]]),
+        *_in_16_bits(results.get("exactness_bfloat16", [])),
+        "\n".join(
+            f"- Not built: {row['normalizer']}, {row['mode']}: {row['error']}" for row in results.get("not_built", [])
+        ),
         f"{world} x {results['device']}; {origin(results)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _wire(sent: dict[str, int]) -> str:
+    """What each process sends in a step besides gradients."""
+    lines = [f"{name} {size / 1e6:,.1f} MB" for name, size in sent.items() if size]
+    return f"Statistics that a process sends in a step: {', '.join(lines)}." if lines else ""
+
+
+def _in_16_bits(rows: list[dict]) -> list[str]:
+    if not rows:
+        return []
+    text = "The same in bfloat16, in which another order of sums rounds otherwise at once."
+    return [text, markdown_table(EXACTNESS, [_difference(row) for row in rows])]
 
 
 def _rate(row: dict) -> list:
@@ -46,21 +66,31 @@ def _rate(row: dict) -> list:
     return [*(row[key] for key in ("normalizer", "mode", "processes", "batch_per_process")), time, rate, efficiency]
 
 
-def _cost(rows: list[dict], mode: str) -> str:
-    """What synchronisation adds to a step of all processes in a mode, and which step is faster."""
-    together = {row["normalizer"]: row["milliseconds"] for row in rows if row["mode"] == mode}
-    lines, cost = [], {}
+def _costs(rows: list[dict]) -> list[str]:
+    """What synchronisation adds to a step of all processes, and which step is faster, of each mode and batch."""
+    times = {(row["normalizer"], row["mode"], row["batch_per_process"]): row["milliseconds"] for row in rows}
+    batches = {batch for _, _, batch in times}
+    kinds = dict.fromkeys((mode, batch) for _, mode, batch in times)
+    return [_cost(times, *kind, f", {kind[1]} images" if len(batches) > 1 else "") for kind in kinds]
+
+
+def _cost(times: dict[tuple[str, str, int], float], mode: str, batch: int, images: str) -> str:
+    together = {name: time for (name, *kind), time in times.items() if kind == [mode, batch]}
+    lines = []
     for name, base in SYNCHRONISED.items():
         if name in together and base in together:
-            cost[name] = together[name] - together[base]
-            share = cost[name] / together[base]
-            lines.append(f"- {mode}: {name} takes {cost[name]:+.2f} ms a step over {base} ({share:+.1%}).")
-    if len(cost) == 2:
-        ratio = together["sync_batch"] / together["online_global"]
-        faster = "faster" if ratio > 1 else "not faster"
-        lines.append(
-            f"- {mode}: a step with global statistics is {faster} than SyncBatchNorm's: {ratio:.3f} times its rate."
-        )
+            cost = together[name] - together[base]
+            share = cost / together[base]
+            lines.append(f"- {mode}{images}: {name} takes {cost:+.2f} ms a step over {base} ({share:+.1%}).")
+    modes = mode, UNCOMPILED.get(("sync_batch", mode), mode)
+    rivals = {rival: times[kind] for rival in modes if (kind := ("sync_batch", rival, batch)) in times}
+    for name, by in (("online_global", ""), ("online_peers", " by peers' messages")):
+        if rivals and name in together:
+            rival = min(rivals, key=rivals.__getitem__)
+            ratio = rivals[rival] / together[name]
+            than = f"{'faster' if ratio > 1 else 'not faster'} than SyncBatchNorm's"
+            than += "" if rival == mode else f" ({rival})"
+            lines.append(f"- {mode}{images}: a step with global statistics{by} is {than}: {ratio:.3f} times its rate.")
     return "\n".join(lines)
 
 
