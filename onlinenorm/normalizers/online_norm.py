@@ -57,7 +57,7 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
         layer_scaling_group_size: int | None = None,
         backend: str = "auto",
         statistics: str = "global",
-        exchange: str = "gather",
+        exchange: str = "auto",
         process_group: dist.ProcessGroup | None = None,
         device=None,
         dtype=None,
@@ -118,7 +118,7 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
     def _spec(self, shortcut: "OnlineNorm | None" = None) -> NormSpec:
         world_size = data_parallel.group_size(*self._group) if self.training else 1
         processes = world_size if self.statistics == "global" else 1
-        exchanges = processes > 1 and self.exchange == "peers"
+        exchanges = processes > 1 and self.exchange == "auto"
         return NormSpec(
             self.alpha_fwd,
             self.alpha_bkw,
@@ -217,7 +217,7 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
             and shortcut.training
             and backend == shortcut.resolve_backend(x.device)
             and hasattr(backend_module(backend), "train_step_shortcut")
-            and (self.spec.processes == 1 or self.exchange == "peers")
+            and (self.spec.processes == 1 or self.exchange == "auto")
             and self.exchange == shortcut.exchange
             and (*self.spec.as_arguments(), *self.spec.peers) == (*shortcut.spec.as_arguments(), *shortcut.spec.peers)
         )
@@ -358,9 +358,10 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
             had as many samples as the layer before it must go on so. DistributedDataParallel starts local streams from
             that of rank 0, where it wraps the network and at its first forward pass, and then leaves them alone: load
             statistics of a process's own after that pass.
-        exchange: how global statistics come to other processes: "gather" (collectives) or "peers" (on GPUs of one
-            machine with access to each other, in 16 bits, kernels store moments into the others' memory while they
-            run, so that images are read once; elsewhere, and for uneven batches, as "gather").
+        exchange: how global statistics come to other processes: "gather" (collectives) or "auto" (in 16 bits on up to 8
+            GPUs of one machine, Hopper or later, each with access to the others' memory, kernels store moments there
+            while they run, so that images are read once; elsewhere, and for uneven batches, as "gather"). A process
+            that does not come is waited for as long as by the group's collectives; what waits then fails.
         process_group: whose batches form the global stream, and by whose number gradients are taken to be averaged; a
             ``torch.distributed`` group that this process belongs to, or None for all processes.
         device, dtype: of parameters and state; float32, or float64 when asked for, never half precision.

@@ -9,7 +9,7 @@ from onlinenorm.errors import ArgumentError
 from onlinenorm.ops import BACKENDS, ERROR_COMPENSATIONS
 
 STATISTICS = ("global", "local")
-EXCHANGES = ("gather", "peers")
+EXCHANGES = ("auto", "gather")
 _CHOICES = {
     "error_compensation": ERROR_COMPENSATIONS,
     "backend": ("auto", *BACKENDS),

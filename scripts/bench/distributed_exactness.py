@@ -23,10 +23,10 @@ NORMALIZERS = {
     "sync_batch": nn.BatchNorm2d,
     "online_local": partial(OnlineNorm2d, statistics="local"),
     "online_local_layer_scaling": partial(_layer_scaling, statistics="local"),
-    "online_global": OnlineNorm2d,
-    "online_global_layer_scaling": _layer_scaling,
-    "online_peers": partial(OnlineNorm2d, exchange="peers"),
-    "online_peers_layer_scaling": partial(_layer_scaling, exchange="peers"),
+    "online_global": partial(OnlineNorm2d, exchange="gather"),
+    "online_global_layer_scaling": partial(_layer_scaling, exchange="gather"),
+    "online_peers": OnlineNorm2d,
+    "online_peers_layer_scaling": _layer_scaling,
 }
 # what each is on one process
 ALONE = {name: name.replace("sync_", "").replace("global", "local").replace("peers", "local") for name in NORMALIZERS}

@@ -30,6 +30,7 @@ def render(results: dict) -> str:
         markdown_table(RATES, [_rate(row) for row in rows]),
         f"{rows[0]['dtype']}: forward, backward with the gradients' all-reduce, and SGD; synthetic "
         f"images. Efficiency: images/s over {world} times those of one process (sync_batch: of batch on one).",
+        _exchanges({row["normalizer"] for row in rows}),
         *_costs([row for row in rows if row["processes"] == world]),
         _wire(results.get("statistics_bytes_sent", {})),
         f"Float32 without TF32, {world} processes against one, same global batches. Parameters and statistics: norm "
@@ -42,6 +43,15 @@ def render(results: dict) -> str:
         f"{world} x {results['device']}; {origin(results)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _exchanges(names: set[str]) -> str:
+    if "online_peers" not in names:
+        return ""
+    return (
+        "Global statistics: of online_peers as by default (exchange=auto), where the kernels store moments into the "
+        "other GPUs' memory while they run; of online_global with exchange=gather, by collectives."
+    )
 
 
 def _wire(sent: dict[str, int]) -> str:

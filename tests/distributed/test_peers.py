@@ -69,7 +69,7 @@ def layer_steps(kind, guard, device, rank=None):
     samples, channels, height, width, form = kind
     generator = torch.Generator().manual_seed(7)
     torch.manual_seed(1)
-    arguments = {"error_compensation": guard, "clamp_value": 1.5, "alpha_fwd": 0.9, "exchange": "peers"}
+    arguments = {"error_compensation": guard, "clamp_value": 1.5, "alpha_fwd": 0.9}
     layer, other = layers = nn.ModuleList([OnlineNorm2d(channels, **arguments) for _ in range(2)])
     with torch.no_grad():
         for norm in layers:
@@ -136,7 +136,7 @@ def test_layers_equal_one_process(layers):
 class Network(nn.Module):
     """A few layers of every form, which end in logits."""
 
-    def __init__(self, guard="clamp", exchange="peers"):
+    def __init__(self, guard="clamp", exchange="auto"):
         super().__init__()
         norm = partial(OnlineNorm2d, error_compensation=guard, exchange=exchange)
         self.stem, self.n1 = nn.Conv2d(3, 64, 3, padding=1, bias=False), norm(64)
@@ -252,7 +252,7 @@ def out_of_turn(rank):
     torch.backends.cudnn.deterministic = True
     found = {}
     parts = list(batches(rank, device, 4))
-    for exchange in ("peers", "gather"):
+    for exchange in ("auto", "gather"):
         if exchange == "gather":
             two_pass.gather_samples = gather
         model = network(device, exchange=exchange)
@@ -266,7 +266,7 @@ def out_of_turn(rank):
         loss_of(model, *parts[2])
         loss_of(model, *parts[3]).backward()
         found[exchange] = [*(p.grad for p in model.parameters()), *model.buffers()]
-    for ours, theirs in zip(found["peers"], found["gather"], strict=True):
+    for ours, theirs in zip(found["auto"], found["gather"], strict=True):
         assert distance(ours, theirs) <= 2e-2, distance(ours, theirs)
     dist.destroy_process_group()
 
@@ -338,10 +338,10 @@ def learn(rank, compiled):
 
     run("gather", False)
     begin(rank)
-    run("peers", True)
+    run("auto", True)
     two_pass.gather_samples = gather
     run("gather", True)
-    for name in ("peers", "gather"):
+    for name in ("auto", "gather"):
         dist.all_reduce(curves[name])
         curves[name] /= 2
     dist.destroy_process_group()
@@ -356,5 +356,5 @@ def learn(rank, compiled):
 def test_thirty_steps_equal_one_process(compiled):
     (found, _) = process_groups.run(2, learn, compiled, seconds=400)
     print(found)
-    assert found["peers"] <= max(2 * found["gather"], 0.02)
-    assert found["statistics peers"] <= max(2 * found["statistics gather"], 0.02)
+    assert found["auto"] <= max(2 * found["gather"], 0.02)
+    assert found["statistics auto"] <= max(2 * found["statistics gather"], 0.02)
