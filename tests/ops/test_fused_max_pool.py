@@ -113,7 +113,8 @@ def test_values_that_are_not_finite_stay_where_torch_has_them(error_compensation
 
 def one_step(norm, x, grad, skip_grad):
     """All that both operators give, from copies of the layer's state."""
-    weight, bias, arguments = norm.weight.detach(), norm.bias.detach(), norm.spec.as_arguments()
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    arguments = *norm.spec.as_arguments(), norm.spec.processes
     mean, var, u, v = (getattr(norm, name).clone() for name in STATE)
     y, tables, indices = max_pool.fused_max_pool_forward(x, weight, bias, mean, var, *arguments)
     of_grad = max_pool.fused_max_pool_backward(grad, skip_grad, x, weight, bias, tables, indices, u, v, *arguments)
