@@ -372,6 +372,7 @@ def test_a_kernel_begins_when_all_can_run_at_once_or_ahead_of_the_end_of_the_one
 
     driver = SimpleNamespace(cuModuleLoadData=lambda *_: 0, cuModuleGetFunction=lambda *_: 0, cuLaunchKernelEx=launch)
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc.Kernel, "starts_early", True)
     params = single_read.Params(samples=7)
     nvrtc.Kernel(b"", "online_norm_forward").launch(24, 544, 1000, 99, params, cooperative)
     assert launched == [([24, 1, 1, 544, 1, 1, 1000], 99, 1, 2 if cooperative else 6, 1), 7]
