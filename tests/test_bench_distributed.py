@@ -4,10 +4,15 @@ import argparse
 import copy
 import json
 
+import process_groups
 import pytest
+import torch
+import torch.distributed as dist
 
+from onlinenorm.normalizers import SyncBatchNorm2d
 from scripts.bench import distributed
 from scripts.bench import distributed_table as table
+from scripts.bench.distributed_batch_norm import TracedSyncBatchNorm2d
 
 
 def row(normalizer, processes, milliseconds, efficiency=1.0):
@@ -84,24 +89,58 @@ def test_costs_are_told_of_each_batch():
 
 def test_what_decides_is_measured_first():
     args = argparse.Namespace(normalizer=list(distributed.MEASURED), batch=[128, 16], mode=["compile+graph", "graph"])
-    planned = distributed.stages(args, 2)
+    deciding, others = distributed.stages(args, 2)
     both = "compile+graph"
-    deciding = ("online_peers", both), ("online_local", both), ("sync_batch", "graph"), ("sync_batch", both)
-    alone = ("online_local", both), ("batch", both)
-    found = [(stage.rows, stage.processes, stage.batch) for stage in planned]
-    assert found[:4] == [(deciding, 2, 128), (alone, 1, 128), (deciding, 2, 16), (alone, 1, 16)]
-    rows = [(*row, stage.processes) for stage in planned if stage.batch == 16 for row in stage.rows]
+    ours = ("online_peers", both), ("online_local", both)
+    rivals, alone = (("sync_batch_traced", both), ("sync_batch", "graph")), (("online_local", both), ("batch", both))
+    assert [(stage.rows, stage.processes, stage.batch) for stage in deciding] == [
+        (ours, 2, 128), (ours, 2, 16), (rivals, 2, 128), (alone, 1, 128), (rivals, 2, 16), (alone, 1, 16),
+    ]  # fmt: skip
+    rows = [(*row, stage.processes) for stage in deciding + others if stage.batch == 16 for row in stage.rows]
     everything = {(name, mode, 2) for name in args.normalizer for mode in args.mode}
     everything |= {(name, mode, 1) for name in ("batch", "online_local") for mode in args.mode}
     assert set(rows) == everything and len(rows) == len(everything)
 
 
-def test_what_is_compiled_stands_beside_the_faster_of_syncbatchnorms_modes():
+def test_what_is_compiled_stands_beside_the_fastest_rival():
     rows = [{**row(name, 2, time), "mode": mode} for name, mode, time in (
         ("online_peers", "compile+graph", 10.0), ("sync_batch", "compile+graph", 30.0), ("sync_batch", "graph", 15.0),
     )]  # fmt: skip
     text = table.render({**RESULTS, "rows": rows})
-    assert "by peers' messages is faster than SyncBatchNorm's (graph): 1.500 times its rate." in text
+    assert "by peers' messages is faster than SyncBatchNorm's (sync_batch, graph): 1.500 times its rate." in text
+    rows.append({**row("sync_batch_traced", 2, 12.0), "mode": "compile+graph"})
+    text = table.render({**RESULTS, "rows": rows})
+    assert "faster than SyncBatchNorm's (sync_batch_traced, compile+graph): 1.200 times its rate." in text
+
+
+def test_what_takes_twice_the_time_of_another_mode_is_measured_once():
+    slow, fast = {**row("sync_batch", 2, 41.0), "mode": "compile+graph"}, row("sync_batch", 2, 20.0)
+    assert distributed.is_hopeless(slow, [slow, fast])
+    assert not distributed.is_hopeless(fast, [slow, fast])
+    assert not distributed.is_hopeless({**slow, "milliseconds": 39.0}, [slow, fast])
+    assert not distributed.is_hopeless(slow, [slow, {**fast, "processes": 1}, {**fast, "normalizer": "batch"}])
+
+
+def step_of(layer, rank):
+    generator = torch.Generator().manual_seed(3)
+    x, w = (t[rank::2].clone() for t in torch.randn((2, 8, 4, 5, 5), generator=generator))
+    y = layer(x.requires_grad_())
+    (y * w).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
+
+
+def synchronised_steps(rank):
+    dist.init_process_group("gloo")
+    traced = torch.compile(TracedSyncBatchNorm2d(4), fullgraph=True, backend="aot_eager")
+    found, expected = step_of(traced, rank), step_of(SyncBatchNorm2d(4), rank)
+    dist.destroy_process_group()
+    return found, expected
+
+
+def test_the_rival_that_is_compiled_whole_is_batch_norm_over_all_processes():
+    for found, expected in process_groups.run(2, synchronised_steps):
+        for ours, truth in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
 
 
 def test_efficiency_is_that_of_one_process_with_the_same_batch():

@@ -11,12 +11,13 @@ compiled; efficiency = rate of W processes / (W x rate of one). One process is m
 Networks are compiled first, all at once, by processes of their own that fill Inductor's cache.
 
 Rows that are held beside each other are built together and measured in rounds that visit each; a time is the median
-over rounds. First comes what decides, with one `--batch` images a process and then the next: the first three
-normalizers on all processes, SyncBatchNorm, which torch compiles in pieces, also without being compiled, and then one
-process. After these comes the exactness check: the same global batches on one process and on all, in float32 without
-TF32 and, for the kernels that take 16 bits alone, in bfloat16; losses, parameters and statistics compared. What has
-been measured is written after each row, as JSON and as a Markdown table beside it, and after `--seconds` nothing new
-begins.
+over rounds. First comes what decides, with one `--batch` images a process and then the next: OnlineNorm with global
+and with local statistics on all processes; its rivals and one process; the exactness check: the same global batches on
+one process and on all, in float32 without TF32 and, for the kernels that take 16 bits alone, in bfloat16; losses,
+parameters and statistics compared; all else. Rivals are torch's SyncBatchNorm, which torch compiles in pieces, without
+being compiled, and a BatchNorm of traceable operators that it compiles whole (distributed_batch_norm.py). A row that
+takes twice the time of its normalizer in another mode is measured once. What has been measured is written after each
+row, as JSON and as a Markdown table beside it, and after `--seconds` nothing new begins.
 """
 
 import argparse
@@ -136,6 +137,13 @@ def warm(args, name: str, processes: int, gpu: int, batch: int) -> None:
     torch.cuda.synchronize()
 
 
+def agreed(flag: bool, device: torch.device) -> bool:
+    """What rank 0 says; the others wait for it."""
+    word = torch.tensor(flag, device=device, dtype=torch.int32)
+    dist.broadcast(word, 0)
+    return bool(word)
+
+
 def built(name: str, mode: str, stage: Stage, args, device: torch.device, tell) -> Row | None:
     """A row, which is rank 0's where it is of one process, or None where one cannot build it, which `tell` is told."""
     row, error, alone = None, "", stage.processes == 1
@@ -154,8 +162,18 @@ def built(name: str, mode: str, stage: Stage, args, device: torch.device, tell) 
     return row
 
 
-def measure_stage(stage: Stage, args, device: torch.device, over, tell) -> None:
-    """Builds and measures the rows of a stage; `tell` gets each as it is after each round, or what kept it from it."""
+def is_hopeless(record: dict, rows: list[dict]) -> bool:
+    """Whether the normalizer of a row takes less than half its time in another mode."""
+    same = "normalizer", "batch_per_process", "processes"
+    others = [row for row in rows if row["mode"] != record["mode"] and all(row[key] == record[key] for key in same)]
+    return any(2 * row["milliseconds"] < record["milliseconds"] for row in others)
+
+
+def measure_stage(stage: Stage, args, device: torch.device, over, tell, hopeless) -> None:
+    """Builds and measures the rows of a stage; `tell` gets each as it is after each round, or what kept it from it.
+
+    `hopeless` says of such a row whether to measure it no more.
+    """
     rows: list[Row] = []
 
     def measure(row: Row) -> None:
@@ -171,7 +189,8 @@ def measure_stage(stage: Stage, args, device: torch.device, over, tell) -> None:
             measure(row)
             if args.profile and device.type == "cuda":
                 tell({"normalizer": name, "mode": mode, "batch_per_process": stage.batch, "kernels": row.profile()})
-        dist.barrier()  # where rank 0 is alone the others wait here
+        if agreed(row is not None and hopeless(row.record()), device) and row is not None:
+            rows.remove(row)
     for _ in range(1, args.rounds):
         if over():
             break
@@ -219,6 +238,8 @@ def main(argv=None) -> int:
     parser.add_argument("--no-check", action="store_true", help="leave the exactness checks out")
     parser.add_argument("--warm", nargs=4, help=argparse.SUPPRESS)  # normalizer, processes, GPU, batch: compile and end
     args = parser.parse_args(argv)
+    torch._dynamo.config.recompile_limit = 64  # every row's network has the same code
+    torch._dynamo.config.optimize_ddp = False  # captured, gradients come all at once: no part's are reduced earlier
     if args.warm:
         warm(args, args.warm[0], *map(int, args.warm[1:]))
         return 0
@@ -227,8 +248,6 @@ def main(argv=None) -> int:
     if not cuda:
         args.normalizer = [name for name in args.normalizer if "peers" not in name]
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    torch._dynamo.config.recompile_limit = 64  # every row's network has the same code
-    torch._dynamo.config.optimize_ddp = False  # captured, gradients come all at once: no part's are reduced earlier
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -259,9 +278,10 @@ def main(argv=None) -> int:
 
     def over() -> bool:
         """Whether rank 0 has used up the seconds."""
-        flag = torch.tensor(time.perf_counter() - start > args.seconds, device=device, dtype=torch.int32)
-        dist.broadcast(flag, 0)
-        return bool(flag)
+        return agreed(time.perf_counter() - start > args.seconds, device)
+
+    def hopeless(record: dict) -> bool:
+        return is_hopeless(record, results["rows"])
 
     def check() -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -282,16 +302,15 @@ def main(argv=None) -> int:
             dist.barrier()
         for stage in some:
             if not over():
-                measure_stage(stage, args, device, over, tell)
+                measure_stage(stage, args, device, over, tell, hopeless)
 
-    planned = stages(args, world)
-    for first in range(0, 2 * len(args.batch), 2):  # of a batch those of all processes, and of one
-        measure(planned[first : first + 2])
+    deciding, others = stages(args, world)
+    measure(deciding)
     if not args.no_check and not over():
         check()
     for name in args.normalizer if cuda and not over() else ():
         results["statistics_bytes_sent"][name] = sent(name, args, device)
-    measure(planned[2 * len(args.batch) :])
+    measure(others)
     dist.destroy_process_group()
     exact = all(r["ranks_identical"] and r["largest_loss_difference"] < 1e-4 for r in results["exactness_float32"])
     exact &= all(row["ranks_identical"] for row in results.get("exactness_bfloat16", ()))

@@ -16,11 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.normalizers import synchronise_batch_norm
+from scripts.bench.distributed_batch_norm import TracedSyncBatchNorm2d
 
 _layer_scaling = partial(OnlineNorm2d, error_compensation="layer_scaling")
 NORMALIZERS = {
     "batch": nn.BatchNorm2d,
     "sync_batch": nn.BatchNorm2d,
+    "sync_batch_traced": TracedSyncBatchNorm2d,
     "online_local": partial(OnlineNorm2d, statistics="local"),
     "online_local_layer_scaling": partial(_layer_scaling, statistics="local"),
     "online_global": partial(OnlineNorm2d, exchange="gather"),
@@ -29,8 +31,9 @@ NORMALIZERS = {
     "online_peers_layer_scaling": _layer_scaling,
 }
 # what each is on one process
-ALONE = {name: name.replace("sync_", "").replace("global", "local").replace("peers", "local") for name in NORMALIZERS}
-CHECKED = ("sync_batch", "online_global", "online_global_layer_scaling")
+ALONE = {name: name.replace("global", "local").replace("peers", "local") for name in NORMALIZERS}
+ALONE |= {"sync_batch": "batch", "sync_batch_traced": "batch"}
+CHECKED = ("sync_batch", "sync_batch_traced", "online_global", "online_global_layer_scaling")
 CHECKED_16_BITS = ("online_global", "online_peers", "online_peers_layer_scaling")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

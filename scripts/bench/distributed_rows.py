@@ -17,8 +17,8 @@ from scripts.bench import common
 from scripts.bench.distributed_exactness import ALONE, DTYPES, build, parallel
 from scripts.bench.distributed_table import UNCOMPILED
 
-MEASURED = ("online_peers", "online_local", "sync_batch", "online_global", "batch")
-DECIDING = 3  # of these
+MEASURED = ("online_peers", "online_local", "sync_batch_traced", "sync_batch", "online_global", "batch")
+DECIDING = ("online_peers", "online_local"), ("sync_batch_traced", "sync_batch")  # one after the other
 MODES = ("eager", "graph", "compile", "compile+graph")
 
 
@@ -49,23 +49,23 @@ class Stage:
     batch: int  # images a process
 
 
-def stages(args, world: int) -> list[Stage]:
-    """All that is to be measured, what decides first."""
+def stages(args, world: int) -> tuple[list[Stage], list[Stage]]:
+    """What decides, in the order of its weight, and all else that is to be measured."""
     first = args.mode[0]
     everything = [(name, mode) for mode in args.mode for name in args.normalizer]
     alone = list(dict.fromkeys((ALONE[name], mode) for name, mode in everything))
-    deciding = [(name, UNCOMPILED.get((name, first), first)) for name in args.normalizer[:DECIDING]]
-    deciding += [(name, first) for name in args.normalizer[:DECIDING] if (name, first) not in deciding]
-    others = [row for row in everything if row not in deciding]
-    alone_first = [row for row in alone if row[1] == first]
-    groups = [[(deciding, world), (alone_first, 1)], [(others, world), ([r for r in alone if r not in alone_first], 1)]]
-    return [
-        Stage(tuple(rows), processes, batch)
-        for part in groups
-        for batch in args.batch
-        for rows, processes in part
-        if rows
-    ]
+    ours, rivals = (
+        [(name, UNCOMPILED.get((name, first), first)) for name in names if name in args.normalizer]
+        for names in DECIDING
+    )
+    others = [row for row in everything if row not in ours + rivals]
+    alone_first, alone_later = ([row for row in alone if (row[1] == first) == now] for now in (True, False))
+
+    def planned(*kinds: tuple[list, int]) -> list[Stage]:
+        return [Stage(tuple(rows), processes, batch) for batch in args.batch for rows, processes in kinds if rows]
+
+    deciding = planned((ours, world)) + planned((rivals, world), (alone_first, 1))
+    return deciding, planned((others, world), (alone_later, 1))
 
 
 class Row:

@@ -15,8 +15,13 @@ from scripts._venv import run_main
 
 from onlinenorm.report.words import markdown_table, origin
 
-SYNCHRONISED = {"sync_batch": "batch", "online_global": "online_local", "online_peers": "online_local"}  # and without
-# torch compiles SyncBatchNorm in pieces, between its collectives: beside what is compiled stands its faster mode.
+SYNCHRONISED = {  # and without
+    "sync_batch": "batch", "sync_batch_traced": "batch", "online_global": "online_local",
+    "online_peers": "online_local",
+}  # fmt: skip
+# torch compiles its SyncBatchNorm in pieces, between its collectives: beside what is compiled stands the fastest of it
+# in both modes and of BatchNorm over all processes that is compiled whole.
+RIVALS = "sync_batch", "sync_batch_traced"
 UNCOMPILED = {("sync_batch", "compile+graph"): "graph", ("sync_batch", "compile"): "eager"}
 RATES = ("normalizer", "mode", "processes", "images a process", "ms a step", "images/s", "scaling efficiency")
 EXACTNESS = ("normalizer", "steps", "largest of a loss", "parameters", "statistics", "processes identical")
@@ -46,12 +51,18 @@ def render(results: dict) -> str:
 
 
 def _exchanges(names: set[str]) -> str:
-    if "online_peers" not in names:
-        return ""
-    return (
-        "Global statistics: of online_peers as by default (exchange=auto), where the kernels store moments into the "
-        "other GPUs' memory while they run; of online_global with exchange=gather, by collectives."
-    )
+    lines = []
+    if "online_peers" in names:
+        lines.append(
+            "Global statistics: of online_peers as by default (exchange=auto), where the kernels store moments into "
+            "the other GPUs' memory while they run; of online_global with exchange=gather, by collectives."
+        )
+    if "sync_batch_traced" in names:
+        lines.append(
+            "BatchNorm over all processes: sync_batch is torch's, which torch.compile breaks into pieces; "
+            "sync_batch_traced is made of operators that it compiles whole; its efficiency, too, is by batch on one."
+        )
+    return "\n".join(lines)
 
 
 def _wire(sent: dict[str, int]) -> str:
@@ -92,14 +103,14 @@ def _cost(times: dict[tuple[str, str, int], float], mode: str, batch: int, image
             cost = together[name] - together[base]
             share = cost / together[base]
             lines.append(f"- {mode}{images}: {name} takes {cost:+.2f} ms a step over {base} ({share:+.1%}).")
-    modes = mode, UNCOMPILED.get(("sync_batch", mode), mode)
-    rivals = {rival: times[kind] for rival in modes if (kind := ("sync_batch", rival, batch)) in times}
+    rivals = {(rival, by): time for rival in RIVALS for by in (mode, UNCOMPILED.get((rival, mode), mode))
+              if (time := times.get((rival, by, batch)))}  # fmt: skip
     for name, by in (("online_global", ""), ("online_peers", " by peers' messages")):
         if rivals and name in together:
             rival = min(rivals, key=rivals.__getitem__)
             ratio = rivals[rival] / together[name]
             than = f"{'faster' if ratio > 1 else 'not faster'} than SyncBatchNorm's"
-            than += "" if rival == mode else f" ({rival})"
+            than += "" if rival == ("sync_batch", mode) else f" ({', '.join(rival)})"
             lines.append(f"- {mode}{images}: a step with global statistics{by} is {than}: {ratio:.3f} times its rate.")
     return "\n".join(lines)
 
