@@ -5,6 +5,9 @@ import functools
 import pytest
 import torch
 
+with torch.device("meta"):
+    torch.empty(0)  # torch notes once, for the whole process, which functions take a default device: its own, not these
+
 
 def poisoned(allocate):
     """``allocate``, and what no op may read in what it gives."""
