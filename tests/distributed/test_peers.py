@@ -3,6 +3,7 @@
 python -m pytest tests/distributed/test_peers.py -m gpu        on a machine with two GPUs, Hopper or later
 """
 
+import contextlib
 import copy
 import random
 import time
@@ -52,10 +53,13 @@ two_gpus = pytest.mark.skipif(not enough_gpus(), reason="needs two GPUs, Hopper 
 
 
 def begin(rank, seconds=60.0):
-    """Joins the processes; from then on a gather is an error."""
+    """Joins the processes, if they have not met; a gather is an error from here on."""
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
-    dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=seconds))
+    if not dist.is_initialized():
+        with told(rank, "meeting"):
+            dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=seconds))
+            dist.barrier()
 
     def refuse(*arguments):
         raise AssertionError("the moments were gathered by a collective")
@@ -64,12 +68,38 @@ def begin(rank, seconds=60.0):
     return device
 
 
+def end(rank):
+    torch.cuda.synchronize()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def told(rank, what):
+    """Says how long a part took."""
+    start = time.monotonic()
+    yield
+    if rank == 0:
+        print(f"{what}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two processes that meet once for all tests."""
+    pool = process_groups.Pool(2)
+    yield pool
+    if pool.started:
+        pool.run(end)
+    pool.close()
+
+
 def layer_steps(kind, guard, device, rank=None):
     """Outputs, gradients and state of a layer in a few steps, of one process's share or (rank None) of the whole."""
     samples, channels, height, width, form = kind
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(device).manual_seed(7)  # which gives the same numbers on GPUs of one kind
     torch.manual_seed(1)
     arguments = {"error_compensation": guard, "clamp_value": 1.5, "alpha_fwd": 0.9}
+    arguments["statistics"] = "local" if rank is None else "global"
     layer, other = layers = nn.ModuleList([OnlineNorm2d(channels, **arguments) for _ in range(2)])
     with torch.no_grad():
         for norm in layers:
@@ -78,9 +108,9 @@ def layer_steps(kind, guard, device, rank=None):
     layers.to(device)
     found, scale = {}, 1 if rank is None else 2  # the mean over own samples is twice the share of the mean over all
     for step in range(STEPS):
-        draw = torch.randn((3, samples, channels, height, width), generator=generator).bfloat16()
+        draw = torch.randn((3, samples, channels, height, width), generator=generator, device=device).bfloat16()
         x, residual, w = (t if rank is None else t[rank::2] for t in draw)
-        x, residual, w = (t.to(device).contiguous(memory_format=torch.channels_last) for t in (2 * x - 1, residual, w))
+        x, residual, w = (t.contiguous(memory_format=torch.channels_last) for t in (2 * x - 1, residual, w))
         x, residual = x.requires_grad_(), residual.requires_grad_()
         if form == "pool":
             y = layer(x, relu=True, max_pool=True)
@@ -101,12 +131,12 @@ def distance(found, truth):
 
 
 def compare_layers(rank, layers):
-    torch.cuda.set_device(rank)
-    alone = {(kind, guard): layer_steps(kind, guard, torch.device("cuda", rank)) for kind in layers for guard in GUARDS}
     device = begin(rank)
     lines = []
-    for (kind, guard), (whole, state, gradients) in alone.items():
-        own, own_state, own_gradients = layer_steps(kind, guard, device, rank)
+    for kind, guard in ((kind, guard) for kind in layers for guard in GUARDS):
+        with told(rank, (kind, guard)):
+            whole, state, gradients = layer_steps(kind, guard, device)
+            own, own_state, own_gradients = layer_steps(kind, guard, device, rank)
         worst = 0.0
         for name, tensor in own.items():
             worst = max(worst, distance(tensor, whole[name][rank::2]))
@@ -122,23 +152,22 @@ def compare_layers(rank, layers):
             dist.all_reduce(tensor)
             assert distance(tensor, gradients[name]) <= 2e-3, (kind, guard, name, distance(tensor, gradients[name]))
         lines.append(f"{kind} {guard}: {worst:.1e}")
-    dist.destroy_process_group()
     return lines
 
 
 @gpu
 @two_gpus
 @pytest.mark.parametrize("layers", [LAYERS, SHORTCUTS], ids=["alone", "with a shortcut's"])
-def test_layers_equal_one_process(layers):
-    print(*process_groups.run(2, compare_layers, layers, seconds=300)[0], sep="\n")
+def test_layers_equal_one_process(pair, layers):
+    print(*pair.run(compare_layers, layers, seconds=300)[0], sep="\n")
 
 
 class Network(nn.Module):
     """A few layers of every form, which end in logits."""
 
-    def __init__(self, guard="clamp", exchange="auto"):
+    def __init__(self, guard="clamp", exchange="auto", statistics="global"):
         super().__init__()
-        norm = partial(OnlineNorm2d, error_compensation=guard, exchange=exchange)
+        norm = partial(OnlineNorm2d, error_compensation=guard, exchange=exchange, statistics=statistics)
         self.stem, self.n1 = nn.Conv2d(3, 64, 3, padding=1, bias=False), norm(64)
         self.c2, self.n2 = nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False), norm(128)
         self.c3, self.n3 = nn.Conv2d(128, 128, 1, bias=False), norm(128)
@@ -209,13 +238,12 @@ def stress(rank):
             model.load_state_dict(start)
             for part, truth in zip(parts, expected, strict=True):
                 assert same_bits(gradients(model, partial(loss_of, model, *part)), truth), (guard, repeat)
-    dist.destroy_process_group()
 
 
 @gpu
 @two_gpus
-def test_delays_change_no_bit():
-    process_groups.run(2, stress, seconds=300)
+def test_delays_change_no_bit(pair):
+    pair.run(stress, seconds=300)
 
 
 def graphs(rank):
@@ -226,24 +254,25 @@ def graphs(rank):
     start = copy.deepcopy(model.state_dict())
     parts = list(batches(rank, device, 5))
     expected = [gradients(model, partial(loss_of, model, *part)) for part in parts]
-    for capture in range(20):
-        model.load_state_dict(start)
-        graphed = GraphedStep(model, loss_of)
-        for part, truth in zip(parts, expected, strict=True):
-            assert same_bits(gradients(model, partial(graphed, *part)), truth), capture
-    for repeat in range(100):
-        model.load_state_dict(start)
-        for part, truth in zip(parts, expected, strict=True):
-            assert same_bits(gradients(model, partial(graphed, *part)), truth), repeat
-        smaller = [part[: 1 + repeat % 3] for part in parts[0]]
-        gradients(model, partial(loss_of, model, *smaller))
-    dist.destroy_process_group()
+    with told(rank, "20 captures"):
+        for capture in range(20):
+            model.load_state_dict(start)
+            graphed = GraphedStep(model, loss_of)
+            for part, truth in zip(parts, expected, strict=True):
+                assert same_bits(gradients(model, partial(graphed, *part)), truth), capture
+    with told(rank, "500 replays"):
+        for repeat in range(100):
+            model.load_state_dict(start)
+            for part, truth in zip(parts, expected, strict=True):
+                assert same_bits(gradients(model, partial(graphed, *part)), truth), repeat
+            smaller = [part[: 1 + repeat % 3] for part in parts[0]]
+            gradients(model, partial(loss_of, model, *smaller))
 
 
 @gpu
 @two_gpus
-def test_captures_and_replays():
-    process_groups.run(2, graphs, seconds=300)
+def test_captures_and_replays(pair):
+    pair.run(graphs, seconds=300)
 
 
 def out_of_turn(rank):
@@ -268,7 +297,6 @@ def out_of_turn(rank):
         found[exchange] = [*(p.grad for p in model.parameters()), *model.buffers()]
     for ours, theirs in zip(found["auto"], found["gather"], strict=True):
         assert distance(ours, theirs) <= 2e-2, distance(ours, theirs)
-    dist.destroy_process_group()
 
 
 gather = two_pass.gather_samples
@@ -276,49 +304,26 @@ gather = two_pass.gather_samples
 
 @gpu
 @two_gpus
-def test_passes_out_of_turn():
-    process_groups.run(2, out_of_turn, seconds=200)
-
-
-def late(rank):
-    """The second process stops taking part; the first is told of it and does not wait for ever."""
-    device = begin(rank, seconds=8)
-    graphed = GraphedStep(network(device), loss_of)  # in which nothing but kernels waits
-    parts = list(batches(rank, device, 2))
-    graphed(*parts[0]).backward()
-    torch.cuda.synchronize()
-    if rank == 1:
-        time.sleep(16)
-        return None
-    start = time.monotonic()
-    with pytest.raises(RuntimeError):
-        graphed(*parts[1]).backward()
-        torch.cuda.synchronize()
-    return peers.late(), time.monotonic() - start
-
-
-@gpu
-@two_gpus
-def test_a_process_that_stays_away_is_named_in_time():
-    (waited_for, seconds), _ = process_groups.run(2, late, seconds=100)
-    assert waited_for == 1 and seconds < 15
+def test_passes_out_of_turn(pair):
+    pair.run(out_of_turn, seconds=200)
 
 
 def learn(rank, compiled):
-    """Thirty steps of a network with data-parallel gradients, by either exchange and on one process."""
+    """Thirty steps of a network with data-parallel gradients, by either exchange and as of one process."""
+    device = begin(rank)
     curves, ends = {}, {}
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
+    torch._dynamo.config.optimize_ddp = False
 
-    def run(exchange, several):
+    def steps(name, exchange, several):
+        two_pass.gather_samples = refused if exchange == "auto" else gather
         torch.manual_seed(0)
+        arguments = {"exchange": exchange, "statistics": "global" if several else "local"}
         if compiled:
-            model = network(device, exchange=exchange)  # of few layers, as every one of them takes its time
+            model = network(device, **arguments)  # of few layers, as every one of them takes its time
         else:
-            model = models.resnet18(partial(OnlineNorm2d, exchange=exchange), num_classes=10)
+            model = models.resnet18(partial(OnlineNorm2d, **arguments), num_classes=10)
             model.to(device, memory_format=torch.channels_last)
-        torch._dynamo.config.optimize_ddp = False
-        forward = torch.compile(model, dynamic=False) if compiled else model
+        forward = torch.compile(model, dynamic=False) if compiled and exchange == "auto" else model
         wrapped = DistributedDataParallel(forward, [device], broadcast_buffers=False) if several else forward
         sgd = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
         curve = []
@@ -333,18 +338,16 @@ def learn(rank, compiled):
             loss.backward()
             sgd.step()
             curve.append(loss.detach())
-        curves[exchange if several else "one"] = torch.stack(curve)
-        ends[exchange if several else "one"] = torch.cat([b.flatten() for b in model.buffers() if b.numel() > 1])
+        curves[name] = torch.stack(curve)
+        ends[name] = torch.cat([b.flatten() for b in model.buffers() if b.numel() > 1])
 
-    run("gather", False)
-    begin(rank)
-    run("auto", True)
-    two_pass.gather_samples = gather
-    run("gather", True)
+    refused = two_pass.gather_samples
+    for name, exchange, several in (("one", "gather", False), ("auto", "auto", True), ("gather", "gather", True)):
+        with told(rank, f"thirty steps, {name}"):
+            steps(name, exchange, several)
     for name in ("auto", "gather"):
         dist.all_reduce(curves[name])
         curves[name] /= 2
-    dist.destroy_process_group()
     return {name: float((curve - curves["one"]).abs().max()) for name, curve in curves.items()} | {
         f"statistics {name}": distance(end, ends["one"]) for name, end in ends.items()
     }
@@ -353,8 +356,37 @@ def learn(rank, compiled):
 @gpu
 @two_gpus
 @pytest.mark.parametrize("compiled", [False, True])
-def test_thirty_steps_equal_one_process(compiled):
-    (found, _) = process_groups.run(2, learn, compiled, seconds=400)
+def test_thirty_steps_equal_one_process(pair, compiled):
+    (found, _) = pair.run(learn, compiled, seconds=400)
     print(found)
     assert found["auto"] <= max(2 * found["gather"], 0.02)
     assert found["statistics auto"] <= max(2 * found["statistics gather"], 0.02)
+
+
+def late(rank):
+    """The second process stops taking part; the first is told of it and does not wait for ever."""
+    device = begin(rank, seconds=8)
+    graphed = GraphedStep(network(device), loss_of)  # in which nothing but kernels waits
+    parts = list(batches(rank, device, 2))
+    graphed(*parts[0]).backward()
+    torch.cuda.synchronize()
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        store.wait(["told"], timedelta(seconds=60))
+        return None
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        graphed(*parts[1]).backward()
+        torch.cuda.synchronize()
+    found = peers.late(), time.monotonic() - start
+    store.set("told", "")
+    return found
+
+
+@gpu
+@two_gpus
+def test_a_process_that_stays_away_is_named_in_time():
+    pool = process_groups.Pool(2)
+    (waited_for, seconds), _ = pool.run(late, seconds=100)
+    pool.kill()  # at once: they can no longer part in order
+    assert waited_for == 1 and seconds < 15

@@ -22,17 +22,21 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def _answer(pipe, function: Callable, *arguments: Any) -> None:
+    try:
+        result = io.BytesIO()  # by value: a tensor sent as such lives in memory that goes with this process
+        torch.save(function(*arguments), result)
+        pipe.send_bytes(pickle.dumps((True, result.getvalue())))
+    except BaseException as error:
+        pipe.send_bytes(pickle.dumps((False, (type(error).__name__, str(error), traceback.format_exc()))))
+
+
 def _target(function: Callable, rank: int, environment: dict[str, str], arguments: tuple, pipe) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     # as in a run of its own: loader workers of a nested server would outlive a killed process
     multiprocessing.set_start_method("fork", force=True)
-    try:
-        result = io.BytesIO()  # by value: a tensor sent as such lives in memory that goes with this process
-        torch.save(function(rank, *arguments), result)
-        pipe.send_bytes(pickle.dumps((True, result.getvalue())))
-    except BaseException as error:
-        pipe.send_bytes(pickle.dumps((False, (type(error).__name__, str(error), traceback.format_exc()))))
+    _answer(pipe, function, rank, *arguments)
 
 
 def start(processes: int, function: Callable, *arguments: Any) -> list[tuple[Any, Any]]:
@@ -57,21 +61,25 @@ def start(processes: int, function: Callable, *arguments: Any) -> list[tuple[Any
     return started
 
 
+def _answers(pipes: list[Any], seconds: float) -> list[tuple[bool, Any]]:
+    found: list[tuple[bool, Any]] = []
+    for pipe in pipes:
+        try:
+            if not pipe.poll(seconds):
+                found.append((False, ("Timeout", f"{seconds} s", "")))
+                continue
+            succeeded, result = pickle.loads(pipe.recv_bytes())
+            result = torch.load(io.BytesIO(result), weights_only=False) if succeeded else result
+            found.append((succeeded, result))
+        except EOFError:
+            found.append((False, ("Died", "without a word", "")))
+    return found
+
+
 def finish(started: list[tuple[Any, Any]], seconds: float = 120) -> list[tuple[bool, Any]]:
     """(True, result) or (False, (error's type, message, traceback)) of each process; those still alive are killed."""
-    found: list[tuple[bool, Any]] = []
     try:
-        for _, pipe in started:
-            try:
-                if not pipe.poll(seconds):
-                    found.append((False, ("Timeout", f"{seconds} s", "")))
-                    continue
-                succeeded, result = pickle.loads(pipe.recv_bytes())
-                result = torch.load(io.BytesIO(result), weights_only=False) if succeeded else result
-                found.append((succeeded, result))
-            except EOFError:
-                found.append((False, ("Died", "without a word", "")))
-        return found
+        return _answers([pipe for _, pipe in started], seconds)
     finally:
         for process, _ in started:
             process.join(10)
@@ -79,12 +87,57 @@ def finish(started: list[tuple[Any, Any]], seconds: float = 120) -> list[tuple[b
                 process.kill()
 
 
-def run(processes: int, function: Callable, *arguments: Any, seconds: float = 120) -> list[Any]:
-    """The results of function(rank, *arguments) on each process; fails where one does."""
-    found = finish(start(processes, function, *arguments), seconds)
+def _results(found: list[tuple[bool, Any]]) -> list[Any]:
     for succeeded, result in found:
         assert succeeded, result[2] or result
     return [result for _, result in found]
+
+
+def run(processes: int, function: Callable, *arguments: Any, seconds: float = 120) -> list[Any]:
+    """The results of function(rank, *arguments) on each process; fails where one does."""
+    return _results(finish(start(processes, function, *arguments), seconds))
+
+
+def _serve(rank: int, pipes: list[Any]) -> None:
+    while (order := pipes[rank].recv()) is not None:
+        function, arguments = order
+        _answer(pipes[rank], function, rank, *arguments)
+
+
+class Pool:
+    """Processes that run one function after the other: what is slow to begin is begun once, until a function fails."""
+
+    def __init__(self, processes: int):
+        self.processes = processes
+        self.started: list[tuple[Any, Any]] = []
+        self.pipes: list[Any] = []
+
+    def run(self, function: Callable, *arguments: Any, seconds: float = 120) -> list[Any]:
+        """As `run` of this module."""
+        if not self.started:
+            ends = [multiprocessing.get_context("forkserver").Pipe() for _ in range(self.processes)]
+            self.pipes = [here for here, _ in ends]
+            self.started = start(self.processes, _serve, [there for _, there in ends])
+            for _, there in ends:
+                there.close()
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        found = _answers(self.pipes, seconds)
+        if not all(succeeded for succeeded, _ in found):
+            self.kill()  # one waits for another, perhaps, or holds what has failed
+        return _results(found)
+
+    def kill(self) -> None:
+        for process, _ in self.started:
+            process.kill()
+        self.started = []
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for pipe in self.pipes if self.started else ():
+            pipe.send(None)
+        finish(self.started, 30)
+        self.started = []
 
 
 def dealt(x: torch.Tensor, counts: tuple[int, ...]) -> list[torch.Tensor]:
