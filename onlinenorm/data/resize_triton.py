@@ -1,9 +1,11 @@
 """The GPU kernels of `resize`: weights of every crop's rows and columns, then all pixels of all crops.
 
-The second kernel sums over both axes for each output pixel, with the first axis's sums rounded to 8 bits, in place of
-writing a half-resized image: at ImageNet's sizes that doubles cheap integer work and saves two thirds of the traffic.
-Crops are mirrored here and stay 8 bits: those equal the CPU's, and are a quarter of the bytes to copy into a captured
-step, which normalises them itself (0.2 GB of the 70 GB that a step of ResNet-50 moves at a batch of 256).
+A warp of the second kernel makes 32 columns of some rows of a crop, in all channels. It walks down the image's rows,
+sums each over the columns' inputs, rounds to 8 bits, and adds that to the crop's rows above and below: those whose
+centres the image's row lies between are all that it is an input of, where the image shrinks. So it is summed once, and
+nothing half-resized is written. Crops are mirrored here and stay 8 bits: those equal the CPU's, and are a quarter of
+the bytes to copy into a captured step, which normalises them itself (0.2 GB of the 70 GB that a step of ResNet-50 moves
+at a batch of 256).
 """
 
 import torch
@@ -12,11 +14,13 @@ import triton.language as tl
 
 from onlinenorm.data.resize import COLUMNS, PRECISION_BITS
 
+_WARP, _ROWS = 32, 32  # columns and rows of a crop that a warp makes
 _COLUMNS = tl.constexpr(len(COLUMNS))
 _BITS = tl.constexpr(PRECISION_BITS)
 _ONE = tl.constexpr(float(1 << PRECISION_BITS))
 _HALF = tl.constexpr(1 << (PRECISION_BITS - 1))
 _WHITE = tl.constexpr(255)
+_GROUP = tl.constexpr(4)  # inputs at once where there are many
 
 
 @triton.jit
@@ -30,7 +34,7 @@ def _window(at, source, scale, support):
 @triton.jit
 def _weight(tap, centre, first, count, inverse):
     distance = tl.abs(((tap + first).to(tl.float64) - centre + 0.5) * inverse)
-    return tl.where((distance < 1.0) & (tap < count), 1.0 - distance, 0.0)
+    return tl.where((distance < 1.0) & (tap >= 0) & (tap < count), 1.0 - distance, 0.0)
 
 
 @triton.jit
@@ -45,9 +49,38 @@ def _total(centre, first, count, inverse):
     return total, largest
 
 
+@triton.jit
+def _fixed(weight, total, unit, shift):
+    return (0.5 + weight / total * unit).to(tl.int32) << shift
+
+
+@triton.jit
+def _pair(low, high):
+    """Two numbers of at least 0 that are loaded together."""
+    return (high.to(tl.int64) << 32) | low.to(tl.int64)
+
+
+@triton.jit
+def _window_inside(at, source, resized, scale, support, inverse):
+    """`_window` and the sum of its weights; no inputs, and a sum of 1, of what is not in the resized image."""
+    inside = (at >= 0) & (at < resized)
+    centre, first, count = _window(at, source, scale, support)
+    first, count = tl.where(inside, first, 0), tl.where(inside, count, 0)
+    total, _ = _total(centre, first, count, inverse)
+    return centre, first, count, tl.where(inside, total, 1.0)
+
+
 @triton.jit(do_not_specialize=["taps"])
-def weights_kernel(table, spans, weights, taps, crop_size, BLOCK: tl.constexpr):
-    """One axis (0: x, 1: y) of one crop: spans (M, 2, 2, S) of first and count, weights (M, 2, K, S)."""
+def weights_kernel(table, columns, weights, segments, pairs, taps, crop_size, BLOCK: tl.constexpr):
+    """Columns of one crop, or its rows.
+
+    Columns: the first input of each and how many it has, `columns` (M, 2, S), and `weights` (M, K, S).
+
+    Rows: those of the image in segments, each between the centres of a row of the crop and the next, from the row
+    before the crop's first. `segments` (M, S + 1): where one begins and how many rows it has. `pairs` (M, S + 1, K):
+    their weights in both rows of the crop. Where the image does not shrink, a segment is all inputs of the upper row,
+    with no weight in the lower.
+    """
     crop = tl.program_id(0).to(tl.int64)
     axis = tl.program_id(1)
     row = table + crop * _COLUMNS + axis
@@ -70,107 +103,196 @@ def weights_kernel(table, spans, weights, taps, crop_size, BLOCK: tl.constexpr):
         for bit in tl.static_range(_BITS):
             shift += (0.5 + largest * (2 << bit) >= 32768.0).to(tl.int32)
     unit = _ONE / (1 << shift).to(tl.float64)
-    span = spans + (crop * 2 + axis) * 2 * crop_size
-    out = weights + (crop * 2 + axis) * taps * crop_size
-    for start in range(0, crop_size, BLOCK):
+    for start in range(0, crop_size + axis, BLOCK):
         s = start + lane
-        at = begin + s
-        inside = (s < crop_size) & (at >= 0) & (at < resized)
-        centre, first, count = _window(at, source, scale, support)
-        count = tl.where(inside, count, 0)
-        total, _ = _total(centre, first, count, inverse)
-        total = tl.where(inside, total, 1.0)
-        tl.store(span + s, first, mask=s < crop_size)
-        tl.store(span + crop_size + s, count, mask=s < crop_size)
-        for tap in range(tl.max(count, 0)):
-            weight = _weight(tap, centre, first, count, inverse) / total
-            tl.store(out + tap * crop_size + s, (0.5 + weight * unit).to(tl.int32) << shift, mask=inside)
+        at = begin + s - axis
+        centre, first, count, total = _window_inside(at, source, resized, scale, support, inverse)
+        if axis == 0:
+            inside = s < crop_size
+            tl.store(columns + crop * 2 * crop_size + s, first, mask=inside)
+            tl.store(columns + (crop * 2 + 1) * crop_size + s, count, mask=inside)
+            for tap in range(tl.max(count, 0)):
+                weight = _fixed(_weight(tap, centre, first, count, inverse), total, unit, shift)
+                tl.store(weights + (crop * taps + tap) * crop_size + s, weight, mask=inside & (tap < count))
+        else:
+            inside = s <= crop_size
+            below, first_below, count_below, total_below = _window_inside(
+                at + 1, source, resized, scale, support, inverse
+            )
+            segment, stop = first, first + count
+            if resized < source:
+                segment = tl.where(count > 0, (centre + 0.5).to(tl.int32), first_below)
+                stop = tl.where(count_below > 0, (below + 0.5).to(tl.int32), stop)
+            else:
+                count_below = tl.zeros_like(count)
+            length = tl.maximum(stop - segment, 0)
+            entry = crop * (crop_size + 1) + s
+            tl.store(segments + entry, _pair(segment, length), mask=inside)
+            for tap in range(tl.max(length, 0)):
+                here, there = segment + tap - first, segment + tap - first_below
+                weight = _fixed(_weight(here, centre, first, count, inverse), total, unit, shift)
+                other = _fixed(_weight(there, below, first_below, count_below, inverse), total_below, unit, shift)
+                tl.store(pairs + entry * taps + tap, _pair(weight, other), mask=inside & (tap < length))
 
 
 @triton.jit
-def _pixels(
-    source, pitch, first_x, count_x, weights_x, first_y, count_y, weights_y, crop_size, VERTICAL_FIRST: tl.constexpr
-):
-    """Pixels of a tile of one channel; source: its first byte, weights_x and weights_y: of the tile's first tap."""
-    if VERTICAL_FIRST:
-        outer, inner = tl.max(count_x, 0), tl.max(count_y, 0)
-    else:
-        outer, inner = tl.max(count_y, 0), tl.max(count_x, 0)
-    total = tl.full((first_y.shape[0], first_x.shape[0]), _HALF, tl.int32)
-    for i in range(outer):
-        partial = tl.full(total.shape, _HALF, tl.int32)
-        for j in range(inner):
-            if VERTICAL_FIRST:
-                x, y = i, j
-            else:
-                x, y = j, i
-            mask = (y < count_y)[:, None] & (x < count_x)[None, :]
-            at = (first_y + y)[:, None] * pitch + (first_x + x)[None, :]
-            pixel = tl.load(source + at, mask=mask, other=0).to(tl.int32)
-            if VERTICAL_FIRST:
-                weight = tl.load(weights_y + y * crop_size, mask=y < count_y, other=0)[:, None]
-            else:
-                weight = tl.load(weights_x + x * crop_size, mask=x < count_x, other=0)[None, :]
-            partial += pixel * weight
-        if VERTICAL_FIRST:
-            weight = tl.load(weights_x + i * crop_size, mask=i < count_x, other=0)[None, :]
-        else:
-            weight = tl.load(weights_y + i * crop_size, mask=i < count_y, other=0)[:, None]
-        total += tl.minimum(partial >> _BITS, _WHITE) * weight
-    return tl.minimum(total >> _BITS, _WHITE)
+def _zeros(like, CHANNELS: tl.constexpr):
+    """A sum a channel, to which a half is added so that cutting bits off rounds it."""
+    sums = tl.tuple(())
+    for _ in tl.static_range(CHANNELS):
+        sums += (tl.full(like.shape, _HALF, tl.int32),)
+    return sums
+
+
+@triton.jit
+def _add(sums, values, weight, CHANNELS: tl.constexpr):
+    added = tl.tuple(())
+    for channel in tl.static_range(CHANNELS):
+        added += (sums[channel] + values[channel] * weight,)
+    return added
+
+
+@triton.jit
+def _pixels(at, plane, mask, CHANNELS: tl.constexpr):
+    values = tl.tuple(())
+    for channel in tl.static_range(CHANNELS):
+        values += (tl.load(at + channel * plane, mask=mask).to(tl.int32),)
+    return values
+
+
+@triton.jit
+def _rounded(sums, CHANNELS: tl.constexpr):
+    values = tl.tuple(())
+    for channel in tl.static_range(CHANNELS):
+        values += (tl.minimum(sums[channel] >> _BITS, _WHITE),)
+    return values
+
+
+@triton.jit
+def _store(out, values, mask, CHANNELS: tl.constexpr):
+    for channel in tl.static_range(CHANNELS):
+        tl.store(out + channel, values[channel].to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _tap_weight(weights, tap, count, crop_size):
+    """Weights of the columns' inputs number `tap`, 0 where a column has none there."""
+    there = tap.to(tl.uint32) < count.to(tl.uint32)
+    return tl.load(weights + tap * crop_size, mask=there, other=0)
+
+
+@triton.jit
+def _horizontal_first(strip, top, bottom, crop_size, TAPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Rows `top` to `bottom` of a strip whose columns have TAPS inputs at most; 0: any number."""
+    pixels, pitch, plane, weights, before, count, longest, segments, pairs, taps, out, mask = strip
+    loaded = tl.tuple(())
+    for tap in tl.static_range(TAPS):
+        loaded += (_tap_weight(weights, tap - before, count, crop_size),)
+    above = _zeros(count, CHANNELS)
+    following = tl.load(segments + top)
+    for y in range(top - 1, bottom):
+        segment = following
+        following = tl.load(segments + tl.minimum(y + 2, bottom))  # ahead of its use
+        below = _zeros(count, CHANNELS)
+        row = pixels + segment.to(tl.int32) * pitch
+        pair = pairs + (y + 1) * taps
+        for _ in range((segment >> 32).to(tl.int32)):
+            sums = _zeros(count, CHANNELS)
+            for tap in tl.static_range(TAPS):
+                sums = _add(sums, _pixels(row + tap, plane, None, CHANNELS), loaded[tap], CHANNELS)
+            if TAPS == 0:
+                for first in range(0, longest, _GROUP):
+                    for tap in tl.static_range(_GROUP):
+                        weight = _tap_weight(weights, first + tap - before, count, crop_size)
+                        values = _pixels(row + first + tap, plane, first + tap < longest, CHANNELS)
+                        sums = _add(sums, values, weight, CHANNELS)
+            values = _rounded(sums, CHANNELS)
+            both = tl.load(pair)
+            above = _add(above, values, both.to(tl.int32), CHANNELS)
+            below = _add(below, values, (both >> 32).to(tl.int32), CHANNELS)
+            row += pitch
+            pair += 1
+        _store(out + y * crop_size * CHANNELS, _rounded(above, CHANNELS), mask & (y >= top), CHANNELS)
+        above = below
+
+
+@triton.jit
+def _vertical_first(strip, top, bottom, crop_size, CHANNELS: tl.constexpr):
+    pixels, pitch, plane, weights, before, count, longest, segments, pairs, taps, out, mask = strip
+    for y in range(top, bottom):
+        totals = _zeros(count, CHANNELS)
+        for tap in range(longest):
+            sums = _zeros(count, CHANNELS)
+            for after in tl.static_range(2):  # the centre of row y
+                segment = tl.load(segments + y + after)
+                row = pixels + segment.to(tl.int32) * pitch + tap
+                pair = pairs + (y + after) * taps
+                for _ in range((segment >> 32).to(tl.int32)):
+                    weight = (tl.load(pair) >> (0 if after else 32)).to(tl.int32)
+                    sums = _add(sums, _pixels(row, plane, None, CHANNELS), weight, CHANNELS)
+                    row += pitch
+                    pair += 1
+            weight = _tap_weight(weights, tap - before, count, crop_size)
+            totals = _add(totals, _rounded(sums, CHANNELS), weight, CHANNELS)
+        _store(out + y * crop_size * CHANNELS, _rounded(totals, CHANNELS), mask, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["taps"])
 def crops_kernel(
-    pixels, table, spans, weights, out, taps, crop_size, channels, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr
-):
-    """A tile of one crop, in every channel; out (M, S, S, channels)."""
-    crop = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(crop_size, BLOCK_X)
-    row = table + crop * _COLUMNS
-    pitch = tl.load(row + 1).to(tl.int32)
-    plane = tl.load(row + 2)
-    mirrored = tl.load(row + 9) != 0
-    vertical_first = tl.load(row + 10) != 0
-    x = (tl.program_id(1) % tiles) * BLOCK_X + tl.arange(0, BLOCK_X)
-    y = (tl.program_id(1) // tiles) * BLOCK_Y + tl.arange(0, BLOCK_Y)
-    in_x, in_y = x < crop_size, y < crop_size
-    column = tl.where(mirrored, crop_size - 1 - x, x)
-    span_x = spans + crop * 4 * crop_size + column
-    span_y = spans + (crop * 4 + 2) * crop_size + y
-    first_x = tl.load(span_x, mask=in_x, other=0)
-    count_x = tl.load(span_x + crop_size, mask=in_x, other=0)
-    first_y = tl.load(span_y, mask=in_y, other=0)
-    count_y = tl.load(span_y + crop_size, mask=in_y, other=0)
-    weights_x = weights + crop * 2 * taps * crop_size + column
-    weights_y = weights + (crop * 2 + 1) * taps * crop_size + y
-    source = pixels + tl.load(row)
-    at = (crop * crop_size + y)[:, None] * crop_size + x[None, :]
-    for channel in range(channels):
-        if vertical_first:
-            value = _pixels(
-                source, pitch, first_x, count_x, weights_x, first_y, count_y, weights_y, crop_size, VERTICAL_FIRST=True
-            )
-        else:
-            value = _pixels(
-                source, pitch, first_x, count_x, weights_x, first_y, count_y, weights_y, crop_size, VERTICAL_FIRST=False
-            )
-        tl.store(out + at * channels + channel, value.to(tl.uint8), mask=in_y[:, None] & in_x[None, :])
-        source += plane
+    pixels, table, columns, weights, segments, pairs, out, taps, crop_size, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS x WIDTH pixels of one crop, in every channel; out (M, S, S, CHANNELS)."""
+    strips = tl.cdiv(crop_size, WIDTH)
+    tiles = strips * tl.cdiv(crop_size, ROWS)
+    crop = (tl.program_id(0) // tiles).to(tl.int64)  # an image's tiles run at about the same time: they share its lines
+    tile = tl.program_id(0) % tiles
+    entry = table + crop * _COLUMNS
+    pitch = tl.load(entry + 1).to(tl.int32)
+    x = (tile % strips) * WIDTH + tl.arange(0, WIDTH)
+    mask = x < crop_size
+    column = tl.where(tl.load(entry + 9) != 0, crop_size - 1 - x, x)
+    first = tl.load(columns + crop * 2 * crop_size + column, mask=mask, other=0)
+    count = tl.load(columns + (crop * 2 + 1) * crop_size + column, mask=mask, other=0)
+    longest = tl.max(count, 0)
+    begin = tl.minimum(first, tl.load(entry + 3).to(tl.int32) - longest)  # so that all have so many inputs in the box
+    strip = (
+        pixels + tl.load(entry) + begin, pitch, tl.load(entry + 2), weights + crop * taps * crop_size + column,
+        first - begin, count, longest, segments + crop * (crop_size + 1), pairs + crop * (crop_size + 1) * taps,
+        taps, out + (crop * crop_size * crop_size + x) * CHANNELS, mask,
+    )  # fmt: skip
+    top = (tile // strips) * ROWS
+    bottom = tl.minimum(top + ROWS, crop_size)
+    if tl.load(entry + 10) != 0:
+        _vertical_first(strip, top, bottom, crop_size, CHANNELS)
+    elif longest == 2:
+        _horizontal_first(strip, top, bottom, crop_size, 2, CHANNELS)
+    elif longest == 3:
+        _horizontal_first(strip, top, bottom, crop_size, 3, CHANNELS)
+    elif longest == 4:
+        _horizontal_first(strip, top, bottom, crop_size, 4, CHANNELS)
+    elif longest == 5:
+        _horizontal_first(strip, top, bottom, crop_size, 5, CHANNELS)
+    else:
+        _horizontal_first(strip, top, bottom, crop_size, 0, CHANNELS)
 
 
 def launch(pixels_B: torch.Tensor, table_MC: torch.Tensor, taps: int, out_MCHW: torch.Tensor) -> None:
     """Writes the crops of a table to `out_MCHW`, channels_last."""
     crops, channels, size = out_MCHW.shape[:3]
     assert out_MCHW.is_contiguous(memory_format=torch.channels_last) and table_MC.is_contiguous()
-    spans = torch.empty((crops, 2, 2, size), dtype=torch.int32, device=pixels_B.device)
-    weights = torch.empty((crops, 2, taps, size), dtype=torch.int32, device=pixels_B.device)
-    block_x, block_y = 32, 16
-    tiles = triton.cdiv(size, block_x) * triton.cdiv(size, block_y)
+    device = pixels_B.device
+    columns = torch.empty((crops, 2, size), dtype=torch.int32, device=device)
+    weights = torch.empty((crops, taps, size), dtype=torch.int32, device=device)
+    segments = torch.empty((crops, size + 1), dtype=torch.int64, device=device)
+    pairs = torch.empty((crops, size + 1, taps), dtype=torch.int64, device=device)
+    tiles = triton.cdiv(size, _WARP) * triton.cdiv(size, _ROWS)
     with torch.cuda.device_of(pixels_B):
         # no fused multiply-adds: the weights' bits are those of separate operations
-        weights_kernel[crops, 2](table_MC, spans, weights, taps, size, BLOCK=128, num_warps=4, enable_fp_fusion=False)
-        crops_kernel[crops, tiles](
-            pixels_B, table_MC, spans, weights, out_MCHW, taps, size, channels, BLOCK_Y=block_y, BLOCK_X=block_x,
-            num_warps=4,
+        weights_kernel[crops, 2](
+            table_MC, columns, weights, segments, pairs, taps, size, BLOCK=128, num_warps=4, enable_fp_fusion=False
+        )
+        crops_kernel[(crops * tiles,)](
+            pixels_B, table_MC, columns, weights, segments, pairs, out_MCHW, taps, size, CHANNELS=channels, ROWS=_ROWS,
+            WIDTH=_WARP, num_warps=1,
         )  # fmt: skip

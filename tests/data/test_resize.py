@@ -45,10 +45,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from onlinenorm.data.resize_triton import crops_kernel, weights_kernel
 
-TYPES = {"table": "*i64", "spans": "*i32", "weights": "*i32", "pixels": "*u8", "out": "*u8"}
+TYPES = {"table": "*i64", "segments": "*i64", "pairs": "*i64", "columns": "*i32", "weights": "*i32",
+         "pixels": "*u8", "out": "*u8"}
 for kernel, constants in (
     (weights_kernel, {"BLOCK": 128}),
-    (crops_kernel, {"BLOCK_Y": 16, "BLOCK_X": 32}),
+    (crops_kernel, {"CHANNELS": 3, "ROWS": 32, "WIDTH": 32}),
 ):
     kinds = {k: "constexpr" if k in constants else TYPES.get(k, "i32") for k in kernel.arg_names}
     fixed = {(kernel.arg_names.index(k),): value for k, value in constants.items()}
@@ -136,8 +137,11 @@ def test_ragged_images_are_those_of_the_cpu(arithmetic, channels):
     check(list(drawn_cases(150, channels, 33, 400, 1)), arithmetic, "cpu")
 
 
+@pytest.mark.parametrize("tile", [(32, 32), (2, 4)])
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-def test_kernels_give_the_same_bits(interpreter, arithmetic):
+def test_kernels_give_the_same_bits(interpreter, arithmetic, tile, monkeypatch):
+    monkeypatch.setattr("onlinenorm.data.resize_triton._ROWS", tile[0])
+    monkeypatch.setattr("onlinenorm.data.resize_triton._WARP", tile[1])
     check(EDGES, arithmetic, "cpu", interpreted)
 
 
