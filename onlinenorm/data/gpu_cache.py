@@ -1,6 +1,9 @@
 """Sets of decoded images whole in the device's memory, cropped, resized and mirrored there."""
 
+import copy
+import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +18,21 @@ from onlinenorm.data.transforms import DRAWS, DRAWS_OF, colour_shifts, plan_rows
 
 # made at once, a few large kernels in place of some small ones a batch: bytes of crops, and images
 _CHUNK, _IMAGES = 1 << 26, 8192
+
+
+class GpuCache(NamedTuple):
+    """The N images of a set in a device's memory, and what is known of them.
+
+    channels: of the images. crop_size: of their crops. shown_N: the image that stands in for each, itself where it can
+    be read. reported_N: indices as batches have them, int64. labels_N: int64, on the device.
+    """
+
+    images: decoded.DecodedImages
+    channels: int
+    crop_size: int
+    shown_N: np.ndarray
+    reported_N: torch.Tensor
+    labels_N: torch.Tensor
 
 
 class GpuCacheLoader:
@@ -42,77 +60,82 @@ class GpuCacheLoader:
         keep: bool = False,
     ):
         self.dataset, self.batch_sampler, self.device = dataset, batch_sampler, device
-        self.workers, self.keep = workers, keep
-        self._images: decoded.DecodedImages | None = None
+        self._cache = functools.cache(functools.partial(load, dataset, device, workers, keep))
+
+    def with_sampler(self, batch_sampler: GlobalBatchSampler | ValidationSampler) -> "GpuCacheLoader":
+        """A loader of other batches of the same images, which are decoded once for both."""
+        loader = copy.copy(self)
+        loader.batch_sampler = batch_sampler
+        return loader
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._images is None:
-            self._load()
+        self._cache()
         return prefetch(self._batches(), self.device)
 
-    def _load(self) -> None:
-        dataset, device = self.dataset, self.device
-        labels_N = dataset.labels().astype(np.int64)
-        shown_N = reported_N = np.arange(len(dataset))
-        if isinstance(dataset, InMemoryDataset):
-            images = decoded.in_memory_images(dataset, device)
-            self._channels = len(images.pixels_B) // (len(dataset) * int(images.sizes_N2[0].prod()))
-            self._crop_size = int(images.sizes_N2[0, 0])
-        else:
-            if self.keep:
-                images = decoded.on_device(decoded.kept_images(dataset, self.workers, device), device)
-            else:
-                images = decoded.decode_images(
-                    dataset, self.workers, device, lambda size: torch.empty(size, dtype=torch.uint8, device=device)
-                )
-            self._channels, self._crop_size = 3, dataset.crop_size
-            shown_N = _readable(dataset, images)
-            replaced_N = shown_N != reported_N
-            reported_N = np.where(replaced_N, -reported_N - 1, reported_N)
-            labels_N = np.where(replaced_N, labels_N[shown_N] if dataset.training else -1, labels_N)
-        self._shown_N, self._reported_N = shown_N, torch.from_numpy(reported_N)
-        self._labels_N = torch.from_numpy(labels_N).to(device)
-        self._images = images
-
     def _batches(self) -> Iterator[Batch]:
-        batches = iter(self.batch_sampler)
+        batches, cache = iter(self.batch_sampler), self._cache()
         crops = 10 if self.dataset.plan == "ten_crop" else 1
-        images = min(_IMAGES, _CHUNK // (crops * self._channels * self._crop_size**2))
+        images = min(_IMAGES, _CHUNK // (crops * cache.channels * cache.crop_size**2))
         while chunk := _take(batches, images):
             epochs, indices = split_requests([request for batch in chunk for request in batch])
             draws_NK = uniforms(self.dataset.seed, epochs, indices, DRAWS, DRAWS_OF.get(self.dataset.plan))
             on_device = to_device(torch.from_numpy(indices), self.device)
-            reported_N = self._reported_N[indices]
+            reported_N = cache.reported_N[indices]
             if self.device.type == "cuda":
                 reported_N = reported_N.pin_memory()  # its parts are copied at the steps, which do not wait for that
-            parts = [self._augment(indices, on_device, draws_NK), self._labels_N[on_device], reported_N]
+            parts = [self._augment(indices, on_device, draws_NK), cache.labels_N[on_device], reported_N]
             if self.dataset.plan == "scale_jitter":
                 parts.append(to_device(torch.from_numpy(colour_shifts(draws_NK)), self.device))
             sizes = [len(batch) for batch in chunk]
             yield from zip(*(part.split(sizes) for part in parts), strict=True)
 
     def _augment(self, indices: np.ndarray, on_device: torch.Tensor, draws_NK: np.ndarray) -> torch.Tensor:
-        dataset, images = self.dataset, self._images
-        assert images is not None  # loaded
+        dataset, cache = self.dataset, self._cache()
+        images = cache.images
         if isinstance(dataset, InMemoryDataset) and dataset.keeps_size:
             width, height = images.sizes_N2[0].tolist()
-            images_NCHW = images.pixels_B.view(-1, self._channels, height, width)
+            images_NCHW = images.pixels_B.view(-1, cache.channels, height, width)
             return dataset.augment(images_NCHW[on_device], draws_NK)
-        shown_N = self._shown_N[indices]
-        rows_NK9 = plan_rows(dataset.plan, images.sizes_N2[shown_N], self._crop_size, dataset.padding, draws_NK)
+        shown_N = cache.shown_N[indices]
+        rows_NK9 = plan_rows(dataset.plan, images.sizes_N2[shown_N], cache.crop_size, dataset.padding, draws_NK)
         crops = rows_NK9.shape[1]
         of_crops = shown_N.repeat(crops)
         table = crop_table(
             rows_NK9.reshape(-1, 9), images.starts_N[of_crops], images.sizes_N2[of_crops], images.of_torch_N[of_crops]
         )
         crops_MCHW = resize_crops(
-            images.pixels_B, to_device(torch.from_numpy(table), self.device), most_taps(table), self._crop_size,
-            self._channels,
+            images.pixels_B, to_device(torch.from_numpy(table), self.device), most_taps(table), cache.crop_size,
+            cache.channels,
         )  # fmt: skip
         return crops_MCHW.unflatten(0, (-1, crops)) if crops > 1 else crops_MCHW
+
+
+def load(dataset: InMemoryDataset | FolderDataset, device: torch.device, workers: int, keep: bool) -> GpuCache:
+    """All images of a set on `device`; arguments as of `GpuCacheLoader`."""
+    labels_N = dataset.labels().astype(np.int64)
+    shown_N = reported_N = np.arange(len(dataset))
+    if isinstance(dataset, InMemoryDataset):
+        images = decoded.in_memory_images(dataset, device)
+        channels = len(images.pixels_B) // (len(dataset) * int(images.sizes_N2[0].prod()))
+        crop_size = int(images.sizes_N2[0, 0])
+    else:
+        if keep:
+            images = decoded.on_device(decoded.kept_images(dataset, workers, device), device)
+        else:
+            images = decoded.decode_images(
+                dataset, workers, device, lambda size: torch.empty(size, dtype=torch.uint8, device=device)
+            )
+        channels, crop_size = 3, dataset.crop_size
+        shown_N = _readable(dataset, images)
+        replaced_N = shown_N != reported_N
+        reported_N = np.where(replaced_N, -reported_N - 1, reported_N)
+        labels_N = np.where(replaced_N, labels_N[shown_N] if dataset.training else -1, labels_N)
+    return GpuCache(
+        images, channels, crop_size, shown_N, torch.from_numpy(reported_N), torch.from_numpy(labels_N).to(device)
+    )
 
 
 def _readable(dataset: FolderDataset, images: decoded.DecodedImages) -> np.ndarray:

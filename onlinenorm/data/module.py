@@ -132,8 +132,8 @@ class ImageDataModule(pl.LightningDataModule):
         self._resumed = (0, 0)
         self._train_sampler: GlobalBatchSampler | None = None
         self._validation: dict[tuple, Loader] = {}
-        self._fits = False
-        self.raw_training = False
+        self._cached: dict[tuple, GpuCacheLoader] = {}  # of each set, whose images it holds
+        self._fits = self.raw_training = False
         self.feeds: torch.device | None = None
 
     # what a kind of dataset provides
@@ -280,10 +280,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._train_sampler = GlobalBatchSampler(
             self.train_images, self.batch_size, self.seed, rank, world_size, accumulate, *self._resumed
         )
-        loader = self._loader(self._sets[0], self._train_sampler)
-        if isinstance(loader, DataLoader) and isinstance(self._sets[0], NvjpegDataset):
-            return NvjpegLoader(loader, self._gpu())
-        return loader
+        return self._loader(self._sets[0], self._train_sampler)
 
     def val_dataloader(self) -> Loader:
         rank, world_size = self._process()
@@ -341,13 +338,17 @@ class ImageDataModule(pl.LightningDataModule):
         workers = self._workers()
         if self.on_device:
             self._check_on_device()
-            return GpuCacheLoader(dataset, sampler, self._device(), workers, self.keep_decoded)
+            loader = GpuCacheLoader(dataset, sampler, self._device(), workers, self.keep_decoded)
+            return self._cached.setdefault((dataset, loader.device), loader).with_sampler(sampler)
         gpu = None if isinstance(dataset, NvjpegDataset) else self._gpu_fed()
         if workers:
             whole = sampler.local_batch_size, PREFETCHED
             size, ahead = whole if gpu is None else (part_size(whole[0], workers), AHEAD)
             check_shared_memory(dataset, size, workers, getattr(self.trainer, "num_devices", 1), ahead)
-        return worker_loader(dataset, sampler, workers) if gpu is None else DeviceLoader(dataset, sampler, gpu, workers)
+        if gpu is not None:
+            return DeviceLoader(dataset, sampler, gpu, workers)
+        decoding = worker_loader(dataset, sampler, workers)
+        return NvjpegLoader(decoding, self._gpu()) if isinstance(dataset, NvjpegDataset) else decoding
 
     def _gpu_fed(self) -> torch.device | None:
         """The GPU that loaders put batches on, or None."""
@@ -366,9 +367,8 @@ class ImageDataModule(pl.LightningDataModule):
     def _device(self) -> torch.device:
         if isinstance(self._sets[0], NvjpegDataset):
             return self._gpu()
-        if self.trainer is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return self.trainer.strategy.root_device
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(here) if self.trainer is None else self.trainer.strategy.root_device
 
     def _handle_unreadable(self, index: int, split: str) -> None:
         dataset = self._sets[0 if split == "train" else 1]

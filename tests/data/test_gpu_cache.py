@@ -177,6 +177,18 @@ def test_decoded_files_are_kept_until_something_changes(tree, own_cache, monkeyp
         assert torch.equal(a[0].cpu(), b[0])
 
 
+def test_a_set_is_decoded_once_for_all_loaders(tree, monkeypatch):
+    whole, files = decoded.decode_whole, []
+    monkeypatch.setattr(decoded, "decode_whole", lambda data, decoder: files.append(data) or whole(data, decoder))
+    ours, theirs = (folders(tree, augmentation="random_resized_crop", on_device=value) for value in (True, False))
+    assert_equal(batches(ours), batches(theirs))
+    ours.resume(3, 1)
+    assert_equal(batches(ours, epoch=3), batches(theirs, epoch=3)[1:])
+    assert len(files) == ours.train_images
+    batches(ours, "val_dataloader")
+    assert len(files) == ours.train_images + ours.val_images
+
+
 def test_what_could_not_be_read_is_tried_again(tree, own_cache, monkeypatch):
     def out_of_reach(index, i):
         if index.relative_path(i) == "bee/1.JPEG":
@@ -192,8 +204,7 @@ def test_what_could_not_be_read_is_tried_again(tree, own_cache, monkeypatch):
 
 
 def test_runs_of_other_limits_and_killed_ones_leave_each_other_alone(tree, own_cache, monkeypatch):
-    data = folders(tree, on_device=True, keep_decoded=True)
-    data.prepare_data()
+    folders(tree, on_device=True, keep_decoded=True).prepare_data()
     (first,) = own_cache.glob("decoded-train-*.u8")
     partial = own_cache / f".{first.name}.0123abcd.partial"
     partial.touch()
@@ -207,7 +218,7 @@ def test_runs_of_other_limits_and_killed_ones_leave_each_other_alone(tree, own_c
 
     monkeypatch.setattr(decoded, "cached_arrays", removed_meanwhile)
     for _ in range(2):  # from the file, and decoded anew
-        assert_equal(batches(data), batches(folders(tree)))
+        assert_equal(batches(folders(tree, on_device=True, keep_decoded=True)), batches(folders(tree)))
     assert not partial.exists()
 
 

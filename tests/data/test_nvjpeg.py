@@ -63,7 +63,7 @@ def test_pixels_do_not_depend_on_workers_or_batches(tree):
 def test_a_share_of_the_images_is_decoded_by_the_workers(tree):
     data = module(tree, device_fraction=0.5, batch_size=15)
     data.setup()
-    (batch,) = list(data._loader(data._sets[0], data.train_dataloader().batch_sampler))
+    (batch,) = list(data.train_dataloader().loader)
     sent = (batch.bounds.diff() > 0).sum().item()
     assert 0 < sent < 12 and len(batch.rows) == 15 - sent  # 3 of the 15 are never for the device
     shared, alone = by_index(data), by_index(module(tree))

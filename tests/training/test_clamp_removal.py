@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests_training import outcome, rows
 
+from onlinenorm.data import gpu_cache
 from onlinenorm.errors import Interrupted
 from onlinenorm.normalizers import update_statistics
 from onlinenorm.records import read_rows
@@ -106,6 +107,15 @@ def test_statistics_are_estimated_anew_and_put_back(run, tmp_path, monkeypatch, 
         update_statistics(module, inputs)
         torch.testing.assert_close(mean, module.network.bn1.running_mean, rtol=0, atol=0)
     assert results["reestimated"]["val_loss"] != results["last"]["val_loss"]
+
+
+def test_images_on_the_device_are_those_of_training(run, tmp_path, monkeypatch):
+    load, loaded = gpu_cache.load, []
+    monkeypatch.setattr(gpu_cache, "load", lambda dataset, *rest: loaded.append(dataset) or load(dataset, *rest))
+    options = ("normalizer=batch", "recipe.reestimate_images=20")
+    results = run(tmp_path / "device", *options, "data.on_device=true")
+    assert sorted(map(len, loaded)) == [21, 70]  # each set once
+    assert results["reestimated"] == run(tmp_path / "workers", *options, "data.on_device=false")["reestimated"]
 
 
 @pytest.mark.parametrize("normalizer", ["layer", "batch_renorm"])  # of the latter they are not a mean over batches
