@@ -1,5 +1,6 @@
 """Batches made ahead on a stream of their own, in a thread beside the one that trains."""
 
+import collections
 import queue
 import threading
 from collections.abc import Generator, Iterable, Sequence
@@ -12,6 +13,8 @@ Item = TypeVar("Item", bound=tuple)
 
 THREAD = "prefetch"
 _QUEUE = 2  # batches that wait for the training step
+
+_idle: dict[torch.device, list[torch.cuda.Stream]] = collections.defaultdict(list)
 
 
 def prefetch(batches: Iterable[Item], device: torch.device) -> Generator[Item, None, None]:
@@ -70,8 +73,7 @@ def _produce(
     results: queue.Queue,
     stopped: threading.Event,
 ) -> None:
-    # its kernels are few and go first, that batches are there in time
-    stream = None if begun is None else torch.cuda.Stream(device, priority=-1)
+    stream = None if begun is None else _take_stream(device)
     try:
         with torch.cuda.stream(stream):
             if stream is not None and begun is not None:
@@ -83,6 +85,20 @@ def _produce(
         results.put(None)
     except BaseException as error:  # raised in the thread that waits
         results.put(error)
+    finally:
+        if stream is not None:
+            _idle[device].append(stream)
+
+
+def _take_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other thread uses: a former one where there is one, as its memory serves no other stream.
+
+    Its kernels are few and go first, that batches are there in time.
+    """
+    try:
+        return _idle[device].pop()
+    except IndexError:
+        return torch.cuda.Stream(device, priority=-1)
 
 
 def _drain(results: queue.Queue) -> None:

@@ -7,6 +7,7 @@ step is a bijection of 64-bit words, so distinct indices never collide within on
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 ORDER, AUGMENTATION, CONTENT = 1, 2, 3  # streams: numbers drawn for one purpose never depend on another's
 
@@ -60,6 +61,8 @@ def normals(uniforms_N2K: np.ndarray) -> np.ndarray:
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order in which epoch `epoch` visits the `length` training images: a function of (seed, epoch) alone.
 
-    Sorting hashed indices, and not numpy's own shuffle, keeps the order equal across numpy versions.
+    Sorting hashed indices, no two of which are equal, keeps the order the same across versions of libraries, as no
+    library's own shuffle would. torch sorts ImageNet's three times as fast as numpy.
     """
-    return np.argsort(hash64(seed, ORDER, epoch, np.arange(length)), kind="stable")
+    hashed = hash64(seed, ORDER, epoch, np.arange(length)) ^ np.uint64(1 << 63)  # in the order of signed numbers
+    return torch.from_numpy(hashed.view(np.int64)).argsort().numpy()

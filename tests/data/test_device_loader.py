@@ -1,5 +1,6 @@
 """Batches that are put together on the device from parts: those of the dataset itself, bit for bit."""
 
+import contextlib
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from image_folders import write_tree
 
 from onlinenorm.data import ImageNet, Synthetic, device_loader
 from onlinenorm.data.device_loader import DeviceLoader, Parts, part_size
-from onlinenorm.data.prefetch import THREAD
+from onlinenorm.data.prefetch import THREAD, prefetch
 from onlinenorm.data.workers import worker_loader
 
 ON_GPU = torch.cuda.is_available()
@@ -117,6 +118,32 @@ def test_errors_of_workers_are_raised_where_the_batches_are_taken(tmp_path):
     with pytest.raises(ZeroDivisionError, match="of a worker"):
         next(iter(loader))
     assert not [t for t in threading.enumerate() if t.name == THREAD]
+
+
+def test_epochs_share_a_stream_and_its_memory_but_loaders_at_work_do_not(monkeypatch):
+    streams = []
+
+    class Stream:
+        def __init__(self, *_, **__):
+            streams.append(self)
+
+        def record_event(self):
+            return self
+
+        def wait_event(self, event):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    device = torch.device("cuda", 99)
+    for _ in range(3):
+        assert list(prefetch(iter([(1,), (2,)]), device)) == [(1,), (2,)]
+    assert len(streams) == 2  # the current one, and that of the thread
+    for _ in range(2):
+        assert len(list(zip(*(prefetch(iter([(1,)] * 9), device) for _ in range(2)), strict=True))) == 9
+    assert len(streams) == 3
 
 
 @pytest.mark.gpu
