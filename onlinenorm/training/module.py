@@ -100,7 +100,7 @@ class ImageClassifier(pl.LightningModule):
 
     def training_loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of a batch, which is added to `train_sums` and watched; without a word with the host."""
-        logits = forward(images)
+        logits = full_precision(forward(images))
         loss, total = _losses(logits, labels, self.recipe.label_smoothing)
         with torch.no_grad():
             self.train_sums += _sums(logits, labels, total)
@@ -148,8 +148,8 @@ class ImageClassifier(pl.LightningModule):
             self.graph.step_optimizer()
 
     def _watch(self, loss: Tensor) -> None:
-        # found without asking the device
-        first = (self.bad_batch < 0) & ~torch.isfinite(loss)
+        # found without asking the device; the difference is 0 or NaN, in fewer kernels than isfinite takes
+        first = (self.bad_batch < 0) & (loss - loss != 0)
         self.bad_batch.copy_(torch.where(first, self.batches, self.bad_batch))
 
     def bad_step(self) -> Tensor:
@@ -290,5 +290,6 @@ def _sums(logits: Tensor, labels: Tensor, loss_sum: Tensor) -> Tensor:
     """(loss, top-1, top-5, images) of a batch, in float64."""
     known_N = labels != IGNORED
     rank_N = rank(logits, labels.clamp(min=0))
-    counts = [((rank_N < min(places, logits.shape[1])) & known_N).sum() for places in (1, 5)] + [known_N.sum()]
-    return torch.stack([value.double() for value in (loss_sum, *counts)])
+    correct = [rank_N < min(places, logits.shape[1]) for places in (1, 5)]
+    counts = (torch.stack([*correct, known_N]) & known_N).sum(1, dtype=torch.float64)
+    return torch.cat([loss_sum.double()[None], counts])
