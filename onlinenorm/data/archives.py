@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import posixpath
+import shlex
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from onlinenorm.data.devkit import GROUND_TRUTH, META, Devkit, find_devkit, read_devkit
 from onlinenorm.data.index import FolderIndex, changed_ns, is_hidden, is_image, name_few, pack_names, tell_hidden
 from onlinenorm.data.index_cache import Arrays, cached_arrays
+from onlinenorm.data.missing import no_content
 from onlinenorm.errors import DataError
 
 TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -147,11 +149,11 @@ def _files(members: Iterable[tarfile.TarInfo], archive: Path) -> dict[str, tarfi
     for member in members:
         name = posixpath.normpath(member.name)
         if name.startswith(("/", "../")) or ".." in member.name.split("/"):
-            raise DataError(f"{archive}: its member {member.name} points out of the folder; pack it again without it")
+            raise _refused(archive, f"its member {member.name} points out of the folder; pack it again without it")
         if member.size < 0:
             raise tarfile.ReadError(f"its member {member.name} has {member.size} bytes")
         if member.isdev():
-            raise DataError(f"{archive}: its member {member.name} is a device, no file; pack it again without it")
+            raise _refused(archive, f"its member {member.name} is a device, no file; pack it again without it")
         if member.islnk():
             target = last.get(posixpath.normpath(member.linkname))
             if target is None or target.isdir():
@@ -172,17 +174,22 @@ def _followed(name: str, members: dict[str, tarfile.TarInfo], archive: Path) -> 
         if member.issym():
             path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
         elif member.issparse():
-            raise DataError(f"{archive}: {path} is stored with holes; pack it again without --sparse")
+            raise _refused(archive, f"{path} is stored with holes; pack it again without --sparse")
         else:
             return member
     raise _dangling(archive, members[name])
 
 
 def _dangling(archive: Path, link: tarfile.TarInfo) -> DataError:
-    return DataError(
-        f"{archive}: its member {link.name} is a link to {link.linkname}, which is no file of this archive; pack "
-        "it again with the files themselves (tar --dereference --hard-dereference)"
+    return _refused(
+        archive,
+        f"its member {link.name} is a link to {link.linkname}, which is no file of this archive; pack it again with "
+        "the files themselves (tar --dereference --hard-dereference)",
     )
+
+
+def _refused(archive: Path, why: str) -> DataError:
+    return DataError(f"{archive}: {why}", key="root")
 
 
 def _scan_nested(archive: Path, devkit: Devkit, progress: Progress) -> Iterator[Member]:
@@ -190,11 +197,11 @@ def _scan_nested(archive: Path, devkit: Devkit, progress: Progress) -> Iterator[
     with _opened(archive) as tar:
         outer = {path: member for path, member in _files(tar, archive).items() if path.endswith(".tar")}
         if not outer:
-            raise DataError(f"{archive}: holds no class archives (n01440764.tar, ...); is it the training archive?")
+            raise _refused(archive, "holds no class archives (n01440764.tar, ...); is it the training archive?")
         for done, (path, member) in enumerate(outer.items()):
             name = Path(path).stem
             if name not in devkit.train_images:
-                raise DataError(f"{archive}: holds {path}, which the devkit does not know as a class")
+                raise _refused(archive, f"holds {path}, which the devkit does not know as a class")
             progress(f"reading headers of {archive.name}", done, len(outer))
             with _opened(archive, tar.extractfile(member), member.name) as inner:
                 for image, place in _files(inner, archive / path).items():
@@ -210,12 +217,10 @@ def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") ->
         with stream or open(archive, "rb") as file:
             start = file.read(512)
             plain = start[257:262] == b"ustar"  # else a header's first bytes, a name, could be taken for those
-            if kind := not plain and next(
-                (kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None
-            ):
-                raise DataError(
-                    f"{name} is compressed ({kind}); images are read in place from plain tar: unpack it once"
-                )
+            if not plain and (found := [kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)]):
+                raise _compressed(archive, name, found[0], whole=not member)
+            if cause := no_content(start):
+                raise DataError(f"{name} {cause}", key="root")
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 yield tar
@@ -227,7 +232,19 @@ def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") ->
     except PermissionError as error:
         raise DataError(f"{archive} cannot be read ({error.strerror}); correct its permissions", key="root") from error
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{name} is damaged or cut short ({error}); compare its checksum and fetch it again") from error
+        raise DataError(
+            f"{name} is damaged or cut short ({error}); compare its checksum and fetch it again", key="root"
+        ) from error
+
+
+def _compressed(archive: Path, name: str, kind: str, whole: bool) -> DataError:
+    """What to run: one that needs no suffix of its own, as a compressed tar may be called X.tar."""
+    file = shlex.quote(str(archive))
+    plain = shlex.quote(f"{archive.with_suffix('')}.plain")
+    cure = f"run {kind} -dc {file} > {plain} && mv {plain} {file}"
+    if not whole or kind == "zip":
+        cure = "unpack it, and pack its files again without compression"
+    return DataError(f"{name} is compressed ({kind}), and images are read in place from plain tar; {cure}", key="root")
 
 
 def _check_train(members: Iterator[Member], devkit: Devkit, archive: Path) -> Iterator[Member]:
@@ -240,17 +257,18 @@ def _check_train(members: Iterator[Member], devkit: Devkit, archive: Path) -> It
         if expected and counts[name] != expected
     ]  # fmt: skip
     if wrong:
-        raise DataError(
-            f"{archive}: {len(wrong)} classes do not hold the images that the devkit counts: {name_few(wrong)}"
+        raise _refused(
+            archive, f"{len(wrong)} classes do not hold the images that the devkit counts: {name_few(wrong)}"
         )
 
 
 def _label_val(members: Iterator[Member], devkit: Devkit, archive: Path) -> Iterator[Member]:
     images = sorted(members)
     if len(images) != len(devkit.val_classes):
-        raise DataError(
-            f"{archive}: holds {len(images)} images and the devkit labels {len(devkit.val_classes)}; "
-            "they do not belong together, or the archive is cut short"
+        raise _refused(
+            archive,
+            f"holds {len(images)} images and the devkit labels {len(devkit.val_classes)}; they do not belong together, "
+            "or the archive is cut short",
         )
     for (name, place, start, size), wnid in zip(images, devkit.val_classes, strict=True):
         yield f"{wnid}/{Path(name).name}", place, start, size

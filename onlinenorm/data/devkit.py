@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onlinenorm.errors import DataError
+from onlinenorm.text import first_line
 
 NAME = "ILSVRC2012_devkit_t12"
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -26,7 +27,8 @@ def find_devkit(folder: Path) -> Path:
             return path
     raise DataError(
         f"{folder / NAME}.tar.gz is missing: the development kit (2.5 MB, beside the archives on image-net.org) "
-        "holds the labels of the validation images"
+        "holds the labels of the validation images",
+        key="root",
     )
 
 
@@ -44,9 +46,11 @@ def read_devkit(path: Path) -> Devkit:
         by_id = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
         counts = {str(s["WNID"]): int(s["num_train_images"]) for s in leaves}
         val_classes = [by_id[int(line)] for line in truth.split()]
-    except (KeyError, ValueError, TypeError, OSError, zlib.error) as error:
+    except Exception as error:  # a damaged file makes scipy raise almost anything, a foreign one numpy
         raise DataError(
-            f"{path}: is not the development kit of ILSVRC 2012 ({type(error).__name__}: {error})"
+            f"{path} is not the development kit of ILSVRC 2012, or damaged ({type(error).__name__}: "
+            f"{first_line(error)}); fetch it again from https://image-net.org",
+            key="root",
         ) from error
     return Devkit(counts, val_classes)
 
@@ -61,7 +65,9 @@ def _content(path: Path, name: str) -> bytes:
                 if wanted and (file := tar.extractfile(member)) is not None:
                     return file.read()
     except PermissionError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}); correct its permissions") from error
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}); correct its permissions", key="root"
+        ) from error
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged or cut short ({error}); fetch it again") from error
-    raise DataError(f"{path}: holds no {name}; is it the development kit {NAME}?")
+        raise DataError(f"{path} is damaged or cut short ({error}); fetch it again", key="root") from error
+    raise DataError(f"{path}: holds no {name}; is it the development kit {NAME}?", key="root")

@@ -17,6 +17,7 @@ import numpy as np
 from onlinenorm.data.archives import ArchiveIndex, Progress, files_key, member_arrays, silent
 from onlinenorm.data.index import name_few
 from onlinenorm.data.index_cache import cached_arrays
+from onlinenorm.data.missing import no_content
 from onlinenorm.data.parquet_pages import NotReadInPlace, Place, locate, read_pages, snappy_stream
 from onlinenorm.errors import DataError
 from onlinenorm.text import first_line
@@ -28,6 +29,7 @@ LABELS = 1000  # where the file does not say how many
 
 _BYTES, _PATH, _LABEL = "image.bytes", "image.path", "label"
 _LARGE, _COSTLY = 1 << 19, 4  # bytes read for an image, and for a byte of it, above which another form is advised
+_START = 64  # bytes that tell whether a file is one
 _THREADS = 4  # each holds a row group several times
 _MORE = {"stored": np.int64, "rooms": np.int64, "skips": np.int64, "codecs": np.int8}
 
@@ -171,7 +173,10 @@ def _read_table(path: Path) -> _Table:
     """Raises DataError where a file is damaged, of other columns, or without labels."""
     pyarrow, parquet = _pyarrow()
     try:
-        with open(path, "rb") as file, parquet.ParquetFile(path) as table:
+        with open(path, "rb") as file:
+            if cause := no_content(os.pread(file.fileno(), _START, 0)):
+                raise DataError(f"{path} {cause}", key="root")
+        with open(path, "rb") as file, parquet.ParquetFile(path, page_checksum_verification=True) as table:
             columns = [table.metadata.schema.column(n).path for n in range(len(table.metadata.schema))]
             if not {_BYTES, _LABEL} <= set(columns):
                 raise DataError(
@@ -181,7 +186,7 @@ def _read_table(path: Path) -> _Table:
                 )
             names, rows = _label_names(table.schema_arrow.metadata), list[_Row]()
             for group in range(table.num_row_groups):
-                rows += _read_group(table, group, columns, file.fileno())
+                rows += _read_group(path, table, group, columns, file.fileno())
     except PermissionError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); correct its permissions", key="root") from error
     except NotReadInPlace as error:
@@ -194,21 +199,24 @@ def _read_table(path: Path) -> _Table:
         raise DataError(
             f"{path} is damaged or cut short ({first_line(error)}); download it again", key="root"
         ) from error
-    _check_labels(path, [row.label for row in rows], len(names) if names else LABELS)
+    _check_labels(path, [row.label for row in rows], names)
     return _Table(rows, names)
 
 
-def _read_group(table: Any, group: int, columns: list[str], file: int) -> Iterator[_Row]:
+def _read_group(path: Path, table: Any, group: int, columns: list[str], file: int) -> Iterator[_Row]:
     wanted = [name for name in (_BYTES, _PATH, _LABEL) if name in columns]
     content = table.read_row_group(group, columns=wanted, use_threads=False).flatten()
     labels = content.column(_LABEL).to_pylist()
     values = content.column(_BYTES).to_pylist()
     paths = content.column(_PATH).to_pylist() if _PATH in columns else [None] * len(labels)
-    if wrong := [label for label in labels if isinstance(label, float) and not label.is_integer()]:
-        raise ValueError(f"the label {wrong[0]} is no whole number")
     if None in labels or None in values:
         row = (labels if None in labels else values).index(None)
         raise ValueError(f"row {row} of row group {group} holds no image or no label")
+    if wrong := [label for label in labels if not isinstance(label, int | float) or label % 1 != 0]:
+        raise DataError(
+            f"{path}: the label {wrong[0]!r} is no whole number; the column {_LABEL} has to count the classes from 0",
+            key="root",
+        )
     chunk = table.metadata.row_group(group).column(columns.index(_BYTES))
     name = {"UNCOMPRESSED": "", "LZ4": "lz4_raw"}.get(chunk.compression, chunk.compression.lower())
     if name not in CODECS:
@@ -220,7 +228,8 @@ def _read_group(table: Any, group: int, columns: list[str], file: int) -> Iterat
         yield _Row(path, int(label), place, len(value), CODECS.index(name))
 
 
-def _check_labels(path: Path, labels: list[int], count: int) -> None:
+def _check_labels(path: Path, labels: list[int], names: list[str] | None) -> None:
+    count = len(names) if names else LABELS
     if not labels or (min(labels) >= 0 and max(labels) < count):
         return
     if set(labels) == {-1}:
@@ -229,7 +238,12 @@ def _check_labels(path: Path, labels: list[int], count: int) -> None:
             key="root",
         )
     wrong = next(label for label in labels if not 0 <= label < count)
-    raise DataError(f"{path} holds the label {wrong}, and labels are 0 to {count - 1}; download it again", key="root")
+    cure = (
+        "download it again"
+        if names or wrong < 0
+        else "a set of more classes has to name them, as the library datasets does"
+    )
+    raise DataError(f"{path} holds the label {wrong}, and labels are 0 to {count - 1}; {cure}", key="root")
 
 
 def _label_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:

@@ -2,12 +2,14 @@ import copy
 import pickle
 import subprocess
 import tarfile
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from image_folders import write_tree
 from official_archives import WNIDS, add, write_official
+from scipy.io import savemat
 
 from onlinenorm.data import DataError, ImageNet, archives, devkit
 from onlinenorm.data.archives import load_official, load_shards
@@ -116,6 +118,7 @@ def second_class(path):
         return tar.getmembers()[1]
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 
 
@@ -136,14 +139,55 @@ TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSV
          (f / "b" / DEVKIT).rename(f / DEVKIT), f"{VAL}: holds 5 images and the devkit labels 6"),
         (lambda f: write_official(f / "b", train=6) and (f / "b" / DEVKIT).rename(f / DEVKIT),
          f"{TRAIN}: 3 classes do not hold .* devkit counts: n01484850 5 of 6"),
+        (lambda f: (f / VAL).write_bytes(b""), f"{VAL} is empty; fetch it again"),
+        (lambda f: (f / VAL).write_bytes(LFS_POINTER), f"{VAL} is a pointer of Git LFS .*git lfs pull"),
         (lambda f: (f / VAL).rename(f / TRAIN), "holds no class archives .* is it the training archive"),
     ],
 )  # fmt: skip
 def test_damage_is_named(tmp_path, change, message):
     folder = write_official(tmp_path / "official")
     change(folder)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"(?s)^root: (?!.*\n).*{message}"):
         open_splits(str(folder))
+
+
+def mat(**arrays):
+    content = BytesIO()
+    savemat(content, arrays)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        b"",
+        bytes(5000),
+        b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM" + bytes(500),
+        np.random.default_rng(0).bytes(100),
+        mat(other=1),
+        mat(synsets=np.arange(3)),
+        mat(synsets=np.array([(1, 2)], dtype=[("a", object), ("b", object)])),
+    ],
+    ids=["empty", "zeros", "7.3", "noise", "no synsets", "numbers", "other fields"],
+)
+def test_a_damaged_devkit_gets_one_sentence(official, tmp_path, meta, packed):
+    folder = tmp_path / "official"
+    folder.mkdir()
+    for name in (TRAIN, VAL):
+        (folder / name).symlink_to(official / name)
+    with tarfile.open(official / DEVKIT) as tar:
+        tar.extractall(folder, filter="data")
+    kit = folder / "ILSVRC2012_devkit_t12"
+    (kit / "data" / "meta.mat").write_bytes(meta)
+    if packed:
+        with tarfile.open(folder / DEVKIT, "w:gz") as tar:
+            tar.add(kit, kit.name)
+    with pytest.raises(
+        DataError, match=r"^root: .*devkit_t12\S* is not the development kit of ILSVRC 2012, or dam"
+    ) as found:
+        open_splits(str(folder))
+    assert "\n" not in str(found.value)
 
 
 def test_incomplete_shards_are_named(official, tmp_path):
@@ -278,8 +322,10 @@ def test_a_member_of_less_than_nothing_is_damage(tmp_path):
 def test_compressed_tars_are_named(tmp_path, kind):
     with tarfile.open(tmp_path / "train.tar", f"w:{kind}") as tar:
         add(tar, "ant/0.jpg", b"x")
-    with pytest.raises(DataError, match=r"train.tar is compressed \((gzip|bzip2|xz)\).*unpack it"):
+    with pytest.raises(DataError, match=r"^root: .*train.tar is compressed \((gzip|bzip2|xz)\)") as found:
         load_shards([tmp_path / "train.tar"], "train")
+    subprocess.run(str(found.value).partition("run ")[2], shell=True, check=True)
+    assert len(load_shards([tmp_path / "train.tar"], "train")) == 1
 
 
 @pytest.mark.parametrize("name", ["PK zoo", "BZhang", "(\u00b5/\u00fd"])

@@ -186,12 +186,13 @@ def without_validation(root, folders):
 TRAIN = "train-00000-of-00002.parquet"
 CHANGES = [
     (lambda root, _: cut(root / TRAIN, 5000), f"{TRAIN} is damaged or cut short .*download it again"),
-    (lambda root, _: cut(root / TRAIN, 0), f"{TRAIN} is damaged or cut short"),
+    (lambda root, _: cut(root / TRAIN, 0), f"{TRAIN} is empty; fetch it again"),
+    (lambda root, _: (root / TRAIN).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     (lambda root, _: spoil(root / TRAIN), f"{TRAIN} is damaged or cut short"),
     (lambda root, _: (root / TRAIN).unlink(), r"holds 1 parquet files of train, and their names announce 2; download"),
     (lambda root, _: drop_column(root / TRAIN, "label"), rf"{TRAIN} holds the columns image.bytes, image.path; expec"),
-    (lambda root, folders: relabel(root, folders, l2=1000), r"holds the label 1000, and labels are 0 to 999"),
-    (lambda root, folders: relabel(root, folders, l2=-7), r"holds the label -7, and labels are 0 to 999"),
+    (lambda root, folders: relabel(root, folders, l2=1000), "labels are 0 to 999; a set of more classes"),
+    (lambda root, folders: relabel(root, folders, l2=-7), r"holds the label -7, and labels are 0 to 999; download"),
     (lambda root, folders: relabel(root, folders, l2=None), r"cut short \(row 0 of row group 0 holds no image or no"),
     (lambda root, folders: relabel(root, folders, l2=1), r"has the label 1, and other images of .* or of that label"),
     (without_validation, r"test-00000-of-00002.parquet holds images without labels \(-1\), as the hub's test set; val"),
@@ -228,8 +229,11 @@ def test_labels_that_are_no_whole_numbers_are_told(folders, tmp_path):
 
     path = write_set(tmp_path, folders) / TRAIN
     table = pyarrow.parquet.read_table(path)
-    for shift, told in ((0.0, None), (0.5, "the label 0.5 is no whole number|label 1.5|label 2.5")):
-        labels = pyarrow.array([label + shift for label in table.column("label").to_pylist()])
+    for change, told in (
+        (float, None), (lambda label: label + 0.5, r"the label \d.5 is no whole number; the column label has to count"),
+        ("n{}".format, r"the label 'n\d' is no whole number; the column label has to count"),
+    ):  # fmt: skip
+        labels = pyarrow.array([change(label) for label in table.column("label").to_pylist()])
         pyarrow.parquet.write_table(table.set_column(table.schema.get_field_index("label"), "label", labels), path)
         if told is None:
             open_splits(str(tmp_path))
@@ -253,6 +257,20 @@ def test_damage_after_indexing_is_an_unreadable_image(folders, tmp_path):
     path.write_bytes(content)
     with pytest.raises(OSError):
         [train.read(i) for i in range(len(train))]
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_checksums_of_pages_are_compared_where_files_have_them(folders, tmp_path, checked):
+    path = write_set(tmp_path, folders, compression="none", write_page_checksum=checked) / TRAIN
+    rows = rows_of(folders / "train")
+    content = bytearray(path.read_bytes())
+    content[content.index(rows[0]["image"]["bytes"]) + 300] ^= 1
+    path.write_bytes(content)
+    if not checked:
+        open_splits(str(tmp_path))
+        return
+    with pytest.raises(DataError, match=f"^root: .*{TRAIN} is damaged or cut short .*download it again"):
+        open_splits(str(tmp_path))
 
 
 WITHOUT = """

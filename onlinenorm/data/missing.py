@@ -1,0 +1,50 @@
+"""What is said where images are missing: no folder, none of the set in it, an archive alone, an empty file."""
+
+import os
+import shlex
+from pathlib import Path
+
+from onlinenorm.data.index import name_few
+from onlinenorm.errors import ArgumentError
+
+_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def check_root(root: str | None, read: bool) -> None:
+    """Raises ArgumentError for a `root` that is empty, or given where it is not `read`."""
+    if root is not None and not root.strip():
+        raise ArgumentError("root", "is empty, as of a shell variable that is not set; name a folder, or leave it out")
+    if root is not None and not read:
+        raise ArgumentError(
+            "root",
+            f"{root} would not be read: these images are there without it. For class folders of your own choose "
+            "data=imagenet; else leave it out",
+        )
+
+
+def absence(root: Path, title: str) -> str:
+    """Why the set `title` is not found at `root`; where its archive lies there, or is it, what unpacks that."""
+    root = root.absolute()
+    if not root.exists():
+        return f"{root} is a link that leads nowhere" if root.is_symlink() else f"{root} does not exist"
+    names = [root.name] if root.is_file() else sorted(os.listdir(root))
+    folder = root.parent if root.is_file() else root
+    packed = [name for name in names if name.lower().endswith(_ARCHIVES) and (folder / name).is_file()]
+    if not packed:
+        holds = f"holds no {title} (it holds: {name_few(names) or 'nothing'})"
+        return f"{root} {'is a file, not a folder' if root.is_file() else holds}"
+    zipped = packed[0].lower().endswith(".zip")
+    file, place = shlex.quote(str(folder / packed[0])), shlex.quote(str(folder))
+    command = f"unzip {file} -d {place}" if zipped else f"tar xf {file} -C {place}"
+    what = f"{root} is an archive" if root.is_file() else f"{root} holds no {title}, and {name_few(packed)}"
+    return f"{what}; unpack it: {command}" + f", and name the folder: data.root={place}" * root.is_file()
+
+
+def no_content(start: bytes) -> str | None:
+    """Of a file by its first bytes: that it is empty or stands for another, with what to do; None for any other."""
+    if not start:
+        return "is empty; fetch it again"
+    if start.startswith(_LFS_POINTER):
+        return "is a pointer of Git LFS in place of the file; run git lfs pull where it was cloned"
+    return None
