@@ -53,6 +53,10 @@ def call(folder, *arguments):
         ("data.root=/nowhere", r"^data.root: .*/nowhere"),
         ("experiment=quickstart data.root=/photos", r"^data.root: /photos would not be read: .*data=imagenet"),
         ("data=synthetic data.root=/photos", r"^data.root: /photos would not be read"),
+        *(
+            (f"data={name} data.root=", r"^data.root: is empty, as of a shell variable that is not set; name a folder")
+            for name in ("imagenet", "imagenette", "tiny_imagenet", "cifar10", "fashion_mnist", "embedded", "synthetic")
+        ),
     ],
 )
 def test_mistakes_get_one_message_that_names_the_key(override, message, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from onlinenorm.data.class_folders import check_classes, validation_folder
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
 from onlinenorm.data.decoders import open_rgb
 from onlinenorm.data.index import FolderIndex, list_classes, load_index
+from onlinenorm.data.missing import absence
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.errors import ArgumentError, DataError
 
@@ -131,7 +132,8 @@ class CIFAR10(ImageDataModule):
             raise self._missing("no folder is given")
         folder, binary = Path(self.root).expanduser().absolute(), self.binary
         if not folder.is_dir():
-            raise self._missing(f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}")
+            its = f"{folder} is a file; name the folder that holds it: data.root={folder.parent}"
+            raise self._missing(its if folder.is_file() else absence(folder, self.title))
         if (folder / "train").is_dir():
             return self._read_class_folders(folder)
         names = [*binary.train, *binary.test]
@@ -153,13 +155,13 @@ class CIFAR10(ImageDataModule):
                 f"are read; download the binary version, {binary.archive}, from {SOURCE} instead",
                 key="root",
             )
-        raise self._missing(f"{folder} holds neither")
+        raise self._missing(absence(folder, self.title))
 
     def _missing(self, what: str) -> DataError:
         binary = self.binary
         first, last = self.classes[0], self.classes[-1]
         return DataError(
-            f"{self.title}: {what}.\nExpected in ROOT, any one of\n"
+            f"{self.title}: {what}\nExpected in ROOT, any one of\n"
             f"  archive:  {binary.archive} as downloaded, the binary version, from {SOURCE}\n"
             f"            (MD5 {binary.md5})\n"
             f"  files:    {binary.folder}/ with {', '.join([*binary.train, *binary.test])}, which it unpacks to\n"
@@ -253,7 +255,11 @@ def read_images(index: FolderIndex) -> np.ndarray:
         try:
             image = open_rgb(index.read(i))
         except Exception as error:  # a damaged file makes decoders raise almost anything
-            raise DataError(f"{index.path(i)} cannot be decoded ({error}); replace the file", key="root") from error
+            raise DataError(
+                f"{index.path(i)} cannot be decoded ({error}); replace the file: all images of CIFAR are read at the "
+                "start, and data.on_unreadable leaves none of them out",
+                key="root",
+            ) from error
         if image.size != (SIZE, SIZE):
             width, height = image.size
             raise DataError(f"{index.path(i)} has {width} x {height} pixels and not {SIZE} x {SIZE}", key="root")

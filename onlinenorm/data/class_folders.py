@@ -8,6 +8,7 @@ import numpy as np
 
 from onlinenorm.data.index import FolderIndex, name_few, pack_names
 from onlinenorm.errors import DataError
+from onlinenorm.text import plural
 
 
 class MovedIndex(FolderIndex):
@@ -54,11 +55,12 @@ def sorted_by_list(index: FolderIndex, wnids: Mapping[str, str], source: Path) -
 
 def check_listed(source: Path, named: Collection[str], present: Collection[str], place: str) -> None:
     """Raises DataError, with the names, where the files that the list `source` names are not those `present`."""
-    for names, what in ((set(named) - set(present), "names {} files that are not in"),
-                        (set(present) - set(named), "does not name {} files of")):  # fmt: skip
+    for names, what in ((set(named) - set(present), "names {} not in"),
+                        (set(present) - set(named), "does not name {} of")):  # fmt: skip
         if names:
             raise DataError(
-                f"{source} {what.format(f'{len(names):,}')} {place}: {name_few(sorted(names))}; unpack the set again",
+                f"{source} {what.format(plural(len(names), 'file'))} {place}: {name_few(sorted(names))}; unpack the "
+                "set again",
                 key="root",
             )
 
@@ -68,7 +70,7 @@ def validation_folder(folder: Path, names: Sequence[str] = ("val", "test")) -> P
     for name in names:
         if (folder / name).is_dir():
             return folder / name
-    raise DataError(f"{folder} holds train/ and neither {'/ nor '.join(names)}/; add the validation images", key="root")
+    raise DataError(f"{folder} holds train/ and no {'/ or '.join(names)}/; add the validation images", key="root")
 
 
 def check_classes(where: Path, found: Iterable[str], expected: Iterable[str], title: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
+from onlinenorm.data.missing import no_content
 from onlinenorm.data.transforms import Planner, cut_crops, follow_plan
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ def open_rgb(data: bytes) -> Image.Image:
 
     Raises ValueError for floating-point and 32-bit pixels, whose range is in no file.
     """
+    if cause := no_content(data):
+        raise UnidentifiedImageError(f"it {cause}")
     try:
         opened = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:

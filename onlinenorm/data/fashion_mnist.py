@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
+from onlinenorm.data.missing import absence, no_content
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.errors import ArgumentError, DataError
 from onlinenorm.files import user_cache
@@ -117,16 +118,14 @@ def find_full_set(root: str | None) -> Path:
         if len(missing) < 4 and cache not in folder.parents:  # the downloader completes its own folder
             raise DataError(
                 f"{folder} holds a part of Fashion-MNIST only; missing: {', '.join(n + '.gz' for n in missing)}. "
-                "Complete the four files, or remove them to have the set searched elsewhere.",
+                "Complete the four files" + ", or remove them to have the set searched elsewhere" * (root is None),
                 key="root",
             )
         searched.append(str(folder))
     if root is not None:
         folders = "\n  ".join(searched)
         what = (
-            f"Fashion-MNIST is in none of\n  {folders}"
-            if places[0].is_dir()
-            else f"{places[0].absolute()} is no folder"
+            f"Fashion-MNIST is in none of\n  {folders}" if places[0].is_dir() else absence(places[0], "Fashion-MNIST")
         )
         raise DataError(f"{what}\n{_TO_GET_IT}", key="root")
     return _download(cache, searched)
@@ -169,7 +168,10 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
     if path is None:
         raise DataError(f"{folder / name}.gz is missing", key="root")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = path.read_bytes()
+        if cause := no_content(data):
+            raise DataError(f"{path} {cause}", key="root")
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged or cut short ({error}); fetch it again", key="root") from error
     return parse_idx(data, str(path))
@@ -178,7 +180,9 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
 def parse_idx(data: bytes, origin: str) -> np.ndarray:
     """Parses an IDX file of unsigned bytes: 0, 0, 8, number of dimensions, big-endian 32-bit lengths, values."""
     if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise DataError(f"{origin} is no IDX file of unsigned bytes (it begins with {data[:4].hex(' ')})", key="root")
+        raise DataError(
+            f"{origin} is no IDX file of unsigned bytes (it begins with {data[:4].hex(' ') or 'nothing'})", key="root"
+        )
     shape = tuple(np.frombuffer(data, dtype=">u4", count=data[3], offset=4).tolist())
     values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
     if values.size != np.prod(shape, dtype=np.int64):

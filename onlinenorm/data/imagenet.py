@@ -15,11 +15,13 @@ from onlinenorm.data.decoders import DEVICE_DECODERS
 from onlinenorm.data.imagenet_classes import WNIDS
 from onlinenorm.data.index import FolderIndex, is_image, list_classes, load_index, name_few
 from onlinenorm.data.kaggle import COMPETITION, LABELS, ZIP, find_images, load_folders, load_zip
+from onlinenorm.data.missing import absence
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.parquet import load_tables
 from onlinenorm.data.verify import is_resized, recorded, scale_of
 from onlinenorm.errors import ArgumentError, DataError
+from onlinenorm.text import plural
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,12 @@ class ImageNet(ImageDataModule):
             raise DataError(
                 f"{error.filename} cannot be read ({error.strerror}); correct its permissions", key="root"
             ) from error
+        if len(train.class_names) < 2:
+            raise DataError(
+                f"{train.folder.absolute()} holds one class, {train.class_names[0]}, and a network learns to tell two "
+                "or more apart; is data.root the folder that was meant, and are its classes complete?",
+                key="root",
+            )
         scale = scale_of(train.class_names, len(train), len(val), is_resized(self._splits))
         if self.name == "imagenet" and scale not in _IMAGENET:  # sets derived of this have names of their own
             name = Path(self.root or "").expanduser().resolve().name
@@ -140,19 +148,15 @@ def open_splits(root: str | None, progress: Progress | None = None) -> Splits:
     if root is None:
         raise DataError(f"no ImageNet folder is given.\n{_LAYOUT}", key="root")
     folder = Path(root).expanduser()
-    if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".zip"):
-        kind = "is a file, not a folder" if folder.exists() else "does not exist"
-        kind = "is a link that leads nowhere" if folder.is_symlink() and not folder.exists() else kind
-        raise DataError(f"{folder.absolute()} {kind}.\n{_FOLDERS}", key="root")
-    forms = _forms(folder)
+    forms = _forms(folder) if folder.is_dir() or _is_zip(folder) else {}
     if not forms:
+        parent = folder.absolute().parent
+        if folder.is_file() and _forms(parent):
+            raise DataError(f"{folder} is a file; name the folder that holds it: data.root={parent}", key="root")
         missing = [split for split in ("train", "val") if not (folder / split).is_dir()]
-        found = name_few(sorted(os.listdir(folder))) or "nothing"
-        raise DataError(
-            f"{folder.absolute()} holds no folder {' and no folder '.join(missing)} (it holds: {found}), nor tar "
-            f"files of them.\n{_FOLDERS}",
-            key="root",
-        )
+        layout = _LAYOUT if len(missing) == 2 else _FOLDERS  # who has begun with folders needs no others
+        cause = absence(folder, "folder " + " and no folder ".join(missing))
+        raise DataError(f"{cause}\n{layout}", key="root")
     taken, *others = forms
     if others:
         log.warning("%s holds images in several forms, %s: read are the %s", folder, ", ".join(forms), taken)
@@ -183,9 +187,14 @@ def _forms(folder: Path) -> dict[str, Callable[[Progress], Splits]]:
             break
     if (folder / TRAIN_ARCHIVE).exists() or (folder / VAL_ARCHIVE).exists():
         forms["official archives"] = functools.partial(load_official, folder)
-    if (folder / ZIP).is_file():
-        forms["Kaggle's zip file"] = functools.partial(load_zip, folder / ZIP)
+    zips = list(filter(_is_zip, folder.iterdir()))
+    if folder / ZIP in zips or not (forms or len(zips) != 1 or (folder / "train").is_dir()):
+        forms["Kaggle's zip file"] = functools.partial(load_zip, folder / ZIP if folder / ZIP in zips else zips[0])
     return forms
+
+
+def _is_zip(path: Path) -> bool:
+    return path.suffix.lower() == ".zip" and path.is_file()
 
 
 def _load_folders(folder: Path, val: str) -> Splits:
@@ -209,20 +218,20 @@ def _log_progress(what: str, done: int, total: int | None) -> None:
 
 def _split_files(folder: Path, names: Sequence[str], suffix: str) -> list[Path]:
     """The files of a split, sorted; of the first of its names that has any."""
-    found = (sorted(p for p in folder.glob(f"{name}*.{suffix}") if p.is_file()) for name in names)
-    return next(filter(None, found), [])
+    ends = lambda path: path.suffix.lower() == f".{suffix}" and path.is_file()  # noqa: E731
+    return next(filter(None, (sorted(filter(ends, folder.glob(f"{name}*"))) for name in names)), [])
 
 
 def _complete(files: list[Path]) -> list[Path]:
     """The files; DataError where their names say that some are missing."""
     announced = {int(found[1]) for path in files if (found := re.search(r"-of-(\d+)[-.]", path.name))}
     if announced and announced != {len(files)}:
-        kind, split = files[0].suffix[1:], re.split(r"\W", files[0].name)[0]
+        kind, split = files[0].suffix[1:].lower(), re.split(r"\W", files[0].name)[0]
         again = "run scripts/prepare_imagenet.py --packed again" if kind == "tar" else "download again"
         raise DataError(
-            f"{files[0].parent.absolute()} holds {len(files)} {kind} files of {split}, and their names announce "
-            f"{' or '.join(map(str, sorted(announced)))}; {again} to complete them, or remove those of another "
-            "division",
+            f"{files[0].parent.absolute()} holds {plural(len(files), f'{kind} file')} of {split}, and their names "
+            f"announce {' or '.join(map(str, sorted(announced)))}; {again} to complete them, or remove those of "
+            "another division",
             key="root",
         )
     return files

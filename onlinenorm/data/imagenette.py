@@ -6,6 +6,7 @@ from pathlib import Path
 from onlinenorm.data.class_folders import check_classes, validation_folder
 from onlinenorm.data.imagenet import ImageNet
 from onlinenorm.data.index import FolderIndex, list_classes, load_index, name_few
+from onlinenorm.data.missing import absence
 from onlinenorm.errors import DataError
 
 FOLDERS = ("imagenette2", "imagenette2-320", "imagenette2-160")
@@ -62,9 +63,7 @@ class Imagenette(ImageNet):
                 f"{root} holds several sets: {name_few([str(f) for f in found])}; name one as data.root", key="root"
             )
         if not found:
-            raise DataError(
-                f"{root} {'holds no Imagenette' if root.is_dir() else 'is no folder'}.\n{_LAYOUT}", key="root"
-            )
+            raise DataError(f"{absence(root, 'Imagenette')}\n{_LAYOUT}", key="root")
         return found[0]
 
     @property

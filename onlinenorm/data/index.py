@@ -15,6 +15,7 @@ import numpy as np
 
 from onlinenorm.data.index_cache import Arrays, cached_arrays
 from onlinenorm.errors import DataError
+from onlinenorm.text import plural
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -35,14 +36,17 @@ def is_image(path: str) -> bool:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file or one of the folders that it lies in has a name that begins with a point."""
-    return any(name.startswith(".") for name in path.split("/"))
+    """Whether a file or one of the folders that it lies in has a name that begins with a point, or is __MACOSX.
+
+    That is the folder of ._ files in zip files made on macOS.
+    """
+    return any(name.startswith(".") or name == "__MACOSX" for name in path.split("/"))
 
 
 def tell_hidden(place: Path, paths: Iterable[str]) -> None:
     """Logs how many of the files `paths` would be images if they were not hidden."""
     if hidden := [path for path in paths if is_hidden(path) and path.lower().endswith(EXTENSIONS)]:
-        log.warning("%s: %d hidden files are left out, which are no images: %s", place, len(hidden), name_few(hidden))
+        log.warning("%s: %s left out as no images: %s", place, plural(len(hidden), "hidden file"), name_few(hidden))
 
 
 def changed_ns(status: os.stat_result) -> int:
@@ -146,7 +150,7 @@ class FolderIndex:
 
 def list_classes(folder: Path) -> list[str]:
     """Sorted names of the class folders; hidden folders are no classes."""
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not is_hidden(e.name))
 
 
 def load_index(folder: Path, classes: list[str] | None = None) -> FolderIndex:
@@ -200,8 +204,8 @@ def build_index(folder: Path, classes: list[str]) -> Arrays:
     empty = [name for name, files in zip(classes, files_of_classes, strict=True) if not files]
     if empty:
         raise DataError(
-            f"{len(empty)} class folders in {folder} hold no image: {name_few(empty)}. Finish the extraction, "
-            f"or remove them from train/ and val/ alike. Known image files: {' '.join(EXTENSIONS)}",
+            f"{plural(len(empty), 'class folder')} without an image in {folder}: {name_few(empty)}. Finish the "
+            f"extraction, or remove them from train/ and val/ alike. Known image files: {' '.join(EXTENSIONS)}",
             key="root",
         )
     return {
@@ -247,7 +251,7 @@ def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[st
             files_of_folders[parent] = []
             with os.scandir(parent) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if is_hidden(entry.name):
                         hidden.append(os.path.relpath(entry.path, folder))
                     elif entry.is_dir():
                         todo.append(entry.path)
@@ -256,13 +260,24 @@ def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[st
         except FileNotFoundError:  # there is none of this class
             continue
         except OSError as error:
-            loop = error.errno == errno.ELOOP
-            cure = "remove the link that leads back to a folder above it" if loop else "correct its permissions"
-            raise DataError(f"{parent} cannot be read ({error.strerror}); {cure}", key="root") from None
+            if error.errno == errno.ELOOP:
+                link = _leads_back(Path(parent))
+                raise DataError(
+                    f"{link} is a link that leads back to a folder above it; remove it", key="root"
+                ) from None
+            raise DataError(
+                f"{parent} cannot be read ({error.strerror}); correct its permissions", key="root"
+            ) from None
     paths = [
         os.path.join(parent, file) for parent in sorted(files_of_folders) for file in sorted(files_of_folders[parent])
     ]
     return [(os.path.relpath(path, folder), _size(path)) for path in paths], folders, hidden
+
+
+def _leads_back(path: Path) -> Path:
+    """The first link on the way to `path` that is to a folder above it; `path` where there is none."""
+    way = [*reversed(path.parents), path]
+    return next((p for p in way if p.is_symlink() and p.resolve() in (q.resolve() for q in p.parents)), path)
 
 
 def _size(path: str) -> int:

@@ -66,8 +66,9 @@ class ZipIndex(ArchiveIndex):
 
 
 def find_images(folder: Path) -> Path | None:
-    """CLS-LOC, the folder of the images, in `folder` or `folder` itself; None where it is not there."""
-    inside = (folder / IMAGES, folder / IMAGES.partition("/")[2])
+    """CLS-LOC, the folder of the images, below `folder` or `folder` itself; None where it is not there."""
+    parts = IMAGES.split("/")
+    inside = (folder.joinpath(*parts[above:]) for above in range(len(parts)))
     if found := next((place for place in inside if (place / "train").is_dir()), None):
         return found
     return folder if (folder / "train").is_dir() and (folder / "val").is_dir() and _labels_of(folder) else None

@@ -37,8 +37,9 @@ def absence(root: Path, title: str) -> str:
     zipped = packed[0].lower().endswith(".zip")
     file, place = shlex.quote(str(folder / packed[0])), shlex.quote(str(folder))
     command = f"unzip {file} -d {place}" if zipped else f"tar xf {file} -C {place}"
-    what = f"{root} is an archive" if root.is_file() else f"{root} holds no {title}, and {name_few(packed)}"
-    return f"{what}; unpack it: {command}" + f", and name the folder: data.root={place}" * root.is_file()
+    if root.is_file():
+        return f"{root} is an archive; unpack it: {command}, and name the folder: data.root={place}"
+    return f"{root} holds no {title} but {name_few(packed)}; unpack it: {command}"
 
 
 def no_content(start: bytes) -> str | None:

@@ -19,6 +19,7 @@ from onlinenorm.data.gpu_cache import GpuCacheLoader
 from onlinenorm.data.index import name_few
 from onlinenorm.data.kept_batches import KeptBatches
 from onlinenorm.data.limits import RULE, proportional
+from onlinenorm.data.missing import check_root
 from onlinenorm.data.network_input import NetworkInput
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.nvjpeg_loader import NvjpegLoader
@@ -120,12 +121,7 @@ class ImageDataModule(pl.LightningDataModule):
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         check_choice("evaluation", self.evaluation, EVALUATIONS)
         check_int("crop_padding", self.crop_padding, 0)
-        if self.root is not None and not self.reads_root:
-            raise ArgumentError(
-                "root",
-                f"{self.root} would not be read: these images are there without it. For class folders of your own "
-                "choose data=imagenet; else leave it out",
-            )
+        check_root(self.root, self.reads_root)
         self.name = type(self).__name__
         self.unreadable: list[str] = []
         self.replaced: list[str] = []

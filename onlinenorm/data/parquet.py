@@ -20,7 +20,7 @@ from onlinenorm.data.index_cache import cached_arrays
 from onlinenorm.data.missing import no_content
 from onlinenorm.data.parquet_pages import NotReadInPlace, Place, locate, read_pages, snappy_stream
 from onlinenorm.errors import DataError
-from onlinenorm.text import first_line
+from onlinenorm.text import first_line, plural
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ def _members(splits: dict[str, list[Path]], progress: Progress) -> dict[str, lis
             raise DataError(f"{where} hold no image; download them again", key="root")
         if twice := [path for path, count in Counter(path for path, *_ in listed).items() if count > 1]:
             raise DataError(
-                f"{where} hold {len(twice):,} images twice: {name_few(twice)}; are they of two downloads? Keep one",
+                f"{where} hold {plural(len(twice), 'image')} twice: {name_few(twice)}; are they of two "
+                "downloads? Keep one",
                 key="root",
             )
     return members
@@ -203,7 +204,7 @@ def _read_table(path: Path) -> _Table:
     return _Table(rows, names)
 
 
-def _read_group(path: Path, table: Any, group: int, columns: list[str], file: int) -> Iterator[_Row]:
+def _read_group(source: Path, table: Any, group: int, columns: list[str], file: int) -> Iterator[_Row]:
     wanted = [name for name in (_BYTES, _PATH, _LABEL) if name in columns]
     content = table.read_row_group(group, columns=wanted, use_threads=False).flatten()
     labels = content.column(_LABEL).to_pylist()
@@ -214,7 +215,7 @@ def _read_group(path: Path, table: Any, group: int, columns: list[str], file: in
         raise ValueError(f"row {row} of row group {group} holds no image or no label")
     if wrong := [label for label in labels if not isinstance(label, int | float) or label % 1 != 0]:
         raise DataError(
-            f"{path}: the label {wrong[0]!r} is no whole number; the column {_LABEL} has to count the classes from 0",
+            f"{source}: the label {wrong[0]!r} is no whole number; the column {_LABEL} has to count the classes from 0",
             key="root",
         )
     chunk = table.metadata.row_group(group).column(columns.index(_BYTES))

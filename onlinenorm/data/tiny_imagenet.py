@@ -7,7 +7,9 @@ from pathlib import Path
 from onlinenorm.data.class_folders import MovedIndex, check_classes, sorted_by_list, validation_folder
 from onlinenorm.data.imagenet import ImageNet
 from onlinenorm.data.index import FolderIndex, list_classes, load_index, pack_names
+from onlinenorm.data.missing import absence
 from onlinenorm.errors import DataError
+from onlinenorm.text import plural
 
 FOLDER, ANNOTATIONS = "tiny-imagenet-200", "val_annotations.txt"
 PUBLISHED = 200, 100_000, 10_000  # classes, training and validation images
@@ -45,10 +47,10 @@ class TinyImageNet(ImageNet):
         if (val / ANNOTATIONS).is_file() and (val / "images").is_dir():
             return without_images_folder(load_index(train)), annotated(val, classes)
         if (val / "images").is_dir():
-            raise DataError(
-                f"{val / ANNOTATIONS} is missing, which says the classes of images/*; unpack {FOLDER}.zip again",
-                key="root",
-            )
+            missing = f"{val / ANNOTATIONS} is missing, which says the classes of images/*"
+            if val.name == "test":
+                missing = f"{folder} holds no val/, and the published test images have no labels"
+            raise DataError(f"{missing}; unpack {FOLDER}.zip again", key="root")
         check_classes(val, list_classes(val), classes, "Tiny ImageNet")
         return without_images_folder(load_index(train)), without_images_folder(load_index(val))
 
@@ -59,9 +61,7 @@ class TinyImageNet(ImageNet):
         for folder in (root, root / FOLDER):
             if (folder / "train").is_dir():
                 return folder
-        raise DataError(
-            f"{root} {'holds no Tiny ImageNet' if root.is_dir() else 'is no folder'}.\n{_LAYOUT}", key="root"
-        )
+        raise DataError(f"{absence(root, 'Tiny ImageNet')}\n{_LAYOUT}", key="root")
 
     @property
     def class_names(self) -> list[str]:
@@ -117,7 +117,9 @@ def annotated(val: Path, classes: list[str]) -> FolderIndex:
     except (ValueError, UnicodeDecodeError):
         raise DataError(f"{file} has a line that is no FILE, tab, CLASS; unpack the set again", key="root") from None
     if len(wnids) < len(lines):
-        raise DataError(f"{file} names {len(lines) - len(wnids)} files twice; unpack the set again", key="root")
+        raise DataError(
+            f"{file} names {plural(len(lines) - len(wnids), 'file')} twice; unpack the set again", key="root"
+        )
     index = sorted_by_list(load_index(val, ["images"]), wnids, file)
     check_classes(file, index.class_names, classes, "Tiny ImageNet")
     return index

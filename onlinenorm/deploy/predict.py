@@ -39,7 +39,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            images = sorted(p for p in path.rglob("*") if is_image(p.name) and p.is_file())
+            images = sorted(p for p in path.rglob("*") if is_image(str(p.relative_to(path))) and p.is_file())
             if not images:
                 raise DeployError(f"{path}: holds no images ({', '.join(EXTENSIONS)})")
             files += images

@@ -195,6 +195,20 @@ def test_damaged_archives_get_one_sentence(tmp_path, monkeypatch):
         refused(root, message)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("notes", "is a file; name the folder that holds it: data.root={}\n"),
+        ("nowhere", "nowhere does not exist\n"),
+        ("", r"holds no CIFAR-10 \(it holds: notes\)\n"),
+    ],
+)
+def test_a_root_without_the_set_tells_its_forms(tmp_path, name, message):
+    (tmp_path / "notes").touch()
+    with pytest.raises(DataError, match=f"^root: .*{message.format(tmp_path)}Expected in ROOT"):
+        CIFAR10(root=str(tmp_path / name)).setup()
+
+
 def test_folders_that_are_not_cifar_s_get_one_sentence(tmp_path):
     root = write_folders(CIFAR10, tmp_path / "a")
     (root / "train" / "bird").rename(root / "train" / "birds")
@@ -203,11 +217,11 @@ def test_folders_that_are_not_cifar_s_get_one_sentence(tmp_path):
     file = sorted((root / "test" / "cat").iterdir())[0]
     content = file.read_bytes()
     file.write_bytes(content[:100])
-    refused(root, f"{file.name} cannot be decoded")
+    refused(root, f"{file.name} cannot be decoded .*replace the file: all images of CIFAR are read at the start")
     Image.new("RGB", (33, 32)).save(file)
     refused(root, f"{file.name} has 33 x 32 pixels and not 32 x 32")
     (root / "test").rename(root / "tests")
-    refused(root, "holds train/ and neither test/ nor val/")
+    refused(root, "holds train/ and no test/ or val/")
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,15 @@ def test_rare_modes_keep_their_brightness(mode, kind, options):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"", "it is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")]
+)
+def test_a_file_without_its_content_is_told(decoder, content, told):
+    with pytest.raises(OSError, match=told):
+        DECODERS[decoder](content, lambda w, h: plan_center_crop(w, h, 64))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_what_is_no_image_is_told_without_an_address(decoder):
     with pytest.raises(OSError, match="none of the formats that Pillow reads") as told:
         DECODERS[decoder](b"no image", lambda w, h: plan_center_crop(w, h, 56))

@@ -90,7 +90,7 @@ def test_missing_set_says_where_it_was_sought_and_what_to_do(tmp_path):
 
 def test_a_folder_that_was_given_is_the_only_one(tmp_path):
     write_set(tmp_path / "debian")
-    with pytest.raises(DataError, match=rf"(?s)^root: {tmp_path}/photos is no folder\n.*Then: python train.py"):
+    with pytest.raises(DataError, match=rf"(?s)^root: {tmp_path}/photos does not exist\n.*Then: python train.py"):
         FashionMNIST(root=str(tmp_path / "photos")).setup()
     (tmp_path / "photos").mkdir()
     with pytest.raises(DataError, match=r"(?s)^root: .* none of\n  \S+photos\n.*Then: python train.py"):
@@ -102,7 +102,9 @@ def test_a_folder_that_was_given_is_the_only_one(tmp_path):
 def test_partial_set_names_the_missing_files(tmp_path):
     write_set(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(DataError, match=r"^root: .* a part .* missing: t10k-labels-idx1-ubyte.gz"):
+    with pytest.raises(
+        DataError, match=r"^root: .* a part .* missing: t10k-labels-idx1-ubyte.gz. Complete the four files$"
+    ):
         FashionMNIST(root=str(tmp_path)).setup()
 
 
@@ -112,6 +114,8 @@ def test_damaged_files_are_named(tmp_path):
     whole = file.read_bytes()
     for content, message in [
         (whole[: len(whole) // 2], "train-images.* is damaged or cut short"),
+        (b"", "train-images.* is empty; fetch it again"),
+        (gzip.compress(b""), r"train-images.* is no IDX file .*begins with nothing"),
         (b"<html>404</html>", "train-images.* is damaged or cut short"),
         (gzip.compress(b"\0\0\x0d\x03"), "train-images.* is no IDX file"),
         (gzip.compress(idx(np.zeros((60_000, 28, 28), np.uint8))[:-1], 1), "announces .* values and holds"),

@@ -259,15 +259,14 @@ def test_paths_of_any_kind(tree, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: shutil.rmtree(t), "set does not exist"),
-        (lambda t: (shutil.rmtree(t), t.write_text("")), "set is a file"),
         (lambda t: shutil.rmtree(t / "val"), r"holds no folder val \(it holds: train\)"),
-        (lambda t: [shutil.rmtree(t / s) for s in ("val", "train")], "no folder train and no folder val .*nothing"),
         (lambda t: (t / "val" / "bee").rename(t / "val" / "boa"), "1 only in train/: bee; 1 only in val/: boa"),
         (lambda t: shutil.rmtree(t / "train" / "bee"), "1 only in val/: bee"),
         (lambda t: [(t / "val" / f"x{k}").mkdir() for k in range(8)], "8 only in val/: x0, x1, x2, x3, x4 and 3 more"),
         (lambda t: (shutil.rmtree(t / "val"), write_image(t / "val" / "1.JPEG", 0)), "no class folders; its 1 images"),
-        (lambda t: [(t / s / "dog").mkdir() for s in ("train", "val")], "1 class folders in .* hold no image: dog"),
+        (lambda t: [(t / s / "dog").mkdir() for s in ("train", "val")], "1 class folder without an image .*: dog"),
+        (lambda t: [shutil.rmtree(t / s / c) for s in ("train", "val") for c in ("bee", "cat")], "one class, ant,"),
+        (lambda t: (shutil.rmtree(t / "val"), (t / "val.tgz").touch()), r"val but val.tgz; unpack it: tar xf \S+ -C"),
     ],
 )
 def test_broken_layouts_are_explained(tree, change, message):
@@ -275,6 +274,43 @@ def test_broken_layouts_are_explained(tree, change, message):
     with pytest.raises(DataError, match=f"(?s)^root: .*{message}") as caught:
         module(tree).setup()
     assert len(str(caught.value).splitlines()) <= 3, "nothing of how ImageNet is to be had"
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("nowhere", [], "nowhere does not exist"),
+        ("", [], r"holds no folder train and no folder val \(it holds: nothing\)"),
+        ("notes.txt", ["notes.txt"], "notes.txt is a file, not a folder"),
+        ("", ["train.tar.gz", "val.TGZ"], r"but train.tar.gz, val.TGZ; unpack it: tar xf (\S+)/train.tar.gz -C \1\n"),
+        (
+            "a set.zip.tar",
+            ["a set.zip.tar"],
+            r"is an archive; unpack it: tar xf '\S+/a set.zip.tar' -C (\S+), and .*=\1\n",
+        ),
+        ("", ["a.zip", "b.ZIP"], r"but a.zip, b.ZIP; unpack it: unzip (\S+)/a.zip -d \1\n"),
+    ],
+)
+def test_a_root_without_images_tells_all_forms_on_one_screen(tmp_path, name, files, message):
+    for file in files:
+        (tmp_path / file).touch()
+    with pytest.raises(DataError, match=f"^root: .*{message}") as caught:
+        module(tmp_path / name).setup()
+    text = str(caught.value)
+    assert len(text.splitlines()) < 20
+    for part in ("image-net.org", "kaggle.com", "huggingface.co", "ROOT/train/CLASS", "train-*.tar"):
+        assert part in text
+
+
+def test_a_file_of_a_set_is_answered_by_its_folder(tree, tmp_path):
+    for split in ("train", "val"):
+        index = load_index(tree / split)
+        pack(index, tmp_path / "packed", split, index.class_names)
+    shard = next((tmp_path / "packed").glob("train*.tar"))
+    with pytest.raises(DataError, match=rf"is a file; name the folder that holds it: data.root={shard.parent}$"):
+        module(shard).setup()
+    shard.rename(shard.with_suffix(".TAR"))
+    assert module(tmp_path / "packed").train_images == 15
 
 
 def test_photographs_of_ones_own_are_not_under_imagenet_s_terms(tree):

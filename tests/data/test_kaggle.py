@@ -124,14 +124,14 @@ def edit(old, new):
 
 ROW = "ILSVRC2012_val_00000003,n01440764 85 1 499 272 n01440764 2 3 4 5 \n"
 CHANGES = [
-    (edit(ROW, ""), rf"{LABELS} does not name 1 files of .*val/: ILSVRC2012_val_00000003.JPEG"),
+    (edit(ROW, ""), rf"{LABELS} does not name 1 file of .*val/: ILSVRC2012_val_00000003.JPEG"),
     (edit(ROW, ROW + ROW), rf"{LABELS}, line 5: names ILSVRC2012_val_00000003 twice"),
-    (edit(ROW, ROW.replace("3,", "9,")), rf"{LABELS} names 1 files that are not in .*val/: ILSVRC2012_val_00000009"),
+    (edit(ROW, ROW.replace("3,", "9,")), rf"{LABELS} names 1 file not in .*val/: ILSVRC2012_val_00000009"),
     (edit("3,n01440764 85", "3,1 85"), rf"{LABELS}, line 4: 'ILSVRC2012_val_00000003,1 85 .* names no class such as"),
     (edit(ROW, "ILSVRC2012_val_00000003\n"), rf"{LABELS}, line 4: 'ILSVRC2012_val_00000003' names no class"),
     (edit("ImageId,", "id,"), rf"{LABELS} does not begin with ImageId,PredictionString"),
     (lambda root: (root / LABELS).write_bytes(b"ImageId,PredictionString\n\xff,n01440764"), f"{LABELS} is damaged"),
-    (lambda root: (root / VAL / "ILSVRC2012_val_00000003.JPEG").unlink(), "names 1 files that are not in .*val/: ILSV"),
+    (lambda root: (root / VAL / "ILSVRC2012_val_00000003.JPEG").unlink(), "names 1 file not in .*val/: ILSV"),
     (lambda root: (root / LABELS).unlink(), f"(?:{LABELS} is missing, which says|holds no {LABELS})"),
     (lambda root: [shutil.rmtree(f) for f in (root / IMAGES / "train").iterdir()],
      f"(?:train holds no class folders|holds no {IMAGES}/train)"),

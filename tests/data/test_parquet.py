@@ -189,7 +189,7 @@ CHANGES = [
     (lambda root, _: cut(root / TRAIN, 0), f"{TRAIN} is empty; fetch it again"),
     (lambda root, _: (root / TRAIN).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     (lambda root, _: spoil(root / TRAIN), f"{TRAIN} is damaged or cut short"),
-    (lambda root, _: (root / TRAIN).unlink(), r"holds 1 parquet files of train, and their names announce 2; download"),
+    (lambda root, _: (root / TRAIN).unlink(), r"holds 1 parquet file of train, and their names announce 2; download"),
     (lambda root, _: drop_column(root / TRAIN, "label"), rf"{TRAIN} holds the columns image.bytes, image.path; expec"),
     (lambda root, folders: relabel(root, folders, l2=1000), "labels are 0 to 999; a set of more classes"),
     (lambda root, folders: relabel(root, folders, l2=-7), r"holds the label -7, and labels are 0 to 999; download"),

@@ -121,10 +121,10 @@ def annotate(text):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (annotate("val_9.JPEG\tn01443537\t0\t0\t1\t1\n"), "names 1 files that are not in images/: val_9.JPEG"),
+        (annotate("val_9.JPEG\tn01443537\t0\t0\t1\t1\n"), "names 1 file not in images/: val_9.JPEG"),
         (annotate("no tab\n"), "has a line that is no FILE, tab, CLASS"),
-        (annotate("n01443537_0.JPEG\tn01629819\n"), "names 1 files twice"),
-        (lambda root: (root / "val" / "images" / "x.JPEG").touch(), "does not name 1 files of images/: x.JPEG"),
+        (annotate("n01443537_0.JPEG\tn01629819\n"), "names 1 file twice"),
+        (lambda root: (root / "val" / "images" / "x.JPEG").touch(), "does not name 1 file of images/: x.JPEG"),
         (
             lambda root: shutil.rmtree(root / "train" / WNIDS[1]),
             "train does not hold the 3 classes.*missing: n01629819",
@@ -133,7 +133,11 @@ def annotate(text):
         (lambda root: (root / "wnids.txt").unlink(), "wnids.txt cannot be read"),
         (lambda root: (root / "wnids.txt").write_text("\n"), "wnids.txt names no class"),
         (lambda root: (root / "wnids.txt").write_text("n01443537 n01629819"), "unknown: n02056570"),
-        (lambda root: shutil.rmtree(root / "val"), "neither val/ nor test/"),
+        (
+            lambda root: (shutil.rmtree(root / "val"), (root / "test" / "images").mkdir(parents=True)),
+            "holds no val/, and the published test images have no labels",
+        ),
+        (lambda root: shutil.rmtree(root / "val"), "holds train/ and no val/ or test/"),
     ],
 )
 def test_damage_to_tiny_imagenet_gets_one_sentence(tiny, damage, message):
@@ -184,7 +188,7 @@ def test_imagenette_that_is_not_whole_gets_one_sentence(nette):
     with pytest.raises(DataError, match=r"^root: .*val does not hold the 10 classes of Imagenette; missing: n03028079"):
         Imagenette(root=str(nette)).setup()
     shutil.rmtree(nette / "val")
-    with pytest.raises(DataError, match=r"^root: .*holds train/ and neither val/ nor test/"):
+    with pytest.raises(DataError, match=r"^root: .*holds train/ and no val/ or test/"):
         Imagenette(root=str(nette)).setup()
 
 
@@ -199,3 +203,16 @@ def test_missing_data_is_told_on_one_screen(kind, address, tmp_path):
         assert len(text.splitlines()) < 12 and address in text
         name = {TinyImageNet: "tiny_imagenet", Imagenette: "imagenette"}[kind]
         assert f"python train.py experiment={name} data.root=ROOT" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "archive", "command"),
+    [(TinyImageNet, "tiny-imagenet-200.zip", "unzip"), (Imagenette, "imagenette2-160.tgz", "tar xf")],
+)
+def test_the_set_s_own_archive_is_named_with_what_unpacks_it(kind, archive, command, tmp_path):
+    (tmp_path / archive).touch()
+    for root in (tmp_path, tmp_path / archive):
+        with pytest.raises(
+            DataError, match=rf"^root: .*; unpack it: {command} {tmp_path}/{archive} -. {tmp_path}[,\n]"
+        ):
+            kind(root=str(root)).setup()
