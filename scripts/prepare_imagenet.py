@@ -3,13 +3,15 @@
 
     scripts/prepare_imagenet.py ARCHIVES ROOT             class folders: ROOT/train/CLASS/*, ROOT/val/CLASS/*
     scripts/prepare_imagenet.py ARCHIVES ROOT --packed    a few large tar files, for network filesystems
-    scripts/prepare_imagenet.py --verify ROOT             counts, classes, decodability, fingerprint
+    scripts/prepare_imagenet.py --verify ROOT             counts, classes, fingerprint; decodes 1,000 images of a split
 
 ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or ImageNet in any
 other form that data=imagenet reads: Kaggle's zip file or folders, the hub's Parquet files, class folders (to be
 packed), shards (to be unpacked). All can also be trained from as they are: data.root=ARCHIVES. Images go straight from
 the archives to their place, so nothing is on disk twice but the archives.
 The same command again continues where it was interrupted, and changes nothing where all is done.
+The fingerprint is of names, labels and sizes: damage that keeps a file's size is found by --verify --decode all, which
+reads every image.
 
 Exit code 0: done and, with --verify, found good; 1: what is wrong is printed; 2: wrong usage.
 """
@@ -62,7 +64,12 @@ def _prepare(options: argparse.Namespace, archives: Path, root: Path, progress: 
             written = extract(index, root / split, classes, progress)
             others = sorted(set(list_classes(root / split)) - set(classes))
             more = f"; other classes are there too: {name_few(others)}" if others else ""
-            print(f"{root / split}: {len(classes)} classes, {written} of them written now{more}")
+            print(
+                f"{root / split}: {len(classes)} class{'es' * (len(classes) > 1)}, {written} of them written now{more}"
+            )
+
+    if len(classes) == 1:
+        print(f"{root}: one class is no set to train on; --classes takes several, as n01440764,n01443537")
 
 
 def check(root: Path, decode: int | None, progress: Progress) -> bool:
@@ -81,6 +88,12 @@ def check(root: Path, decode: int | None, progress: Progress) -> bool:
     return not found["problems"]
 
 
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a folder's name is empty, as of a shell variable that is not set")
+    return Path(text)
+
+
 def _count(text: str) -> int | None:
     return None if text == "all" else int(text)
 
@@ -88,7 +101,7 @@ def _count(text: str) -> int | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="ARCHIVES ROOT", help="with --verify: ROOT alone will do"
+        "folders", nargs="+", type=_folder, metavar="ARCHIVES ROOT", help="with --verify: ROOT alone will do"
     )
     parser.add_argument("--packed", action="store_true", help="write tar shards instead of class folders")
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 2**30, help="size of a shard (%(default)g GB)")
@@ -107,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
             prepare(options, progress)
         return 0 if not options.verify or check(options.folders[-1], options.decode, progress) else 1
     except (DataError, OSError, json.JSONDecodeError) as error:
-        print(f"prepare_imagenet.py: {error}", file=sys.stderr)
+        cause = str(error).removeprefix("root: ")  # a key of train.py's; here ROOT is another folder
+        print(f"prepare_imagenet.py: {cause}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prepare_imagenet.py: interrupted; the same command continues", file=sys.stderr)

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ sys.path.append(str(Path(__file__).parent / "data"))
 
 from image_folders import write_tree
 from imagenet_forms import rows_of, write_folders, write_kaggle, write_parquet, zip_folder
-from official_archives import WNIDS, write_official
+from official_archives import WNIDS, add, write_official
 
 from onlinenorm.data import ImageNet, prepare
 from onlinenorm.data.archives import ArchiveIndex
@@ -52,6 +53,27 @@ def test_official_archives_become_a_tree_that_is_verified(main, official, tmp_pa
     changed.write_bytes(b"x")
     data = ImageNet(root=str(root))
     assert data.describe()["verified"] is None
+
+
+def test_one_class_is_told_and_an_empty_name_refused(main, official, tmp_path, capsys):
+    assert main(official, tmp_path / "root", "--no-checksum", "--classes", WNIDS[0]) == 0
+    assert "train: 1 class, 1 of them written now" in (said := capsys.readouterr().out)
+    assert "root: one class is no set to train on" in said
+    assert main(official, tmp_path / "root", "--no-checksum", "--classes", ",".join(WNIDS[:2])) == 0
+    assert "no set to train on" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main("", tmp_path / "new")
+    assert "a folder's name is empty" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_damaged_devkit_is_one_sentence(main, official, tmp_path, capsys):
+    kit = official / "ILSVRC2012_devkit_t12.tar.gz"
+    with tarfile.open(kit, "w:gz") as tar:
+        for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
+            add(tar, f"kit/data/{name}", b"")
+    assert main(official, tmp_path / "root", "--no-checksum") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"prepare_imagenet.py: {kit} is not the development kit of ILSVRC 2012, or damaged (MatRead")
 
 
 def test_an_interrupted_preparation_continues_to_the_same_tree(main, official, tmp_path, monkeypatch, capsys):

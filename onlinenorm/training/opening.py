@@ -76,11 +76,12 @@ def _schedule(recipe: Any) -> str:
 
 def notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
     """Sentences on what a run's settings ask for and its network will not do; arguments as of `details`."""
-    return [*_without_effect(network, recipe), *_warmup_notes(network, config, data, recipe)]
+    return [*_without_effect(network, data, recipe), *_warmup_notes(network, config, data, recipe)]
 
 
-def _without_effect(network: Any, recipe: Any) -> list[str]:
-    """A sentence for each reason why keys of the recipe that are set change nothing."""
+def _without_effect(network: Any, data: Any, recipe: Any) -> list[str]:
+    """A sentence for each reason why keys that are set change nothing."""
+    from onlinenorm.data.datasets import InMemoryDataset
     from onlinenorm.training.clamping import clamped_layers
     from onlinenorm.training.final_validation import can_reestimate
 
@@ -94,6 +95,8 @@ def _without_effect(network: Any, recipe: Any) -> list[str]:
         idle = [f"recipe.{key}" for key in keys if getattr(recipe, key)]
         if idle and not effective:
             said.append(f"{', '.join(idle)}: without effect, as {why}")
+    if data.on_unreadable == "skip" and isinstance(data._sets[0], InMemoryDataset):
+        said.append("data.on_unreadable: without effect, as these images are all in memory from the start")
     return said
 
 

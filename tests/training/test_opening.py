@@ -6,11 +6,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from image_folders import write_tree
 from tests_training import ROOT, TINY
 from torch import nn
 
 from onlinenorm import provenance
 from onlinenorm.cli.compose import load_config
+from onlinenorm.data import ImageNet, Synthetic
 from onlinenorm.errors import Diverged
 from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d
 from onlinenorm.training import fast_path
@@ -104,7 +106,7 @@ def test_on_a_gpu_what_is_off_has_its_reason(gpu):
 def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
     """Three epochs of 64 images in batches of 16."""
     config = {"trainer": {"accumulate_grad_batches": accumulate}}
-    said = notes(nn.Sequential(layer, layer), config, SimpleNamespace(train_images=64), RECIPE)
+    said = notes(nn.Sequential(layer, layer), config, SimpleNamespace(train_images=64, on_unreadable="raise"), RECIPE)
     assert len(said) == noted and all("BatchRenorm2d's warm-up of" in note and "run of 12" in note for note in said)
 
 
@@ -132,7 +134,16 @@ def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
 def test_settings_without_effect_are_told(layer, changes, said):
     config = {"trainer": {"accumulate_grad_batches": 1}}
     recipe = dataclasses.replace(RECIPE, **changes)
-    assert notes(nn.Sequential(layer), config, SimpleNamespace(train_images=64), recipe) == said
+    assert notes(nn.Sequential(layer), config, SimpleNamespace(train_images=64, on_unreadable="raise"), recipe) == said
+
+
+def test_leaving_out_images_is_of_sets_read_file_by_file(tmp_path):
+    config = {"trainer": {"accumulate_grad_batches": 1}}
+    data = Synthetic(num_train=64, num_val=8, on_unreadable="skip")
+    said = ["data.on_unreadable: without effect, as these images are all in memory from the start"]
+    assert notes(nn.Sequential(), config, data, RECIPE) == said
+    data = ImageNet(root=str(write_tree(tmp_path)), on_unreadable="skip")
+    assert notes(nn.Sequential(), config, data, RECIPE) == []
 
 
 def test_on_the_cpu_nothing_lies_on_the_device(gpu):
