@@ -10,8 +10,7 @@ other form that data=imagenet reads: Kaggle's zip file or folders, the hub's Par
 packed), shards (to be unpacked). All can also be trained from as they are: data.root=ARCHIVES. Images go straight from
 the archives to their place, so nothing is on disk twice but the archives.
 The same command again continues where it was interrupted, and changes nothing where all is done.
-The fingerprint is of names, labels and sizes: damage that keeps a file's size is found by --verify --decode all, which
-reads every image.
+The fingerprint is of names, labels and sizes; --verify --decode all reads every image besides.
 
 Exit code 0: done and, with --verify, found good; 1: what is wrong is printed; 2: wrong usage.
 """
@@ -120,8 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             prepare(options, progress)
         return 0 if not options.verify or check(options.folders[-1], options.decode, progress) else 1
     except (DataError, OSError, json.JSONDecodeError) as error:
-        cause = str(error).removeprefix("root: ")  # a key of train.py's; here ROOT is another folder
-        print(f"prepare_imagenet.py: {cause}", file=sys.stderr)
+        print(f"prepare_imagenet.py: {str(error).removeprefix('root: ')}", file=sys.stderr)  # a key of train.py's
         return 1
     except KeyboardInterrupt:
         print("prepare_imagenet.py: interrupted; the same command continues", file=sys.stderr)
