@@ -1,19 +1,11 @@
 """Trains a network with a normalizer: python train.py experiment=table1 normalizer=batch seed=1"""
 
-import os
-import signal
-
-if __name__ == "__main__":
-    # until train() handles them: no traceback of imports, and the exit code that it would have
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda signum, _: os._exit(128 + signum))
-
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import scripts._venv  # noqa: F401  (starts .venv's Python where this one lacks packages)
+import scripts._venv  # noqa: F401  (signals until train() takes them; .venv's Python where this one lacks packages)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

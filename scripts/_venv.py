@@ -1,13 +1,15 @@
-"""How every command starts and ends: in .venv where the calling Python lacks packages, and with errors in a line."""
+"""How every command starts and ends: in .venv where the calling Python lacks packages, and without tracebacks."""
 
 from __future__ import annotations  # so that an older Python gets as far as to say that it is one
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -18,17 +20,27 @@ NEEDED = (
     "matplotlib", "scipy", "pandas", "jinja2", "safetensors",
 )  # fmt: skip
 
+_former: dict[int, Any] = {}  # signal -> its handler before `enter`
+
 
 def enter() -> None:
-    """Replaces train.py or a script by itself under .venv's Python, where this one is too old or lacks packages.
+    """Ends a command that is asked to stop during its imports without a word, and starts it in the right Python.
+
+    Replaces train.py or a script by itself under .venv's Python, where this one is too old or lacks packages.
 
     Without a .venv it goes on, for a command needs but some of the packages; one that is missing ends it in a line. A
     module that is imported changes nothing.
     """
     program = Path(sys.argv[0]).resolve()
+    if ROOT / "scripts" not in program.parents and program != ROOT / "train.py":
+        return
+    if hasattr(sys.modules["__main__"], "__file__"):  # else a worker of it, which is spawned and imports it
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                _former[number] = signal.signal(number, lambda signum, _: os._exit(128 + signum))
     lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     old = sys.version_info < OLDEST
-    if not (lacking or old) or (ROOT / "scripts" not in program.parents and program != ROOT / "train.py"):
+    if not (lacking or old):
         return
     if PYTHON.exists() and Path(sys.prefix) != PYTHON.parents[1]:
         os.execv(PYTHON, [str(PYTHON), *sys.argv])
@@ -60,6 +72,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     from onlinenorm.errors import cli_errors
 
     with cli_errors():
+        for number, handler in _former.items():
+            signal.signal(number, handler)
         sys.exit(main())
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -74,6 +75,32 @@ def test_a_missing_package_is_told_with_what_installs_it(checkout, script, there
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert f" has no {missing}; " in done.stderr and "pip install -e '.[train,report,deploy]'" in done.stderr
     assert "scripts/environment.sh" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [("train.py", "hydra"), *((f"scripts/{name}.py", "onlinenorm") for name in ("prepare_imagenet", "sweep", "check"))],
+)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_imports_leaves_no_traceback(checkout, script, module, signum):
+    (checkout / "torch.py").write_text("")
+    (checkout / f"{module}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = {"args": [*BARE, script], "cwd": checkout, "text": True}
+    with subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signum)
+        assert process.wait(30) == 128 + signum and process.stderr.read() == ""
+
+
+def test_a_command_has_signals_as_they_were(checkout):
+    """So that Ctrl-C is an exception, which it may handle."""
+    (checkout / "scripts" / "own.py").write_text(
+        "import signal, sys\nsys.path[0] = sys.path[0] + '/..'\nfrom scripts._venv import run_main\n"
+        "def main():\n    try:\n        signal.raise_signal(signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n        return 7\nrun_main(main)\n"
+    )
+    done = subprocess.run([sys.executable, "scripts/own.py"], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
 
 
 def test_an_error_of_our_own_keeps_its_traceback(checkout):
