@@ -44,7 +44,7 @@ def assert_same(one, other):
     assert all(torch.equal(x, y) for a, b in zip(one[2], other[2], strict=True) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("root", ["", "ILSVRC", IMAGES])
+@pytest.mark.parametrize("root", ["", "ILSVRC", "ILSVRC/Data", IMAGES])
 def test_the_folders_are_the_set(folders, kaggle, root):
     assert_same(described(kaggle / root), described(folders))
 
@@ -67,6 +67,17 @@ def test_the_zip_is_the_set(folders, kaggle, tmp_path, compression, zip64, worke
     train, _ = load_zip(archive)
     assert train.take(np.array([1, 7])).read(1) == train.read(7)
     assert {name for name, value in vars(train).items() if isinstance(value, list)} == {"archives", "class_names"}
+
+
+def test_the_zip_may_have_any_name(folders, kaggle, tmp_path):
+    (tmp_path / "alone").mkdir()
+    archive = zip_folder(kaggle, tmp_path / "alone" / "my ImageNet.ZIP")
+    expected = described(folders)
+    for root in (archive, archive.parent):
+        assert_same(described(root), expected)
+    shutil.copytree(folders / "train", archive.parent / "train")
+    with pytest.raises(DataError, match=r"holds no folder val but my ImageNet.ZIP; unpack it: unzip"):
+        open_splits(str(archive.parent))
 
 
 def test_names_and_extra_fields_of_any_length(folders, tmp_path):
