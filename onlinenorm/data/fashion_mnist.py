@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import os
 import urllib.error
 import zlib
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class FashionMNIST(ImageDataModule):
         return (0.2860,), (0.3530,)
 
 
-def find_full_set(root: str | None) -> Path:
+def find_full_set(root: str | os.PathLike[str] | None) -> Path:
     """The folder that holds the four IDX files: below `root`, without one found or downloaded. Raises DataError."""
     searched = []
     cache = user_cache() / "fashion_mnist"

@@ -140,7 +140,7 @@ class ImageNet(ImageDataModule):
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def open_splits(root: str | None, progress: Progress | None = None) -> Splits:
+def open_splits(root: str | os.PathLike[str] | None, progress: Progress | None = None) -> Splits:
     """Indexes of the training and validation images in `root`, from whichever form is there.
 
     Raises DataError for anything that is not a form expected. `progress` is called during long work; None logs it.

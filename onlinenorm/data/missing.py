@@ -11,8 +11,11 @@ _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def check_root(root: str | None, read: bool) -> None:
-    """Raises ArgumentError for a `root` that is empty, or given where it is not `read`."""
+def checked_root(root: str | os.PathLike[str] | None, read: bool) -> str | None:
+    """`root` as text; raises ArgumentError where it is empty or no path, or given where it is not `read`."""
+    if not isinstance(root, str | os.PathLike | None):
+        raise ArgumentError("root", f"{root!r} is neither text nor a path; name a folder")
+    root = None if root is None else os.fspath(root)
     if root is not None and not root.strip():
         raise ArgumentError("root", "is empty, as of a shell variable that is not set; name a folder, or leave it out")
     if root is not None and not read:
@@ -21,6 +24,7 @@ def check_root(root: str | None, read: bool) -> None:
             f"{root} would not be read: these images are there without it. For class folders of your own choose "
             "data=imagenet; else leave it out",
         )
+    return root
 
 
 def absence(root: Path, title: str) -> str:

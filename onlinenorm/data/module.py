@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from onlinenorm.data.gpu_cache import GpuCacheLoader
 from onlinenorm.data.index import name_few
 from onlinenorm.data.kept_batches import KeptBatches
 from onlinenorm.data.limits import RULE, proportional
-from onlinenorm.data.missing import check_root
+from onlinenorm.data.missing import checked_root
 from onlinenorm.data.network_input import NetworkInput
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.nvjpeg_loader import NvjpegLoader
@@ -51,7 +52,8 @@ class ImageDataModule(pl.LightningDataModule):
     The Trainer must be built with `use_distributed_sampler=False`: the samplers here already know the processes.
 
     Args:
-        root: folder of the dataset, or None where the set has a place of its own; refused unless `reads_root`.
+        root: folder of the dataset, as text or a path object (kept as text), or None where the set has a place of its
+            own; refused unless `reads_root`.
         num_workers: loader processes; None chooses this process's share of the cores, at most 16.
         on_device: keep the whole set in the device's memory and augment it there; files are decoded once. The pixels
             are the same.
@@ -84,7 +86,7 @@ class ImageDataModule(pl.LightningDataModule):
     a Trainer put batches on, as with one; else theirs stay in host memory.
     """
 
-    root: str | None = None
+    root: str | os.PathLike[str] | None = None
     num_workers: int | None = 0
     on_device: bool = False
     keep_decoded: bool = False
@@ -121,7 +123,7 @@ class ImageDataModule(pl.LightningDataModule):
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         check_choice("evaluation", self.evaluation, EVALUATIONS)
         check_int("crop_padding", self.crop_padding, 0)
-        check_root(self.root, self.reads_root)
+        self.root = checked_root(self.root, self.reads_root)
         self.name = type(self).__name__
         self.unreadable: list[str] = []
         self.replaced: list[str] = []

@@ -1,5 +1,6 @@
 import functools
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,19 @@ import torch
 
 from onlinenorm import data as onlinenorm_data
 from onlinenorm.cli.compose import load_config
-from onlinenorm.data import FashionMNIST, ImageDataModule, Synthetic
+from onlinenorm.data import (
+    CIFAR10,
+    CIFAR100,
+    DataError,
+    FashionMNIST,
+    ImageDataModule,
+    ImageNet,
+    Imagenette,
+    Synthetic,
+    TinyImageNet,
+)
 from onlinenorm.data.gpu_cache import GpuCacheLoader
+from onlinenorm.errors import ArgumentError
 
 
 def embedded(**arguments):
@@ -179,6 +191,22 @@ def test_a_set_of_ones_own_takes_a_root_unless_it_says_that_it_reads_none():
     assert Reading(root="/photos").root == "/photos" and Making().root is None
     with pytest.raises(ValueError, match=r"^root: /photos would not be read"):
         Making(root="/photos")
+
+
+@pytest.mark.parametrize("kind", [CIFAR10, CIFAR100, FashionMNIST, Imagenette, ImageNet, TinyImageNet])
+def test_every_set_takes_a_path_object_as_text(kind, tmp_path):
+    class Place:
+        def __fspath__(self):
+            return str(tmp_path)
+
+    for root in (tmp_path, Place(), str(tmp_path)):
+        data = kind(root=root)
+        assert data.root == str(tmp_path)
+        with pytest.raises(DataError, match=rf"(?s)^root: .*{tmp_path}"):
+            data.setup()
+    for root, message in ((Path(" "), "is empty, as of a shell variable"), (2026, "2026 is neither text nor a path")):
+        with pytest.raises(ArgumentError, match=f"^root: {message}"):
+            kind(root=root)
 
 
 def test_a_batch_larger_than_the_set_is_refused():
