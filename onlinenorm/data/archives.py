@@ -109,6 +109,12 @@ def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveInd
     """
     folder = folder.resolve()
     train, val, devkit_path = folder / TRAIN_ARCHIVE, folder / VAL_ARCHIVE, find_devkit(folder)
+    if missing := [str(archive) for archive in (train, val) if not archive.is_file()]:
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise DataError(
+            f"{' and '.join(missing)} {are} missing; download {them} from https://image-net.org, or link {them} there",
+            key="root",
+        )
     devkit = read_devkit(devkit_path)
     devkit_files = [devkit_path / META, devkit_path / GROUND_TRUTH] if devkit_path.is_dir() else [devkit_path]
     indexes = []
@@ -116,10 +122,6 @@ def load_official(folder: Path, progress: Progress = silent) -> tuple[ArchiveInd
         ("official-train", train, lambda: _check_train(_scan_nested(train, devkit, progress), devkit, train)),
         ("official-val", val, lambda: _label_val(_scan(val, 0), devkit, val)),
     ):
-        if not archive.is_file():
-            raise DataError(
-                f"{archive} is missing; download it from https://image-net.org, or link it there", key="root"
-            )
         key = files_key([archive, *devkit_files])
         arrays = cached_arrays(folder, name, key, functools.partial(_build, members, archive))
         indexes.append(ArchiveIndex([archive], **arrays))

@@ -12,6 +12,7 @@ from typing import Any
 from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, load_official, load_shards
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DEVICE_DECODERS
+from onlinenorm.data.devkit import NAME as DEVKIT
 from onlinenorm.data.imagenet_classes import WNIDS
 from onlinenorm.data.index import FolderIndex, is_image, list_classes, load_index, name_few
 from onlinenorm.data.kaggle import COMPETITION, LABELS, ZIP, find_images, load_folders, load_zip
@@ -155,7 +156,7 @@ def open_splits(root: str | os.PathLike[str] | None, progress: Progress | None =
             raise DataError(f"{folder} is a file; name the folder that holds it: data.root={parent}", key="root")
         missing = [split for split in ("train", "val") if not (folder / split).is_dir()]
         layout = _LAYOUT if len(missing) == 2 else _FOLDERS  # who has begun with folders needs no others
-        cause = absence(folder, "folder " + " and no folder ".join(missing))
+        cause = absence(folder, "folder " + " and no folder ".join(missing), missing)
         raise DataError(f"{cause}\n{layout}", key="root")
     taken, *others = forms
     if others:
@@ -185,7 +186,8 @@ def _forms(folder: Path) -> dict[str, Callable[[Progress], Splits]]:
         if all(tables):
             forms["Parquet files"] = functools.partial(_load_tables, tables)
             break
-    if (folder / TRAIN_ARCHIVE).exists() or (folder / VAL_ARCHIVE).exists():
+    kit_alone = not (forms or (folder / "train").is_dir()) and (folder / f"{DEVKIT}.tar.gz").exists()
+    if kit_alone or (folder / TRAIN_ARCHIVE).exists() or (folder / VAL_ARCHIVE).exists():
         forms["official archives"] = functools.partial(load_official, folder)
     zips = list(filter(_is_zip, folder.iterdir()))
     if folder / ZIP in zips or not (forms or len(zips) != 1 or (folder / "train").is_dir()):

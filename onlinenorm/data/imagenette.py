@@ -63,7 +63,7 @@ class Imagenette(ImageNet):
                 f"{root} holds several sets: {name_few([str(f) for f in found])}; name one as data.root", key="root"
             )
         if not found:
-            raise DataError(f"{absence(root, 'Imagenette')}\n{_LAYOUT}", key="root")
+            raise DataError(f"{absence(root, 'Imagenette', FOLDERS)}\n{_LAYOUT}", key="root")
         return found[0]
 
     @property

@@ -1,13 +1,15 @@
 """What is said where images are missing: no folder, none of the set in it, an archive alone, an empty file."""
 
 import os
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from onlinenorm.data.index import name_few
 from onlinenorm.errors import ArgumentError
 
-_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
+_ARCHIVE = re.compile(r"(.+)\.(?:tar|tgz|tar\.(?:gz|bz2|xz)|zip)", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -27,23 +29,28 @@ def checked_root(root: str | os.PathLike[str] | None, read: bool) -> str | None:
     return root
 
 
-def absence(root: Path, title: str) -> str:
-    """Why the set `title` is not found at `root`; where its archive lies there, or is it, what unpacks that."""
+def absence(root: Path, title: str, packed: Sequence[str] = ()) -> str:
+    """Why the set `title` is not found at `root`; where its archive lies there, or is it, what unpacks that.
+
+    packed: names of the set's archives without their endings; others in a folder are listed alone.
+    """
     root = root.absolute()
     if not root.exists():
         return f"{root} is a link that leads nowhere" if root.is_symlink() else f"{root} does not exist"
     names = [root.name] if root.is_file() else sorted(os.listdir(root))
     folder = root.parent if root.is_file() else root
-    packed = [name for name in names if name.lower().endswith(_ARCHIVES) and (folder / name).is_file()]
-    if not packed:
+    stems = {name: found[1] for name in names if (found := _ARCHIVE.fullmatch(name)) and (folder / name).is_file()}
+    archives = sorted(stems, key=lambda name: stems[name] not in packed)
+    if not archives:
         holds = f"holds no {title} (it holds: {name_few(names) or 'nothing'})"
         return f"{root} {'is a file, not a folder' if root.is_file() else holds}"
-    zipped = packed[0].lower().endswith(".zip")
-    file, place = shlex.quote(str(folder / packed[0])), shlex.quote(str(folder))
-    command = f"unzip {file} -d {place}" if zipped else f"tar xf {file} -C {place}"
+    first = archives[0]
+    file, place = shlex.quote(str(folder / first)), shlex.quote(str(folder))
+    command = f"unzip {file} -d {place}" if first.lower().endswith(".zip") else f"tar xf {file} -C {place}"
     if root.is_file():
         return f"{root} is an archive; unpack it: {command}, and name the folder: data.root={place}"
-    return f"{root} holds no {title} but {name_few(packed)}; unpack it: {command}"
+    how = f"; unpack {'it' if len(archives) == 1 else first}: {command}" if stems[first] in packed else ""
+    return f"{root} holds no {title} but {name_few(archives)}{how}"
 
 
 def no_content(start: bytes) -> str | None:

@@ -61,7 +61,7 @@ class TinyImageNet(ImageNet):
         for folder in (root, root / FOLDER):
             if (folder / "train").is_dir():
                 return folder
-        raise DataError(f"{absence(root, 'Tiny ImageNet')}\n{_LAYOUT}", key="root")
+        raise DataError(f"{absence(root, 'Tiny ImageNet', [FOLDER])}\n{_LAYOUT}", key="root")
 
     @property
     def class_names(self) -> list[str]:

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import shutil
 import subprocess
 import tarfile
 from io import BytesIO
@@ -128,7 +129,8 @@ TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSV
         (lambda f: (f / DEVKIT).unlink(), f"{DEVKIT} is missing: .*image-net.org.* labels of the validation images"),
         (lambda f: cut(f / DEVKIT, 300), f"{DEVKIT} is damaged or cut short"),
         (lambda f: (f / VAL).unlink(), f"{VAL} is missing"),
-        (lambda f: (f / TRAIN).unlink(), f"{TRAIN} is missing"),
+        (lambda f: (f / TRAIN).unlink(), f"{TRAIN} is missing; download it"),
+        (lambda f: [(f / n).unlink() for n in (TRAIN, VAL)], f"{TRAIN} and /.*/{VAL} are missing; download them .*org"),
         (lambda f: cut(f / TRAIN, 20_000), f"{TRAIN} is damaged or cut short .*checksum"),
         (lambda f: cut(f / TRAIN, second_class(f / TRAIN).offset), f"{TRAIN} is damaged .*no tar header and no end"),
         (lambda f: overwrite(f / TRAIN, second_class(f / TRAIN).offset, b"junk" * 128), f"{TRAIN} is damaged"),
@@ -141,7 +143,7 @@ TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSV
          f"{TRAIN}: 3 classes do not hold .* devkit counts: n01484850 5 of 6"),
         (lambda f: (f / VAL).write_bytes(b""), f"{VAL} is empty; fetch it again"),
         (lambda f: (f / VAL).write_bytes(LFS_POINTER), f"{VAL} is a pointer of Git LFS .*git lfs pull"),
-        (lambda f: (f / VAL).rename(f / TRAIN), "holds no class archives .* is it the training archive"),
+        (lambda f: shutil.copy(f / VAL, f / TRAIN), "holds no class archives .* is it the training archive"),
     ],
 )  # fmt: skip
 def test_damage_is_named(tmp_path, change, message):

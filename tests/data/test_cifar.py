@@ -140,6 +140,12 @@ def test_missing_data_is_told_on_one_screen(tmp_path):
             assert part in text
 
 
+def test_the_archive_of_another_set_is_not_told_to_be_unpacked(tmp_path):
+    (tmp_path / CIFAR100.binary.archive).touch()
+    with pytest.raises(DataError, match=rf"^root: CIFAR-10: {tmp_path} holds no CIFAR-10 but cifar-100-\S+.gz\n"):
+        CIFAR10(root=tmp_path).setup()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pickles_are_refused(kind, tmp_path):
     for name in kind.pickled:

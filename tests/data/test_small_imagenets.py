@@ -211,8 +211,10 @@ def test_missing_data_is_told_on_one_screen(kind, address, tmp_path):
 )
 def test_the_set_s_own_archive_is_named_with_what_unpacks_it(kind, archive, command, tmp_path):
     (tmp_path / archive).touch()
+    unpacked = f"{command} {tmp_path}/{archive} -. {tmp_path}"
     for root in (tmp_path, tmp_path / archive):
-        with pytest.raises(
-            DataError, match=rf"^root: .*; unpack it: {command} {tmp_path}/{archive} -. {tmp_path}[,\n]"
-        ):
+        with pytest.raises(DataError, match=rf"^root: .*; unpack it: {unpacked}[,\n]"):
             kind(root=str(root)).setup()
+    (tmp_path / "a_backup.zip").touch()
+    with pytest.raises(DataError, match=rf" but {archive}, a_backup.zip; unpack {archive}: {unpacked}\n"):
+        kind(root=str(tmp_path)).setup()
