@@ -71,7 +71,7 @@ def test_peers_messages_what_is_sent_and_what_could_not_be_built():
         "- eager: online_peers takes +0.90 ms a step over online_local (+2.0%).",
         "with global statistics by peers' messages is faster than SyncBatchNorm's: 1.307 times its rate.",
         "Statistics that a process sends in a step: online_peers 27.2 MB.",
-        "Global statistics: of online_peers as by default (exchange=auto)",
+        "Global statistics: of online_peers with exchange=auto",
         "- Not built: sync_batch, compile: RuntimeError: no",
         "The same in bfloat16",
     ):

@@ -35,7 +35,7 @@ def more_work_queues() -> None:
     of nvJPEG some would stand behind a whole step, and decoding with them. What the environment says stays, and so does
     the default under MPS, whose processes share one pool of queues.
     """
-    if not Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists():
+    if not Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps").exists():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 

@@ -57,7 +57,7 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
         layer_scaling_group_size: int | None = None,
         backend: str = "auto",
         statistics: str = "global",
-        exchange: str = "auto",
+        exchange: str = "gather",
         process_group: dist.ProcessGroup | None = None,
         device=None,
         dtype=None,
@@ -90,6 +90,10 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
         for name in ("running_mean", "running_var", "control_u", "control_v"):
             self.register_buffer(name, torch.empty(num_features, **state))
         self.reset_parameters()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._mailbox = next(_mailboxes)  # that of the layer it is a copy of is not its own
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, controls 0: the state before the first sample."""

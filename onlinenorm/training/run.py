@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from onlinenorm import data as image_sets
 from onlinenorm.arguments import flatten
 from onlinenorm.data.nvjpeg_loader import more_work_queues
 from onlinenorm.data.workers import explain_worker_deaths
@@ -44,13 +45,20 @@ from onlinenorm.training.trainer import quiet_lightning, resolve_in
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Runs, continues or reprints the run of a configuration (plain values); returns its results."""
     check_config(config)
-    if config["data"].get("decoder") in ("auto", "nvjpeg") and config["data"].get("on_device") is not True:
+    if _may_decode_while_training(config["data"]):
         more_work_queues()
     path = run_path(config)
     folder = RunFolder(path, is_rank_zero())
     config = {**config, "trainer": resolve_in(folder, config["trainer"])}
     with StopSignals(path) as stop:
         return _train(config, folder, stop)
+
+
+def _may_decode_while_training(settings: dict[str, Any]) -> bool:
+    """Whether a GPU may decode batches, as far as can be told before CUDA starts; a class of one's own may."""
+    kind = getattr(image_sets, settings["_target_"].rpartition(".")[2], image_sets.ImageNet)
+    from_files = issubclass(kind, image_sets.ImageNet)
+    return from_files and settings.get("decoder") in ("auto", "nvjpeg") and settings.get("on_device") is not True
 
 
 def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict[str, Any]:

@@ -27,8 +27,8 @@ NORMALIZERS = {
     "online_local_layer_scaling": partial(_layer_scaling, statistics="local"),
     "online_global": partial(OnlineNorm2d, exchange="gather"),
     "online_global_layer_scaling": partial(_layer_scaling, exchange="gather"),
-    "online_peers": OnlineNorm2d,
-    "online_peers_layer_scaling": _layer_scaling,
+    "online_peers": partial(OnlineNorm2d, exchange="auto"),
+    "online_peers_layer_scaling": partial(_layer_scaling, exchange="auto"),
 }
 # what each is on one process
 ALONE = {name: name.replace("global", "local").replace("peers", "local") for name in NORMALIZERS}

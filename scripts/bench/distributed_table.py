@@ -54,8 +54,8 @@ def _exchanges(names: set[str]) -> str:
     lines = []
     if "online_peers" in names:
         lines.append(
-            "Global statistics: of online_peers as by default (exchange=auto), where the kernels store moments into "
-            "the other GPUs' memory while they run; of online_global with exchange=gather, by collectives."
+            "Global statistics: of online_peers with exchange=auto, where the kernels store moments into "
+            "the other GPUs' memory while they run; of online_global as by default (exchange=gather), by collectives."
         )
     if "sync_batch_traced" in names:
         lines.append(

@@ -31,7 +31,8 @@ def render(results: dict) -> str:
     parts = [
         f"# Whole epochs of training on one {results['device']} with {results['cores']} cores",
         "Rates of training alone, from an epoch's start to its last step, and beside them with validation and "
-        "checkpoints; the first epoch, which compiles, is left out. The bare step has its images on the device.",
+        "checkpoints; of runs side by side, of all together while all train, with validation in both. Each run's first "
+        "epoch is left out. The bare step has its images on the device.",
         markdown_table(HEAD, [_cells(row) for row in results["rows"]]),
     ]
     if missing := results["not_run"]:

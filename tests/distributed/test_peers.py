@@ -98,7 +98,7 @@ def layer_steps(kind, guard, device, rank=None):
     samples, channels, height, width, form = kind
     generator = torch.Generator(device).manual_seed(7)  # which gives the same numbers on GPUs of one kind
     torch.manual_seed(1)
-    arguments = {"error_compensation": guard, "clamp_value": 1.5, "alpha_fwd": 0.9}
+    arguments = {"error_compensation": guard, "clamp_value": 1.5, "alpha_fwd": 0.9, "exchange": "auto"}
     arguments["statistics"] = "local" if rank is None else "global"
     layer, other = layers = nn.ModuleList([OnlineNorm2d(channels, **arguments) for _ in range(2)])
     with torch.no_grad():

@@ -25,7 +25,7 @@ from onlinenorm.ops.fused import peers
 
 RUN = (
     *TINY[:-1], "trainer=ddp", "trainer.deterministic=true", "trainer.cuda_graph=false", "model.compile=false",
-    "trainer.checkpoint_every_n_steps=1", "normalizer=online_clamp", "data.image_size=32",
+    "trainer.checkpoint_every_n_steps=1", "normalizer=online_clamp", "normalizer.exchange=auto", "data.image_size=32",
     "data.num_train=330", "data.num_workers=0", "data.on_device=false", "recipe.batch_size=32", "recipe.epochs=8",
     "recipe.milestones=[6]", "recipe.lr=0.01",
 )  # fmt: skip

@@ -309,3 +309,10 @@ def test_import_needs_torch_only():
     with warnings.catch_warnings():
         output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+def test_copies_have_a_mailbox_of_their_own():
+    """A number that two layers share would have one's kernels store into the other's memory."""
+    layer = OnlineNorm2d(3)
+    layers = [layer, copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer)), OnlineNorm2d(512)]
+    assert len({each._mailbox for each in layers}) == len(layers) and 0 not in {each._mailbox for each in layers}

@@ -367,6 +367,8 @@ def test_the_check_of_a_compiled_run_says_what_its_start_would(run, train_module
         (["experiment=imagenette"], "32"),
         (["experiment=imagenette", "data.on_device=true"], None),
         (["experiment=imagenette", "data.decoder=pillow"], None),
+        (["experiment=cifar10"], None),
+        (["experiment=quickstart"], None),
     ],
 )
 def test_runs_that_decode_while_they_train_ask_for_more_work_queues(overrides, queues, tmp_path, monkeypatch):
