@@ -15,7 +15,7 @@ from onlinenorm.data.decoders import DEVICE_DECODERS
 from onlinenorm.data.devkit import NAME as DEVKIT
 from onlinenorm.data.imagenet_classes import WNIDS
 from onlinenorm.data.index import FolderIndex, is_image, list_classes, load_index, name_few
-from onlinenorm.data.kaggle import COMPETITION, LABELS, ZIP, find_images, load_folders, load_zip
+from onlinenorm.data.kaggle import COMPETITION, LABELS, ZIP, find_images, is_kaggles, load_folders, load_zip
 from onlinenorm.data.missing import absence
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
@@ -186,12 +186,17 @@ def _forms(folder: Path) -> dict[str, Callable[[Progress], Splits]]:
         if all(tables):
             forms["Parquet files"] = functools.partial(_load_tables, tables)
             break
-    kit_alone = not (forms or (folder / "train").is_dir()) and (folder / f"{DEVKIT}.tar.gz").exists()
-    if kit_alone or (folder / TRAIN_ARCHIVE).exists() or (folder / VAL_ARCHIVE).exists():
+    if (folder / TRAIN_ARCHIVE).exists() or (folder / VAL_ARCHIVE).exists():
         forms["official archives"] = functools.partial(load_official, folder)
+    if _is_zip(folder / ZIP):
+        forms["Kaggle's zip file"] = functools.partial(load_zip, folder / ZIP)
+    if forms or (folder / "train").is_dir():
+        return forms
     zips = list(filter(_is_zip, folder.iterdir()))
-    if folder / ZIP in zips or not (forms or len(zips) != 1 or (folder / "train").is_dir()):
-        forms["Kaggle's zip file"] = functools.partial(load_zip, folder / ZIP if folder / ZIP in zips else zips[0])
+    if len(zips) == 1 and is_kaggles(zips[0]):
+        return {"Kaggle's zip file": functools.partial(load_zip, zips[0])}
+    if (folder / f"{DEVKIT}.tar.gz").exists():  # which raises for the archives that are missing
+        return {"official archives": functools.partial(load_official, folder)}
     return forms
 
 

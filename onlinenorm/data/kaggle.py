@@ -111,6 +111,20 @@ def load_zip(archive: Path, progress: Progress = silent) -> tuple[ZipIndex, ZipI
     return load("train"), load("val")
 
 
+def is_kaggles(archive: Path) -> bool:
+    """Whether a zip file's directory lists Kaggle's images, read once for each file; False for a damaged one."""
+    archive = archive.absolute()
+
+    def build() -> Arrays:
+        with zipfile.ZipFile(archive) as file:
+            return {"listed": np.array(any(f"/{IMAGES}/" in f"/{name}" for name in file.namelist()))}
+
+    try:
+        return bool(cached_arrays(archive.parent, f"{archive.stem}-names", files_key([archive]), build)["listed"])
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
+        return False
+
+
 def read_labels(content: bytes, source: Path) -> dict[str, str]:
     """File -> class of the validation images by LOC_val_solution.csv; DataError, with the line, where it is none."""
     wnids: dict[str, str] = {}

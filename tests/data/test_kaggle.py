@@ -80,6 +80,28 @@ def test_the_zip_may_have_any_name(folders, kaggle, tmp_path):
         open_splits(str(archive.parent))
 
 
+def test_only_kaggle_s_images_make_a_zip_of_another_name_kaggle_s(folders, kaggle, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    archive, notes = other / "photos.zip", other / "notes.txt"
+    notes.touch()
+    for damaged in (False, True):
+        zip_folder(folders, archive)
+        if damaged:
+            archive.write_bytes(archive.read_bytes()[:-100])
+        with pytest.raises(DataError, match=r"^root: \S+ holds no folder train and no folder val but photos.zip\n"):
+            open_splits(str(other))
+        with pytest.raises(DataError, match=r"^root: \S+/notes.txt is a file, not a folder\n"):
+            open_splits(str(notes))
+    zip_folder(kaggle, archive)
+    with pytest.raises(DataError, match=rf"^root: \S+/notes.txt is a file; name the .* data.root={other}$"):
+        open_splits(str(notes))
+    (other / "ILSVRC2012_devkit_t12.tar.gz").touch()
+    assert len(open_splits(str(other))[0]) == 15
+    archive.rename(other / ZIP)
+    assert len(open_splits(str(other))[0]) == 15
+
+
 def test_names_and_extra_fields_of_any_length(folders, tmp_path):
     long = "x" * 150 + "/" + "y" * 200
     root = write_kaggle(folders, tmp_path / "deep" / long)
