@@ -43,13 +43,13 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from onlinenorm.data.resize_triton import crops_kernel, weights_kernel
+from onlinenorm.data.resize_triton import _ROWS, _WARP, crops_kernel, weights_kernel
 
 TYPES = {"table": "*i64", "segments": "*i64", "pairs": "*i64", "columns": "*i32", "weights": "*i32",
          "pixels": "*u8", "out": "*u8"}
 for kernel, constants in (
     (weights_kernel, {"BLOCK": 128}),
-    (crops_kernel, {"CHANNELS": 3, "ROWS": 32, "WIDTH": 32}),
+    (crops_kernel, {"CHANNELS": 3, "ROWS": _ROWS, "WIDTH": _WARP}),
 ):
     kinds = {k: "constexpr" if k in constants else TYPES.get(k, "i32") for k in kernel.arg_names}
     fixed = {(kernel.arg_names.index(k),): value for k, value in constants.items()}
@@ -137,11 +137,11 @@ def test_ragged_images_are_those_of_the_cpu(arithmetic, channels):
     check(list(drawn_cases(150, channels, 33, 400, 1)), arithmetic, "cpu")
 
 
-@pytest.mark.parametrize("tile", [(32, 32), (2, 4)])
+@pytest.mark.parametrize("tile", [{}, {"_ROWS": 2, "_WARP": 4}], ids=["shipped", "small"])
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_kernels_give_the_same_bits(interpreter, arithmetic, tile, monkeypatch):
-    monkeypatch.setattr("onlinenorm.data.resize_triton._ROWS", tile[0])
-    monkeypatch.setattr("onlinenorm.data.resize_triton._WARP", tile[1])
+    for name, size in tile.items():
+        monkeypatch.setattr(f"onlinenorm.data.resize_triton.{name}", size)
     check(EDGES, arithmetic, "cpu", interpreted)
 
 
