@@ -1,9 +1,9 @@
 """Sets of decoded images whole in the device's memory, cropped, resized and mirrored there."""
 
 import copy
-import functools
+import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,11 +35,29 @@ class GpuCache(NamedTuple):
     labels_N: torch.Tensor
 
 
+class _LoadedOnce:
+    """Gives what `load` returns, loaded at the first call, once for all threads; pickled and deep copies load anew."""
+
+    def __init__(self, *arguments: Any):
+        self._arguments, self._lock = arguments, threading.Lock()
+        self._loaded: GpuCache | None = None
+
+    def __call__(self) -> GpuCache:
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = load(*self._arguments)
+            return self._loaded
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._arguments
+
+
 class GpuCacheLoader:
     """A loader of the batches that the dataset itself would give, with images and labels on `device`.
 
     Pixels are those of workers, bit for bit, and so is what stands in for images that cannot be read. Indices stay in
-    host memory, where they are looked at. Batches are made ahead in a thread, on a stream of their own.
+    host memory, where they are looked at. Batches are made ahead in a thread, on a stream of their own. The set stays
+    in the device's memory as long as a loader of it lives; a data module keeps one as long as it lives itself.
 
     Args:
         dataset: the images; all of them are decoded and copied to the device at the first batch.
@@ -59,8 +77,10 @@ class GpuCacheLoader:
         workers: int = 0,
         keep: bool = False,
     ):
+        if device.type == "cuda" and device.index is None:  # as trainers name it, for one set in memory and not two
+            device = torch.device("cuda", torch.cuda.current_device())
         self.dataset, self.batch_sampler, self.device = dataset, batch_sampler, device
-        self._cache = functools.cache(functools.partial(load, dataset, device, workers, keep))
+        self._cache = _LoadedOnce(dataset, device, workers, keep)
 
     def with_sampler(self, batch_sampler: GlobalBatchSampler | ValidationSampler) -> "GpuCacheLoader":
         """A loader of other batches of the same images, which are decoded once for both."""

@@ -55,8 +55,8 @@ class ImageDataModule(pl.LightningDataModule):
         root: folder of the dataset, as text or a path object (kept as text), or None where the set has a place of its
             own; refused unless `reads_root`.
         num_workers: loader processes; None chooses this process's share of the cores, at most 16.
-        on_device: keep the whole set in the device's memory and augment it there; files are decoded once. The pixels
-            are the same.
+        on_device: keep the whole set in the device's memory, as long as this object lives, and augment it there; files
+            are decoded once. The pixels are the same.
         keep_decoded: with on_device, keep the decoded files in the user's cache folder for the next run.
         limit_train, limit_val: use that many images (all, if there are fewer): the classes in proportion, evenly spaced
             in each in index order, see `limits.proportional`. The same images for every seed, decoder and number of

@@ -1,6 +1,8 @@
 """Sets of decoded images on the device give the batches of the workers, bit for bit; here the CPU is the device."""
 
+import copy
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from image_folders import write_image, write_tree
 
-from onlinenorm.data import DataError, FashionMNIST, ImageNet, Synthetic, UnreadableImageError, decoded
+from onlinenorm.data import DataError, FashionMNIST, ImageNet, Synthetic, UnreadableImageError, decoded, gpu_cache
 from onlinenorm.data.gpu_cache import GpuCacheLoader
 from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.index import FolderIndex
@@ -187,6 +189,52 @@ def test_a_set_is_decoded_once_for_all_loaders(tree, monkeypatch):
     assert len(files) == ours.train_images
     batches(ours, "val_dataloader")
     assert len(files) == ours.train_images + ours.val_images
+
+
+def test_threads_that_come_first_together_decode_once(tree, monkeypatch):
+    together, loads = threading.Barrier(2), []
+
+    def slow(*arguments):
+        loads.append(arguments)
+        if len(loads) == 2:
+            both.set()
+        both.wait(0.2)  # holds the first until a second would be in here
+        return load(*arguments)
+
+    def ask():
+        together.wait()
+        found.append(loader._cache())
+
+    load, both, found = gpu_cache.load, threading.Event(), []
+    monkeypatch.setattr(gpu_cache, "load", slow)
+    loader = folders(tree, on_device=True).train_dataloader()
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(loads) == 1 and found[0] is found[1]
+
+
+def test_a_data_module_is_pickled_without_what_it_has_decoded(tree, monkeypatch):
+    data = folders(tree, augmentation="random_resized_crop", on_device=True)
+    expected = [batches(data, split) for split in ("train_dataloader", "val_dataloader")]
+    loads, load = [], gpu_cache.load
+    monkeypatch.setattr(gpu_cache, "load", lambda *arguments: loads.append(arguments) or load(*arguments))
+    for twin in (pickle.loads(pickle.dumps(data)), copy.deepcopy(data)):
+        for split, ours in zip(("train_dataloader", "val_dataloader"), expected, strict=True):
+            for a, b in zip(batches(twin, split), ours, strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert len(twin._cached) == 2
+    assert len(loads) == 4, "each split of each twin once"
+
+
+def test_one_gpu_has_one_set_whatever_it_is_called(tree, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    data = folders(tree, on_device=True)
+    data._fits, caches = True, []
+    for name in ("cuda", "cuda:1", "cuda:0"):
+        monkeypatch.setattr(data, "_device", lambda name=name: torch.device(name))
+        caches.append(data.train_dataloader()._cache)
+    assert caches[0] is caches[1] and caches[0] is not caches[2]
 
 
 def test_what_could_not_be_read_is_tried_again(tree, own_cache, monkeypatch):
