@@ -7,11 +7,13 @@ from torch import nn
 from onlinenorm import models
 from onlinenorm.models.stem import StemConv2d
 
+BLOCKS = ("space_to_depth", "space_to_depth_2x4")
 
-def pair(in_channels, out_channels=8):
-    """The two ways to compute one convolution, sharing its weight, in float64."""
+
+def pair(in_channels, out_channels=8, stem="space_to_depth"):
+    """Two ways to compute one convolution, sharing its weight, in float64."""
     as_it_is = StemConv2d(in_channels, out_channels, "conv7x7").double()
-    rearranged = StemConv2d(in_channels, out_channels, "space_to_depth").double()
+    rearranged = StemConv2d(in_channels, out_channels, stem).double()
     rearranged.weight = as_it_is.weight
     return as_it_is, rearranged
 
@@ -19,24 +21,33 @@ def pair(in_channels, out_channels=8):
 @pytest.mark.parametrize("in_channels", [1, 3, 4, 5])
 @pytest.mark.parametrize("size", [(2, 2), (6, 4), (30, 46), (64, 64)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_space_to_depth_gives_the_values_and_gradients_of_the_7x7_convolution(in_channels, size, memory_format):
+@pytest.mark.parametrize("stem", BLOCKS)
+def test_space_to_depth_gives_the_values_and_gradients_of_the_7x7_convolution(in_channels, size, memory_format, stem):
     torch.manual_seed(0)
     x = torch.randn(3, in_channels, *size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     grad, found = None, []
-    for conv in pair(in_channels):
+    for conv in pair(in_channels, stem=stem):
         y = conv(x)
         grad = torch.randn_like(y) if grad is None else grad
         found.append((y, *torch.autograd.grad(y, (x, conv.weight), grad)))
     for exact, other in zip(*found, strict=True):
         torch.testing.assert_close(other, exact, rtol=1e-12, atol=1e-12)
-    if in_channels > 1:  # of one channel both formats are the same
+    widths = {"space_to_depth": size[1], "space_to_depth_2x4": size[1] // 4}  # of one channel or column formats are one
+    if in_channels > 1 and widths[stem] > 1 and (memory_format is torch.channels_last or stem == "space_to_depth"):
         assert found[1][0].is_contiguous(memory_format=memory_format)
 
 
+def test_pairs_of_columns_are_where_they_belong_without_a_copy():
+    _, conv = pair(3, stem="space_to_depth_2x4")
+    y = conv(torch.randn(2, 3, 8, 12, dtype=torch.float64).to(memory_format=torch.channels_last))
+    assert y._is_view() and y.shape == (2, 8, 4, 6) and y.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("size", [(7, 8), (8, 7), (1, 1)])
-def test_odd_images_are_convolved_as_they_are(size):
+@pytest.mark.parametrize("stem", BLOCKS)
+def test_odd_images_are_convolved_as_they_are(size, stem):
     x = torch.randn(2, 3, *size, dtype=torch.float64)
-    as_it_is, rearranged = pair(3)
+    as_it_is, rearranged = pair(3, stem=stem)
     assert torch.equal(as_it_is(x), rearranged(x))
 
 
@@ -66,7 +77,9 @@ def test_networks_exchange_weights_whatever_their_stem():
 
 
 def test_another_word_is_refused():
-    with pytest.raises(ValueError, match="stem: 'patchify' is not one of auto, conv7x7, space_to_depth"):
+    with pytest.raises(
+        ValueError, match="stem: 'patchify' is not one of auto, conv7x7, space_to_depth, space_to_depth_2x4"
+    ):
         models.resnet50(nn.BatchNorm2d, stem="patchify")
 
 
