@@ -13,8 +13,10 @@ import torch
 import triton
 
 from onlinenorm import OnlineNorm2d
+from onlinenorm.ops.fused import memset_nodes
 from onlinenorm.provenance import git_state
 
+MEMSETS_AS_KERNELS = False  # in graphs that are captured from now on
 STATE = ("running_mean", "running_var", "control_u", "control_v")
 # (N, C, H, W): small and ragged, and a tile of each kind the ImageNet networks hold.
 GATE_SHAPES = ((3, 5, 7, 6), (6, 64, 56, 56), (5, 128, 28, 28), (9, 256, 14, 14), (13, 192, 7, 7))
@@ -97,8 +99,11 @@ def timed(step, device: torch.device, repeats: int) -> list[float]:
 
 @contextlib.contextmanager
 def side_stream():
-    """A current stream that is not the default one, behind what was queued before and ahead of what comes after."""
-    outer, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    """A current stream that is not the default one, behind what was queued before and ahead of what comes after.
+
+    Its kernels come first where a graph has others beside them.
+    """
+    outer, side = torch.cuda.current_stream(), torch.cuda.Stream(priority=-1)
     side.wait_stream(outer)
     with torch.cuda.stream(side):
         yield side
@@ -114,9 +119,12 @@ def captured(step):
     with side_stream() if current == torch.cuda.default_stream() else contextlib.nullcontext(current) as stream:
         for _ in range(2):
             step()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph, stream=stream):
         step()
+    if MEMSETS_AS_KERNELS:
+        memset_nodes.as_kernels(graph.raw_cuda_graph(), torch.cuda.get_device_capability())
+    graph.instantiate()
     return graph.replay
 
 

@@ -1,7 +1,7 @@
 """What each lever saves of a compiled training step of ResNet-50: milliseconds predicted and measured, one run.
 
     python scripts/bench/levers.py                                # every lever alone and all together, one Hopper GPU
-    python scripts/bench/levers.py --batch 256 --lever shortcut   # some
+    python scripts/bench/levers.py --batch 256 --lever shortcut --base max_pool   # some
 
 Networks with and without a lever are timed in turn, round after round, forward and backward in one CUDA graph, bf16.
 Writes the results as JSON and a table beside it. Predictions are those of the byte budget made before any was built.
@@ -19,6 +19,9 @@ from scripts._venv import run_main
 import torch
 
 from onlinenorm.models.blocks import BasicBlock, Bottleneck
+from onlinenorm.ops.fused import inductor_pass
+from onlinenorm.ops.fused.inductor_pass import FoldGradients
+from onlinenorm.ops.fused.nvrtc import Kernel
 from scripts.bench import common, levers_table, training
 
 
@@ -32,17 +35,52 @@ def _set_shortcut(model: torch.nn.Module, on: bool) -> None:
             block.fuse_shortcut = on
 
 
+def _set_early(_, on: bool) -> None:
+    Kernel.starts_early = on
+
+
+def _set_casts(_, on: bool) -> None:
+    FoldGradients.casts_aside = on
+
+
+def _set_gradients(_, on: bool) -> None:
+    FoldGradients.gradients_aside = on
+
+
+def _set_memsets(_, on: bool) -> None:
+    common.MEMSETS_AS_KERNELS = on
+
+
+def _set_stem(model, on: bool) -> None:
+    model.conv1.stem = "space_to_depth_2x4" if on else "space_to_depth"
+
+
 SWITCHES: dict[str, Callable[[torch.nn.Module, bool], None]] = {
     "max_pool": _set_max_pool,
     "shortcut": _set_shortcut,
+    "early": _set_early,
+    "casts": _set_casts,
+    "gradients": _set_gradients,
+    "memsets": _set_memsets,
+    "stem": _set_stem,
 }
 WHAT = {
     "max_pool": "first norm, ReLU and max-pool in one kernel each way",
     "shortcut": "the shortcut's norm inside the kernel of the block's last norm, each way",
+    "early": "norm kernels begin before the kernel in front of them has ended",
+    "casts": "casts of weights on a stream beside",
+    "gradients": "weight gradients of convolutions on a stream beside",
+    "memsets": "small memsets of the graph as kernels",
+    "stem": "the first convolution as 4x3 on 2x4 blocks of pixels",
 }
 PREDICTED = {  # milliseconds saved at N = 256 and 32, on an H100
     "max_pool": {256: 1.9, 32: 0.24},
     "shortcut": {256: 1.2, 32: 0.20},
+    "early": {256: 0.1, 32: 0.1},
+    "casts": {256: 0.15, 32: 0.15},  # by a profile on an H200
+    "gradients": {256: 0.5, 32: 0.4},
+    "memsets": {256: 0.32, 32: 0.13},  # by a profile on an H200
+    "stem": {256: 0.45, 32: 0.06},
 }
 
 
@@ -70,10 +108,10 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
-    parser.add_argument("--normalizer", default="online_clamp", choices=["online_clamp", "online_layer_scaling"])
+    parser.add_argument("--normalizer", default="online_clamp", choices=list(training.NORMALIZERS))
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 32])
-    parser.add_argument("--lever", nargs="+", default=["shortcut"], choices=list(SWITCHES))
-    parser.add_argument("--base", nargs="*", default=["max_pool"], choices=list(SWITCHES), help="on in every network")
+    parser.add_argument("--lever", nargs="+", default=list(SWITCHES)[2:], choices=list(SWITCHES))
+    parser.add_argument("--base", nargs="*", default=list(SWITCHES)[:2], choices=list(SWITCHES), help="on in every one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20, help="steps a round")
     parser.add_argument("--device", default="cuda")
@@ -83,6 +121,7 @@ def main(argv=None) -> None:
     torch._dynamo.config.recompile_limit = 100
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.backends.cudnn.benchmark = True
+    inductor_pass.install()  # for BatchNorm too
     levers, base = list(dict.fromkeys(args.lever)), tuple(args.base)
     variants = {"none": base} | {name: (*base, name) for name in levers}
     if len(levers) > 1:

@@ -51,7 +51,7 @@ COMPILERS: dict[str, dict[str, Any]] = {
     "coordinate_descent": {"options": {"coordinate_descent_tuning": True}},
     "max_autotune": {"mode": "max-autotune-no-cudagraphs"},  # coordinate descent is part of it
 }
-STEMS = ("space_to_depth", "conv7x7")
+STEMS = ("space_to_depth", "conv7x7", "space_to_depth_2x4")
 IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # the models that have such a stem
 
 
@@ -235,7 +235,9 @@ def _kind(row: dict) -> tuple[str, ...]:
 def _settings(row: dict) -> str:
     name = row.get("compiler") or "default"
     compiler = "" if name == "default" else f" ({name.replace('_', ' ')})"
-    stem = {"conv7x7": "7x7 stem", "space_to_depth": "2x2 blocks"}.get(row.get("stem", ""), "")
+    stem = {"conv7x7": "7x7 stem", "space_to_depth": "2x2 blocks", "space_to_depth_2x4": "2x4 blocks"}.get(
+        row.get("stem", ""), ""
+    )
     return ", ".join(part for part in (row["mode"] + compiler, row["dtype"], stem) if part)
 
 
@@ -248,7 +250,7 @@ def main(argv=None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp16"], choices=list(DTYPES))
     parser.add_argument("--normalizer", nargs="+", default=list(NORMALIZERS), choices=list(NORMALIZERS))
     parser.add_argument("--backend", nargs="+", default=["fused"], help="of the OnlineNorm rows; torch at N <= 64 only")
-    parser.add_argument("--stem", nargs="+", default=list(STEMS), choices=STEMS, help="the first is everybody's")
+    parser.add_argument("--stem", nargs="+", default=list(STEMS[:2]), choices=STEMS, help="the first is everybody's")
     parser.add_argument("--compiler", nargs="+", default=list(COMPILERS), choices=list(COMPILERS), help="of BatchNorm")
     parser.add_argument("--every-stem", action="store_true", help="the slow compilers on every stem, minutes a network")
     parser.add_argument("--optimizer", choices=("without", "with", "both"), default="both", help="SGD in the step")
