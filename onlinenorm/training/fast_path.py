@@ -3,7 +3,7 @@
 All are off on the CPU. On a GPU, by figures of ResNet-50 at 224 px in bfloat16 with SGD on an H100 (training steps of
 commit baa1591, before the stem had kernels of its own; loaders of results/bench_data.json):
 
-- model.compile: on where the run trains on at least two million images of 224 px, or as many pixels of other sizes.
+- model.compile: on where each process trains on at least two million images of 224 px, or as many pixels of others.
   Compiled and captured, an image takes 11 us less with OnlineNorm and 72 us less with BatchNorm than captured alone in
   batches of 256 (7,121 against 6,582 and 5,747 against 4,058 images/s), 14 and 76 us in batches of 32: two million save
   23 to 152 s. Compiling training and validation takes about a minute, which is judged and was not measured.
@@ -17,7 +17,8 @@ commit baa1591, before the stem had kernels of its own; loaders of results/bench
   pixels; once a run, where a quarter of their device's free memory holds them (`data.kept_batches`): those of ImageNet
   take 7.5 GB.
 
-Each is off where it is refused, or where nobody has seen it to be right: see the `_against_` functions.
+Each is off where it is refused, or where nobody has seen it to be right: see the `_against_` functions. Of several
+processes each chooses, and must choose as the others do: their layers exchange statistics in one order.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ from onlinenorm.data import ImageDataModule
 from onlinenorm.data.datasets import FolderDataset, InMemoryDataset
 from onlinenorm.data.decoded import decoded_bytes, free_memory
 from onlinenorm.data.nvjpeg_loader import gpu_decodes
-from onlinenorm.errors import ConfigError
+from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.records import lookup
 from onlinenorm.text import first_line
 from onlinenorm.training.config_check import AUTO, AUTO_KEYS, build
@@ -179,23 +180,22 @@ class FastPathFailed(Exception):
 def naming_fast_path(choice: Choice, trainer: pl.Trainer) -> Iterator[None]:
     """Context of training: an error before a first step that is due to a choice becomes FastPathFailed.
 
-    Of several processes each would go its own way, so that there it stays what it is.
+    Of several processes each would go its own way, so that there it becomes a RunError that says what to choose.
     """
     try:
         yield
     except Exception as error:
-        key = culprit(error, choice.fast) if trainer.global_step == 0 and trainer.world_size == 1 else None
+        key = culprit(error, choice.fast) if trainer.global_step == 0 else None
         if key is None:
             raise
-        value = str(lookup(choice.config, key)).lower()
+        value, instead = str(lookup(choice.config, key)).lower(), f"{key}={str(AUTO_KEYS[key]).lower()}"
         said = first_line(error)
         if said.endswith(":"):  # the compiler's errors name the cause in their second line
             said += f" {str(error).strip().splitlines()[1]}"
-        raise FastPathFailed(
-            key,
-            f"{key}: auto chose {value}, which failed before the first step ({said}); the run goes on "
-            f"with {key}={str(AUTO_KEYS[key]).lower()}",
-        ) from error
+        failed = f"{key}: auto chose {value}, which failed before the first step ({said})"
+        if trainer.world_size > 1:
+            raise RunError(f"{failed}; start again with {instead}, for all processes alike") from error
+        raise FastPathFailed(key, f"{failed}; the run goes on with {instead}") from error
 
 
 def free_device() -> None:
@@ -225,8 +225,6 @@ def _against_both(config: dict[str, Any]) -> str:
     own = [group for group in ("normalizer", "model") if config[group]["_target_"] not in NAMED[group]]
     if own:  # it may do on the host what is then done once
         return f"its {' and '.join(own)} is code of your own"
-    if (processes := config["trainer"]["devices"] * config["trainer"]["num_nodes"]) > 1:
-        return f"{processes} processes, where it was never tried"
     if torch.version.hip is not None:
         return "no NVIDIA GPU"
     if config["normalizer"].get("backend") == "reference":
@@ -243,9 +241,13 @@ def _against_compiling(config: dict[str, Any], data: ImageDataModule) -> str:
         return "normalizer.backend=torch takes minutes to compile"
     if reason := compiler_problem():
         return reason
-    images = config["recipe"]["epochs"] * data.train_images
+    if (machines := config["trainer"]["num_nodes"]) > 1:
+        return f"{machines} machines, of which one may lack a compiler"
+    processes = config["trainer"]["devices"]
+    images = config["recipe"]["epochs"] * data.train_images // processes
     if images * (data.image_size / 224) ** 2 < WORTH_COMPILING:
-        return f"{images:,} images of {data.image_size} px would not pay for it"
+        each = " a process" if processes > 1 else ""
+        return f"{images:,} images of {data.image_size} px{each} would not pay for it"
     return ""
 
 

@@ -1,10 +1,16 @@
-"""Compiled runs of two processes are those of one."""
+"""Compiled and captured runs of two processes are those of one, with the statistics of all processes or a stream each.
+
+python -m pytest tests/distributed/test_fast_processes.py -m gpu        on a machine with two GPUs
+"""
 
 import process_groups
-from distributed_runs import TINY, distance, train
+import pytest
+import torch
+from distributed_runs import THIRTY_STEPS, TINY, curve, distance, train
 from torch import nn
 
 from onlinenorm.models import cifar
+from onlinenorm.training.cuda_graph import GraphedStep
 
 SHORT = (*TINY, "normalizer=online_clamp", "normalizer.clamp_value=2", "recipe.scaling=none", "recipe.epochs=1")
 SHORT += ("recipe.milestones=[]", "trainer.precision=64-true")
@@ -35,3 +41,63 @@ def test_a_compiled_network_is_one_graph_in_several_processes(tmp_path):
     graphs = process_groups.run(2, run_compiled, str(tmp_path / "two"), *ddp, seconds=300)
     assert graphs == [2, 2]
     assert distance(tmp_path / "two", tmp_path / "one") <= 1e-9
+
+
+ON_GPUS = (
+    *(word for word in THIRTY_STEPS if word != "trainer=cpu"), "trainer.precision=32-true", "recipe.lr=0.002",
+    "normalizer=online_clamp", "normalizer.clamp_value=2", "data.num_workers=0", "data.on_device=false",
+)  # fmt: skip
+MODES = {"plain": (False, False), "captured": (False, True), "compiled and captured": (True, True)}
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def run_on_gpus(rank, folder, mode, *overrides):
+    """A run in full float32; the number of captures."""
+    torch.backends.cudnn.allow_tf32 = False
+    captures, capture = [], GraphedStep._capture
+
+    def counted(self, *inputs):
+        captures.append(1)
+        capture(self, *inputs)
+
+    GraphedStep._capture = counted
+    compiled, captured = (str(on).lower() for on in MODES[mode])
+    train(rank, folder, *ON_GPUS, f"model.compile={compiled}", f"trainer.cuda_graph={captured}", *overrides)
+    return len(captures)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """finished(processes, mode, statistics) -> the losses of 30 steps and their validations; made once."""
+    curves = {}
+
+    def call(processes, mode, statistics="global"):
+        key = processes, mode, statistics
+        if key not in curves:
+            folder = tmp_path_factory.mktemp("run")
+            overrides = f"normalizer.statistics={statistics}", "trainer=ddp" if processes > 1 else "trainer=gpu"
+            captures = process_groups.run(processes, run_on_gpus, str(folder), mode, *overrides, seconds=300)
+            assert captures == [int(mode != "plain")] * processes
+            curves[key] = curve(folder, "train_loss", "val_loss")
+        return curves[key]
+
+    return call
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("mode", MODES)
+def test_thirty_steps_on_two_gpus_are_those_of_one(finished, mode):
+    found = float((finished(2, mode) - finished(1, "plain")).abs().max())
+    print(f"{mode}: two GPUs against one, float32: largest difference of a loss {found:.1e}")
+    assert found <= 1e-4
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "plain"])
+def test_streams_of_their_own_are_the_same_in_any_mode(finished, mode):
+    found = float((finished(2, mode, "local") - finished(2, "plain", "local")).abs().max())
+    print(f"{mode}: local statistics against plain ones, float32: largest difference of a loss {found:.1e}")
+    assert found <= 1e-4
+    assert float((finished(2, mode, "local") - finished(2, mode)).abs().max()) > 1e-4, "another run than with global"

@@ -15,7 +15,7 @@ from tests_training import TINY, outcome
 from onlinenorm.arguments import flatten
 from onlinenorm.cli.compose import load_config
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
-from onlinenorm.errors import ConfigError
+from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.training import fast_path
 from onlinenorm.training import preflight as preflight_module
 from onlinenorm.training import run as run_module
@@ -73,6 +73,11 @@ def test_all_is_on_where_a_long_run_has_a_gpu(gpu):
     assert choice.fast == ["model.compile", "trainer.cuda_graph", "data.on_device"]
 
 
+def test_all_is_on_where_a_run_is_long_for_each_of_several_processes(gpu):
+    values, choice = chosen("recipe.epochs=80000", devices=2)
+    assert values == FAST and choice.reasons == {}
+
+
 @pytest.mark.parametrize(
     "overrides, trainer, off, reason",
     [
@@ -82,7 +87,8 @@ def test_all_is_on_where_a_long_run_has_a_gpu(gpu):
         ([], {"deterministic": True}, ["model.compile"], "picks kernels by their time"),
         (["normalizer.backend=torch"], {}, ["model.compile"], "takes minutes to compile"),
         (["normalizer.backend=reference"], {}, ["model.compile", "trainer.cuda_graph"], "a loop over samples"),
-        ([], {"devices": 2, "num_nodes": 2}, ["model.compile", "trainer.cuda_graph"], "4 processes"),
+        ([], {"devices": 2}, ["model.compile"], "1,280,000 images of 224 px a process would not pay for it"),
+        (["recipe.epochs=160000"], {"devices": 2, "num_nodes": 2}, ["model.compile"], "2 machines, of which one may"),
     ],
 )
 def test_where_it_does_not_pay_or_was_never_seen_to_be_right_it_is_off(gpu, overrides, trainer, off, reason):
@@ -242,10 +248,13 @@ def test_errors_of_the_compiler_are_known_by_where_they_come_from(monkeypatch):
     outer = RuntimeError("the step failed")
     outer.__cause__ = e.value.__cause__
     assert culprit(outer, list(FAST)) == "model.compile"
-    for begun in (SimpleNamespace(global_step=1, world_size=1), SimpleNamespace(global_step=0, world_size=2)):
-        with pytest.raises(Exception, match="no code today") as e, naming_fast_path(choice, begun):
-            layer(torch.zeros(1, 2))
-        assert not isinstance(e.value, FastPathFailed)
+    begun, several = (SimpleNamespace(global_step=step, world_size=2 - step) for step in (1, 0))
+    with pytest.raises(Exception, match="no code today") as e, naming_fast_path(choice, begun):
+        layer(torch.zeros(1, 2))
+    assert not isinstance(e.value, FastPathFailed | RunError)
+    alike = "start again with model.compile=false, for all processes alike"
+    with pytest.raises(RunError, match=alike), naming_fast_path(choice, several):
+        layer(torch.zeros(1, 2))
     torch.compiler.reset()
 
 
