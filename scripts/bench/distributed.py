@@ -234,7 +234,7 @@ def main(argv=None) -> int:
     parser.add_argument("--check-lr", type=float, default=0.002, help="low: rounding errors grow with it")
     parser.add_argument("--check-batch", type=int, default=32, help="images a process of the exactness check")
     parser.add_argument("--output", type=Path, default=Path("results/bench_distributed.json"))
-    parser.add_argument("--profile", action="store_true", help="also print each row's slowest kernels")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels' times of each row")
     parser.add_argument("--no-check", action="store_true", help="leave the exactness checks out")
     parser.add_argument("--warm", nargs=4, help=argparse.SUPPRESS)  # normalizer, processes, GPU, batch: compile and end
     args = parser.parse_args(argv)

@@ -123,14 +123,19 @@ class Row:
             **self.compiled,
         }
 
-    def profile(self) -> dict[str, float]:
-        """The kernels that a step spends most of its time in, in milliseconds."""
+    def profile(self) -> dict:
+        """Milliseconds of the kernels that a step spends most of its time in; microseconds of each norm's, in order."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             self.step()
             torch.cuda.synchronize()
         times = sorted(((event.device_time_total, event.key) for event in profile.key_averages()), reverse=True)
-        return {name[:100]: round(time / 1e3, 3) for time, name in times[:20]}
+        slowest = {name[:100]: round(time / 1e3, 3) for time, name in times[:20]}
+        norms: dict[str, list[float]] = {}
+        for event in sorted(profile.events(), key=lambda event: event.time_range.start):
+            if event.name.startswith("online_norm_"):
+                norms.setdefault(event.name, []).append(round(event.time_range.elapsed_us(), 1))
+        return {"slowest": slowest, "norms": norms}
 
 
 def data(batch: int, args, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
