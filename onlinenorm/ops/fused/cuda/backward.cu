@@ -165,41 +165,47 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         for (int i = 0; i < 6; i++) row[i] = s.table[i][j][at.column];
     };
 
-    // Ask for the sums of the next samples up to `last`, which may not be there yet, and read their states and moments.
-    u64 words[WORDS], channel_sums[WORDS] = {};
-    float2 before[WORDS], moments[WORDS];
-    float rzeta[WORDS] = {};
+    // Ask for the sums of the chunk of samples from `from` on, up to `last`, which may not be there yet, and read their
+    // states and moments.
+    struct Asked {
+        u64 words[WORDS], channel_sums[WORDS] = {};
+        float2 before[WORDS], moments[WORDS];
+        float rzeta[WORDS] = {};
+    };
+    constexpr int AHEAD = chunks_ahead(SCALED ? 9 : 6);
+    Asked asked[AHEAD];
     auto mine = [&](int j) { return at.reader + READERS * j; };
     auto of_sample = [&](const float2* table, int sample) { return table[(long long)sample * p.channels + at.channel]; };
-    auto sample_of = [&](int j) { return position + mine(j); };
-    auto ask = [&](int last) {
+    auto ask = [&](Asked& a, int from, int last) {
 #pragma unroll
         for (int j = 0; j < WORDS; j++) {
-            const bool wanted = sample_of(j) < last;
-            words[j] = wanted ? peek_sums(p, norm, at, sample_of(j)) : present(at);
-            if (wanted) before[j] = of_sample(norm.tables, sample_of(j)), moments[j] = of_sample(norm.moments, sample_of(j));
+            const int sample = from + mine(j);
+            const bool wanted = sample < last;
+            a.words[j] = wanted ? peek_sums(p, norm, at, sample) : present(at);
+            if (wanted) a.before[j] = of_sample(norm.tables, sample), a.moments[j] = of_sample(norm.moments, sample);
             if (SCALED) {
-                channel_sums[j] = wanted ? peek_channel_sums(p, norm, at, sample_of(j)) : present(at);
-                rzeta[j] = wanted ? norm.rzeta[sample_of(j)] : 0.f;
+                a.channel_sums[j] = wanted ? peek_channel_sums(p, norm, at, sample) : present(at);
+                a.rzeta[j] = wanted ? norm.rzeta[sample] : 0.f;
             }
         }
     };
-    auto collect = [&]() {
+    auto collect = [&](Asked& a) {
+        auto sample_of = [&](int j) { return position + mine(j); };
         bool missing = true;
         Patience patience;
         while (missing) {
             missing = false;
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (is_missing(words[j], at)) patience.look(p, sample_of(j)), words[j] = peek_sums(p, norm, at, sample_of(j));
+                if (is_missing(a.words[j], at)) patience.look(p, sample_of(j)), a.words[j] = peek_sums(p, norm, at, sample_of(j));
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) missing |= is_missing(words[j], at);
+            for (int j = 0; j < WORDS; j++) missing |= is_missing(a.words[j], at);
 #if SCALED
 #pragma unroll
             for (int j = 0; j < WORDS; j++)
-                if (is_half_missing(channel_sums[j], at)) channel_sums[j] = peek_channel_sums(p, norm, at, sample_of(j));
+                if (is_half_missing(a.channel_sums[j], at)) a.channel_sums[j] = peek_channel_sums(p, norm, at, sample_of(j));
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) missing |= is_half_missing(channel_sums[j], at);
+            for (int j = 0; j < WORDS; j++) missing |= is_half_missing(a.channel_sums[j], at);
 #endif
         }
     };
@@ -208,26 +214,26 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
     // Bring the recurrence to `last`, leaving the coefficients of samples first..last in shared memory; `own` are the
     // states of those.
     auto advance = [&](int first, int last, const float2* own) {
-        while (true) {
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) ask(asked[k], position + k * CHUNK, last);
+        for (int chunk = 0;; chunk++) {
             const int batch = min(CHUNK, last - position);
-            collect();
+            in_turn(chunk, asked, [&](Asked& a) {
+                collect(a);
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) {
-                const int k = mine(j);
-                if (k < batch) {
-                    float row[6];
-                    const float kappa = SCALED ? projection(total_of_channel_sums(channel_sums[j]), rzeta[j]) : 0.f;
-                    row_of(before[j], moments[j], sums_in(words[j]), rzeta[j], kappa, row);
+                for (int j = 0; j < WORDS; j++) {
+                    const int k = mine(j);
+                    if (k < batch) {
+                        float row[6];
+                        const float kappa = SCALED ? projection(total_of_channel_sums(a.channel_sums[j]), a.rzeta[j]) : 0.f;
+                        row_of(a.before[j], a.moments[j], sums_in(a.words[j]), a.rzeta[j], kappa, row);
 #pragma unroll
-                    for (int i = 0; i < 6; i++) s.table[i][k][at.column] = row[i];
+                        for (int i = 0; i < 6; i++) s.table[i][k][at.column] = row[i];
+                    }
                 }
-            }
+            });
             sync<2>();
-            if (position + batch < last) {
-                position += batch;
-                ask(last);
-                position -= batch;
-            }
+            if (position + (AHEAD - 1) * CHUNK + batch < last) in_turn(chunk, asked, [&](Asked& a) { ask(a, position + (AHEAD - 1) * CHUNK + batch, last); });
             if (at.thread < COLUMNS) {
                 auto record = [&](int j) {
                     const int n = position + j;
@@ -279,7 +285,6 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         const float2* own = reinterpret_cast<const float2*>(start + states_at(p));
         const int rows = item.rows_of(at.segment);
         const int first = in_stream(p, item.sample), last = in_stream(p, item.sample + item.count - 1);
-        ask(last);
         advance(first, last, own);
         closing |= last == in_stream(p, p.samples - 1) && item.tile == 0;
 #if SCALED

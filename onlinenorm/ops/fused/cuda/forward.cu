@@ -96,15 +96,16 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         if (at.warp_lane == 0) norm.rzeta[n] = rzeta;
     };
 
-    // Ask for the moments of the next samples up to `last`; some may not be there yet.
-    u64 words[WORDS];
+    // Ask for the moments of the chunk of samples from `from` on, up to `last`; some may not be there yet.
+    constexpr int AHEAD = chunks_ahead(2);
+    u64 asked[AHEAD][WORDS];
     auto mine = [&](int j) { return at.reader + READERS * j; };
-    auto sample_of = [&](int j) { return position + mine(j); };
-    auto ask = [&](int last) {
+    auto ask = [&](u64 (&words)[WORDS], int from, int last) {
 #pragma unroll
-        for (int j = 0; j < WORDS; j++) words[j] = sample_of(j) < last ? peek_sums(p, norm, at, sample_of(j)) : present(at);
+        for (int j = 0; j < WORDS; j++) words[j] = from + mine(j) < last ? peek_sums(p, norm, at, from + mine(j)) : present(at);
     };
-    auto collect = [&]() {
+    auto collect = [&](u64 (&words)[WORDS]) {
+        auto sample_of = [&](int j) { return position + mine(j); };
         bool missing = true;
         Patience patience;
         while (missing) {
@@ -121,18 +122,19 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
     // processes' samples between these and the own one before are recorded with them.
     auto advance = [&](int first, int last, bool record) {
         const int from = first - (record ? PEERS - 1 : 0);
-        while (true) {
-            const int batch = min(CHUNK, last - position);
-            collect();
 #pragma unroll
-            for (int j = 0; j < WORDS; j++)
-                if (mine(j) < batch) s.table[mine(j)][at.column] = sums_in(words[j]);
+        for (int k = 0; k < AHEAD; k++) ask(asked[k], position + k * CHUNK, last);
+        for (int chunk = 0;; chunk++) {
+            const int batch = min(CHUNK, last - position);
+            in_turn(chunk, asked, [&](u64 (&words)[WORDS]) {
+                collect(words);
+#pragma unroll
+                for (int j = 0; j < WORDS; j++)
+                    if (mine(j) < batch) s.table[mine(j)][at.column] = sums_in(words[j]);
+            });
             sync<2>();
-            if (position + batch < last) {
-                position += batch;
-                ask(last);
-                position -= batch;
-            }
+            if (position + (AHEAD - 1) * CHUNK + batch < last)
+                in_turn(chunk, asked, [&](u64 (&words)[WORDS]) { ask(words, position + (AHEAD - 1) * CHUNK + batch, last); });
             if (at.thread < COLUMNS) {
                 // Samples this tile does not hold go by in eights, so that only the recurrence itself is waited for.
                 const int passing = min(batch, from - position);
@@ -171,7 +173,6 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         const int first = in_stream(p, item.sample), last = in_stream(p, item.sample + item.count - 1);
         uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
         unsigned char* mask = p.mask + mask_offset(p, at.slab, item.sample + at.segment, item.tile * p.tile_rows) + at.lane;
-        ask(last);
         advance(first, last, item.tile == 0);
         closing |= last == in_stream(p, p.samples - 1) && item.tile == 0;
         float m[NORMS][8], scale[NORMS][8], offset[NORMS][8];

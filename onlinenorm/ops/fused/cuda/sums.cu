@@ -105,6 +105,21 @@ __device__ __forceinline__ float wait_for_channel_sums(const Params& p, const No
     return total_of_channel_sums(word);
 }
 
+// Messages are asked for a chunk of samples ahead, which takes an access to L2 however many they are. Across processes a tile
+// passes over PEERS times as many samples: two chunks ahead, if the `registers` that a sample takes meanwhile can be spared.
+// It changes when a message is looked for first, not what is waited for: a word is taken once its flag is there, and looked
+// for anew until then.
+__device__ constexpr int chunks_ahead(int registers) {
+    return PEERS > 1 && 2 * WORDS * registers <= (GROUP > 128 ? 24 : 48) ? 2 : 1;
+}
+
+// visit(what was asked for of a chunk): chunks take turns. By constant indices, so that it stays in registers.
+template <int AHEAD, class Asked, class Visit>
+__device__ __forceinline__ void in_turn(int chunk, Asked (&asked)[AHEAD], Visit visit) {
+    if (AHEAD == 1 || chunk % 2 == 0) visit(asked[0]);
+    else visit(asked[AHEAD - 1]);
+}
+
 // The parameters of the thread's eight channels; null stands for `otherwise`.
 __device__ __forceinline__ void parameters8(const float* from, const Place& at, float otherwise, float (&f)[8]) {
 #pragma unroll
