@@ -349,11 +349,23 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         release(s.stages.empty + stage, at);
     });
     if (closing && at.thread < COLUMNS) {
-        for (int n = in_stream(p, p.samples - 1); n < stream_size(p); n++) {  // the last own sample, and others' behind it
+        // The last own sample, and others' behind it: all are asked for before one is waited for.
+        const int begin = in_stream(p, p.samples - 1), count = stream_size(p) - begin;
+        u64 last[PEERS];
+        float2 states[PEERS], moments[PEERS];
+#pragma unroll
+        for (int j = 0; j < PEERS; j++) {
+            last[j] = j < count ? peek_sums(p, norm, at, begin + j) : present(at);
+            if (j < count) states[j] = of_sample(norm.tables, begin + j), moments[j] = of_sample(norm.moments, begin + j);
+        }
+#pragma unroll
+        for (int j = 0; j < PEERS; j++) {
+            if (j >= count) break;
+            const int n = begin + j;
             const float last_rzeta = SCALED ? norm.rzeta[n] : 0.f;
             const float kappa = SCALED ? projection(wait_for_channel_sums(p, norm, at, n), last_rzeta) : 0.f;
             float row[6];
-            row_of(of_sample(norm.tables, n), of_sample(norm.moments, n), wait_for_sums(p, norm, at, n), last_rzeta, kappa, row);
+            row_of(states[j], moments[j], wait_for_sums(p, norm, at, n, last[j]), last_rzeta, kappa, row);
             step_if_finite(n, row);
         }
         if (PEERS > 1 && at.thread == 0) p.launches[at.slab] = at.launch;

@@ -296,9 +296,9 @@ __device__ __forceinline__ u64 peek_sums(const Params& p, const Norm& norm, cons
     return peek_message(norm.sample_sums + (long long)n * p.channels + at.channel);
 }
 
-__device__ __forceinline__ float2 wait_for_sums(const Params& p, const Norm& norm, const Place& at, int n) {
+// Those of which `word` is what was seen last.
+__device__ __forceinline__ float2 wait_for_sums(const Params& p, const Norm& norm, const Place& at, int n, u64 word) {
     Patience patience;
-    u64 word = peek_sums(p, norm, at, n);
     while (is_missing(word, at)) patience.look(p, n), word = peek_sums(p, norm, at, n);
     return sums_in(word);
 }

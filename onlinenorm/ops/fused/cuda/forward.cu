@@ -278,8 +278,16 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         release(s.stages.empty + stage, at);
     });
     if (closing && at.thread < COLUMNS) {
-        for (int n = in_stream(p, p.samples - 1); n < stream_size(p); n++) {  // the last own sample, and others' behind it
-            const float2 moment = wait_for_sums(p, norm, at, n);
+        // The last own sample, and others' behind it: all are asked for before one is waited for.
+        const int begin = in_stream(p, p.samples - 1), count = stream_size(p) - begin;
+        u64 last[PEERS];
+#pragma unroll
+        for (int j = 0; j < PEERS; j++) last[j] = j < count ? peek_sums(p, norm, at, begin + j) : present(at);
+#pragma unroll
+        for (int j = 0; j < PEERS; j++) {
+            if (j >= count) break;
+            const int n = begin + j;
+            const float2 moment = wait_for_sums(p, norm, at, n, last[j]);
             if (!is_own(p, n)) {
                 const long long index = (long long)n * p.channels + at.channel;
                 norm.tables[index] = make_float2(mean, var), norm.moments[index] = moment;
