@@ -172,7 +172,7 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         float2 before[WORDS], moments[WORDS];
         float rzeta[WORDS] = {};
     };
-    constexpr int AHEAD = chunks_ahead(SCALED ? 9 : 6);
+    constexpr int AHEAD = chunks_ahead(6);
     Asked asked[AHEAD];
     auto mine = [&](int j) { return at.reader + READERS * j; };
     auto of_sample = [&](const float2* table, int sample) { return table[(long long)sample * p.channels + at.channel]; };

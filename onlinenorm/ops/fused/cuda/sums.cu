@@ -106,11 +106,12 @@ __device__ __forceinline__ float wait_for_channel_sums(const Params& p, const No
 }
 
 // Messages are asked for a chunk of samples ahead, which takes an access to L2 however many they are. Across processes a tile
-// passes over PEERS times as many samples: two chunks ahead, if the `registers` that a sample takes meanwhile can be spared.
+// passes over PEERS times as many samples: two chunks ahead, if the `registers` that a sample takes meanwhile can be spared,
+// of which layer scaling has none.
 // It changes when a message is looked for first, not what is waited for: a word is taken once its flag is there, and looked
 // for anew until then.
 __device__ constexpr int chunks_ahead(int registers) {
-    return PEERS > 1 && 2 * WORDS * registers <= (GROUP > 128 ? 24 : 48) ? 2 : 1;
+    return PEERS > 1 && !SCALED && 2 * WORDS * registers <= (GROUP > 128 ? 24 : 48) ? 2 : 1;
 }
 
 // visit(what was asked for of a chunk): chunks take turns. By constant indices, so that it stays in registers.
