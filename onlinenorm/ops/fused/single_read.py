@@ -87,7 +87,8 @@ def _plan(
     tiling, shared = cut(direction, height, width, values, tuning, most_shared_memory)
     kernel.allow_shared_memory(shared)
     norms = 1 + values["SHORTCUT"]
-    threads = tuning.threads + (norms * WIDTH if scaled and direction == "forward" else 0)  # the scale warps
+    # and the state warps, and the scale warps of layer scaling
+    threads = tuning.threads + norms * WIDTH * (2 if scaled and direction == "forward" else 1)
     resident = kernel.ctas_per_multiprocessor(threads, shared)
     ctas_per_slab = max(1, min(resident * multiprocessors // slabs, tiling.items(samples)))
     waits = not scaled or (resident > 0 and samples_held(tiling, tuning, ctas_per_slab) > 0)

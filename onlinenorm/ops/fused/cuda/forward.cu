@@ -5,13 +5,15 @@
 struct Scratch {
     Stages stages;
     alignas(16) float2 warps[2][WARPS * WIDTH];
-    float2 parts[SEGMENTS][WIDTH];
     float2 table[CHUNK][COLUMNS];  // moments of the samples to advance over
-    float mean[SEGMENTS][COLUMNS], scale[SEGMENTS][COLUMNS], rzeta[SEGMENTS][NORMS];
+    float rzeta[STAGES][SEGMENTS][NORMS];
 };
 
 constexpr int TENSORS = 1 + RESIDUAL;
 __device__ __forceinline__ int halo_rows(const Params& p) { return POOL ? p.width : 0; }  // above a tile
+// A stage, in 16 bytes: tiles of x and the residual, and mean and scale of its samples, [segment][column] each.
+__device__ __forceinline__ int tiles_size(const Params& p) { return TENSORS * stage_rows(p) * LANES; }
+__device__ __forceinline__ int stage_size(const Params& p) { return tiles_size(p) + p.segments * COLUMNS / 2; }
 constexpr int SCALE_THREADS = SCALED ? COLUMNS : 0;  // threads of the scale warps
 
 // Where a product meets a sum, fmaf says which are rounded together: this is inlined at several places, of which the compiler
@@ -22,19 +24,21 @@ __device__ __forceinline__ void step_over(const Params& p, float2 moment, float&
     mean = fmaf(p.one_minus_alpha_fwd, d, mean);
 }
 
+// To all CTAs: the moments of own sample n, of the thread's channel.
+__device__ __forceinline__ void announce(const Params& p, const Norm& norm, const Place& at, int n, float mu, float q) {
+    n = in_stream(p, n);
+    if (PEERS > 1) q = __uint_as_float(__float_as_uint(q) & ~1u);  // as it is sent
+    publish_sums(p, norm, at, n, mu, q);
+    norm.moments[(long long)n * p.channels + at.channel] = make_float2(mu, q);  // for backward
+}
+
 __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
-    const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size;
-    auto announce = [&](const Norm& norm, int n, float mu, float q) {
-        n = in_stream(p, n);
-        if (PEERS > 1) q = __uint_as_float(__float_as_uint(q) & ~1u);  // as it is sent
-        publish_sums(p, norm, at, n, mu, q);
-        norm.moments[(long long)n * p.channels + at.channel] = make_float2(mu, q);  // for backward
-    };
+    const int tile_size = stage_rows(p) * LANES;
     visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
 #pragma unroll
         for (int t = 0; t < NORMS; t++) {
             const Norm& norm = p.norms[t];
-            const uint4* start = memory + stage * stage_size + t * tile_size + halo_rows(p) * LANES;
+            const uint4* start = memory + stage * stage_size(p) + t * tile_size + halo_rows(p) * LANES;
             const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
             const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
             // Sums are shifted by the segment's first row: no cancellation, however large the mean.
@@ -62,124 +66,154 @@ __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, S
                 const float2 total = sum_of_warps(p, warps, at);
                 const float mu = base + total.x / item.rows;
                 const float scatter = max_nan(total.y - total.x * (total.x / item.rows), 0.f);
-                if (p.tiles == 1) announce(norm, item.sample + segment, mu, scatter / p.pixels);
+                if (p.tiles == 1) announce(p, norm, at, item.sample + segment, mu, scatter / p.pixels);
                 else publish(tile_sums_of(p, norm, at, item.sample) + item.tile * WIDTH + at.c, mu, scatter);
             }
         }
-        if (p.tiles == 1 || item.tile < p.tiles - 1) return;
-        const Norm& norm = p.norms[at.norm];
-        float centre;
-        float2 total = merge_tile_sums(p, at, tile_sums_of(p, norm, at, item.sample), s.parts, centre, [&](float2& sum, float2 part, int t) {
-            const float count = min(p.tile_rows, p.pixels - t * p.tile_rows), d = part.x - centre;
-            sum.x += count * d;
-            sum.y += part.y + count * d * d;
-        });
-        if (at.thread < COLUMNS)
-            announce(norm, item.sample, centre + total.x / p.pixels, max_nan(total.y - total.x * (total.x / p.pixels), 0.f) / p.pixels);
     });
 }
 
-__device__ __forceinline__ void write_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory, float mean, float var) {
-    const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size, pitch = p.channels / 8;
-    float bias[NORMS][8];
-#pragma unroll
-    for (int t = 0; t < NORMS; t++) parameters8(p.norms[t].bias, at, 0.f, bias[t]);
-    const Norm& norm = p.norms[at.norm];  // of table work
-    const float weight = norm.weight ? norm.weight[at.channel] : 1.f, per_channels = 1.f / p.channels;
-    int position = 0;  // mean and var are those before this sample, one column a thread of the first COLUMNS
+// 1 / zeta of sample n; whole warps call these.
+__device__ __forceinline__ float rzeta_of(const Params& p, const Norm& norm, const Place& at, int n) {
+    return rsqrtf(fmaf(wait_for_channel_sums(p, norm, at, n), 1.f / p.channels, p.zeta_eps));
+}
+
+__device__ __forceinline__ void record_rzeta(const Params& p, const Norm& norm, const Place& at, int n) {
+    const float rzeta = rzeta_of(p, norm, at, n);
+    if (at.warp_lane == 0) norm.rzeta[n] = rzeta;
+}
+
+// A thread a channel of each layer; mean and var are the state before this launch.
+__device__ __forceinline__ void state_warps(const Params& p, const Place& at, Scratch& s, uint4* memory, float mean, float var) {
+    const Norm& norm = p.norms[at.norm];
+    const float weight = norm.weight ? norm.weight[at.channel] : 1.f;
+    int position = 0;  // mean and var are those before this sample
     bool closing = false;
     auto step = [&](float2 moment) { step_over(p, moment, mean, var); };
-    // Whole warps call these.
-    auto rzeta_of = [&](const Norm& norm, int n) { return rsqrtf(fmaf(wait_for_channel_sums(p, norm, at, n), per_channels, p.zeta_eps)); };
-    auto record_rzeta = [&](const Norm& norm, int n) {
-        const float rzeta = rzeta_of(norm, n);
-        if (at.warp_lane == 0) norm.rzeta[n] = rzeta;
-    };
 
-    // Ask for the moments of the chunk of samples from `from` on, up to `last`; some may not be there yet.
-    constexpr int AHEAD = chunks_ahead(2);
-    u64 asked[AHEAD][WORDS];
-    auto mine = [&](int j) { return at.reader + READERS * j; };
-    auto ask = [&](u64 (&words)[WORDS], int from, int last) {
+    // Ask for the moments of the next samples up to `last`; some may not be there yet.
+    u64 words[CHUNK];
+    auto ask = [&](int last) {
 #pragma unroll
-        for (int j = 0; j < WORDS; j++) words[j] = from + mine(j) < last ? peek_sums(p, norm, at, from + mine(j)) : present(at);
+        for (int j = 0; j < CHUNK; j++) words[j] = position + j < last ? peek_sums(p, norm, at, position + j) : present(at);
     };
-    auto collect = [&](u64 (&words)[WORDS]) {
-        auto sample_of = [&](int j) { return position + mine(j); };
+    auto collect = [&]() {
         bool missing = true;
         Patience patience;
         while (missing) {
             missing = false;
 #pragma unroll
-            for (int j = 0; j < WORDS; j++)
-                if (is_missing(words[j], at)) patience.look(p, sample_of(j)), words[j] = peek_sums(p, norm, at, sample_of(j));
+            for (int j = 0; j < CHUNK; j++)
+                if (is_missing(words[j], at)) words[j] = peek_sums(p, norm, at, position + j);
+            int sample = 0;
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) missing |= is_missing(words[j], at);
+            for (int j = 0; j < CHUNK; j++)
+                if (is_missing(words[j], at)) missing = true, sample = position + j;
+            if (missing) patience.look(p, sample);
         }
     };
 
-    // Bring the recurrence to `last`, leaving the normalisation of own samples first..last in s.mean and s.scale. Other
-    // processes' samples between these and the own one before are recorded with them.
-    auto advance = [&](int first, int last, bool record) {
+    // Bring the recurrence to `last`, leaving the normalisation of own samples first..last in `means`, and `scales` behind.
+    // Other processes' samples between these and the own one before are recorded with them.
+    auto advance = [&](int first, int last, float* means, bool record) {
         const int from = first - (record ? PEERS - 1 : 0);
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) ask(asked[k], position + k * CHUNK, last);
-        for (int chunk = 0;; chunk++) {
+        while (true) {
             const int batch = min(CHUNK, last - position);
-            in_turn(chunk, asked, [&](u64 (&words)[WORDS]) {
-                collect(words);
+            collect();
 #pragma unroll
-                for (int j = 0; j < WORDS; j++)
-                    if (mine(j) < batch) s.table[mine(j)][at.column] = sums_in(words[j]);
-            });
-            sync<2>();
-            if (position + (AHEAD - 1) * CHUNK + batch < last)
-                in_turn(chunk, asked, [&](u64 (&words)[WORDS]) { ask(words, position + (AHEAD - 1) * CHUNK + batch, last); });
-            if (at.thread < COLUMNS) {
-                // Samples this tile does not hold go by in eights, so that only the recurrence itself is waited for.
-                const int passing = min(batch, from - position);
-                int j = 0;
-                for (; j + 8 <= passing; j += 8) {
-                    float2 moments[8];
+            for (int j = 0; j < CHUNK; j++)
+                if (j < batch) s.table[j][at.thread] = sums_in(words[j]);
+            if (position + batch < last) {
+                position += batch;
+                ask(last);
+                position -= batch;
+            }
+            // Samples this tile does not hold go by in eights, so that only the recurrence itself is waited for.
+            const int passing = min(batch, from - position);
+            int j = 0;
+            for (; j + 8 <= passing; j += 8) {
+                float2 moments[8];
 #pragma unroll
-                    for (int i = 0; i < 8; i++) moments[i] = s.table[j + i][at.column];
+                for (int i = 0; i < 8; i++) moments[i] = s.table[j + i][at.thread];
 #pragma unroll
-                    for (int i = 0; i < 8; i++) step(moments[i]);
-                }
-                for (; j <= batch; j++) {
-                    const int n = position + j;
-                    if (n >= from && (j < batch || n == last)) {
-                        const long long index = (long long)n * p.channels + at.channel;
-                        if (is_own(p, n)) {
-                            s.mean[(n - first) / PEERS][at.column] = mean;
-                            s.scale[(n - first) / PEERS][at.column] = weight * rsqrtf(var + p.eps);
-                        } else if (record) {
-                            norm.moments[index] = s.table[j][at.column];
-                        }
-                        if (record) norm.tables[index] = make_float2(mean, var);
+                for (int i = 0; i < 8; i++) step(moments[i]);
+            }
+            for (; j <= batch; j++) {
+                const int n = position + j;
+                if (n >= from && (j < batch || n == last)) {
+                    const long long index = (long long)n * p.channels + at.channel;
+                    if (is_own(p, n)) {
+                        float* to = means + (n - first) / PEERS * COLUMNS + at.thread;
+                        to[0] = mean, to[p.segments * COLUMNS] = weight * rsqrtf(var + p.eps);
+                    } else if (record) {
+                        norm.moments[index] = s.table[j][at.thread];
                     }
-                    if (j < batch) step(s.table[j][at.column]);
+                    if (record) norm.tables[index] = make_float2(mean, var);
                 }
+                if (j < batch) step(s.table[j][at.thread]);
             }
             position += batch;
-            sync<2>();
             if (position >= last) break;
         }
     };
 
-    visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
-        const uint4* tile = memory + stage * stage_size + (halo_rows(p) + at.segment * p.pixels) * LANES + at.lane;
-        const int rows = item.rows_of(at.segment);
+    visit_tiles(p, s.stages, [&](const Item& item, int stage, int) {
         const int first = in_stream(p, item.sample), last = in_stream(p, item.sample + item.count - 1);
+        if (p.tiles > 1 && item.tile == p.tiles - 1) {
+            float centre;
+            const float2 total = merge_tile_sums(p, at, tile_sums_of(p, norm, at, item.sample), centre, [&](float2& sum, float2 part, int t) {
+                const float count = min(p.tile_rows, p.pixels - t * p.tile_rows), d = part.x - centre;
+                sum.x += count * d;
+                sum.y += part.y + count * d * d;
+            });
+            announce(p, norm, at, item.sample, centre + total.x / p.pixels, max_nan(total.y - total.x * (total.x / p.pixels), 0.f) / p.pixels);
+        }
+        ask(last);
+        advance(first, last, reinterpret_cast<float*>(memory + stage * stage_size(p) + tiles_size(p)), item.tile == 0);
+        release(s.stages.ready + stage, at);
+        closing |= last == in_stream(p, p.samples - 1) && item.tile == 0;
+    });
+    if (!closing) return;
+    // The last own sample, and others' behind it: all are asked for before one is waited for.
+    const int begin = in_stream(p, p.samples - 1), count = stream_size(p) - begin;
+    u64 last[PEERS];
+#pragma unroll
+    for (int j = 0; j < PEERS; j++) last[j] = j < count ? peek_sums(p, norm, at, begin + j) : present(at);
+#pragma unroll
+    for (int j = 0; j < PEERS; j++) {
+        if (j >= count) break;
+        const int n = begin + j;
+        const float2 moment = wait_for_sums(p, norm, at, n, last[j]);
+        if (!is_own(p, n)) {
+            const long long index = (long long)n * p.channels + at.channel;
+            norm.tables[index] = make_float2(mean, var), norm.moments[index] = moment;
+            if (SCALED && at.slab == 0 && at.thread % WIDTH < 32) record_rzeta(p, norm, at, n);
+        }
+        step(moment);
+    }
+    if (SCALED) wait_for_channel_sums(p, norm, at, stream_size(p) - 1);  // so the scale warps have read the state
+    norm.state_a[at.channel] = mean, norm.state_b[at.channel] = var;
+    if (PEERS > 1 && at.thread == 0) p.launches[at.slab] = at.launch;
+}
+
+__device__ __forceinline__ void write_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
+    const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
+    float bias[NORMS][8];
+#pragma unroll
+    for (int t = 0; t < NORMS; t++) parameters8(p.norms[t].bias, at, 0.f, bias[t]);
+    visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
+        const uint4* start = memory + stage * stage_size(p);
+        const uint4* tile = start + (halo_rows(p) + at.segment * p.pixels) * LANES + at.lane;
+        const float* means = reinterpret_cast<const float*>(start + tiles_size(p)) + at.segment * COLUMNS + at.lane * 8;
+        const int rows = item.rows_of(at.segment);
         uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
         unsigned char* mask = p.mask + mask_offset(p, at.slab, item.sample + at.segment, item.tile * p.tile_rows) + at.lane;
-        advance(first, last, item.tile == 0);
-        closing |= last == in_stream(p, p.samples - 1) && item.tile == 0;
+        wait(s.stages.ready + stage, i / STAGES & 1);
         float m[NORMS][8], scale[NORMS][8], offset[NORMS][8];
 #pragma unroll
         for (int t = 0; t < NORMS; t++) {
-            load8(s.mean[at.segment] + t * WIDTH + at.lane * 8, m[t]);
-            load8(s.scale[at.segment] + t * WIDTH + at.lane * 8, scale[t]);
+            load8(means + t * WIDTH, m[t]);
+            load8(means + p.segments * COLUMNS + t * WIDTH, scale[t]);
 #pragma unroll
             for (int k = 0; k < 8; k++) offset[t][k] = bias[t][k];
         }
@@ -188,17 +222,17 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
             const int n = in_stream(p, item.sample + at.segment);
 #pragma unroll
             for (int t = 0; t < NORMS; t++) {
-                const float rzeta = rzeta_of(p.norms[t], n);
-                if (at.warp_lane == 0) s.rzeta[at.segment][t] = rzeta;
+                const float rzeta = rzeta_of(p, p.norms[t], at, n);
+                if (at.warp_lane == 0) s.rzeta[stage][at.segment][t] = rzeta;
                 if (item.tile > 0 || at.slab > 0) continue;
                 if (at.warp_lane == 0) p.norms[t].rzeta[n] = rzeta;
-                for (int other = max(0, n - PEERS + 1); PEERS > 1 && other < n; other++) record_rzeta(p.norms[t], other);
+                for (int other = max(0, n - PEERS + 1); PEERS > 1 && other < n; other++) record_rzeta(p, p.norms[t], at, other);
             }
         }
         sync<2>();
 #pragma unroll
         for (int t = 0; t < NORMS; t++) {
-            const float rzeta = s.rzeta[at.segment][t];
+            const float rzeta = s.rzeta[stage][at.segment][t];
 #pragma unroll
             for (int k = 0; k < 8; k++) scale[t][k] *= rzeta, offset[t][k] *= rzeta;
         }
@@ -277,27 +311,6 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         wait(s.stages.reduced + stage, i / STAGES & 1);
         release(s.stages.empty + stage, at);
     });
-    if (closing && at.thread < COLUMNS) {
-        // The last own sample, and others' behind it: all are asked for before one is waited for.
-        const int begin = in_stream(p, p.samples - 1), count = stream_size(p) - begin;
-        u64 last[PEERS];
-#pragma unroll
-        for (int j = 0; j < PEERS; j++) last[j] = j < count ? peek_sums(p, norm, at, begin + j) : present(at);
-#pragma unroll
-        for (int j = 0; j < PEERS; j++) {
-            if (j >= count) break;
-            const int n = begin + j;
-            const float2 moment = wait_for_sums(p, norm, at, n, last[j]);
-            if (!is_own(p, n)) {
-                const long long index = (long long)n * p.channels + at.channel;
-                norm.tables[index] = make_float2(mean, var), norm.moments[index] = moment;
-                if (SCALED && at.slab == 0 && at.thread % WIDTH < 32) record_rzeta(norm, n);
-            }
-            step(moment);
-        }
-        norm.state_a[at.channel] = mean, norm.state_b[at.channel] = var;
-        if (PEERS > 1 && at.thread == 0) p.launches[at.slab] = at.launch;
-    }
 }
 
 // Layer scaling: the scale warps of one CTA a slab follow the moments as they come, ahead of all write warps, and publish
@@ -351,17 +364,16 @@ __device__ __forceinline__ void scale_warps(const Params& p, const Place& at) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) online_norm_forward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + COLUMNS + SCALE_THREADS, 1) online_norm_forward(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) uint4 memory[];
-    const int stage_size = TENSORS * stage_rows(p) * LANES;
-    Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size);
+    Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size(p));
     const int role = min(int(threadIdx.x) / GROUP, 2), index = threadIdx.x - role * GROUP;
-    const bool loads = role == 2 && index == 0;
+    const bool states = role == 2 && index < COLUMNS, loads = role == 2 && index == COLUMNS;
     auto load = [&](int i) {
         return load_tile(p, s.stages, i, [&](const Item& item, int stage) {
             u64* barrier = s.stages.full + stage;
-            uint4* to = memory + stage * stage_size;
-            arrive_expecting(barrier, stage_size * 16);
+            uint4* to = memory + stage * stage_size(p);
+            arrive_expecting(barrier, tiles_size(p) * 16);
 #pragma unroll
             for (int t = 0; t < TENSORS; t++)
                 tma_load_boxes(p, to + t * stage_rows(p) * LANES, p.maps[t], int(item.first_row) - halo_rows(p), p.box_rows, p.boxes, barrier);
@@ -370,21 +382,23 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) 
     if (loads) prepare_stages<TENSORS>(p, s.stages);
     wait_for_earlier_kernels();
     bool more = loads && load(0);
-    const Place at(p, index % GROUP);
     // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
     float mean = 0.f, var = 0.f;
-    if (role == 1) {
+    if (states) {
+        const Place at(p, index);
         mean = p.norms[at.norm].state_a[at.channel], var = p.norms[at.norm].state_b[at.channel];
-        s.mean[0][at.column] = mean, s.scale[0][at.column] = var;
+        s.table[0][index] = make_float2(mean, var);
     }
     __syncthreads();
     if (role == 0) {
-        reduce_warps(p, at, s, memory);
+        reduce_warps(p, Place(p, index), s, memory);
     } else if (role == 1) {
-        clear_messages(p, at.thread);
-        write_warps(p, at, s, memory, mean, var);
-    } else if (index >= 32) {
-        if (blockIdx.x < at.slabs) scale_warps(p, Place(p, index - 32));
+        clear_messages(p, index);
+        write_warps(p, Place(p, index), s, memory);
+    } else if (states) {
+        state_warps(p, Place(p, index), s, memory, mean, var);
+    } else if (index >= COLUMNS + 32) {
+        if (blockIdx.x < p.channels / WIDTH) scale_warps(p, Place(p, index - COLUMNS - 32));
     } else {
         for (int i = 1; more; i++) more = load(i);
     }
