@@ -33,7 +33,7 @@ class Tuning:
 # match counts.
 TUNINGS = (
     ("forward", False, False, 0, 3136, Tuning(256, stages=4, chunk=16, rows=400)),
-    ("forward", False, False, 0, 0, Tuning(256, stages=3, chunk=32, rows=400)),
+    ("forward", False, False, 0, 0, Tuning(256, stages=3, chunk=24, rows=400)),
     ("forward", False, True, 200_000, 0, Tuning(128, stages=3, chunk=16, rows=400)),
     ("forward", False, True, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
     ("forward", True, False, 0, 0, Tuning(256, stages=4, chunk=8, rows=400)),

@@ -220,17 +220,17 @@ struct Place {
     u32 launch, flag;          // this launch's number among those of its mailboxes, and its lowest bit
     int norm;                  // the layer that a state or scale warp serves
 
-    __device__ Place(const Params& p, int index) : thread(index) {
-        warp_lane = thread % 32;
+    __device__ Place(const Params& p, u32 index) : thread(index) {
+        warp_lane = index % 32;
         slabs = p.channels / WIDTH;
         slab = blockIdx.x % slabs;
-        c = thread % WIDTH;  // the channel, within the slab, whose sums or state the thread serves
+        c = index % WIDTH;  // the channel, within the slab, whose sums or state the thread serves
         channel = slab * WIDTH + c;
-        lane = thread % LANES;
+        lane = index % LANES;
         step = GROUP / LANES / p.segments;
-        segment = thread / LANES / step;
-        row = thread / LANES % step;
-        norm = thread / WIDTH % NORMS;
+        segment = index / LANES / step;
+        row = index / LANES % step;
+        norm = index / WIDTH % NORMS;
         launch = PEERS > 1 ? *static_cast<volatile u32*>(p.launches + slab) + 1 : 0;
         flag = launch & 1;
     }
