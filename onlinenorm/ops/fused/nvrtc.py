@@ -152,7 +152,7 @@ class _Config(ctypes.Structure):
 class Kernel:
     """One function of a compiled module, loaded on the current device."""
 
-    starts_early = False  # where the kernel in front of it has no more CTAs to begin
+    starts_early = True  # where the kernel in front of it has no more CTAs to begin
 
     def __init__(self, code: bytes, name: str):
         self._module, self._function, self._shared_memory = ctypes.c_void_p(), ctypes.c_void_p(), 0
