@@ -1,6 +1,8 @@
 """Steps of training and validation as CUDA graphs: a few replays in place of hundreds of kernel launches."""
 
+import atexit
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 _WARM_UPS = 3  # compilation, choice of algorithms and workspaces belong before the capture
+_graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
 def warm_up(function: Callable[[], Any], device: torch.device) -> torch.cuda.Stream:
@@ -28,10 +31,19 @@ def capture(
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """The graph of what `function` does, which is not done yet, and its result: memory that each replay writes."""
     graph = torch.cuda.CUDAGraph()
+    _graphs.add(graph)
+    # At exit ahead of what was registered before: a process group's end waits for the graphs that hold its collectives.
+    atexit.unregister(_reset_graphs)
+    atexit.register(_reset_graphs)
     # other threads go on: loaders pin memory and decode, NCCL watches its work
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = function()
     return graph, result
+
+
+def _reset_graphs() -> None:
+    for graph in _graphs:  # those that an error's traceback still holds
+        graph.reset()
 
 
 def kind_of(*inputs: Tensor) -> list[tuple]:

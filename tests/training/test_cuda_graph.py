@@ -1,5 +1,7 @@
 """Training as captured graphs: refused without a GPU, and the same run with one."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -105,6 +107,31 @@ def test_a_batch_of_another_shape_runs_as_it_is(on_the_cpu):
             optimizer.zero_grad()
         found.append([loss, *network.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+ENDING = """
+import atexit, contextlib
+import torch
+from onlinenorm.training import cuda_graph
+
+class Graph:
+    def reset(self):
+        print("graph")
+
+torch.cuda.CUDAGraph, torch.cuda.graph = Graph, lambda graph, **_: contextlib.nullcontext()
+kept = [cuda_graph.capture(int, None)]
+atexit.register(print, "process group")
+kept += [cuda_graph.capture(int, None)]
+gone = cuda_graph.capture(int, None)
+del gone
+raise SystemExit(3)
+"""
+
+
+def test_at_exit_graphs_end_before_process_groups(root):
+    """Which would wait for the collectives in them."""
+    ended = subprocess.run([sys.executable, "-c", ENDING], cwd=root, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.split("\n")) == (3, ["graph", "graph", "process group", ""])
 
 
 @pytest.mark.gpu
