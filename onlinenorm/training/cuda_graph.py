@@ -3,10 +3,11 @@
 import atexit
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
@@ -61,6 +62,22 @@ def undone(tensors: Iterable[Tensor]) -> Iterator[None]:
             tensor.copy_(value)
 
 
+def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Their means over all processes, by one collective for each dtype; laid out as they are, which is densely."""
+    means = list(tensors)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        own = [tensors[place] for place in places]
+        sizes = [tensor.numel() for tensor in own]
+        flat = torch.empty(sum(sizes), dtype=dtype, device=own[0].device)
+        parts = [part.as_strided(t.shape, t.stride()) for part, t in zip(flat.split(sizes), own, strict=True)]
+        torch._foreach_copy_(parts, own)  # a few kernels for all
+        dist.all_reduce(flat, dist.ReduceOp.AVG)
+        for place, part in zip(places, parts, strict=True):
+            means[place] = part
+    return means
+
+
 class GraphedEvaluation:
     """`function(*inputs)`, which adds to tensors in place, replayed from a captured graph.
 
@@ -102,9 +119,13 @@ class GraphedStep:
     batches like it are replayed, others run as they are. The memory of activations stays reserved between steps.
 
     With an optimizer the loss has no gradient function: `backward` replays the gradients, `step_optimizer` the step,
-    and the parameters' `grad` stays None. Without one, gradients reach the parameters through autograd, so that
-    data-parallel wrappers, loss scalers and optimizers see no difference; they are the graph's own memory until the
-    next step, so set them to None between steps, as Lightning does, not to zero.
+    and the parameters' `grad` stays None. Gradients are averaged over processes within the graph, where wrappers like
+    DistributedDataParallel see none to reduce: by one collective behind the pass, as a compiled network has them all at
+    once, and as a collective beside kernels that wait for other processes could take the room that these wait for.
+
+    Without one, gradients reach the parameters through autograd, so that data-parallel wrappers, loss scalers and
+    optimizers see no difference; they are the graph's own memory until the next step, so set them to None between
+    steps, as Lightning does, not to zero.
 
     Args:
         module: its parameters are trained; buffers are updated in place; on a CUDA device.
@@ -112,6 +133,7 @@ class GraphedStep:
         state: other tensors that `step` updates in place.
         optimizer: of all parameters that are trained; its step must launch the same kernels each time.
         accumulates: without an optimizer: gradients of several calls are added up before a step of it.
+        averages: with an optimizer: gradients are means over all processes, each of which makes the same calls.
     """
 
     def __init__(
@@ -121,9 +143,10 @@ class GraphedStep:
         state: Iterable[Tensor] = (),
         optimizer: Optimizer | None = None,
         accumulates: bool = False,
+        averages: bool = False,
     ):
         self.module, self.step, self.state = module, step, tuple(state)
-        self.optimizer, self.accumulates = optimizer, accumulates
+        self.optimizer, self.accumulates, self.averages = optimizer, accumulates, averages
         self._kind: list[tuple] | None = None
         self._replayed = False  # the last call
         self._optimizer_step: torch.cuda.CUDAGraph
@@ -162,10 +185,7 @@ class GraphedStep:
 
         def backward() -> list[Tensor]:
             with torch.autocast(kind, enabled=False):  # as outside of graphs
-                gradients = torch.autograd.grad(self._loss, tuple(stand_ins.values()), self.grad_loss)
-            # laid out as the parameters are, which autograd would see to
-            pairs = zip(gradients, self._parameters, strict=True)
-            return [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
+                return self._differentiate(self._loss, tuple(stand_ins.values()), self.grad_loss)
 
         def both() -> None:
             forward()
@@ -176,6 +196,13 @@ class GraphedStep:
         self._forward, _ = capture(forward, self._stream)
         self._backward, self._gradients = capture(backward, self._stream, self._forward.pool())
         self._loss = self._loss.detach()
+
+    def _differentiate(self, loss: Tensor, parameters: tuple[Tensor, ...], grad_loss: Tensor | None) -> list[Tensor]:
+        gradients = torch.autograd.grad(loss, parameters, grad_loss)
+        # laid out as the parameters are, which autograd would see to
+        pairs = zip(gradients, parameters, strict=True)
+        laid_out = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
+        return averaged(laid_out) if self.averages else laid_out
 
     @property
     def pool(self) -> Any:
@@ -196,8 +223,10 @@ class GraphedStep:
         """The gradients of the loss that the last call returned."""
         if self._replayed:
             self._backward.replay()
-        else:
-            loss.backward()
+            return
+        gradients = self._differentiate(loss, self._parameters, None)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def step_optimizer(self) -> None:
         """A step of the optimizer after `backward`; captured, and captured anew, once its settings rest for a step.

@@ -111,8 +111,8 @@ class ImageClassifier(pl.LightningModule):
     def graph_steps(self) -> None:
         """Has steps of training and validation replayed as CUDA graphs, captured from the next one.
 
-        The optimizer's step too, but where gradients are added up, reduced over processes, unscaled or clipped between
-        backward and it.
+        The optimizer's step too, and the mean of gradients over processes before it, but where gradients are added up,
+        unscaled or clipped between backward and it.
         """
         trainer = self.trainer
         data = trainer.datamodule  # type: ignore[attr-defined]  # set where there is one
@@ -129,10 +129,11 @@ class ImageClassifier(pl.LightningModule):
 
         accumulates = trainer.accumulate_grad_batches > 1
         between = getattr(trainer.precision_plugin, "scaler", None) is not None or trainer.gradient_clip_val is not None
-        whole = trainer.model is self and not accumulates and not between
+        optimizer = None if accumulates or between else trainer.optimizers[0]
         state = self.train_sums, self.batches, self.bad_batch
         self.graphed_evaluation = None
-        self.graph = GraphedStep(self, step, state, trainer.optimizers[0] if whole else None, accumulates)
+        averages = optimizer is not None and trainer.world_size > 1
+        self.graph = GraphedStep(self, step, state, optimizer, accumulates, averages)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.graph is None or self.graph.optimizer is None:

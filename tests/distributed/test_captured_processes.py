@@ -1,0 +1,56 @@
+"""Captured runs of two GPUs are those without, and end where they fail.
+
+python -m pytest tests/distributed/test_captured_processes.py -m gpu        on a machine with two GPUs
+"""
+
+import subprocess
+import sys
+
+import process_groups
+import pytest
+import torch
+from distributed_runs import THIRTY_STEPS, curve, distance, train
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize(
+    "overrides, same_bits",
+    [
+        (["normalizer=online_clamp", "normalizer.statistics=local"], True),
+        (["normalizer=online_clamp"], True),
+        (["normalizer=batch", "trainer.sync_batchnorm=true"], True),
+        (["normalizer=online_clamp", "trainer.accumulate_grad_batches=2"], True),
+        (["normalizer=online_clamp", "normalizer.statistics=local", "model.compile=true"], False),
+    ],
+    ids=str,
+)
+def test_captured_steps_of_two_gpus_make_the_run_without(tmp_path, overrides, same_bits):
+    """Thirty steps in float32, a drop of the learning rate among them; gradients are averaged within the graph."""
+    shared = (*THIRTY_STEPS, "trainer=ddp", "trainer.precision=32-true", *overrides)
+    shared += ("trainer.deterministic=true",) * same_bits
+    digests = []
+    for captured in ("false", "true"):
+        results = process_groups.run(
+            2, train, str(tmp_path / captured), *shared, f"trainer.cuda_graph={captured}", seconds=400
+        )
+        digests.append(results[0]["parameters_sha256"])
+    far = distance(tmp_path / "true", tmp_path / "false")
+    print(f"{' '.join(overrides)}: largest relative difference {far:.1e}")
+    if same_bits:
+        assert digests[0] == digests[1]
+    columns = "train_loss", "val_loss"
+    pairs = (curve(tmp_path / captured, *columns) for captured in ("true", "false"))
+    torch.testing.assert_close(*pairs, rtol=1e-4, atol=0)
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_a_captured_run_that_fails_on_two_gpus_ends(root, tmp_path):
+    """Although NCCL waits for graphs that hold its collectives, and the error's traceback for them."""
+    overrides = *THIRTY_STEPS, "trainer=ddp", "trainer.devices=2", "trainer.cuda_graph=true", "recipe.lr=1e30"
+    command = [sys.executable, "train.py", *overrides, f"run_dir={tmp_path}"]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    assert ended.returncode != 0 and "became NaN or infinite" in ended.stderr + ended.stdout, ended.stderr
