@@ -8,11 +8,13 @@ import process_groups
 import pytest
 import torch
 import torch.distributed as dist
+from captured_runs import stand_in
 
 from onlinenorm.normalizers import SyncBatchNorm2d
 from scripts.bench import distributed
 from scripts.bench import distributed_table as table
 from scripts.bench.distributed_batch_norm import TracedSyncBatchNorm2d
+from scripts.bench.distributed_rows import Row, Stage
 
 
 def row(normalizer, processes, milliseconds, efficiency=1.0):
@@ -141,6 +143,28 @@ def test_the_rival_that_is_compiled_whole_is_batch_norm_over_all_processes():
     for found, expected in process_groups.run(2, synchronised_steps):
         for ours, truth in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+def rows_of_all_kinds(rank):
+    """Weights after the same steps in each mode."""
+    dist.init_process_group("gloo")
+    args = argparse.Namespace(model="cifar_resnet8", size=16, dtype="fp32")
+    found = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stand_in(monkeypatch)
+        for mode in ("eager", "passes", "graph"):
+            torch.manual_seed(rank)  # images of its own
+            row = Row("online_local", mode, Stage((("online_local", mode),), 2, 4), args, torch.device("cpu"))
+            row.step()
+            found[mode] = torch.cat([parameter.flatten() for parameter in row.model.parameters()])
+    dist.destroy_process_group()
+    return found
+
+
+def test_captured_in_part_or_whole_a_step_is_the_same():
+    first, second = process_groups.run(2, rows_of_all_kinds)
+    for mode in ("passes", "graph"):
+        assert torch.equal(first[mode], first["eager"]) and torch.equal(second[mode], first["eager"])
 
 
 def test_efficiency_is_that_of_one_process_with_the_same_batch():

@@ -5,9 +5,10 @@
         --repeats 2 --dtype fp32 --output /tmp/bench.json                                     the same on CPUs
     python scripts/bench/distributed_table.py results/bench_distributed.json                  the table alone
 
-A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images, with forward
-and backward replayed as CUDA graphs, collectives included (as trainer.cuda_graph does), of the network as it is or
-compiled; efficiency = rate of W processes / (W x rate of one). One process is measured on rank 0 while the others wait.
+A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images, all of it
+replayed as CUDA graphs (as trainer.cuda_graph does), of the network as it is or compiled; efficiency = rate of W
+processes / (W x rate of one). With `--mode compile+graph compile+passes` also as accumulated gradients are: only the
+passes captured, the all-reduce DistributedDataParallel's. One process is measured on rank 0 while the others wait.
 Networks are compiled first, all at once, by processes of their own that fill Inductor's cache.
 
 Rows that are held beside each other are built together and measured in rounds that visit each; a time is the median

@@ -19,18 +19,27 @@ from scripts.bench.distributed_table import UNCOMPILED
 
 MEASURED = ("online_peers", "online_local", "sync_batch_traced", "sync_batch", "online_global", "batch")
 DECIDING = ("online_peers", "online_local"), ("sync_batch_traced", "sync_batch")  # one after the other
-MODES = ("eager", "graph", "compile", "compile+graph")
+# graph: all of a step, as train.py has it; passes: forward and backward alone, DistributedDataParallel's reduction and
+# SGD behind them
+MODES = ("eager", "passes", "graph", "compile", "compile+passes", "compile+graph")
 
 
 class Loss(nn.Module):
-    """(images, labels) -> cross entropy of a network, compiled and as CUDA graphs where the mode says so."""
+    """(images, labels) -> cross entropy of a network, compiled and as CUDA graphs where the mode says so.
 
-    def __init__(self, network: nn.Module, mode: str):
+    Where the optimizer's step is captured too, `graphed` has the backward pass and that step.
+    """
+
+    def __init__(self, network: nn.Module, mode: str, optimizer: torch.optim.Optimizer, processes: int):
         super().__init__()
         self.network: nn.Module = network
         if "compile" in mode:
             self.network = torch.compile(network, dynamic=False)  # type: ignore[assignment]  # a module it is
-        self.graphed = GraphedStep(self.network, self.step) if "graph" in mode else None
+        self.graphed = None
+        if "passes" in mode:
+            self.graphed = GraphedStep(self.network, self.step)
+        elif "graph" in mode:
+            self.graphed = GraphedStep(self.network, self.step, optimizer=optimizer, averages=processes > 1)
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return (self.graphed or partial(self.step, self.network))(images, labels)
@@ -81,11 +90,11 @@ class Row:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         self.model = build(name, args.model, device)
-        self.run: nn.Module = Loss(self.model, mode)
-        if stage.processes > 1:
-            self.run = parallel(self.run, device)
+        self.sgd = torch.optim.SGD(self.model.parameters(), 1e-4, 0.9, fused=cuda)
+        loss = Loss(self.model, mode, self.sgd, stage.processes)
+        self.whole = loss.graphed if loss.graphed is not None and loss.graphed.optimizer is not None else None
+        self.run: nn.Module = loss if stage.processes == 1 else parallel(loss, device)
         self.x, self.target = data(stage.batch, args, device)
-        self.sgd = torch.optim.SGD(self.model.parameters(), 1e-4, 0.9)
         for _ in range(2):
             self.step()
         self.memory = torch.cuda.max_memory_allocated() - before if cuda else 0
@@ -99,8 +108,12 @@ class Row:
         dtype = DTYPES[self.args.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
             loss = self.run(self.x, self.target)
-        loss.backward()
-        self.sgd.step()
+        if self.whole is not None:
+            self.whole.backward(loss)
+            self.whole.step_optimizer()
+        else:
+            loss.backward()
+            self.sgd.step()
 
     def measure(self) -> None:
         warm_up = 3 if self.rounds else 6

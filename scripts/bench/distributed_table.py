@@ -22,7 +22,8 @@ SYNCHRONISED = {  # and without
 # torch compiles its SyncBatchNorm in pieces, between its collectives: beside what is compiled stands the fastest of it
 # in both modes and of BatchNorm over all processes that is compiled whole.
 RIVALS = "sync_batch", "sync_batch_traced"
-UNCOMPILED = {("sync_batch", "compile+graph"): "graph", ("sync_batch", "compile"): "eager"}
+UNCOMPILED = {("sync_batch", "compile+" + mode): mode for mode in ("graph", "passes")}
+UNCOMPILED |= {("sync_batch", "compile"): "eager"}
 RATES = ("normalizer", "mode", "processes", "images a process", "ms a step", "images/s", "scaling efficiency")
 EXACTNESS = ("normalizer", "steps", "largest of a loss", "parameters", "statistics", "processes identical")
 
