@@ -10,6 +10,7 @@ import torch
 SHARED_MEMORY_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 MAP_UINT16 = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16
 COOPERATIVE, PROGRAMMATIC = 2, 6  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE, ..._PROGRAMMATIC_STREAM_SERIALIZATION
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 MAP_PROMOTE_256 = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
@@ -35,7 +36,7 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
-def _call(name: str, *arguments) -> None:
+def call_driver(name: str, *arguments) -> None:
     """Call a function of the driver; raises RuntimeError with the driver's words.
 
     A thread of the autograd engine that has called nothing of CUDA yet has no context: it gets torch's.
@@ -113,7 +114,7 @@ def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns
     read as zeros."""
     room = ctypes.create_string_buffer(128 + 63)
     aligned = (ctypes.addressof(room) + 63) // 64 * 64
-    _call(
+    call_driver(
         "cuTensorMapEncodeTiled", ctypes.c_void_p(aligned), MAP_UINT16, 2, ctypes.c_void_p(address),
         (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns),
         (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
@@ -122,10 +123,17 @@ def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns
     return ctypes.string_at(aligned, 128)
 
 
+def create_stream() -> int:
+    """A stream of the current device, ordered with no other, which lives as long as the process; its number."""
+    stream = ctypes.c_void_p()
+    call_driver("cuStreamCreate", ctypes.byref(stream), NON_BLOCKING)
+    return stream.value or 0
+
+
 def capture_of(stream: int) -> int:
     """Number of the graph that ``stream`` is being captured into; differs from that of every other graph."""
     status, number = ctypes.c_int(), ctypes.c_uint64()
-    _call(
+    call_driver(
         "cuStreamGetCaptureInfo_v2",
         *(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None),
     )
@@ -156,18 +164,23 @@ class Kernel:
 
     def __init__(self, code: bytes, name: str):
         self._module, self._function, self._shared_memory = ctypes.c_void_p(), ctypes.c_void_p(), 0
-        _call("cuModuleLoadData", ctypes.byref(self._module), code)
-        _call("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
+        call_driver("cuModuleLoadData", ctypes.byref(self._module), code)
+        call_driver("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
+
+    @property
+    def function(self) -> int:
+        """The driver's handle of it."""
+        return self._function.value or 0
 
     def allow_shared_memory(self, size: int) -> None:
         """Raise the limit of a launch's dynamic shared memory to ``size`` bytes at least."""
         if size > self._shared_memory:
-            _call("cuFuncSetAttribute", self._function, SHARED_MEMORY_LIMIT, size)
+            call_driver("cuFuncSetAttribute", self._function, SHARED_MEMORY_LIMIT, size)
             self._shared_memory = size
 
     def ctas_per_multiprocessor(self, threads: int, shared_memory: int) -> int:
         ctas = ctypes.c_int()
-        _call(
+        call_driver(
             "cuOccupancyMaxActiveBlocksPerMultiprocessor",
             *(ctypes.byref(ctas), self._function, threads, ctypes.c_size_t(shared_memory)),
         )
@@ -184,4 +197,4 @@ class Kernel:
         attribute = _Attribute(COOPERATIVE if cooperative else PROGRAMMATIC, value=cooperative or self.starts_early)
         config = _Config((ctas, 1, 1, threads, 1, 1, shared_memory), stream, ctypes.pointer(attribute), 1)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        _call("cuLaunchKernelEx", ctypes.byref(config), self._function, arguments, None)
+        call_driver("cuLaunchKernelEx", ctypes.byref(config), self._function, arguments, None)
