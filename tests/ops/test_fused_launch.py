@@ -37,8 +37,8 @@ def test_tiles_cover_every_row_once_and_fit(group):
 @pytest.mark.parametrize("tuning", TUNINGS, ids=str)
 def test_tunings_are_such_as_the_kernels_can_be_cut(tuning):
     assert tuning.group % tiling.WIDTH == 0 and tuning.threads <= 1024
-    assert tuning.stages >= 2
-    assert tuning.group >= 2 * tiling.WIDTH or tuning not in OF_SHORTCUTS  # a part of the tiles' sums at least
+    assert tuning.chunk % (tuning.group // tiling.WIDTH) == 0 and tuning.stages >= 2
+    assert tuning.group >= 2 * tiling.WIDTH or tuning not in OF_SHORTCUTS  # a column of either layer a thread
 
 
 def test_slow_statistics_are_served_too(without_gpu, monkeypatch):

@@ -37,8 +37,7 @@ SOURCES = Path(__file__).parent / "cuda"
 @functools.cache
 def source_of(direction: str) -> str:
     """The CUDA source of the forward or the backward kernel."""
-    stage = ("backward_stage",) if direction == "backward" else ()
-    names = "common", "sums", "max_pool", *stage, f"{direction}_state", direction
+    names = ("common", "sums", "max_pool", *(("backward_stage",) if direction == "backward" else ()), direction)
     return "\n".join((SOURCES / f"{name}.cu").read_text() for name in names)
 
 
@@ -88,8 +87,7 @@ def _plan(
     tiling, shared = cut(direction, height, width, values, tuning, most_shared_memory)
     kernel.allow_shared_memory(shared)
     norms = 1 + values["SHORTCUT"]
-    # and the state warps, and the scale warps of layer scaling
-    threads = tuning.threads + norms * WIDTH * (2 if scaled and direction == "forward" else 1)
+    threads = tuning.threads + (norms * WIDTH if scaled and direction == "forward" else 0)  # the scale warps
     resident = kernel.ctas_per_multiprocessor(threads, shared)
     ctas_per_slab = max(1, min(resident * multiprocessors // slabs, tiling.items(samples)))
     waits = not scaled or (resident > 0 and samples_held(tiling, tuning, ctas_per_slab) > 0)

@@ -10,7 +10,7 @@ BOX_ROWS = 256  # the most that TMA takes at once
 @dataclass(frozen=True)
 class Tuning:
     """How a kernel is compiled and cut: threads of a CTA's reduce warps (and as many of its write warps), stages of the
-    ring, samples that state warps advance over at once, and the most rows of a tile (the ring may allow fewer)."""
+    ring, samples that write warps advance over at once, and the most rows of a tile (the ring may allow fewer)."""
 
     group: int
     stages: int
@@ -23,7 +23,7 @@ class Tuning:
 
     @property
     def threads(self) -> int:
-        """Of the reduce warps, the write warps, and the load warp; state warps have one for each column besides."""
+        """Of the reduce warps, the write warps, and the load warp."""
         return 2 * self.group + 32
 
 
@@ -33,24 +33,24 @@ class Tuning:
 # match counts.
 TUNINGS = (
     ("forward", False, False, 0, 3136, Tuning(256, stages=4, chunk=16, rows=400)),
-    ("forward", False, False, 0, 0, Tuning(256, stages=3, chunk=24, rows=400)),
+    ("forward", False, False, 0, 0, Tuning(256, stages=3, chunk=32, rows=400)),
     ("forward", False, True, 200_000, 0, Tuning(128, stages=3, chunk=16, rows=400)),
     ("forward", False, True, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
-    ("forward", True, False, 0, 0, Tuning(256, stages=4, chunk=8, rows=400)),
+    ("forward", True, False, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
     ("forward", True, True, 50_000, 0, Tuning(128, stages=4, chunk=16, rows=400)),
-    ("forward", True, True, 0, 0, Tuning(256, stages=4, chunk=8, rows=400)),
+    ("forward", True, True, 0, 0, Tuning(256, stages=4, chunk=16, rows=400)),
     ("backward", False, False, 0, 784, Tuning(256, stages=2, chunk=8, rows=400)),
-    ("backward", False, False, 0, 0, Tuning(256, stages=3, chunk=8, rows=400)),
+    ("backward", False, False, 0, 0, Tuning(256, stages=3, chunk=16, rows=400)),
     ("backward", False, True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
-    ("backward", False, True, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
-    ("backward", True, False, 0, 0, Tuning(256, stages=2, chunk=4, rows=400)),
+    ("backward", False, True, 0, 0, Tuning(256, stages=2, chunk=16, rows=400)),
+    ("backward", True, False, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
     ("backward", True, True, 0, 784, Tuning(128, stages=4, chunk=8, rows=400)),
     ("backward", True, True, 0, 196, Tuning(128, stages=2, chunk=8, rows=400)),
-    ("backward", True, True, 0, 0, Tuning(256, stages=2, chunk=4, rows=400)),
+    ("backward", True, True, 0, 0, Tuning(256, stages=2, chunk=8, rows=400)),
 )
 POOLED_TUNINGS = {  # with a max-pool: (direction, layer scaling)
     ("forward", False): Tuning(256, stages=2, chunk=16, rows=672),
-    ("forward", True): Tuning(256, stages=2, chunk=8, rows=672),
+    ("forward", True): Tuning(256, stages=2, chunk=16, rows=672),
     ("backward", False): Tuning(128, stages=2, chunk=8, rows=448),
     ("backward", True): Tuning(128, stages=2, chunk=8, rows=448),
 }
@@ -167,19 +167,19 @@ def shared_memory(direction: str, values: dict[str, int], tuning: Tuning, tiling
     """Bytes that a CTA takes, as the kernels lay them out."""
     rows, segments, warps = tiling.boxes * tiling.box_rows, tuning.group // WIDTH, tuning.group // 32
     norms = 1 + values["SHORTCUT"]
-    scratch = -(-36 * tuning.stages // 16) * 16
+    scratch = -(-28 * tuning.stages // 16) * 16 + WIDTH * 8 * segments
     if direction == "forward":
         scratch += WIDTH * 2 * 8 * warps
-        stage = rows * 2 * WIDTH * (1 + values["RESIDUAL"]) + norms * tiling.segments * 2 * 4 * WIDTH
-        scratch += norms * (WIDTH * 8 * tuning.chunk + 4 * tuning.stages * segments)
+        stage = rows * 2 * WIDTH * (1 + values["RESIDUAL"])
+        scratch += norms * (WIDTH * (8 * tuning.chunk + 2 * 4 * segments) + 4 * segments)
     else:
         grads = (tiling.tile_rows // 2 + tiling.line) // 2 if tiling.line else rows
-        stage = (norms * rows + grads * (1 + values["SKIP_GRAD"])) * 2 * WIDTH + norms * tiling.segments * 5 * 4 * WIDTH
+        stage = (norms * rows + grads * (1 + values["SKIP_GRAD"])) * 2 * WIDTH + norms * tiling.segments * 8 * WIDTH
         if tiling.line:
             stage += -(-grads * 32 // 128) * 128
         if values["RELU"] and values["RESIDUAL"]:
             stage += -(-tiling.segments * even(tiling.tile_rows) * 8 // 128) * 128
-        scratch += norms * (WIDTH * (2 * 8 * warps + 6 * 4 * tuning.chunk) + 8 * tuning.stages * segments)
+        scratch += norms * (WIDTH * (2 * 8 * warps + 6 * 4 * tuning.chunk + 3 * 4 * segments) + 8 * segments)
     return tuning.stages * stage + scratch
 
 

@@ -2,9 +2,9 @@
 
 constexpr bool MASK = RELU && RESIDUAL, REWRITES = SKIP_GRAD || !POOL && (RELU || CLAMP && !SHORTCUT);
 
-// A stage, in 16 bytes: tiles of grad, x of each layer and skip_grad, (m, var) of its samples, layer by layer, the ReLU's
-// bits or the indices of a max-pool, and gain, slope and constant of its samples, [segment][column] each. A pooled
-// gradient's tile has the rows of all windows that the tile's pixels are in, one more than it makes.
+// A stage, in 16 bytes: tiles of grad, x of each layer and skip_grad, (m, var) of its samples, layer by layer, and the
+// ReLU's bits or the indices of a max-pool. A pooled gradient's tile has the rows of all windows that the tile's pixels
+// are in, one more than it makes.
 __device__ __forceinline__ int grad_boxes(const Params& p) { return POOL ? p.tile_rows / (2 * p.width) + 1 : p.boxes; }
 __device__ __forceinline__ int grad_box_rows(const Params& p) { return POOL ? p.width / 2 : p.box_rows; }
 __device__ __forceinline__ int grad_size(const Params& p) { return grad_boxes(p) * grad_box_rows(p) * LANES; }
@@ -14,8 +14,7 @@ __device__ __forceinline__ int mask_at(const Params& p) { return states_at(p) + 
 __device__ __forceinline__ int mask_bytes(const Params& p) {
     return POOL ? grad_size(p) / LANES * 32 : MASK ? p.segments * even(p.tile_rows) * 8 : 0;
 }
-__device__ __forceinline__ int gains_at(const Params& p) { return mask_at(p) + (mask_bytes(p) + 127) / 128 * 8; }
-__device__ __forceinline__ int stage_size(const Params& p) { return gains_at(p) + 3 * p.segments * COLUMNS / 4; }
+__device__ __forceinline__ int stage_size(const Params& p) { return mask_at(p) + (mask_bytes(p) + 127) / 128 * 8; }
 
 #if POOL
 __device__ __forceinline__ const u32* indices_of(const Params& p, const uint4* start) {

@@ -7,15 +7,14 @@
 // atomic counter for each slab hands items out in sample order, so an item waits only for items that running CTAs already
 // hold: no deadlock, whatever else occupies the GPU.
 // Warp specialisation. The load warp takes items from the tile scheduler and has TMA bring tiles into a ring of STAGES
-// shared-memory stages, each with mbarriers for full, reduced, ready and empty. Reduce warps (GROUP threads) sum a tile and
-// publish the sums. State warps (a thread a channel) merge the sums of a sample's tiles at its last one, advance the
-// recurrence to the tile's sample, and leave in the stage what its normalisation needs. Write warps (GROUP threads) write the
-// tile. The four run side by side, so that reads, sums, writes and waits for other CTAs of different tiles overlap within a
-// CTA. Reduce warps wait for loads, state warps for sums of the sample's tiles and of earlier samples, write warps for both,
-// loads for a stage that write warps have released: each only for earlier items.
+// shared-memory stages, each with mbarriers for full, reduced and empty. Reduce warps (GROUP threads) sum a tile and publish
+// the sums. Write warps (GROUP threads) advance the recurrence to the tile's sample and write the tile. The three run side
+// by side, so that reads, sums and writes of different tiles overlap within a CTA. Reduce warps wait for loads (and, at a
+// sample's last tile, for its other tiles), write warps for sums of earlier samples, loads for a stage that write warps have
+// released: each only for earlier items.
 // Flag-in-value mailboxes. A published pair of floats is one 8-byte relaxed store over memory filled with EMPTY, so the value
 // is its own flag. Launches of a stream take turns in two regions of memory: each makes EMPTY what the last one left in the
-// other, while its write warps have no tile yet. The sums of a sample's tiles are added in order; every CTA advances its own
+// other, while its write warps have no tile yet. The reduce warps of a sample's last tile add the sums of its tiles in order; every CTA advances its own
 // copy of the recurrence over all samples. Fixed orders throughout: equal input gives equal bits.
 // Layer scaling (SCALED). A sample's tiles are written once sums over all of its channels are known: a tile waits for later
 // items too. So the launch is cooperative, which has all CTAs run at once, and their stages together hold a sample at least.
@@ -26,8 +25,8 @@
 // nine pixels was taken, or NOTHING where ReLU or clamp let no gradient through. Backward brings the pooled gradients of
 // the windows that a tile's pixels are in, and gathers.
 // Shortcut (SHORTCUT). The residual is normalised too, by a layer of its own, the second of `norms`: an item is a tile of both
-// inputs, whose sums are published side by side. Half of the state warps serve the one layer, half the other. An item still
-// waits for earlier items only (of layer scaling: for those that the chip holds at once).
+// inputs, whose sums are published side by side. In table work half of the threads serve the one layer, half the other. An
+// item still waits for earlier items only (of layer scaling: for those that the chip holds at once).
 // Across processes (PEERS > 1), each with a GPU of one machine. Sample i of rank r is number i PEERS + r of the stream: a
 // tile is of own samples, what runs over samples (the recurrence, tables, mailboxes of samples and of their channel sums)
 // is of the stream. A message is stored into every process's mailboxes over NVLink and read from one's own. There it stays
@@ -43,6 +42,8 @@ typedef unsigned int u32;
 
 constexpr int WARPS = GROUP / 32, WIDTH = 64, LANES = WIDTH / 8, SEGMENTS = GROUP / WIDTH;
 constexpr int NORMS = 1 + SHORTCUT, COLUMNS = NORMS * WIDTH;  // layers, and their channels in a slab
+constexpr int READERS = GROUP / COLUMNS;                      // threads of the write warps that serve the same column
+constexpr int WORDS = CHUNK / READERS;                        // mailboxes each of them reads of a chunk of samples
 constexpr u64 EMPTY = ~0ull;
 #define INFINITE __int_as_float(0x7f800000)
 
@@ -115,6 +116,12 @@ __device__ __forceinline__ void publish(u64* p, float a, float b) {
 __device__ __forceinline__ void publish_half(u32* p, float a) {
     const u32 word = __float_as_uint(a);
     asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(word == ~0u ? 0x7fffffffu : word) : "memory");
+}
+
+__device__ __forceinline__ float2 wait_for(const u64* p) {
+    u64 word = peek(p);
+    while (word == EMPTY) word = peek(p);
+    return as_pair(word);
 }
 
 // mbarriers and TMA.
@@ -214,23 +221,25 @@ __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITE;
 
 __device__ __forceinline__ float finite(float x) { return is_finite(x) ? x : 0.f; }
 
-// What a thread knows of its place: in reduce and write warps 16 bytes of every row it owns, one segment.
+// What a thread of the reduce or write warps knows of its place: 16 bytes of every row it owns, one segment.
 struct Place {
     int thread, warp_lane, slab, c, lane, segment, row, step, slabs, channel;
     u32 launch, flag;          // this launch's number among those of its mailboxes, and its lowest bit
-    int norm;                  // the layer that a state or scale warp serves
+    int norm, column, reader;  // layer and column that it serves in the write warps' table work, and as which of READERS
 
-    __device__ Place(const Params& p, u32 index) : thread(index) {
-        warp_lane = index % 32;
+    __device__ Place(const Params& p, int index) : thread(index) {
+        warp_lane = thread % 32;
         slabs = p.channels / WIDTH;
         slab = blockIdx.x % slabs;
-        c = index % WIDTH;  // the channel, within the slab, whose sums or state the thread serves
+        c = thread % WIDTH;  // the channel, within the slab, that the thread serves in table work
         channel = slab * WIDTH + c;
-        lane = index % LANES;
+        lane = thread % LANES;
         step = GROUP / LANES / p.segments;
-        segment = index / LANES / step;
-        row = index / LANES % step;
-        norm = index / WIDTH % NORMS;
+        segment = thread / LANES / step;
+        row = thread / LANES % step;
+        norm = thread / WIDTH % NORMS;
+        column = thread % COLUMNS;
+        reader = thread / COLUMNS;
         launch = PEERS > 1 ? *static_cast<volatile u32*>(p.launches + slab) + 1 : 0;
         flag = launch & 1;
     }
@@ -314,7 +323,7 @@ __device__ __forceinline__ int item_count(const Params& p) {
 }
 
 struct Stages {
-    u64 full[STAGES], reduced[STAGES], ready[STAGES], empty[STAGES];
+    u64 full[STAGES], reduced[STAGES], empty[STAGES];
     int queue[STAGES];  // item of a stage, -1 after the last
 };
 
@@ -326,7 +335,6 @@ __device__ __forceinline__ void prepare_stages(const Params& p, Stages& s) {
     for (int i = 0; i < STAGES; i++) {
         barrier_init(s.full + i, 1);
         barrier_init(s.reduced + i, WARPS);
-        barrier_init(s.ready + i, COLUMNS / 32);
         barrier_init(s.empty + i, WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -2,13 +2,39 @@
 // batch. Error compensation clamps, or divides by zeta (n), the root mean square over a sample. With a SHORTCUT the residual
 // is compensate(weight (x - m) / s + bias) of the second layer.
 
+struct Scratch {
+    Stages stages;
+    alignas(16) float2 warps[2][WARPS * WIDTH];
+    float2 parts[SEGMENTS][WIDTH];
+    float2 table[CHUNK][COLUMNS];  // moments of the samples to advance over
+    float mean[SEGMENTS][COLUMNS], scale[SEGMENTS][COLUMNS], rzeta[SEGMENTS][NORMS];
+};
+
+constexpr int TENSORS = 1 + RESIDUAL;
+__device__ __forceinline__ int halo_rows(const Params& p) { return POOL ? p.width : 0; }  // above a tile
+constexpr int SCALE_THREADS = SCALED ? COLUMNS : 0;  // threads of the scale warps
+
+// Where a product meets a sum, fmaf says which are rounded together: this is inlined at several places, of which the compiler
+// would choose at each, and another process may take the same sample at another.
+__device__ __forceinline__ void step_over(const Params& p, float2 moment, float& mean, float& var) {
+    const float d = moment.x - mean;
+    var = fmaf(p.alpha_fwd, var, p.one_minus_alpha_fwd * fmaf(p.alpha_fwd * d, d, moment.y));
+    mean = fmaf(p.one_minus_alpha_fwd, d, mean);
+}
+
 __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
-    const int tile_size = stage_rows(p) * LANES;
+    const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size;
+    auto announce = [&](const Norm& norm, int n, float mu, float q) {
+        n = in_stream(p, n);
+        if (PEERS > 1) q = __uint_as_float(__float_as_uint(q) & ~1u);  // as it is sent
+        publish_sums(p, norm, at, n, mu, q);
+        norm.moments[(long long)n * p.channels + at.channel] = make_float2(mu, q);  // for backward
+    };
     visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
 #pragma unroll
         for (int t = 0; t < NORMS; t++) {
             const Norm& norm = p.norms[t];
-            const uint4* start = memory + stage * stage_size(p) + t * tile_size + halo_rows(p) * LANES;
+            const uint4* start = memory + stage * stage_size + t * tile_size + halo_rows(p) * LANES;
             const uint4* tile = start + at.segment * p.pixels * LANES + at.lane;
             const int rows = item.rows_of(at.segment), segment = at.thread / WIDTH;  // the latter in table work
             // Sums are shifted by the segment's first row: no cancellation, however large the mean.
@@ -36,31 +62,124 @@ __device__ __forceinline__ void reduce_warps(const Params& p, const Place& at, S
                 const float2 total = sum_of_warps(p, warps, at);
                 const float mu = base + total.x / item.rows;
                 const float scatter = max_nan(total.y - total.x * (total.x / item.rows), 0.f);
-                if (p.tiles == 1) announce(p, norm, at, item.sample + segment, mu, scatter / p.pixels);
+                if (p.tiles == 1) announce(norm, item.sample + segment, mu, scatter / p.pixels);
                 else publish(tile_sums_of(p, norm, at, item.sample) + item.tile * WIDTH + at.c, mu, scatter);
             }
         }
+        if (p.tiles == 1 || item.tile < p.tiles - 1) return;
+        const Norm& norm = p.norms[at.norm];
+        float centre;
+        float2 total = merge_tile_sums(p, at, tile_sums_of(p, norm, at, item.sample), s.parts, centre, [&](float2& sum, float2 part, int t) {
+            const float count = min(p.tile_rows, p.pixels - t * p.tile_rows), d = part.x - centre;
+            sum.x += count * d;
+            sum.y += part.y + count * d * d;
+        });
+        if (at.thread < COLUMNS)
+            announce(norm, item.sample, centre + total.x / p.pixels, max_nan(total.y - total.x * (total.x / p.pixels), 0.f) / p.pixels);
     });
 }
 
-__device__ __forceinline__ void write_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory) {
-    const int tile_size = stage_rows(p) * LANES, pitch = p.channels / 8;
+__device__ __forceinline__ void write_warps(const Params& p, const Place& at, Scratch& s, const uint4* memory, float mean, float var) {
+    const int tile_size = stage_rows(p) * LANES, stage_size = TENSORS * tile_size, pitch = p.channels / 8;
     float bias[NORMS][8];
 #pragma unroll
     for (int t = 0; t < NORMS; t++) parameters8(p.norms[t].bias, at, 0.f, bias[t]);
+    const Norm& norm = p.norms[at.norm];  // of table work
+    const float weight = norm.weight ? norm.weight[at.channel] : 1.f, per_channels = 1.f / p.channels;
+    int position = 0;  // mean and var are those before this sample, one column a thread of the first COLUMNS
+    bool closing = false;
+    auto step = [&](float2 moment) { step_over(p, moment, mean, var); };
+    // Whole warps call these.
+    auto rzeta_of = [&](const Norm& norm, int n) { return rsqrtf(fmaf(wait_for_channel_sums(p, norm, at, n), per_channels, p.zeta_eps)); };
+    auto record_rzeta = [&](const Norm& norm, int n) {
+        const float rzeta = rzeta_of(norm, n);
+        if (at.warp_lane == 0) norm.rzeta[n] = rzeta;
+    };
+
+    // Ask for the moments of the chunk of samples from `from` on, up to `last`; some may not be there yet.
+    constexpr int AHEAD = chunks_ahead(2);
+    u64 asked[AHEAD][WORDS];
+    auto mine = [&](int j) { return at.reader + READERS * j; };
+    auto ask = [&](u64 (&words)[WORDS], int from, int last) {
+#pragma unroll
+        for (int j = 0; j < WORDS; j++) words[j] = from + mine(j) < last ? peek_sums(p, norm, at, from + mine(j)) : present(at);
+    };
+    auto collect = [&](u64 (&words)[WORDS]) {
+        auto sample_of = [&](int j) { return position + mine(j); };
+        bool missing = true;
+        Patience patience;
+        while (missing) {
+            missing = false;
+#pragma unroll
+            for (int j = 0; j < WORDS; j++)
+                if (is_missing(words[j], at)) patience.look(p, sample_of(j)), words[j] = peek_sums(p, norm, at, sample_of(j));
+#pragma unroll
+            for (int j = 0; j < WORDS; j++) missing |= is_missing(words[j], at);
+        }
+    };
+
+    // Bring the recurrence to `last`, leaving the normalisation of own samples first..last in s.mean and s.scale. Other
+    // processes' samples between these and the own one before are recorded with them.
+    auto advance = [&](int first, int last, bool record) {
+        const int from = first - (record ? PEERS - 1 : 0);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) ask(asked[k], position + k * CHUNK, last);
+        for (int chunk = 0;; chunk++) {
+            const int batch = min(CHUNK, last - position);
+            in_turn(chunk, asked, [&](u64 (&words)[WORDS]) {
+                collect(words);
+#pragma unroll
+                for (int j = 0; j < WORDS; j++)
+                    if (mine(j) < batch) s.table[mine(j)][at.column] = sums_in(words[j]);
+            });
+            sync<2>();
+            if (position + (AHEAD - 1) * CHUNK + batch < last)
+                in_turn(chunk, asked, [&](u64 (&words)[WORDS]) { ask(words, position + (AHEAD - 1) * CHUNK + batch, last); });
+            if (at.thread < COLUMNS) {
+                // Samples this tile does not hold go by in eights, so that only the recurrence itself is waited for.
+                const int passing = min(batch, from - position);
+                int j = 0;
+                for (; j + 8 <= passing; j += 8) {
+                    float2 moments[8];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) moments[i] = s.table[j + i][at.column];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) step(moments[i]);
+                }
+                for (; j <= batch; j++) {
+                    const int n = position + j;
+                    if (n >= from && (j < batch || n == last)) {
+                        const long long index = (long long)n * p.channels + at.channel;
+                        if (is_own(p, n)) {
+                            s.mean[(n - first) / PEERS][at.column] = mean;
+                            s.scale[(n - first) / PEERS][at.column] = weight * rsqrtf(var + p.eps);
+                        } else if (record) {
+                            norm.moments[index] = s.table[j][at.column];
+                        }
+                        if (record) norm.tables[index] = make_float2(mean, var);
+                    }
+                    if (j < batch) step(s.table[j][at.column]);
+                }
+            }
+            position += batch;
+            sync<2>();
+            if (position >= last) break;
+        }
+    };
+
     visit_tiles(p, s.stages, [&](const Item& item, int stage, int i) {
-        const uint4* start = memory + stage * stage_size(p);
-        const uint4* tile = start + (halo_rows(p) + at.segment * p.pixels) * LANES + at.lane;
-        const float* means = reinterpret_cast<const float*>(start + tiles_size(p)) + at.segment * COLUMNS + at.lane * 8;
+        const uint4* tile = memory + stage * stage_size + (halo_rows(p) + at.segment * p.pixels) * LANES + at.lane;
         const int rows = item.rows_of(at.segment);
+        const int first = in_stream(p, item.sample), last = in_stream(p, item.sample + item.count - 1);
         uint4* out = p.out + (item.first_row + at.segment * p.pixels) * pitch + at.slab * LANES + at.lane;
         unsigned char* mask = p.mask + mask_offset(p, at.slab, item.sample + at.segment, item.tile * p.tile_rows) + at.lane;
-        wait(s.stages.ready + stage, i / STAGES & 1);
+        advance(first, last, item.tile == 0);
+        closing |= last == in_stream(p, p.samples - 1) && item.tile == 0;
         float m[NORMS][8], scale[NORMS][8], offset[NORMS][8];
 #pragma unroll
         for (int t = 0; t < NORMS; t++) {
-            load8(means + t * WIDTH, m[t]);
-            load8(means + p.segments * COLUMNS + t * WIDTH, scale[t]);
+            load8(s.mean[at.segment] + t * WIDTH + at.lane * 8, m[t]);
+            load8(s.scale[at.segment] + t * WIDTH + at.lane * 8, scale[t]);
 #pragma unroll
             for (int k = 0; k < 8; k++) offset[t][k] = bias[t][k];
         }
@@ -69,17 +188,17 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
             const int n = in_stream(p, item.sample + at.segment);
 #pragma unroll
             for (int t = 0; t < NORMS; t++) {
-                const float rzeta = rzeta_of(p, p.norms[t], at, n);
-                if (at.warp_lane == 0) s.rzeta[stage][at.segment][t] = rzeta;
+                const float rzeta = rzeta_of(p.norms[t], n);
+                if (at.warp_lane == 0) s.rzeta[at.segment][t] = rzeta;
                 if (item.tile > 0 || at.slab > 0) continue;
                 if (at.warp_lane == 0) p.norms[t].rzeta[n] = rzeta;
-                for (int other = max(0, n - PEERS + 1); PEERS > 1 && other < n; other++) record_rzeta(p, p.norms[t], at, other);
+                for (int other = max(0, n - PEERS + 1); PEERS > 1 && other < n; other++) record_rzeta(p.norms[t], other);
             }
         }
         sync<2>();
 #pragma unroll
         for (int t = 0; t < NORMS; t++) {
-            const float rzeta = s.rzeta[stage][at.segment][t];
+            const float rzeta = s.rzeta[at.segment][t];
 #pragma unroll
             for (int k = 0; k < 8; k++) scale[t][k] *= rzeta, offset[t][k] *= rzeta;
         }
@@ -158,6 +277,27 @@ __device__ __forceinline__ void write_warps(const Params& p, const Place& at, Sc
         wait(s.stages.reduced + stage, i / STAGES & 1);
         release(s.stages.empty + stage, at);
     });
+    if (closing && at.thread < COLUMNS) {
+        // The last own sample, and others' behind it: all are asked for before one is waited for.
+        const int begin = in_stream(p, p.samples - 1), count = stream_size(p) - begin;
+        u64 last[PEERS];
+#pragma unroll
+        for (int j = 0; j < PEERS; j++) last[j] = j < count ? peek_sums(p, norm, at, begin + j) : present(at);
+#pragma unroll
+        for (int j = 0; j < PEERS; j++) {
+            if (j >= count) break;
+            const int n = begin + j;
+            const float2 moment = wait_for_sums(p, norm, at, n, last[j]);
+            if (!is_own(p, n)) {
+                const long long index = (long long)n * p.channels + at.channel;
+                norm.tables[index] = make_float2(mean, var), norm.moments[index] = moment;
+                if (SCALED && at.slab == 0 && at.thread % WIDTH < 32) record_rzeta(norm, n);
+            }
+            step(moment);
+        }
+        norm.state_a[at.channel] = mean, norm.state_b[at.channel] = var;
+        if (PEERS > 1 && at.thread == 0) p.launches[at.slab] = at.launch;
+    }
 }
 
 // Layer scaling: the scale warps of one CTA a slab follow the moments as they come, ahead of all write warps, and publish
@@ -211,16 +351,17 @@ __device__ __forceinline__ void scale_warps(const Params& p, const Place& at) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + COLUMNS + SCALE_THREADS, 1) online_norm_forward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) online_norm_forward(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) uint4 memory[];
-    Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size(p));
+    const int stage_size = TENSORS * stage_rows(p) * LANES;
+    Scratch& s = *reinterpret_cast<Scratch*>(memory + STAGES * stage_size);
     const int role = min(int(threadIdx.x) / GROUP, 2), index = threadIdx.x - role * GROUP;
-    const bool states = role == 2 && index < COLUMNS, loads = role == 2 && index == COLUMNS;
+    const bool loads = role == 2 && index == 0;
     auto load = [&](int i) {
         return load_tile(p, s.stages, i, [&](const Item& item, int stage) {
             u64* barrier = s.stages.full + stage;
-            uint4* to = memory + stage * stage_size(p);
-            arrive_expecting(barrier, tiles_size(p) * 16);
+            uint4* to = memory + stage * stage_size;
+            arrive_expecting(barrier, stage_size * 16);
 #pragma unroll
             for (int t = 0; t < TENSORS; t++)
                 tma_load_boxes(p, to + t * stage_rows(p) * LANES, p.maps[t], int(item.first_row) - halo_rows(p), p.box_rows, p.boxes, barrier);
@@ -229,23 +370,21 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + COLUMNS + SCALE_TH
     if (loads) prepare_stages<TENSORS>(p, s.stages);
     wait_for_earlier_kernels();
     bool more = loads && load(0);
+    const Place at(p, index % GROUP);
     // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
     float mean = 0.f, var = 0.f;
-    if (states) {
-        const Place at(p, index);
+    if (role == 1) {
         mean = p.norms[at.norm].state_a[at.channel], var = p.norms[at.norm].state_b[at.channel];
-        s.table[0][index] = make_float2(mean, var);
+        s.mean[0][at.column] = mean, s.scale[0][at.column] = var;
     }
     __syncthreads();
     if (role == 0) {
-        reduce_warps(p, Place(p, index), s, memory);
+        reduce_warps(p, at, s, memory);
     } else if (role == 1) {
-        clear_messages(p, index);
-        write_warps(p, Place(p, index), s, memory);
-    } else if (states) {
-        state_warps(p, Place(p, index), s, memory, mean, var);
-    } else if (index >= COLUMNS + 32) {
-        if (blockIdx.x < p.channels / WIDTH) scale_warps(p, Place(p, index - COLUMNS - 32));
+        clear_messages(p, at.thread);
+        write_warps(p, at, s, memory, mean, var);
+    } else if (index >= 32) {
+        if (blockIdx.x < at.slabs) scale_warps(p, Place(p, index - 32));
     } else {
         for (int i = 1; more; i++) more = load(i);
     }

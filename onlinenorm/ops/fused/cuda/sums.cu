@@ -30,18 +30,19 @@ __device__ __forceinline__ float2 sum_of_warps(const Params& p, const float2* wa
     return total;
 }
 
-// The sums of a sample's tiles added in order, in PARTS that are added after. combine(accumulator, sums of a tile, tile) folds
-// one in; centre is the first sum of tile 0.
+// The reduce warps of a sample's last tile add the sums of all its tiles in order, in parts side by side, each thread those
+// of layer at.norm. combine(accumulator, sums of a tile, tile) folds one in; centre is the first sum of tile 0.
 template <class Combine>
-__device__ __forceinline__ float2 merge_tile_sums(const Params& p, const Place& at, const u64* tile_sums, float& centre, Combine combine) {
+__device__ __forceinline__ float2 merge_tile_sums(const Params& p, const Place& at, const u64* tile_sums, float2 (*parts)[WIDTH], float& centre, Combine combine) {
     constexpr int PARTS = SEGMENTS / NORMS;
-    const int per_part = (p.tiles + PARTS - 1) / PARTS;
-    float2 total = make_float2(0.f, 0.f), sum = total;
-    for (int t = 0, next = per_part; t < p.tiles; t += 8) {
+    const int per_part = (p.tiles + PARTS - 1) / PARTS, begin = at.thread / COLUMNS * per_part, end = min(p.tiles, begin + per_part);
+    centre = finite(wait_for(tile_sums + at.c).x);
+    float2 sum = make_float2(0.f, 0.f);
+    for (int t = begin; t < end; t += 8) {
         u64 words[8];
         bool missing = true;
 #pragma unroll
-        for (int j = 0; j < 8; j++) words[j] = t + j < p.tiles ? EMPTY : 0;
+        for (int j = 0; j < 8; j++) words[j] = t + j < end ? EMPTY : 0;
         while (missing) {
             missing = false;
 #pragma unroll
@@ -50,15 +51,16 @@ __device__ __forceinline__ float2 merge_tile_sums(const Params& p, const Place& 
 #pragma unroll
             for (int j = 0; j < 8; j++) missing |= words[j] == EMPTY;
         }
-        if (t == 0) centre = finite(as_pair(words[0]).x);
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            if (t + j >= p.tiles) break;
-            if (t + j == next) total.x += sum.x, total.y += sum.y, sum = make_float2(0.f, 0.f), next += per_part;
-            combine(sum, as_pair(words[j]), t + j);
-        }
+        for (int j = 0; j < 8; j++)
+            if (t + j < end) combine(sum, as_pair(words[j]), t + j);
     }
-    return make_float2(total.x + sum.x, total.y + sum.y);
+    parts[at.thread / WIDTH][at.c] = sum;
+    sync<1>();
+    sum = parts[at.norm][at.c];
+    for (int q = at.norm + NORMS; q < SEGMENTS; q += NORMS) sum.x += parts[q][at.c].x, sum.y += parts[q][at.c].y;
+    sync<1>();
+    return sum;
 }
 
 // Sums over the channels of a sample. All threads of a warp call these.
@@ -101,6 +103,22 @@ __device__ __forceinline__ float wait_for_channel_sums(const Params& p, const No
     u64 word = peek_channel_sums(p, norm, at, n);
     while (is_half_missing(word, at)) patience.look(p, n), word = peek_channel_sums(p, norm, at, n);
     return total_of_channel_sums(word);
+}
+
+// Messages are asked for a chunk of samples ahead, which takes an access to L2 however many they are. Across processes a tile
+// passes over PEERS times as many samples: two chunks ahead, if the `registers` that a sample takes meanwhile can be spared,
+// of which layer scaling has none.
+// It changes when a message is looked for first, not what is waited for: a word is taken once its flag is there, and looked
+// for anew until then.
+__device__ constexpr int chunks_ahead(int registers) {
+    return PEERS > 1 && !SCALED && 2 * WORDS * registers <= (GROUP > 128 ? 24 : 48) ? 2 : 1;
+}
+
+// visit(what was asked for of a chunk): chunks take turns. By constant indices, so that it stays in registers.
+template <int AHEAD, class Asked, class Visit>
+__device__ __forceinline__ void in_turn(int chunk, Asked (&asked)[AHEAD], Visit visit) {
+    if (AHEAD == 1 || chunk % 2 == 0) visit(asked[0]);
+    else visit(asked[AHEAD - 1]);
 }
 
 // The parameters of the thread's eight channels; null stands for `otherwise`.
