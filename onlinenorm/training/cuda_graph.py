@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def capture(
     function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """The graph of what `function` does, which is not done yet, and its result: memory that each replay writes."""
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     _graphs.add(graph)
     # At exit ahead of what was registered before: a process group's end waits for the graphs that hold its collectives.
     atexit.unregister(_reset_graphs)
@@ -39,6 +40,11 @@ def capture(
     # other threads go on: loaders pin memory and decode, NCCL watches its work
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = function()
+    if find_spec("triton"):  # which comes with the package of the kernels; not on every platform
+        from onlinenorm.ops.fused.memset_nodes import as_kernels
+
+        as_kernels(graph)
+    graph.instantiate()
     return graph, result
 
 

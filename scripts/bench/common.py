@@ -16,7 +16,6 @@ from onlinenorm import OnlineNorm2d
 from onlinenorm.ops.fused import memset_nodes
 from onlinenorm.provenance import git_state
 
-MEMSETS_AS_KERNELS = False  # in graphs that are captured from now on
 STATE = ("running_mean", "running_var", "control_u", "control_v")
 # (N, C, H, W): small and ragged, and a tile of each kind the ImageNet networks hold.
 GATE_SHAPES = ((3, 5, 7, 6), (6, 64, 56, 56), (5, 128, 28, 28), (9, 256, 14, 14), (13, 192, 7, 7))
@@ -122,8 +121,7 @@ def captured(step):
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph, stream=stream):
         step()
-    if MEMSETS_AS_KERNELS:
-        memset_nodes.as_kernels(graph.raw_cuda_graph(), torch.cuda.get_device_capability())
+    memset_nodes.as_kernels(graph)  # as training/cuda_graph.py does
     graph.instantiate()
     return graph.replay
 

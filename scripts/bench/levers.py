@@ -19,8 +19,7 @@ from scripts._venv import run_main
 import torch
 
 from onlinenorm.models.blocks import BasicBlock, Bottleneck
-from onlinenorm.ops.fused import inductor_pass
-from onlinenorm.ops.fused.inductor_pass import FoldGradients
+from onlinenorm.ops.fused import inductor_pass, memset_nodes
 from onlinenorm.ops.fused.nvrtc import Kernel
 from scripts.bench import common, levers_table, training
 
@@ -39,16 +38,12 @@ def _set_early(_, on: bool) -> None:
     Kernel.starts_early = on
 
 
-def _set_casts(_, on: bool) -> None:
-    FoldGradients.casts_aside = on
-
-
-def _set_gradients(_, on: bool) -> None:
-    FoldGradients.gradients_aside = on
-
-
 def _set_memsets(_, on: bool) -> None:
-    common.MEMSETS_AS_KERNELS = on
+    memset_nodes.MOST_BYTES = 4096 if on else -1
+
+
+def _set_combos(_, on: bool) -> None:
+    torch._inductor.config.combo_kernels = on
 
 
 def _set_stem(model, on: bool) -> None:
@@ -59,28 +54,25 @@ SWITCHES: dict[str, Callable[[torch.nn.Module, bool], None]] = {
     "max_pool": _set_max_pool,
     "shortcut": _set_shortcut,
     "early": _set_early,
-    "casts": _set_casts,
-    "gradients": _set_gradients,
     "memsets": _set_memsets,
     "stem": _set_stem,
+    "combos": _set_combos,
 }
 WHAT = {
     "max_pool": "first norm, ReLU and max-pool in one kernel each way",
     "shortcut": "the shortcut's norm inside the kernel of the block's last norm, each way",
     "early": "norm kernels begin before the kernel in front of them has ended",
-    "casts": "casts of weights on a stream beside",
-    "gradients": "weight gradients of convolutions on a stream beside",
     "memsets": "small memsets of the graph as kernels",
     "stem": "the first convolution as 4x3 on 2x4 blocks of pixels",
+    "combos": "small pointwise kernels, such as casts of weights, in one (`combo_kernels`)",
 }
 PREDICTED = {  # milliseconds saved at N = 256 and 32, on an H100
     "max_pool": {256: 1.9, 32: 0.24},
     "shortcut": {256: 1.2, 32: 0.20},
     "early": {256: 0.1, 32: 0.1},
-    "casts": {256: 0.15, 32: 0.15},  # by a profile on an H200
-    "gradients": {256: 0.5, 32: 0.4},
     "memsets": {256: 0.32, 32: 0.13},  # by a profile on an H200
     "stem": {256: 0.45, 32: 0.06},
+    "combos": {256: 0.1, 32: 0.15},
 }
 
 

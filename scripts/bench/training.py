@@ -49,9 +49,10 @@ NORMALIZERS: dict[str, Callable[..., torch.nn.Module]] = {
 COMPILERS: dict[str, dict[str, Any]] = {
     "default": {},
     "coordinate_descent": {"options": {"coordinate_descent_tuning": True}},
+    "combo_kernels": {"options": {"combo_kernels": True}},
     "max_autotune": {"mode": "max-autotune-no-cudagraphs"},  # coordinate descent is part of it
 }
-STEMS = ("space_to_depth", "conv7x7", "space_to_depth_2x4")
+STEMS = ("space_to_depth_2x4", "space_to_depth", "conv7x7")  # the first is what "auto" takes
 IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # the models that have such a stem
 
 
@@ -149,7 +150,8 @@ def networks_of(args) -> list[tuple]:
             if compiler in (None, "default"):
                 serves = serves and (stem == args.stem[0] or (name == "batch" and dtype == args.dtype[0]))
             else:
-                serves = name == "batch" and dtype == args.dtype[0]
+                everybody = compiler == "combo_kernels" and serves and stem == args.stem[0]
+                serves = (name == "batch" or everybody) and dtype == args.dtype[0]
             if modes and serves:
                 wanted.append(((name, backend, stem, compiler, dtype, batch), modes))
 
@@ -250,8 +252,9 @@ def main(argv=None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp16"], choices=list(DTYPES))
     parser.add_argument("--normalizer", nargs="+", default=list(NORMALIZERS), choices=list(NORMALIZERS))
     parser.add_argument("--backend", nargs="+", default=["fused"], help="of the OnlineNorm rows; torch at N <= 64 only")
-    parser.add_argument("--stem", nargs="+", default=list(STEMS[:2]), choices=STEMS, help="the first is everybody's")
-    parser.add_argument("--compiler", nargs="+", default=list(COMPILERS), choices=list(COMPILERS), help="of BatchNorm")
+    parser.add_argument("--stem", nargs="+", default=list(STEMS), choices=STEMS, help="the first is everybody's")
+    compilers = list(COMPILERS)
+    parser.add_argument("--compiler", nargs="+", default=compilers, choices=compilers, help="combo_kernels of all rows")
     parser.add_argument("--every-stem", action="store_true", help="the slow compilers on every stem, minutes a network")
     parser.add_argument("--optimizer", choices=("without", "with", "both"), default="both", help="SGD in the step")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="build no further network after so long")

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from onlinenorm.ops.fused import memset_nodes, nvrtc
+from onlinenorm.training import cuda_graph
 
 KERNEL, MEMSET = 0, 2
 
@@ -62,6 +63,12 @@ class Graph:
         return 0
 
 
+def test_drivers_that_are_too_old_keep_their_memsets(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_driver", lambda: SimpleNamespace(cuGraphGetNodes=None))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert memset_nodes.as_kernels(SimpleNamespace(raw_cuda_graph=pytest.fail)) == 0
+
+
 def test_small_memsets_become_kernels_between_the_same_neighbours(monkeypatch):
     nodes = {1: KERNEL, 2: MEMSET, 3: KERNEL, 4: KERNEL, 5: MEMSET, 6: MEMSET, 7: MEMSET}
     of = {"value": 0, "element_size": 4, "width": 1, "height": 1}
@@ -73,8 +80,15 @@ def test_small_memsets_become_kernels_between_the_same_neighbours(monkeypatch):
     }
     graph = Graph(nodes, {(1, 2), (4, 2), (2, 3), (2, 5), (5, 6)}, memsets)
     monkeypatch.setattr(nvrtc, "_driver", lambda: graph)
-    monkeypatch.setattr(memset_nodes, "_fill", lambda *_: SimpleNamespace(function=77))
-    assert memset_nodes.as_kernels(123, (9, 0)) == 2
+    monkeypatch.setattr(memset_nodes, "_fill", lambda device: SimpleNamespace(function=77))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    architecture = None
+    monkeypatch.setattr(memset_nodes, "_architecture", lambda device: architecture)
+    captured = SimpleNamespace(raw_cuda_graph=lambda: 123)
+    assert memset_nodes.as_kernels(captured) == 0  # NVRTC does not know the device
+    architecture = "sm_90"
+    assert memset_nodes.as_kernels(captured) == 2
     assert graph.nodes == {1: KERNEL, 3: KERNEL, 4: KERNEL, 5: MEMSET, 6: MEMSET, 8: KERNEL, 9: KERNEL}
     assert graph.edges == {(1, 8), (4, 8), (8, 3), (8, 5), (5, 6)}
     assert graph.added == {8: (77, [2**40, 1, 0, 4]), 9: (77, [7, 9, 255, 1])}
@@ -92,17 +106,23 @@ def clear(tensor, stream):
 
 
 @pytest.mark.gpu
-def test_a_graph_without_memsets_does_what_it_did():
+def test_a_captured_step_has_no_small_memsets_and_does_what_it_did():
     x, stream = torch.ones(257, device="cuda"), torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph, stream=stream):
+
+    def step():
         y = x + x
         clear(y[:3], stream)
         z = y + x
         clear(z[1:2], stream)
-    replaced = memset_nodes.as_kernels(graph.raw_cuda_graph(), torch.cuda.get_device_capability())
-    assert replaced == 2
-    graph.instantiate()
+        return z
+
+    graph, z = cuda_graph.capture(step, stream)
+    kinds = []
+    for node in memset_nodes.listed("cuGraphGetNodes", graph.raw_cuda_graph()):
+        kind = ctypes.c_int()
+        nvrtc.call_driver("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
+        kinds.append(kind.value)
+    assert kinds == [KERNEL] * 4
     for k in (1, 4):
         x.fill_(k)
         graph.replay()

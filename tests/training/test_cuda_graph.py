@@ -115,9 +115,16 @@ import torch
 from onlinenorm.training import cuda_graph
 
 class Graph:
-    def reset(self):
-        print("graph")
+    def __init__(self, keep_graph):
+        self.instantiated = False
 
+    def instantiate(self):
+        self.instantiated = True
+
+    def reset(self):
+        print("graph" if self.instantiated else "never made")
+
+cuda_graph.find_spec = lambda package: None  # nothing here to look for memsets in
 torch.cuda.CUDAGraph, torch.cuda.graph = Graph, lambda graph, **_: contextlib.nullcontext()
 kept = [cuda_graph.capture(int, None)]
 atexit.register(print, "process group")

@@ -20,8 +20,6 @@ import torch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from onlinenorm.ops.fused import side_stream
-
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
@@ -30,14 +28,8 @@ aten = torch.ops.aten
 class FoldGradients(CustomGraphPass):
     """Replace fused_backward(a + b, None, ...) by fused_backward(a, b, ...), and what is spread by what it spreads."""
 
-    casts_aside = gradients_aside = False
-
     def __call__(self, graph: torch.fx.Graph) -> None:
         _declare_operators()
-        if self.casts_aside:
-            side_stream.move_casts(graph)
-        if self.gradients_aside:
-            side_stream.move_gradients(graph)
         backward = torch.ops.onlinenorm.fused_backward.default
         others = (
             torch.ops.onlinenorm.fused_max_pool_backward.default,
@@ -61,9 +53,9 @@ class FoldGradients(CustomGraphPass):
 
     def uuid(self):
         # Part of the key of Inductor's cache on disk: none of its code expects other results of the operators.
-        names = "max_pool.py", "operators.py", "shortcut.py", "side_stream.py", "single_read.py"
+        names = "max_pool.py", "operators.py", "shortcut.py", "single_read.py"
         results = [str(Path(__file__).with_name(name)) for name in names]
-        return get_hash_for_files((__file__, *results), str((self.casts_aside, self.gradients_aside)))
+        return get_hash_for_files((__file__, *results))
 
 
 def _declare_operators() -> None:
@@ -76,7 +68,7 @@ def _declare_operators() -> None:
     from torch._library.utils import get_layout_constraint_tag
 
     both = itertools.product(("fused_max_pool", "fused_shortcut"), ("forward", "backward"))
-    for name in (*map("_".join, both), "begin_casts", "end_casts", "convolution_backward"):
+    for name in map("_".join, both):
         operator = getattr(torch.ops.onlinenorm, name).default
         if operator not in lowerings:
             make_fallback(operator, tag_to_layout_constraint(get_layout_constraint_tag(operator, with_default=True)))

@@ -8,8 +8,10 @@ takes less than two.
 import ctypes
 import functools
 
+import torch
+
 from onlinenorm.ops.fused.cubin_cache import cubin
-from onlinenorm.ops.fused.nvrtc import Kernel, architecture, call_driver
+from onlinenorm.ops.fused.nvrtc import Kernel, architecture, call_driver, driver_has
 
 MEMSET = 2  # CU_GRAPH_NODE_TYPE_MEMSET
 MOST_BYTES = 4096  # larger ones are left to the driver
@@ -49,14 +51,21 @@ class _KernelNode(ctypes.Structure):
     )
 
 
-def as_kernels(graph: int, capability: tuple[int, int]) -> int:
-    """Put a kernel in place of each small memset of a graph that is not instantiated yet; returns how many.
+def as_kernels(graph: torch.cuda.CUDAGraph) -> int:
+    """Put a kernel in place of each small memset of a graph; returns how many.
+
+    Where the driver is older than CUDA 12.3, or NVRTC does not know the device, memsets stay as they are.
 
     Args:
-        graph: the cudaGraph_t of ``torch.cuda.CUDAGraph(keep_graph=True).raw_cuda_graph()``, captured on the current
-            device.
-        capability: of that device.
+        graph: captured on the current device with ``keep_graph=True``, and not instantiated yet.
     """
+    device = torch.cuda.current_device()
+    if torch.version.cuda is None or not driver_has("cuGraphAddDependencies_v2") or _architecture(device) is None:
+        return 0
+    return _replace_all(graph.raw_cuda_graph(), device)
+
+
+def _replace_all(graph: int, device: int) -> int:
     replaced = 0
     for node in listed("cuGraphGetNodes", graph):
         kind, memset = ctypes.c_int(), _Memset()
@@ -65,12 +74,12 @@ def as_kernels(graph: int, capability: tuple[int, int]) -> int:
             continue
         call_driver("cuGraphMemsetNodeGetParams", ctypes.c_void_p(node), ctypes.byref(memset))
         if memset.height == 1 and memset.width * memset.element_size <= MOST_BYTES:
-            _replace(graph, node, memset, capability)
+            _replace(graph, node, memset, _fill(device))
             replaced += 1
     return replaced
 
 
-def _replace(graph: int, node: int, memset: _Memset, capability: tuple[int, int]) -> None:
+def _replace(graph: int, node: int, memset: _Memset, fill: Kernel) -> None:
     before = listed("cuGraphNodeGetDependencies_v2", node, True)
     behind = listed("cuGraphNodeGetDependentNodes_v2", node, True)
     values = (
@@ -80,7 +89,7 @@ def _replace(graph: int, node: int, memset: _Memset, capability: tuple[int, int]
         ctypes.c_uint(memset.element_size),
     )
     arguments = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    kernel = _KernelNode(_fill(*capability).function, (1, 1, 1, THREADS, 1, 1, 0), arguments)
+    kernel = _KernelNode(fill.function, (1, 1, 1, THREADS, 1, 1, 0), arguments)
     made = ctypes.c_void_p()
     call_driver(
         "cuGraphAddKernelNode_v2",
@@ -96,10 +105,14 @@ def _replace(graph: int, node: int, memset: _Memset, capability: tuple[int, int]
     call_driver("cuGraphDestroyNode", ctypes.c_void_p(node))
 
 
+def _architecture(device: int) -> str | None:
+    return architecture(*torch.cuda.get_device_capability(device))
+
+
 @functools.cache
-def _fill(major: int, minor: int) -> Kernel:
-    target = architecture(major, minor)
-    assert target is not None, "NVRTC knows no architecture for this device"
+def _fill(device: int) -> Kernel:
+    target = _architecture(device)
+    assert target is not None  # as_kernels has asked
     return Kernel(cubin(SOURCE, target, ()), "fill")
 
 

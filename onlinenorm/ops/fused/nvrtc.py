@@ -10,7 +10,6 @@ import torch
 SHARED_MEMORY_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 MAP_UINT16 = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16
 COOPERATIVE, PROGRAMMATIC = 2, 6  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE, ..._PROGRAMMATIC_STREAM_SERIALIZATION
-NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 MAP_PROMOTE_256 = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
@@ -34,6 +33,11 @@ def _nvrtc() -> ctypes.CDLL:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def driver_has(name: str) -> bool:
+    """Whether the driver is new enough to have a function of this name."""
+    return hasattr(_driver(), name)
 
 
 def call_driver(name: str, *arguments) -> None:
@@ -121,13 +125,6 @@ def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns
         0, 0, MAP_PROMOTE_256, 0,
     )  # fmt: skip
     return ctypes.string_at(aligned, 128)
-
-
-def create_stream() -> int:
-    """A stream of the current device, ordered with no other, which lives as long as the process; its number."""
-    stream = ctypes.c_void_p()
-    call_driver("cuStreamCreate", ctypes.byref(stream), NON_BLOCKING)
-    return stream.value or 0
 
 
 def capture_of(stream: int) -> int:

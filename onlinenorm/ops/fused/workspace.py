@@ -70,7 +70,7 @@ def _pair(size: int, device: torch.device, stream: int) -> _Pair | None:
     if pair is None or pair.capture != capture or pair.size < size:
         pair = None  # gone before the next is taken
         _pairs.pop((device.index, stream), None)
-        if inductor_makes_graphs_on(device, stream):
+        if _inductor_makes_graphs_on(device, stream):
             return None
         _largest[device.index] = size = max(size, _largest.get(device.index, 0))
         _pairs[device.index, stream] = pair = _Pair(_filled(2 * size, device), capture)
@@ -81,7 +81,7 @@ def _filled(size: int, device: torch.device) -> Tensor:
     return torch.empty(size // 8, dtype=torch.int64, device=device).fill_(-1)
 
 
-def inductor_makes_graphs_on(device: torch.device, stream: int) -> bool:
+def _inductor_makes_graphs_on(device: torch.device, stream: int) -> bool:
     """Whether ``stream`` is that of Inductor's CUDA-graph trees, in warm-up as in capture.
 
     Either refuses memory that lives on in its pool, as regions would.
