@@ -13,6 +13,7 @@ import torch
 import triton
 
 from onlinenorm import OnlineNorm2d
+from onlinenorm.files import write_atomically
 from onlinenorm.ops.fused import memset_nodes
 from onlinenorm.provenance import git_state
 
@@ -158,4 +159,4 @@ def head(device: torch.device) -> dict:
 def write(path: str, results: dict) -> None:
     """Results as JSON, so far: called after every round, so that an interrupted run leaves what it measured."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(results, indent=1) + "\n")
+    write_atomically(Path(path), json.dumps(results, indent=1) + "\n")  # others may read it meanwhile
