@@ -86,6 +86,7 @@ class ResNet:
     """What the ResNets of both families know of themselves."""
 
     in_torchvision = False  # whether torchvision has the same network, by the same names
+    layers_alone_read_weights = True  # once a pass: captured steps may cast them all together, see training/cuda_graph
 
     @staticmethod
     def sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 import atexit
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -68,20 +69,70 @@ def undone(tensors: Iterable[Tensor]) -> Iterator[None]:
             tensor.copy_(value)
 
 
-def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Their means over all processes, by one collective for each dtype; laid out as they are, which is densely."""
-    means = list(tensors)
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        own = [tensors[place] for place in places]
-        sizes = [tensor.numel() for tensor in own]
+def like(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients in the dtypes and strides of the parameters, which autograd would see to."""
+    result = list(gradients)
+    pairs = enumerate(zip(parameters, gradients, strict=True))
+    others = [place for place, (p, g) in pairs if (g.dtype, g.stride()) != (p.dtype, p.stride())]
+    for place in others:
+        result[place] = torch.empty_like(parameters[place])
+    if others:
+        torch._foreach_copy_([result[place] for place in others], [gradients[place] for place in others])
+    return result
+
+
+def averaged(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Means of the gradients over all processes as `like` the parameters, which are dense; a collective a dtype."""
+    means = list(gradients)
+    for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+        places = [place for place, parameter in enumerate(parameters) if parameter.dtype == dtype]
+        own = [parameters[place] for place in places]
+        sizes = [parameter.numel() for parameter in own]
         flat = torch.empty(sum(sizes), dtype=dtype, device=own[0].device)
-        parts = [part.as_strided(t.shape, t.stride()) for part, t in zip(flat.split(sizes), own, strict=True)]
-        torch._foreach_copy_(parts, own)  # a few kernels for all
+        parts = [part.as_strided(p.shape, p.stride()) for part, p in zip(flat.split(sizes), own, strict=True)]
+        torch._foreach_copy_(parts, [gradients[place] for place in places])  # a few kernels for all
         dist.all_reduce(flat, dist.ReduceOp.AVG)
         for place, part in zip(places, parts, strict=True):
             means[place] = part
     return means
+
+
+def weights_cast_by_layers(module: nn.Module) -> set[str]:
+    """Names of the parameters that autocast casts once a pass each: weights and biases of the convolutions and linear
+    layers of networks that say so (`layers_alone_read_weights`); not those that several layers share."""
+    owners = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    return {
+        f"{layer_name}.{name}".lstrip(".")
+        for network_name, network in module.named_modules()
+        if getattr(network, "layers_alone_read_weights", False)
+        for layer_name, layer in network.named_modules(prefix=network_name)
+        if type(layer) in (nn.Conv2d, nn.Linear)
+        for name, parameter in layer.named_parameters(recurse=False)
+        if owners[id(parameter)] == 1
+    }
+
+
+class CastWeights:
+    """Copies of the `weights_cast_by_layers` of a module, in autocast's dtype where it is on, for a pass to be given.
+
+    Args:
+        module: what is trained.
+        parameters: those of it that are, by name.
+        kind: of device.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor], kind: str):
+        names = weights_cast_by_layers(module) if torch.is_autocast_enabled(kind) else set()
+        cast = {name: p for name, p in parameters.items() if name in names and p.dtype is torch.float32}
+        self._of = list(cast.values())
+        dtype = torch.get_autocast_dtype(kind)
+        self.copies = {name: nn.Parameter(parameter.detach().to(dtype)) for name, parameter in cast.items()}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The copies take the values that the weights have now."""
+        if self._of:
+            torch._foreach_copy_(list(self.copies.values()), self._of)
 
 
 class GraphedEvaluation:
@@ -133,6 +184,9 @@ class GraphedStep:
     optimizers see no difference; they are the graph's own memory until the next step, so set them to None between
     steps, as Lightning does, not to zero.
 
+    Under autocast the weights of `weights_cast_by_layers` are cast in a few kernels for all, and so are their
+    gradients, where autocast has two for every layer: the same values.
+
     Args:
         module: its parameters are trained; buffers are updated in place; on a CUDA device.
         step: (forward, images, labels) -> loss.
@@ -177,13 +231,16 @@ class GraphedStep:
         self._parameters = tuple(trained.values())
         # Stand-ins that share memory: autograd ties a parameter it has met to the stream of the capture.
         stand_ins: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in trained.items()}
-        self.images, self.labels = images.detach().clone(), labels.clone()
         kind = images.device.type
+        cast = CastWeights(self.module, trained, kind)
+        stand_ins |= cast.copies
+        self.images, self.labels = images.detach().clone(), labels.clone()
 
         def network(x: Tensor) -> Tensor:
             return functional_call(self.module, stand_ins, (x,))
 
         def forward() -> None:
+            cast.refresh()
             # weights cast by autocast are cast again in every replay, not once and kept
             enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
             with torch.autocast(kind, dtype, enabled, cache_enabled=False):
@@ -205,10 +262,7 @@ class GraphedStep:
 
     def _differentiate(self, loss: Tensor, parameters: tuple[Tensor, ...], grad_loss: Tensor | None) -> list[Tensor]:
         gradients = torch.autograd.grad(loss, parameters, grad_loss)
-        # laid out as the parameters are, which autograd would see to
-        pairs = zip(gradients, parameters, strict=True)
-        laid_out = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
-        return averaged(laid_out) if self.averages else laid_out
+        return (averaged if self.averages else like)(self._parameters, gradients)
 
     @property
     def pool(self) -> Any:

@@ -5,12 +5,13 @@
 
 A row is (normalizer, backend, stem, compiler, mode, dtype, batch, with or without optimizer); the compiler's settings
 are torch.compile's own, with coordinate descent, or max-autotune, which take minutes and are kept in Inductor's cache
-(TORCHINDUCTOR_CACHE_DIR): BatchNorm, the rival, gets all that are asked for, on everybody's stem, and on the other with
-``--every-stem``. All rows are measured in one process, in
-rounds that visit every row, so that drift of the GPU's clocks falls on all of them; a row's time is the median over
-rounds of medians, its spread the range from the 20th to the 80th percentile of the steps of all rounds over the median.
-Rounds after the first take the fastest rows first. Rows of PyTorch's own backend, minutes to compile, come after all
-others, in rounds of their own.
+(TORCHINDUCTOR_CACHE_DIR): BatchNorm, the rival, gets all that are asked for, on everybody's stem, and on the others
+with ``--every-stem``. Captured steps are those of train.py: small memsets are kernels, and weights are cast together,
+but with the stem conv7x7, which stands for torchvision's network in a loop without this project.
+All rows are measured in one process, in rounds that visit every row, so that drift of the GPU's clocks falls on all of
+them; a row's time is the median over rounds of medians, its spread the range from the 20th to the 80th percentile of
+the steps of all rounds over the median. Rounds after the first take the fastest rows first. Rows of PyTorch's own
+backend, minutes to compile, come after all others, in rounds of their own.
 The step is forward + backward of the classification loss under autocast, and SGD where the row says so. Rows of one
 model share it, compiled once, and share its convolutions' tuning with those of other normalizers. The correctness gate
 runs first. Networks that ``--seconds`` leaves no time to build are listed as not run; rounds begun go to their end.
@@ -32,9 +33,11 @@ from scripts._venv import run_main
 
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from onlinenorm import OnlineNorm2d, models
 from onlinenorm.report.settings import load_spec
+from onlinenorm.training.cuda_graph import CastWeights, like
 from scripts.bench import common
 from scripts.bench.training_table import fastest, over, smallest, workload
 
@@ -49,7 +52,6 @@ NORMALIZERS: dict[str, Callable[..., torch.nn.Module]] = {
 COMPILERS: dict[str, dict[str, Any]] = {
     "default": {},
     "coordinate_descent": {"options": {"coordinate_descent_tuning": True}},
-    "combo_kernels": {"options": {"combo_kernels": True}},
     "max_autotune": {"mode": "max-autotune-no-cudagraphs"},  # coordinate descent is part of it
 }
 STEMS = ("space_to_depth_2x4", "space_to_depth", "conv7x7")  # the first is what "auto" takes
@@ -69,25 +71,46 @@ class Network:
         norm = make if normalizer == "batch" else partial(make, backend=backend)
         model = getattr(models, args.model)(norm, **({"stem": stem} if args.model in IMAGENET else {}))
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
-        self.run = torch.compile(self.model, dynamic=False, **COMPILERS[compiler]) if compiler else self.model
+        if compiler:
+            self.model.compile(dynamic=False, **COMPILERS[compiler])
         shape = (batch, 3, args.size, args.size)
         self.x = torch.randn(shape, device=self.device).to(memory_format=torch.channels_last)
         self.target = torch.arange(batch, device=self.device) % 1000
-        self.sgd = torch.optim.SGD(self.model.parameters(), 1e-4, 0.9, foreach=True)
+        parameters = dict(self.model.named_parameters())
+        self.sgd = torch.optim.SGD(parameters.values(), 1e-4, 0.9, foreach=True)
+        with self._autocast():
+            self.cast = CastWeights(self.model, parameters, self.device.type)
+        self.casts_at_once = stem != "conv7x7"  # which stands for everybody's network and step
 
-    def step(self, optimizer: bool = False) -> None:
-        self.sgd.zero_grad(set_to_none=True)
+    def _autocast(self) -> torch.autocast:
         # Casts of weights are part of the step; a cache of them would outlive a captured graph.
         enabled = self.dtype is not torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False):
-            loss = F.cross_entropy(self.run(self.x), self.target)
-        (loss * FP16_LOSS_SCALE if self.dtype is torch.float16 else loss).backward()
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
+
+    def step(self, optimizer: bool = False, captured: bool = False) -> None:
+        """A step; one that is captured casts all weights together, as training/cuda_graph.py does."""
+        self.sgd.zero_grad(set_to_none=True)
+        together = captured and self.casts_at_once
+        parameters = dict(self.model.named_parameters())
+        if together:
+            self.cast.refresh()
+            given = parameters | self.cast.copies
+        with self._autocast():
+            logits = functional_call(self.model, given, (self.x,)) if together else self.model(self.x)
+            loss = F.cross_entropy(logits, self.target)
+        loss = loss * FP16_LOSS_SCALE if self.dtype is torch.float16 else loss
+        if together:
+            own, gradients = list(parameters.values()), torch.autograd.grad(loss, list(given.values()))
+            for parameter, gradient in zip(own, like(own, gradients), strict=True):
+                parameter.grad = gradient
+        else:
+            loss.backward()
         if optimizer:
             self.sgd.step()
 
     def held(self) -> int:
         """Bytes of weights and of the optimizer's state, where it has any by now."""
-        tensors = [*self.model.parameters()]
+        tensors = [*self.model.parameters(), *(self.cast.copies.values() if self.casts_at_once else ())]
         tensors += [value for state in self.sgd.state.values() for value in state.values() if torch.is_tensor(value)]
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -103,7 +126,8 @@ class Row:
     def measure(self, repeats: int) -> None:
         network = self.network
         cuda = network.device.type == "cuda"
-        step = partial(network.step, self.key["optimizer"])
+        captured = self.key["mode"].endswith("graph")
+        step = partial(network.step, self.key["optimizer"], captured)
         if cuda:
             torch.cuda.empty_cache()
         step()
@@ -112,7 +136,7 @@ class Row:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0
-        run = common.captured(step) if self.key["mode"].endswith("graph") else step
+        run = common.captured(step) if captured else step
         self.rounds.append(common.timed(run, network.device, repeats + 2)[2:])
         if cuda:
             self.peak = max(self.peak, (torch.cuda.max_memory_allocated() - before + network.held()) / 2**30)
@@ -150,8 +174,7 @@ def networks_of(args) -> list[tuple]:
             if compiler in (None, "default"):
                 serves = serves and (stem == args.stem[0] or (name == "batch" and dtype == args.dtype[0]))
             else:
-                everybody = compiler == "combo_kernels" and serves and stem == args.stem[0]
-                serves = (name == "batch" or everybody) and dtype == args.dtype[0]
+                serves = name == "batch" and dtype == args.dtype[0]
             if modes and serves:
                 wanted.append(((name, backend, stem, compiler, dtype, batch), modes))
 
@@ -253,8 +276,7 @@ def main(argv=None) -> None:
     parser.add_argument("--normalizer", nargs="+", default=list(NORMALIZERS), choices=list(NORMALIZERS))
     parser.add_argument("--backend", nargs="+", default=["fused"], help="of the OnlineNorm rows; torch at N <= 64 only")
     parser.add_argument("--stem", nargs="+", default=list(STEMS), choices=STEMS, help="the first is everybody's")
-    compilers = list(COMPILERS)
-    parser.add_argument("--compiler", nargs="+", default=compilers, choices=compilers, help="combo_kernels of all rows")
+    parser.add_argument("--compiler", nargs="+", default=list(COMPILERS), choices=list(COMPILERS), help="of BatchNorm")
     parser.add_argument("--every-stem", action="store_true", help="the slow compilers on every stem, minutes a network")
     parser.add_argument("--optimizer", choices=("without", "with", "both"), default="both", help="SGD in the step")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="build no further network after so long")

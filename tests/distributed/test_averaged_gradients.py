@@ -99,9 +99,12 @@ def averages(rank):
     with pytest.MonkeyPatch.context() as monkeypatch:
         reduce = dist.all_reduce
         monkeypatch.setattr(dist, "all_reduce", lambda *a: collectives.append(a[0].dtype) or reduce(*a))
-        found = cuda_graph.averaged(drawn[rank])
+        # of the last, its own dtype's parameter alone has a gradient of another, in another layout
+        gradients = [*drawn[rank][:-1], drawn[rank][-1].bfloat16().contiguous(memory_format=torch.channels_last)]
+        found = cuda_graph.averaged(drawn[rank], gradients)
     dist.destroy_process_group()
-    expected = [(a + b) / 2 for a, b in zip(*drawn, strict=True)]
+    drawn_otherwise = [[*tensors[:-1], tensors[-1].bfloat16().double()] for tensors in drawn]
+    expected = [(a + b) / 2 for a, b in zip(*drawn_otherwise, strict=True)]
     exact = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     return exact, [t.stride() for t in found] == [t.stride() for t in drawn[rank]], collectives
 

@@ -1,0 +1,113 @@
+"""Weights that a captured step casts together: which they are, and that every one gets what autocast would give it."""
+
+import copy
+
+import pytest
+import torch
+from captured_runs import loss_of, stand_in
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from onlinenorm import models
+from onlinenorm.models.stem import StemConv2d
+from onlinenorm.normalizers import OnlineNorm2d
+from onlinenorm.training.cuda_graph import CastWeights, GraphedStep, like, weights_cast_by_layers
+
+NETWORKS = {
+    "resnet18": lambda: models.resnet18(OnlineNorm2d, num_classes=5),
+    "resnet50": lambda: models.resnet50(nn.BatchNorm2d, num_classes=5),
+    "cifar_resnet8": lambda: models.cifar_resnet8(OnlineNorm2d),
+    "cifar_resnet8, shortcut B": lambda: models.cifar_resnet(8, OnlineNorm2d, shortcut="B"),
+}
+
+
+class Readers(TorchFunctionMode):
+    """Counts which function reads which parameter."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in network.named_parameters()}
+        self.found = {}
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        for value in (*arguments, *(options or {}).values()):
+            if id(value) in self.names and callable(function) and getattr(function, "__name__", "") != "__get__":
+                self.found.setdefault(self.names[id(value)], []).append(function)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_that_say_so_have_layers_that_read_their_weights_alone_and_once(name):
+    network = NETWORKS[name]().train()
+    names = weights_cast_by_layers(network)
+    layers = [layer for layer in network.modules() if type(layer) in (nn.Conv2d, nn.Linear)]
+    assert len(names) == sum(len(list(layer.parameters())) for layer in layers) > 8
+    with Readers(network) as readers:
+        network(torch.randn(2, 3, 32, 32))
+    assert names <= readers.found.keys()
+    for each in names:
+        (function,) = readers.found[each]
+        assert function in (torch.conv2d, nn.functional.linear), each
+
+
+def test_others_are_left_to_autocast():
+    network = models.resnet18(OnlineNorm2d, num_classes=5)
+    names = weights_cast_by_layers(network)
+    assert type(network.conv1) is StemConv2d and "conv1.weight" not in names  # it pads and rearranges its weight
+    assert {"fc.weight", "fc.bias"} <= names and not any("bn" in name or "downsample.1" in name for name in names)
+    network.layer1[0].conv1.weight = network.layer1[1].conv1.weight  # now of two layers
+    nn.utils.parametrizations.weight_norm(network.layer2[0].conv1)
+    gone = {"layer1.0.conv1.weight", "layer1.1.conv1.weight", "layer2.0.conv1.weight"}
+    assert names - weights_cast_by_layers(network) == gone and weights_cast_by_layers(network) < names
+    assert not weights_cast_by_layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4)))  # which says nothing
+    part = nn.Sequential(models.cifar_resnet8(OnlineNorm2d), nn.Linear(10, 4))
+    assert {name.partition(".")[0] for name in weights_cast_by_layers(part)} == {"0"}
+
+
+def test_copies_follow_the_weights_where_autocast_is_on():
+    network = models.cifar_resnet8(OnlineNorm2d).to(memory_format=torch.channels_last)
+    network.fc.weight.data = network.fc.weight.data.double()
+    parameters = {name: p for name, p in network.named_parameters() if name != "conv1.weight"}  # which is frozen
+    assert not CastWeights(network, parameters, "cpu").copies
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = CastWeights(network, parameters, "cpu")
+    assert cast.copies.keys() == weights_cast_by_layers(network) - {"conv1.weight", "fc.weight"}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1.0)
+    cast.refresh()
+    for name, value in cast.copies.items():
+        assert value.stride() == parameters[name].stride() and torch.equal(value, parameters[name].bfloat16()), name
+
+
+def test_gradients_are_laid_out_like_their_parameters():
+    parameters = [torch.empty(4, 3, 2, 2).to(memory_format=torch.channels_last), torch.empty(3), torch.empty(2)]
+    gradients = [torch.randn(4, 3, 2, 2), torch.randn(3).bfloat16(), torch.randn(2)]
+    found = like(parameters, gradients)
+    assert [(g.dtype, g.stride()) for g in found] == [(p.dtype, p.stride()) for p in parameters]
+    assert all(torch.equal(a, b.float()) for a, b in zip(found, gradients, strict=True)) and found[2] is gradients[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stem", ["conv7x7", "space_to_depth_2x4"])
+def test_steps_have_the_bits_of_autocasts_own_casts(monkeypatch, dtype, stem):
+    stand_in(monkeypatch)
+    torch.manual_seed(0)
+    network, found = models.resnet18(OnlineNorm2d, num_classes=5, stem=stem), []
+    network.to(memory_format=torch.channels_last)
+    for together in (False, True):
+        twin = copy.deepcopy(network)
+        twin.layers_alone_read_weights = together
+        optimizer = torch.optim.SGD(twin.parameters(), 0.1, 0.9)
+        assert bool(weights_cast_by_layers(twin)) == together
+        step, generator = GraphedStep(twin, loss_of, (), optimizer), torch.Generator().manual_seed(1)
+        for images in (4, 4, 3, 4):  # the third is not replayed
+            x = torch.randn(images, 3, 32, 32, generator=generator)
+            with torch.autocast("cpu", dtype):
+                loss = step(x, torch.arange(images) % 5)
+            step.backward(loss)
+            step.step_optimizer()
+            optimizer.zero_grad()
+        assert all(value.dtype is torch.float32 for value in step._gradients)
+        found.append([loss, *twin.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
