@@ -111,11 +111,13 @@ def launches(rank):
         launch("forward", samples), launch("backward", samples)
     launch("forward", 4), launch("forward", 4)  # out of turn
     state = peers._groups[dist.group.WORLD]
-    state.boxes[((1,), "forward"), 4][1].own.fill_(7)
+    former, smaller = (((1,), "forward", samples, False) for samples in (4, 2))
+    state.boxes[former][1].own.fill_(7)
     launch("forward", 2)  # another size: emptied
-    assert not state.boxes[((1,), "forward"), 2][1].own.any() and (((1,), "forward"), 4) not in state.boxes
+    assert not state.boxes[smaller][1].own.any() and former not in state.boxes
     launch("forward", 8)  # a larger one: elsewhere
     launch("forward", 8, capturing=True), launch("forward", 4), launch("forward", 8)  # what is captured remains
+    launch("forward", 8, capturing=True)
     with pytest.raises(RuntimeError, match="run a step of that size before the capture"):
         launch("forward", 16, capturing=True)
     dist.barrier()  # rank 0 serves the store
@@ -130,6 +132,35 @@ def test_a_layers_mailbox_follows_its_size_of_batch_and_leaves_graphs_theirs():
     assert found[:4] == [(0, size, []), (8448, size, [])] * 2 and size + 8 <= 8448
     assert found[4:6] == [(0, size, []), (0, size, ["barrier"])]
     assert found[6] == (0, size // 2, ["barrier", "barrier"])
-    large, captured, smaller, again = found[7:]
+    large, captured, smaller, outside, again = found[7:]
     assert large == (2 * 8448, 2 * size, []) and captured == again == (*large[:2], ["barrier"])
-    assert smaller[0] >= large[0] + 2 * size
+    assert smaller[0] >= large[0] + 2 * size and outside[0] > smaller[0]
+
+
+def passes_beside_graphs(rank):
+    """The mailboxes of a step that is captured, and of passes of as many samples outside of its graphs."""
+    _, events = pretend(rank, 2)
+    spec, gpu = NormSpec(processes=2, mailbox=1), torch.device("cuda", rank)
+
+    def launch(direction, capturing=False):
+        torch.cuda.is_current_stream_capturing = lambda: capturing
+        events.clear()
+        return peers.mailbox(spec, direction, 4, 128, gpu).addresses[rank], list(events)
+
+    assert peers.serve("", rank)
+    steps = [[launch(direction, capturing) for direction in ("forward", "backward")] for capturing in (False, True)]
+    passes = [launch("forward"), launch("backward"), launch("forward"), launch("forward")]
+    steps.append([launch(direction, capturing=True) for direction in ("forward", "backward")])
+    dist.barrier()  # rank 0 serves the store
+    dist.destroy_process_group()
+    return steps, passes
+
+
+def test_a_pass_without_a_backward_leaves_alone_what_the_next_replay_of_a_graph_uses():
+    """No host call is made for a replay: nothing could put a barrier between it and the pass before it."""
+    found, other = process_groups.run(2, passes_beside_graphs)
+    (warm_up, captured, anew), passes = found
+    assert captured == warm_up == anew and not any(events for _, events in captured)
+    assert not {place for place, _ in passes} & {place for place, _ in captured}
+    assert [events for _, events in passes] == [[], [], [], ["barrier"]] and passes[0][0] == passes[2][0]
+    assert [place + (1 << 40) for place, _ in passes] == [place for place, _ in other[1]]

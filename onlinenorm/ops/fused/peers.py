@@ -4,11 +4,11 @@ They lie in torch's symmetric memory: every process holds as many, at equal offs
 that a kernel stores a message into each by ordinary stores over NVLink or PCIe. The kernels say how a message is told
 from the one before it in the same place (common.cu): between two launches of a layer in one direction every process's
 stream must hold a launch of that layer in the other, as training does by itself, or a barrier, which is put there where
-it does not. Addresses stay, and what changes lies on the devices, so that launches can be captured in CUDA graphs; the
-replays of a forward and a backward graph must take turns as these do.
+it does not. Addresses stay, and what changes lies on the devices, so that launches can be captured in CUDA graphs. As
+no host sees their replays, graphs have mailboxes that no other launch uses: between two replays of a layer's forward
+graph there must be one of its backward graph, or the other way round, whatever passes run between them.
 
-A mailbox is for one size of batch. Where that changes, a layer's is emptied for the next size; but what a graph was
-captured with remains the graph's.
+A mailbox is for one size of batch. Where that changes, a layer's is emptied for the next size; graphs keep theirs.
 
 Between machines there are no such stores, and the moments are gathered: a sample needs those of all samples before it,
 so where they come by a collective, images are read twice however it is divided. Messages within each machine and one
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,15 @@ class _Shared:
     barrier: Callable[[], None]
 
 
+class _Place(NamedTuple):
+    """Whose a mailbox is. Of those outside of graphs there is one for each ``numbers`` and ``direction``."""
+
+    numbers: tuple[int, ...]  # of the layers
+    direction: str
+    samples: int
+    captured: bool
+
+
 @dataclass
 class _Group:
     """What the processes of a group share: memory, of which `rest` is free, and the mailboxes in it."""
@@ -71,9 +81,8 @@ class _Group:
     met: int = 0  # times
     handles: list = field(default_factory=list)
     rest: _Shared | None = None
-    boxes: dict[tuple, tuple[Mailbox, _Shared]] = field(default_factory=dict)
-    reusable: dict[tuple, int] = field(default_factory=dict)  # samples, by layers and direction
-    last: dict[tuple, str] = field(default_factory=dict)  # direction, by layer and samples
+    boxes: dict[_Place, tuple[Mailbox, _Shared]] = field(default_factory=dict)
+    last: dict[tuple, str] = field(default_factory=dict)  # direction, by layer, samples and whether captured
 
     def meet(self, word: str = "") -> list[str]:
         """What each process says, in rank order."""
@@ -172,29 +181,32 @@ def mailbox(
         state = _state(spec.group, device.index)
         assert state is not None, "`serve` was asked"
         numbers = (spec.mailbox, spec.shortcut_mailbox)[:layers]
-        owner = numbers, direction
-        if (owner, samples) not in state.boxes:
-            _make_mailbox(state, owner, samples, 8 * samples * spec.processes, channels, device)
-        elif any(state.last.get((number, samples)) == direction for number in numbers):
-            state.boxes[owner, samples][1].barrier()
-        state.last.update({(number, samples): direction for number in numbers})
-        if state.reusable.get(owner) == samples and torch.cuda.is_current_stream_capturing():
-            del state.reusable[owner]
-        return state.boxes[owner, samples][0]
+        captured = torch.cuda.is_current_stream_capturing()
+        place = _Place(numbers, direction, samples, captured)
+        outside = place._replace(captured=False)
+        if captured and place not in state.boxes and outside in state.boxes:
+            # that of the passes before the capture is the graphs' from here on, and later such passes get another
+            state.boxes[place] = state.boxes.pop(outside)
+            for number in numbers:
+                state.last.setdefault((number, samples, True), state.last[number, samples, False])
+        if place not in state.boxes:
+            _make_mailbox(state, place, 8 * samples * spec.processes, channels, device)
+        elif any(state.last.get((number, samples, captured)) == direction for number in numbers):
+            state.boxes[place][1].barrier()
+        state.last |= {(number, samples, captured): direction for number in numbers}
+        return state.boxes[place][0]
 
 
-def _make_mailbox(
-    state: _Group, owner: tuple[tuple[int, ...], str], samples: int, column: int, channels: int, device: torch.device
-) -> None:
-    """That of another size of batch: the owner's one, where it has room, emptied, or a new one.
+def _make_mailbox(state: _Group, place: _Place, column: int, channels: int, device: torch.device) -> None:
+    """That of another size of batch: the one of the size before, where it has room, emptied, or a new one.
 
     ``column`` is the size of a channel's messages in bytes.
     """
     _check_not_capturing()
-    sums = len(owner[0]) * column * (channels + channels // 64)
+    sums = len(place.numbers) * column * (channels + channels // 64)
     size = -(-(sums + channels // 64 * 4) // ALIGNMENT) * ALIGNMENT
-    former = state.reusable.pop(owner, None)
-    shared = None if former is None else state.boxes.pop((owner, former))[1]
+    former = next((other for other in state.boxes if other == place._replace(samples=other.samples)), None)
+    shared = None if former is None else state.boxes.pop(former)[1]
     if shared is not None and shared.own.nbytes >= size:
         shared.barrier()  # behind which nobody reads it or stores into it
         shared.own.zero_()
@@ -208,8 +220,7 @@ def _make_mailbox(
         rest = state.rest
         shared = _Shared(rest.own[:size], rest.addresses, rest.barrier)
         state.rest = _Shared(rest.own[size:], tuple(address + size for address in rest.addresses), rest.barrier)
-    state.reusable[owner] = samples
-    state.boxes[owner, samples] = Mailbox(shared.addresses, state.members.rank(), sums), shared
+    state.boxes[place] = Mailbox(shared.addresses, state.members.rank(), sums), shared
 
 
 def _check_not_capturing() -> None:
