@@ -1,4 +1,8 @@
-"""Tables of per-sample moments across processes: what one process with the global batch would hold."""
+"""Tables of per-sample moments across processes: what one process with the global batch would hold.
+
+And what `fused.peers` leaves for those who do not load Triton: which layers' kernels exchange moments, and for whom one
+has waited in vain.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -6,6 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+exchanging: set[int] = set()  # layers whose kernels have exchanged moments, by `NormSpec.mailbox`
+refusals: dict[str, str] = {}  # name of a process group -> why its processes' kernels exchange none, "" where they do
+_late: list[Tensor] = []
 
 
 def constant_when_compiled(function: Callable) -> Callable:
@@ -68,3 +76,16 @@ def own_mask(table_MC: Tensor, processes: int, group: str, counts: Sequence[int]
     rank = own_rank(group)
     mine = [r == rank for n in range(max(counts)) for r, count in enumerate(counts) if n < count]
     return torch.tensor(mine, device=table_MC.device)
+
+
+def late_report() -> int:
+    """Address of the number in which a kernel leaves 1 + the rank that it has waited for in vain."""
+    if not _late:
+        _late.append(torch.zeros(1, dtype=torch.int32).pin_memory())
+    return _late[0].data_ptr()
+
+
+def late() -> int | None:
+    """The rank that a kernel of this process has waited for in vain, which ends it a second later."""
+    rank = int(_late[0]) - 1 if _late else -1
+    return None if rank < 0 else rank

@@ -15,7 +15,9 @@ from pytorch_lightning.strategies.launchers.subprocess_script import (
 )
 
 from onlinenorm.errors import RANK_ZERO_SECONDS, RunError
+from onlinenorm.normalizers import exchange
 
+FIRST = "ONLINENORM_FIRST_PROCESS"  # its PID, for those that it starts
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = RANK_ZERO_SECONDS + 2.0  # in which a process says why it ends, and the first may notice by itself
 
@@ -23,13 +25,17 @@ PATIENCE_SECONDS = RANK_ZERO_SECONDS + 2.0  # in which a process says why it end
 class WatchingLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher; where a process dies, the first one says which and how, ends the others, and exits with 1.
 
-    Lightning's own would kill the first by SIGKILL, without a word. Where a kernel has waited for another process in
-    vain, each process says so and exits, before that kernel fails: after it NCCL would abort the process, whatever
-    Python is about to say.
+    Lightning's own would kill the first by SIGKILL, without a word. Where the first one dies, those that it has started
+    say so and end too. Where a kernel has waited for another process in vain, each process says so and exits, before
+    that kernel fails: after it NCCL would abort the process, whatever Python is about to say.
     """
 
     said = False  # what is to be said of a dead one
     watched = False
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.first = int(os.environ.get(FIRST, 0))
 
     def launch(self, function: Callable, *args: Any, trainer=None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
@@ -42,10 +48,10 @@ class WatchingLauncher(_SubprocessScriptLauncher):
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if not self.procs or hasattr(error, "exit_code"):  # which says what is wrong
+            if not (self.procs or self.first) or hasattr(error, "exit_code"):  # which says what is wrong
                 raise
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while not (lost := lost_process(self.procs)) and time.monotonic() < deadline:
+            deadline = time.monotonic() + (PATIENCE_SECONDS if self.procs else POLL_SECONDS)
+            while not (lost := self._lost()) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
             if not lost:
                 raise
@@ -57,14 +63,25 @@ class WatchingLauncher(_SubprocessScriptLauncher):
 
     def _watch(self) -> None:
         """Ends this process where it waits for one that is gone, in a collective or kernel no exception reaches."""
-        while not (lost := lost_process(self.procs)):
+        while not (lost := self._lost()):
             if late := late_process():
                 self._end(late)
             if not self.watched or (self.procs and all(process.returncode == 0 for process in self.procs)):
                 return
             time.sleep(POLL_SECONDS)
         time.sleep(PATIENCE_SECONDS)
-        self._end("" if self.said else lost)
+        if self.watched or self.said:  # else this process had nothing left to wait for
+            self._end("" if self.said else lost)
+
+    def _call_children_scripts(self) -> None:
+        os.environ[FIRST] = str(os.getpid())
+        try:
+            super()._call_children_scripts()
+        finally:
+            del os.environ[FIRST]
+
+    def _lost(self) -> str:
+        return lost_process(self.procs) or lost_first(self.first)
 
     def _end(self, message: str) -> NoReturn:
         if message:
@@ -94,10 +111,19 @@ def lost_process(processes: list[subprocess.Popen]) -> str:
     return ""
 
 
+def lost_first(first: int) -> str:
+    """What to say where the process that has started this one, of PID ``first``, is gone, or ""; 0: there is none."""
+    if first in (0, os.getppid()):
+        return ""
+    return (
+        f"process 0 on this machine (PID {first}) has died. The processes that it has started end too; the same "
+        "command continues the run from its last checkpoint"
+    )
+
+
 def late_process() -> str:
     """What to say of a process that a kernel of this one has waited for in vain, or ""."""
-    late = getattr(sys.modules.get("onlinenorm.ops.fused.peers"), "late", None)  # where it is in use
-    rank = None if late is None else late()
+    rank = exchange.late()
     if rank is None:
         return ""
     return (

@@ -28,17 +28,22 @@ def children(process):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_killed_process_is_told_of_and_the_run_continues(tmp_path):
+@pytest.mark.parametrize("victim", ["the second", "the first"])
+def test_a_killed_process_is_told_of_and_the_run_continues(victim, tmp_path):
     run, last = train(tmp_path), tmp_path / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not last.exists() and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.05)
     (child,) = children(run)
-    os.kill(child, signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 1, errors
-    assert errors.count(f"process 1 of 0 to 1 on this machine (PID {child}) was killed by SIGKILL") == 1, errors
-    assert "the same command continues the run from its last checkpoint" in errors and "Traceback" not in errors
+    killed, code = (child, 1) if victim == "the second" else (run.pid, -signal.SIGKILL)
+    os.kill(killed, signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)  # until both have ended
+    assert run.returncode == code, errors
+    said = f"process 1 of 0 to 1 on this machine (PID {child}) was killed by SIGKILL"
+    said = said if killed == child else f"process 0 on this machine (PID {run.pid}) has died"
+    assert errors.count(said) == 1, errors
+    assert "the same command continues the run from its last checkpoint" in " ".join(errors.split()), errors
+    assert "Traceback" not in errors
     alone = load_train_module()  # which two processes do in test_interrupted_processes.py
     assert alone.train(alone.load_config([*RUN[:-3], f"run_dir={tmp_path}"]))["resumed"] == 1
 
@@ -66,12 +71,58 @@ def test_a_first_process_that_waits_for_a_dead_one_ends(end, words):
     assert "process 2 of 0 to 2 on this machine" in done.stderr
 
 
-LATE = """
-import sys, time
+ORPHANED = """
+import os, sys, threading, time
 from types import SimpleNamespace
+from onlinenorm.training import children
+
+children.PATIENCE_SECONDS = 1.0
+first = os.getppid()
+
+def work():
+    print("begun", flush=True)
+    for _ in range(600):
+        time.sleep(0.1)
+        if os.getppid() != first and not {waits}:
+            break
+
+environment = SimpleNamespace(validate_settings=lambda **_: None, creates_processes_externally=True)
+children.WatchingLauncher(environment, 2, 1).launch(work)
+for thread in threading.enumerate():
+    if thread.name == "process-observer":
+        thread.join()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_processes_whose_first_one_was_killed_end_too(waits):
+    """With a word where they were at work, and as ever where that was done."""
+    environment = {k: v for k, v in os.environ.items() if "RANK" not in k}
+    command = [
+        "sh",
+        "-c",
+        'ONLINENORM_FIRST_PROCESS=$$ "$0" -c "$1" & wait',
+        sys.executable,
+        ORPHANED.format(waits=waits),
+    ]
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
+    assert first.stdout.readline() == "begun\n"
+    first.kill()
+    said, errors = first.communicate(timeout=60)  # until the other one, which writes there too, has ended
+    assert (said, errors.count(f"process 0 on this machine (PID {first.pid}) has died")) == (
+        ("", 1) if waits else ("done\n", 0)
+    )
+
+
+LATE = """
+import time
+from types import SimpleNamespace
+import torch
+from onlinenorm.ops import distributed
 from onlinenorm.training.children import WatchingLauncher
 
-sys.modules["onlinenorm.ops.fused.peers"] = SimpleNamespace(late=lambda: 2)
+distributed._late.append(torch.tensor([1 + 2]))  # as a kernel leaves it
 environment = SimpleNamespace(validate_settings=lambda **_: None, creates_processes_externally=True)
 WatchingLauncher(environment, 3, 1).launch(time.sleep, 10_000)
 """

@@ -181,7 +181,7 @@ def test_across_processes_sums_of_samples_lie_in_the_mailboxes(direction, error_
 
     monkeypatch.setattr(peers, "mailbox", mailbox)
     monkeypatch.setattr(peers, "patience", lambda spec, device: 9.0)
-    monkeypatch.setattr(peers, "late_report", lambda: 77)
+    monkeypatch.setattr(single_read, "late_report", lambda: 77)
     spec = NormSpec(error_compensation=error_compensation, processes=2, mailbox=5)
     x = torch.randn(5, 128, 30, 30).bfloat16().contiguous(memory_format=torch.channels_last)
     mean, var = torch.rand(2, 128)
@@ -212,7 +212,7 @@ def test_across_processes_both_layers_of_a_launch_share_a_mailbox(without_gpu, m
 
     monkeypatch.setattr(peers, "mailbox", mailbox)
     monkeypatch.setattr(peers, "patience", lambda spec, device: 9.0)
-    monkeypatch.setattr(peers, "late_report", lambda: 77)
+    monkeypatch.setattr(single_read, "late_report", lambda: 77)
     x, other = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 5, 64, 30, 30).bfloat16())
     layer, second = torch.rand(2, 4, 64)
     spec = NormSpec(error_compensation="layer_scaling", processes=2, mailbox=5, shortcut_mailbox=6)

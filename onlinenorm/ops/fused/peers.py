@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onlinenorm.ops.distributed import constant_when_compiled, process_group
+from onlinenorm.ops.distributed import constant_when_compiled, exchanging, process_group, refusals
 from onlinenorm.ops.spec import NormSpec
 from onlinenorm.text import first_line
 
@@ -95,7 +95,6 @@ class _Group:
 
 _groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _Group | None] = weakref.WeakKeyDictionary()
 _made: Counter[str] = Counter()  # groups, by name
-_late: list[Tensor] = []
 _lock = threading.Lock()
 
 
@@ -114,7 +113,7 @@ def _state(group: str, device: int) -> _Group | None:
         place = f"onlinenorm/peers/{name}/{_made[name]}"
         store = dist.PrefixStore(place, dist.distributed_c10d._get_default_store())
         state = _Group(members, store, _patience(members))
-        missing = _out_of_reach(state, device)
+        refusals[name] = missing = _out_of_reach(state, device)
         if missing:
             logger.info("OnlineNorm: moments of samples are gathered by collectives: %s", missing)
         _groups[members] = None if missing else state
@@ -194,6 +193,7 @@ def mailbox(
         elif any(state.last.get((number, samples, captured)) == direction for number in numbers):
             state.boxes[place][1].barrier()
         state.last |= {(number, samples, captured): direction for number in numbers}
+        exchanging.update(numbers)
         return state.boxes[place][0]
 
 
@@ -245,16 +245,3 @@ def _allocate(state: _Group, size: int, device: torch.device) -> None:
     state.handles.append(handle)
     barrier = partial(handle.barrier, channel=0, timeout_ms=int(1000 * state.patience))
     state.rest = _Shared(memory, tuple(handle.buffer_ptrs), barrier)
-
-
-def late_report() -> int:
-    """Address of the number in which a kernel leaves 1 + the rank that it has waited for in vain."""
-    if not _late:
-        _late.append(torch.zeros(1, dtype=torch.int32).pin_memory())
-    return _late[0].data_ptr()
-
-
-def late() -> int | None:
-    """The rank that a kernel of this process has waited for in vain, which ended it."""
-    rank = int(_late[0]) - 1 if _late else -1
-    return None if rank < 0 else rank

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onlinenorm.ops.distributed import late_report
 from onlinenorm.ops.fused import peers, workspace
 from onlinenorm.ops.fused.cubin_cache import cubin
 from onlinenorm.ops.fused.nvrtc import Kernel, architecture, tensor_map
@@ -267,7 +268,7 @@ def _place_mailbox(params: Params, spec: NormSpec, direction: str, device: torch
     """Sums of samples and of their channels in this process's mailbox, and the places of all processes' mailboxes."""
     box = peers.mailbox(spec, direction, params.samples, params.channels, device, layers)
     place, params.rank = box.addresses[box.rank], box.rank
-    params.launches, params.late = place + box.launches, peers.late_report()
+    params.launches, params.late = place + box.launches, late_report()
     for prefix in ("", SHORTCUT)[:layers]:
         setattr(params, prefix + "sample_sums", place)
         setattr(params, prefix + "channel_sums", place + 8 * params.samples * spec.processes * params.channels)
