@@ -9,17 +9,22 @@ import torch.distributed as dist
 
 pytest.importorskip("triton")
 
+from onlinenorm.errors import RunError
+from onlinenorm.ops.distributed import process_group, refusals
 from onlinenorm.ops.fused import peers, single_read
 from onlinenorm.ops.spec import NormSpec
 
 
-def pretend(rank, on_each, shared=False, no_access=(), no_memory=()):
+def pretend(rank, on_each, shared=False, alone=False, no_access=(), no_memory=()):
     """Makes this process one of several on machines of ``on_each`` GPUs, as far as `peers` looks at them."""
     dist.init_process_group("gloo")
     machine, device = divmod(rank, on_each)
+    visible = [0 if shared else index for index in range(on_each)]
+    if alone:
+        visible, device = [device], 0
     peers._machine = lambda: f"machine-{machine}"
-    peers._uuid = lambda index: f"GPU-{machine}-{0 if shared else index}"
-    torch.cuda.device_count = lambda: on_each
+    peers._uuid = lambda index: f"GPU-{machine}-{visible[index]}"
+    torch.cuda.device_count = lambda: len(visible)
     torch.cuda.can_device_access_peer = lambda own, other: rank not in no_access
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(
@@ -41,7 +46,7 @@ def pretend(rank, on_each, shared=False, no_access=(), no_memory=()):
 
 
 def chosen(rank, on_each, groups=(), **faults):
-    """Whether the kernels of a layer of all processes exchange, and of one of each group that this process is in."""
+    """Whether the kernels of a layer of all processes exchange, or why not, and so of each group of this process."""
     device, _ = pretend(rank, on_each, **faults)
     image = SimpleNamespace(
         is_cuda=True, dtype=torch.bfloat16, shape=(4, 64, 8, 8), device=SimpleNamespace(index=device),
@@ -56,7 +61,9 @@ def chosen(rank, on_each, groups=(), **faults):
         specs = [NormSpec(processes=processes, group=name, mailbox=mailbox) for mailbox in (1, 2, 0)]
         *both, gathered = [single_read.supports(image, spec) for spec in specs]
         assert both[0] == both[1] and not gathered
-        found.append(both[0])
+        reason = refusals[(process_group(name) or dist.group.WORLD).group_name]
+        assert both[0] == (not reason)
+        found.append(reason or True)
     dist.barrier()  # rank 0 serves the store
     dist.destroy_process_group()
     return found
@@ -76,12 +83,16 @@ class Chosen:
     "on_each, faults, expected",
     [
         (2, {}, True),
-        (1, {}, False),
-        (2, {"shared": True}, False),
-        (2, {"no_access": (1,)}, False),
-        (2, {"no_memory": (0,)}, False),
+        (1, {}, "2 machines"),
+        (2, {"shared": True}, "processes share a GPU"),
+        (
+            2, {"alone": True},
+            "process 0 does not see the GPU of process 1 (CUDA_VISIBLE_DEVICES, or --gpus-per-task, leaves it out)",
+        ),
+        (2, {"no_access": (1,)}, "process 1 has no peer access from cuda:1 to cuda:0"),
+        (2, {"no_memory": (0,)}, "no memory can be shared (no handle can be exported)"),
     ],
-)
+)  # fmt: skip
 def test_processes_on_one_machine_exchange_where_each_reaches_the_others(on_each, faults, expected):
     """And all of them say the same, whichever of them it is that does not reach another."""
     found = process_groups.run(2, Chosen(on_each, faults))
@@ -90,7 +101,36 @@ def test_processes_on_one_machine_exchange_where_each_reaches_the_others(on_each
 
 def test_between_machines_moments_are_gathered_and_within_each_exchanged():
     """Two machines of two GPUs: a layer of all processes gathers, one whose group is a machine's does not."""
-    assert process_groups.run(4, Chosen(2, {}, ((0, 1), (2, 3)))) == [[False, True]] * 4
+    assert process_groups.run(4, Chosen(2, {}, ((0, 1), (2, 3)))) == [["2 machines", True]] * 4
+
+
+def absence(rank, to_memory):
+    """What the first process says where the other one meets it, but not to share memory, or never."""
+    device, _ = pretend(rank, 2)
+    peers._patience = lambda members: 1.0
+    store = dist.distributed_c10d._get_default_store()
+
+    def stay_away(*arguments):
+        store.wait(["told"])
+        store.set("gone", "")
+        raise StopIteration
+
+    if rank == 1:
+        peers._allocate = stay_away
+        with pytest.raises(StopIteration):
+            peers.serve("", device) if to_memory else stay_away()
+        return None
+    with pytest.raises(RunError) as error:
+        peers.serve("", device)
+    store.set("told", "")
+    store.wait(["gone"])  # this process serves the store
+    return str(error.value)
+
+
+@pytest.mark.parametrize("to_memory", [False, True])
+def test_a_process_that_does_not_come_to_share_memory_is_named(to_memory):
+    said, _ = process_groups.run(2, absence, to_memory)
+    assert said.startswith("process 1 did not come to where processes share memory")
 
 
 def launches(rank):

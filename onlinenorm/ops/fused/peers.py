@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onlinenorm.errors import RunError
 from onlinenorm.ops.distributed import constant_when_compiled, exchanging, process_group, refusals
 from onlinenorm.ops.spec import NormSpec
 from onlinenorm.text import first_line
@@ -85,12 +86,25 @@ class _Group:
     last: dict[tuple, str] = field(default_factory=dict)  # direction, by layer, samples and whether captured
 
     def meet(self, word: str = "") -> list[str]:
-        """What each process says, in rank order."""
+        """What each process says, in rank order. Raises RunError where one does not come in time."""
         place, self.met = f"meeting/{self.met}", self.met + 1
         keys = [f"{place}/{rank}" for rank in range(self.members.size())]
-        self.store.set(keys[self.members.rank()], word)
-        self.store.wait(keys, timedelta(seconds=self.patience))
-        return [self.store.get(key).decode() for key in keys]
+        try:
+            self.store.set(keys[self.members.rank()], word)
+            self.store.wait(keys, timedelta(seconds=self.patience))
+            return [self.store.get(key).decode() for key in keys]
+        except dist.DistError as error:
+            raise RunError(
+                f"{self._missing(keys)} to where processes share memory for their kernels' messages "
+                f"({first_line(error)}): it is stuck or dead, and its own output may say why"
+            ) from error
+
+    def _missing(self, keys: list[str]) -> str:
+        try:
+            missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
+        except dist.DistError:  # the store's server is gone
+            missing = []
+        return f"process {', '.join(missing)} did not come" if missing else "not all processes came"
 
 
 _groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _Group | None] = weakref.WeakKeyDictionary()
@@ -129,21 +143,31 @@ def _out_of_reach(state: _Group, device: int) -> str:
     if (machines := len({machine for machine, _ in places})) > 1:
         return f"{machines} machines"
     visible = {_uuid(index): index for index in range(torch.cuda.device_count())}
-    gpus = [visible.get(gpu) for _, gpu in places]
     problem = ""
     if len({gpu for _, gpu in places}) < processes:
         problem = "processes share a GPU"
-    elif not all(gpu == device or (gpu is not None and torch.cuda.can_device_access_peer(device, gpu)) for gpu in gpus):
-        problem = "a GPU has no access to another one's memory"
+    else:
+        found = (_unreachable(device, rank, visible.get(gpu)) for rank, (_, gpu) in enumerate(places))
+        if unreachable := next(filter(None, found), ""):
+            problem = f"process {state.members.rank()} {unreachable}"
     if problem := next(filter(None, state.meet(problem)), ""):
         return problem
     try:
         _allocate(state, CHUNK, torch.device("cuda", device))
     except RuntimeError as error:
-        if torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing() or isinstance(error, RunError):
             raise
         problem = f"no memory can be shared ({first_line(error)})"
     return next(filter(None, state.meet(problem)), "")
+
+
+def _unreachable(device: int, rank: int, gpu: int | None) -> str:
+    """What keeps this process from the memory of process ``rank``'s GPU, which it sees as number ``gpu``, or ""."""
+    if gpu is None:  # then torch refuses, too: each process has a GPU of the same number
+        return f"does not see the GPU of process {rank} (CUDA_VISIBLE_DEVICES, or --gpus-per-task, leaves it out)"
+    if gpu != device and not torch.cuda.can_device_access_peer(device, gpu):
+        return f"has no peer access from cuda:{device} to cuda:{gpu}"
+    return ""
 
 
 def _machine() -> str:
