@@ -244,7 +244,8 @@ def check_results(results: dict[str, Any]) -> None:
         number(key, 0, math.inf)
     for key in ("last.val_top1", "best_top1.val_top1"):
         number(key, 0, 1)
-    if problem := misfit(results, {"attempts?": [_ATTEMPT], "parameters_sha256?": str}):
+    kinds = {"attempts?": [_ATTEMPT], "exchange?": (dict, type(None)), "parameters_sha256?": str}
+    if problem := misfit(results, kinds):
         raise ValueError(problem)
     if results.get("reestimated") is not None:
         number("reestimated.images", 1, math.inf, int)

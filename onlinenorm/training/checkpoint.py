@@ -33,6 +33,7 @@ SHAPE = {
     "schedule": dict,
     "train_sums": list,
     "local_statistics": {str: torch.Tensor},
+    "exchange?": (dict, type(None)),
     "pytorch-lightning_version": str,
     "config": dict,
     "fingerprint": str,

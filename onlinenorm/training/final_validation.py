@@ -168,7 +168,11 @@ def build_results(
     sections: dict[str, Any],
     attempts: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The content of results.json, apart from files: accuracies are fractions, losses nats, epochs count from 1."""
+    """The content of results.json, apart from files: accuracies are fractions, losses nats, epochs count from 1.
+
+    `exchange` tells, of the start that trained last, how layers with global statistics came by those of other
+    processes (`normalizers.exchange.Exchange`): {processes, by_kernels, gathered, reason}, null where none did.
+    """
     rows = log.rows
     last = rows[-1]
     by_loss = min(rows, key=lambda row: row["val_loss"])
@@ -190,6 +194,7 @@ def build_results(
         "wall_seconds": log.wall_seconds,
         "resumed": resumed,
         "attempts": attempts,
+        "exchange": module.exchange,
         "parameters_sha256": parameters_sha256(module.network),
         "unreadable": {"count": len(data.unreadable), "files": [str(file) for file in data.unreadable[:FILES_LISTED]]},
     }

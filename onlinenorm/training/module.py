@@ -52,6 +52,7 @@ class ImageClassifier(pl.LightningModule):
         self.clamps = ClampSchedule(network, recipe)
         self.clamp_meter: ClampMeter | None = None  # of the last validation
         self.collected: list[Tensor] | None = None  # a list: validation keeps (index, label, prediction) of each batch
+        self.exchange: dict[str, Any] | None = None  # of statistics in training, see `normalizers.exchange.Exchange`
         self.schedule: Any = None
         self._schedule_state: dict | None = None
 
@@ -244,6 +245,7 @@ class ImageClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["schedule"] = self.schedule.state_dict()
+        checkpoint["exchange"] = self.exchange
         checkpoint["train_sums"] = self.reduced(self.train_sums)
         # Statistics that processes keep for themselves: their mean in the weights, and each as it is beside them, so
         # that as many processes continue exactly, and another number from the mean.
@@ -264,6 +266,7 @@ class ImageClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._schedule_state = checkpoint["schedule"]
+        self.exchange = checkpoint.get("exchange")  # for a start that has nothing left to train
         if self.trainer.is_global_zero:  # reduced when saved: the other ranks start from nothing
             self.train_sums = torch.tensor(checkpoint["train_sums"], dtype=torch.float64)
         for name, table in checkpoint["local_statistics"].items():

@@ -17,6 +17,7 @@ from onlinenorm.normalizers import check_synchronisable, synchronise_batch_norm
 from onlinenorm.records import lookup
 from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
+from onlinenorm.training.exchange import ExchangeNote
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import check_alone, cluster_environment, launched
 from onlinenorm.training.precision import ScaledHalf
@@ -78,6 +79,11 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
     if launch is None:
         check_alone(settings["devices"], settings["num_nodes"])
     if on_gpu and settings["devices"] > gpus:
+        if launch is not None:
+            raise ConfigError(
+                f"trainer.devices: {launch.name} has started {launch.devices} processes on this machine, and this one "
+                f"sees {gpus} GPU(s); let each see all of them (of SLURM: --gpus-per-node), or start {gpus}"
+            )
         raise ConfigError(
             f"trainer.devices: {settings['devices']} asked for, this machine has {gpus} GPU(s); use auto for all"
         )
@@ -162,6 +168,7 @@ def build_trainer(
         callbacks=[
             epoch_log,
             RunProgress(epoch_log),
+            ExchangeNote(),
             Checkpoints(folder / "checkpoints", checkpoint_every_n_steps, stop),
             *([TrainingGraph()] if cuda_graph else []),
         ],

@@ -6,10 +6,13 @@ import process_groups
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 pytest.importorskip("triton")
 
+from onlinenorm import OnlineNorm2d
 from onlinenorm.errors import RunError
+from onlinenorm.normalizers.exchange import Exchange, exchange_of
 from onlinenorm.ops.distributed import process_group, refusals
 from onlinenorm.ops.fused import peers, single_read
 from onlinenorm.ops.spec import NormSpec
@@ -102,6 +105,30 @@ def test_processes_on_one_machine_exchange_where_each_reaches_the_others(on_each
 def test_between_machines_moments_are_gathered_and_within_each_exchanged():
     """Two machines of two GPUs: a layer of all processes gathers, one whose group is a machine's does not."""
     assert process_groups.run(4, Chosen(2, {}, ((0, 1), (2, 3)))) == [["2 machines", True]] * 4
+
+
+def layers_told(rank, faults):
+    """What a network's layers are said to do, one of which has asked for a mailbox if it may."""
+    device, _ = pretend(rank, 2, **faults)
+    layers = [OnlineNorm2d(64, backend="fused", exchange=exchange) for exchange in ("auto", "auto", "gather")]
+    if peers.serve("", device):
+        peers.mailbox(layers[0].spec, "forward", 4, 64, torch.device("cuda", device))
+    network = nn.Sequential(*layers, OnlineNorm2d(64, statistics="local"), nn.BatchNorm2d(64))
+    found = exchange_of(network), exchange_of(nn.Sequential(*layers[:1])), exchange_of(network[3:])
+    dist.barrier()  # rank 0 serves the store
+    dist.destroy_process_group()
+    return *found, exchange_of(network)
+
+
+def test_what_a_networks_layers_did_is_told():
+    found, other = process_groups.run(2, layers_told, {})
+    assert found == other and found[2] is found[3] is None
+    mixed, first = Exchange(*found[0]), Exchange(*found[1])
+    assert (mixed.processes, mixed.by_kernels, mixed.gathered) == (2, 1, 2) and first == (2, 1, 0, "")
+    assert "channels in whole 64s" in mixed.reason and mixed.reason.endswith("; exchange=gather")
+    refused, _ = process_groups.run(2, layers_told, {"no_access": (1,)})
+    reason = "process 1 has no peer access from cuda:1 to cuda:0"
+    assert refused[0] == (2, 0, 3, f"{reason}; exchange=gather") and refused[1] == (2, 0, 1, reason)
 
 
 def absence(rank, to_memory):

@@ -9,9 +9,10 @@ from torch import nn
 
 from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import SyncBatchNorm2d
-from onlinenorm.training import checkpoint, precision
+from onlinenorm.training import checkpoint, precision, trainer
 from onlinenorm.training.epoch_log import COLUMNS, EpochLog, to_csv
 from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.launch import Launch
 from onlinenorm.training.progress import epoch_line
 from onlinenorm.training.trainer import SyncedBatchNorm, build_trainer, quiet_lightning, resolve
 
@@ -42,7 +43,7 @@ def test_auto_follows_the_machine(gpus):
     assert resolve({"accelerator": "gpu", "precision": "auto"})["precision"] == "32-true"
 
 
-def test_what_is_not_there_is_said(gpus):
+def test_what_is_not_there_is_said(gpus, monkeypatch):
     gpus(0)
     with pytest.raises(ConfigError, match=r"trainer.accelerator: a GPU is asked for .* trainer=cpu"):
         resolve({"accelerator": "gpu"})
@@ -56,6 +57,9 @@ def test_what_is_not_there_is_said(gpus):
         resolve({"accelerator": "gpu", "devices": 3})
     with pytest.raises(ConfigError, match=r"trainer.devices: 0 is not a whole number of at least 1"):
         resolve({"accelerator": "cpu", "devices": 0})
+    monkeypatch.setattr(trainer, "launched", lambda: Launch("srun", 4, 1))
+    with pytest.raises(ConfigError, match=r"trainer.devices: srun has started 4 .* sees 2 GPU.*--gpus-per-node"):
+        resolve({"accelerator": "gpu", "devices": "auto"})
 
 
 @pytest.mark.parametrize("overrides", [[], ["trainer.accumulate_grad_batches=2", "normalizer=batch"]])
