@@ -58,7 +58,7 @@ class NvjpegLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # generators: what they do is done in the threads, one batch after another as they are asked for
-        decoded = prefetch((decode(encoded, self.device) for encoded in self.loader), self.device)
+        decoded = prefetch((decode(encoded, self.device) for encoded in self.loader), self.device, "decoding")
         with contextlib.closing(decoded):
             yield from prefetch((make_batch(part, self.dataset, self.device) for part in decoded), self.device)
 

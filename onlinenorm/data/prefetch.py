@@ -14,12 +14,13 @@ Item = TypeVar("Item", bound=tuple)
 THREAD = "prefetch"
 _QUEUE = 2  # batches that wait for the training step
 
-_idle: dict[torch.device, list[torch.cuda.Stream]] = collections.defaultdict(list)
+_idle: dict[tuple[torch.device, str], list[torch.cuda.Stream]] = collections.defaultdict(list)
 
 
-def prefetch(batches: Iterable[Item], device: torch.device) -> Generator[Item, None, None]:
+def prefetch(batches: Iterable[Item], device: torch.device, work: str = "batches") -> Generator[Item, None, None]:
     """The batches in their order; their work on a GPU overlaps with that of whoever takes them.
 
+    ``work`` is what making them is: streams, and the memory they keep, go from one thread to the next of the same work.
     A batch is a tuple; memory of its tensors on the GPU is not used again before the taker's stream has read them.
 
     An error within `batches` is raised here. Leaving early ends the thread.
@@ -28,7 +29,7 @@ def prefetch(batches: Iterable[Item], device: torch.device) -> Generator[Item, N
     stopped = threading.Event()
     begun = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
     worker = threading.Thread(
-        target=_produce, args=(batches, device, begun, results, stopped), name=THREAD, daemon=True
+        target=_produce, args=(batches, device, work, begun, results, stopped), name=THREAD, daemon=True
     )
     worker.start()
     try:
@@ -69,11 +70,12 @@ def transfer_rest(rest: Sequence[torch.Tensor], device: torch.device) -> Batch:
 def _produce(
     batches: Iterable[tuple],
     device: torch.device,
+    work: str,
     begun: torch.cuda.Event | None,
     results: queue.Queue,
     stopped: threading.Event,
 ) -> None:
-    stream = None if begun is None else _take_stream(device)
+    stream = None if begun is None else _take_stream(device, work)
     try:
         with torch.cuda.stream(stream):
             if stream is not None and begun is not None:
@@ -87,16 +89,16 @@ def _produce(
         results.put(error)
     finally:
         if stream is not None:
-            _idle[device].append(stream)
+            _idle[device, work].append(stream)
 
 
-def _take_stream(device: torch.device) -> torch.cuda.Stream:
+def _take_stream(device: torch.device, work: str) -> torch.cuda.Stream:
     """A stream that no other thread uses: a former one where there is one, as its memory serves no other stream.
 
     Its kernels are few and go first, that batches are there in time.
     """
     try:
-        return _idle[device].pop()
+        return _idle[device, work].pop()
     except IndexError:
         return torch.cuda.Stream(device, priority=-1)
 

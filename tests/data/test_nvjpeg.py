@@ -1,5 +1,6 @@
 """The path of decoder nvjpeg with the CPU as its device: only the decoder's own arithmetic differs from a GPU's."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -117,6 +118,41 @@ def test_leaving_early_and_errors_end_the_thread(tree, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             next(iter(loader))
     assert not [t for t in threading.enumerate() if t.name == THREAD]
+
+
+def test_each_thread_keeps_its_stream_and_the_memory_of_it_where_an_epoch_is_left_early(tree, monkeypatch):
+    """Also where crops end before decoding does, as then."""
+    here, done = threading.local(), []
+
+    class Stream:
+        def __init__(self, *_, **__):
+            pass
+
+        def record_event(self):
+            return self
+
+        def wait_event(self, event):
+            pass
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        here.stream = chosen
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    for name in ("decode", "make_batch"):
+        monkeypatch.setattr(
+            nvjpeg_loader, name, lambda part, *_, name=name: done.append((name, here.stream)) or (part,)
+        )
+    loader = nvjpeg_loader.NvjpegLoader(module(tree).train_dataloader().loader, torch.device("cuda", 98))
+    for _ in range(4):
+        batches = iter(loader)
+        next(batches)
+        batches.close()
+    assert {name for name, _ in done} == {"decode", "make_batch"}
+    assert len(set(done)) == 2, "a stream has done the work of both"
 
 
 def test_epoch_and_resume_reach_the_sampler(tree):
