@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import pytorch_lightning as pl
 from pytorch_lightning.strategies.launchers.subprocess_script import (
     _set_num_threads_if_needed,
     _SubprocessScriptLauncher,
@@ -27,7 +28,8 @@ class WatchingLauncher(_SubprocessScriptLauncher):
 
     Lightning's own would kill the first by SIGKILL, without a word. Where the first one dies, those that it has started
     say so and end too. Where a kernel has waited for another process in vain, each process says so and exits, before
-    that kernel fails: after it NCCL would abort the process, whatever Python is about to say.
+    that kernel fails: after it NCCL would abort the process, whatever Python is about to say. So it is from the first
+    launch until `stop_watching`: a run's processes meet outside of Lightning's loops too.
     """
 
     said = False  # what is to be said of a dead one
@@ -58,8 +60,6 @@ class WatchingLauncher(_SubprocessScriptLauncher):
             self.said = True
             self._end_others()
             raise RunError(lost) from error
-        finally:
-            self.watched = bool(self.procs)
 
     def _watch(self) -> None:
         """Ends this process where it waits for one that is gone, in a collective or kernel no exception reaches."""
@@ -70,7 +70,7 @@ class WatchingLauncher(_SubprocessScriptLauncher):
                 return
             time.sleep(POLL_SECONDS)
         time.sleep(PATIENCE_SECONDS)
-        if self.watched or self.said:  # else this process had nothing left to wait for
+        if self.watched:  # else this process had nothing left to wait for
             self._end("" if self.said else lost)
 
     def _call_children_scripts(self) -> None:
@@ -92,6 +92,12 @@ class WatchingLauncher(_SubprocessScriptLauncher):
     def _end_others(self) -> None:
         for process in self.procs:
             process.kill()  # what hangs in a collective hears nothing else
+
+
+def stop_watching(trainer: pl.Trainer) -> None:
+    """To be called where a process waits for no other any more, as one that has done its work is not missed."""
+    if isinstance(launcher := trainer.strategy.launcher, WatchingLauncher):
+        launcher.watched = bool(launcher.procs)
 
 
 def lost_process(processes: list[subprocess.Popen]) -> str:

@@ -79,15 +79,19 @@ from onlinenorm.training import children
 children.PATIENCE_SECONDS = 1.0
 first = os.getppid()
 
-def work():
-    print("begun", flush=True)
+def work(ends):
     for _ in range(600):
         time.sleep(0.1)
-        if os.getppid() != first and not {waits}:
+        if os.getppid() != first and ends:
             break
 
 environment = SimpleNamespace(validate_settings=lambda **_: None, creates_processes_externally=True)
-children.WatchingLauncher(environment, 2, 1).launch(work)
+launcher = children.WatchingLauncher(environment, 2, 1)
+print("begun", flush=True)
+launcher.launch(work, {waits} != "in the loop")
+if {waits} == "behind it":
+    work(False)
+children.stop_watching(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
 for thread in threading.enumerate():
     if thread.name == "process-observer":
         thread.join()
@@ -95,24 +99,18 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("waits", ["in the loop", "behind it", ""])
 def test_processes_whose_first_one_was_killed_end_too(waits):
     """With a word where they were at work, and as ever where that was done."""
     environment = {k: v for k, v in os.environ.items() if "RANK" not in k}
-    command = [
-        "sh",
-        "-c",
-        'ONLINENORM_FIRST_PROCESS=$$ "$0" -c "$1" & wait',
-        sys.executable,
-        ORPHANED.format(waits=waits),
-    ]
+    start = 'ONLINENORM_FIRST_PROCESS=$$ "$0" -c "$1" & wait'
+    command = "sh", "-c", start, sys.executable, ORPHANED.format(waits=repr(waits))
     first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
     assert first.stdout.readline() == "begun\n"
     first.kill()
     said, errors = first.communicate(timeout=60)  # until the other one, which writes there too, has ended
-    assert (said, errors.count(f"process 0 on this machine (PID {first.pid}) has died")) == (
-        ("", 1) if waits else ("done\n", 0)
-    )
+    words = f"process 0 on this machine (PID {first.pid}) has died"
+    assert (said, errors.count(words)) == (("", 1) if waits else ("done\n", 0))
 
 
 LATE = """
