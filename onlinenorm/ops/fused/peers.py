@@ -2,11 +2,12 @@
 
 They lie in torch's symmetric memory: every process holds as many, at equal offsets, and maps those of the others, so
 that a kernel stores a message into each by ordinary stores over NVLink or PCIe. The kernels say how a message is told
-from the one before it in the same place (common.cu): between two launches of a layer in one direction every process's
-stream must hold a launch of that layer in the other, as training does by itself, or a barrier, which is put there where
-it does not. Addresses stay, and what changes lies on the devices, so that launches can be captured in CUDA graphs. As
-no host sees their replays, graphs have mailboxes that no other launch uses: between two replays of a layer's forward
-graph there must be one of its backward graph, or the other way round, whatever passes run between them.
+from the one before it in the same place (common.cu): between two launches with one mailbox every process's stream must
+hold a launch of that layer with another, as training does by itself: each direction has its own. A pass that follows
+one in its own direction takes a second one. Addresses stay, and what changes lies on the devices, so that launches can
+be captured in CUDA graphs. As no host sees their replays, graphs have mailboxes that no other launch uses: between two
+replays of a layer's forward graph there must be one of its backward graph, or the other way round, whatever passes run
+between them; where one graph holds two launches in one direction, a barrier is put between them.
 
 A mailbox is for one size of batch. Where that changes, a layer's is emptied for the next size; graphs keep theirs.
 
@@ -64,12 +65,13 @@ class _Shared:
 
 
 class _Place(NamedTuple):
-    """Whose a mailbox is. Of those outside of graphs there is one for each ``numbers`` and ``direction``."""
+    """Whose a mailbox is. Outside of graphs there is one size of batch at a time for what else it says."""
 
     numbers: tuple[int, ...]  # of the layers
     direction: str
     samples: int
     captured: bool
+    second: bool = False  # for a pass right after one that used the first
 
 
 @dataclass
@@ -83,7 +85,8 @@ class _Group:
     handles: list = field(default_factory=list)
     rest: _Shared | None = None
     boxes: dict[_Place, tuple[Mailbox, _Shared]] = field(default_factory=dict)
-    last: dict[tuple, str] = field(default_factory=dict)  # direction, by layer, samples and whether captured
+    last: dict[int, _Place] = field(default_factory=dict)  # that a layer has used
+    last_outside: dict[int, _Place] = field(default_factory=dict)  # and used outside of graphs
 
     def meet(self, word: str = "") -> list[str]:
         """What each process says, in rank order. Raises RunError where one does not come in time."""
@@ -210,13 +213,17 @@ def mailbox(
         if captured and place not in state.boxes and outside in state.boxes:
             # that of the passes before the capture is the graphs' from here on, and later such passes get another
             state.boxes[place] = state.boxes.pop(outside)
-            for number in numbers:
-                state.last.setdefault((number, samples, True), state.last[number, samples, False])
+            state.last |= {number: place for number in numbers if state.last[number] == outside}
+        last = state.last if captured else state.last_outside
+        again = any(last.get(number) == place for number in numbers)
+        if again and not captured:
+            place = place._replace(second=True)
         if place not in state.boxes:
             _make_mailbox(state, place, 8 * samples * spec.processes, channels, device)
-        elif any(state.last.get((number, samples, captured)) == direction for number in numbers):
+        elif again and captured:
             state.boxes[place][1].barrier()
-        state.last |= {(number, samples, captured): direction for number in numbers}
+        for record in (state.last,) if captured else (state.last, state.last_outside):
+            record.update(dict.fromkeys(numbers, place))
         exchanging.update(numbers)
         return state.boxes[place][0]
 

@@ -32,8 +32,8 @@
 // is of the stream. A message is stored into every process's mailboxes over NVLink and read from one's own. There it stays
 // from launch to launch: the flag is the lowest bit of a float (of q, of the sum of g (x - m), of each channel sum), which
 // changes with each launch, counted in `launches`. A launch has read all messages when it ends, so the next finds all bits
-// alike. It does not begin to send before every process has read: between two launches of a direction every stream has the
-// other direction's, or a barrier, which ends after messages that each process sends once it has read.
+// alike. It does not begin to send before every process has read: between two launches with one mailbox every stream has one
+// with another, or a barrier, which ends after messages that each process sends once it has read.
 // Items wait for earlier items of the stream, which every GPU holds or will: no deadlock as long as each comes to this
 // launch and has room for a CTA of each slab. A process that does not come within `patience` is told of in `late`.
 
