@@ -122,8 +122,8 @@ def lost_first(first: int) -> str:
     if first in (0, os.getppid()):
         return ""
     return (
-        f"process 0 on this machine (PID {first}) has died. The processes that it has started end too; the same "
-        "command continues the run from its last checkpoint"
+        f"process 0 on this machine (PID {first}) is gone; its own words, if any, are above. Those that it has started "
+        "end too; the same command continues the run from its last checkpoint"
     )
 
 

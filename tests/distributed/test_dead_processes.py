@@ -40,7 +40,7 @@ def test_a_killed_process_is_told_of_and_the_run_continues(victim, tmp_path):
     _, errors = run.communicate(timeout=60)  # until both have ended
     assert run.returncode == code, errors
     said = f"process 1 of 0 to 1 on this machine (PID {child}) was killed by SIGKILL"
-    said = said if killed == child else f"process 0 on this machine (PID {run.pid}) has died"
+    said = said if killed == child else f"process 0 on this machine (PID {run.pid}) is gone"
     assert errors.count(said) == 1, errors
     assert "the same command continues the run from its last checkpoint" in " ".join(errors.split()), errors
     assert "Traceback" not in errors
@@ -109,7 +109,7 @@ def test_processes_whose_first_one_was_killed_end_too(waits):
     assert first.stdout.readline() == "begun\n"
     first.kill()
     said, errors = first.communicate(timeout=60)  # until the other one, which writes there too, has ended
-    words = f"process 0 on this machine (PID {first.pid}) has died"
+    words = f"process 0 on this machine (PID {first.pid}) is gone"
     assert (said, errors.count(words)) == (("", 1) if waits else ("done\n", 0))
 
 
