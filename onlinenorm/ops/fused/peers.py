@@ -209,11 +209,11 @@ def mailbox(
         numbers = (spec.mailbox, spec.shortcut_mailbox)[:layers]
         captured = torch.cuda.is_current_stream_capturing()
         place = _Place(numbers, direction, samples, captured)
-        outside = place._replace(captured=False)
-        if captured and place not in state.boxes and outside in state.boxes:
-            # that of the passes before the capture is the graphs' from here on, and later such passes get another
-            state.boxes[place] = state.boxes.pop(outside)
-            state.last |= {number: place for number in numbers if state.last[number] == outside}
+        if captured and place not in state.boxes:
+            outside = place._replace(captured=False)
+            if outside in state.boxes:  # it is the graphs' from here on, and later passes outside of them get another
+                state.boxes[place] = state.boxes.pop(outside)
+                state.last |= {number: place for number in numbers if state.last[number] == outside}
         last = state.last if captured else state.last_outside
         again = any(last.get(number) == place for number in numbers)
         if again and not captured:
