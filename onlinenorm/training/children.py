@@ -1,12 +1,13 @@
 """The processes that a run's first one starts on its machine, and what is said when a process dies or hangs."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
@@ -29,11 +30,12 @@ class WatchingLauncher(_SubprocessScriptLauncher):
     Lightning's own would kill the first by SIGKILL, without a word. Where the first one dies, those that it has started
     say so and end too. Where a kernel has waited for another process in vain, each process says so and exits, before
     that kernel fails: after it NCCL would abort the process, whatever Python is about to say. So it is from the first
-    launch until `stop_watching`: a run's processes meet outside of Lightning's loops too.
+    launch to the end of `watching`, as a run's processes meet outside of Lightning's loops too.
     """
 
     said = False  # what is to be said of a dead one
     watched = False
+    judged: Exception | None = None  # not due to a dead process
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -47,15 +49,22 @@ class WatchingLauncher(_SubprocessScriptLauncher):
             self.watched = True
             threading.Thread(target=self._watch, daemon=True, name="process-observer").start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        try:
+        with self.explaining():
             return function(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Context in which an error that is due to a dead process becomes a RunError that says so."""
+        try:
+            yield
         except Exception as error:
-            if not (self.procs or self.first) or hasattr(error, "exit_code"):  # which says what is wrong
-                raise
+            if not (self.procs or self.first) or error is self.judged or hasattr(error, "exit_code"):
+                raise  # the last says what is wrong
             deadline = time.monotonic() + (PATIENCE_SECONDS if self.procs else POLL_SECONDS)
             while not (lost := self._lost()) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
             if not lost:
+                self.judged = error
                 raise
             self.said = True
             self._end_others()
@@ -94,10 +103,16 @@ class WatchingLauncher(_SubprocessScriptLauncher):
             process.kill()  # what hangs in a collective hears nothing else
 
 
-def stop_watching(trainer: pl.Trainer) -> None:
-    """To be called where a process waits for no other any more, as one that has done its work is not missed."""
-    if isinstance(launcher := trainer.strategy.launcher, WatchingLauncher):
-        launcher.watched = bool(launcher.procs)
+@contextlib.contextmanager
+def watching(trainer: pl.Trainer) -> Iterator[None]:
+    """Context in which a run's processes wait for each other; behind it, one that has done its work is not missed."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, WatchingLauncher):
+        yield
+        return
+    with launcher.explaining():
+        yield
+    launcher.watched = bool(launcher.procs)
 
 
 def lost_process(processes: list[subprocess.Popen]) -> str:

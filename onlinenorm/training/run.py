@@ -16,7 +16,7 @@ from onlinenorm.text import first_line
 from onlinenorm.training import loggers
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
-from onlinenorm.training.children import stop_watching
+from onlinenorm.training.children import watching
 from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.fast_path import (
@@ -120,11 +120,10 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
     trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
     resumed = folder.record_start(config, trainer.world_size, position)
-    with loggers.closing(mirrors), explain_worker_deaths():
+    with loggers.closing(mirrors), explain_worker_deaths(), watching(trainer):
         with full_keys(config, "data", "recipe", "normalizer"), naming_fast_path(choice, trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         sections, arrays = final_validation(trainer, module, data, log)
-    stop_watching(trainer)
     results = build_results(names, seed, module, data, log, resumed, sections, former_attempts(path))
     if trainer.is_global_zero:
         write_results(path, results, arrays)

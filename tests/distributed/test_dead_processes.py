@@ -88,10 +88,12 @@ def work(ends):
 environment = SimpleNamespace(validate_settings=lambda **_: None, creates_processes_externally=True)
 launcher = children.WatchingLauncher(environment, 2, 1)
 print("begun", flush=True)
-launcher.launch(work, {waits} != "in the loop")
-if {waits} == "behind it":
-    work(False)
-children.stop_watching(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
+with children.watching(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))):
+    launcher.launch(work, {waits} != "in the loop")
+    if {waits} == "behind it":
+        work(False)
+    if {waits} == "fails":
+        raise RuntimeError("connection closed")
 for thread in threading.enumerate():
     if thread.name == "process-observer":
         thread.join()
@@ -99,7 +101,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("waits", ["in the loop", "behind it", ""])
+@pytest.mark.parametrize("waits", ["in the loop", "behind it", "fails", ""])
 def test_processes_whose_first_one_was_killed_end_too(waits):
     """With a word where they were at work, and as ever where that was done."""
     environment = {k: v for k, v in os.environ.items() if "RANK" not in k}
