@@ -21,7 +21,7 @@ def accuracy_lines(trained: Trained) -> list[str]:
         return [f"| as trained | {results['last']['val_top1']:.2%} top-1 | {results['last']['val_loss']:.4f} |"]
     return [
         f"| {name} clamp ({clamping['clamp_value']:g}) | {clamping[name]['val_top1']:.2%} top-1 "
-        f"| {clamping[name]['val_loss']:.4f} |"
+        f"| {'not finite' if clamping[name]['val_loss'] is None else format(clamping[name]['val_loss'], '.4f')} |"
         for name in ("with", "without")
     ]
 

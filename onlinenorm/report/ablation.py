@@ -132,11 +132,17 @@ def clamp_removals(studies: Mapping[str, Runs]) -> pd.DataFrame:
     rows = []
     for run in _studies(studies).itertuples():
         if run.finished and (figures := run.results["clamping"]):
-            change = {key: figures["without"][f"val_{key}"] - figures["with"][f"val_{key}"] for key in ("loss", "top1")}
+            change = {key: _change(figures, f"val_{key}") for key in ("loss", "top1")}
             images = run.results["dataset"]["val_images"]
             told = {"study": run.study, "run": run.name, "images": images, "weights": run.results["parameters_sha256"]}
             rows.append({**told, **figures, **change})
     return frame(rows, rows[0] if rows else ("study", "run", "images", "changed_predictions", "top1"))
+
+
+def _change(clamping: Mapping[str, Any], key: str) -> float | None:
+    """A figure without minus with the clamp; None where one of them is not finite."""
+    after, before = clamping["without"][key], clamping["with"][key]
+    return None if None in (after, before) else after - before
 
 
 def courses(studies: Mapping[str, Runs]) -> pd.DataFrame:

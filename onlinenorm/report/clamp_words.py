@@ -17,17 +17,23 @@ from onlinenorm.report.words import (
     verdict_words,
 )
 
+
+def if_finite(value: float | None, form: str) -> str:
+    """A figure of results.json in this form; null there says that it is not finite."""
+    return "not finite" if value is None else form.format(value)
+
+
 REMOVALS: Columns = {
     "run": lambda removal: removal.run or "",
     "layers": lambda removal: removal.figures["layers"],
     "clamp value": lambda removal: f"{removal.figures['clamp_value']:g}",
-    "val loss with": lambda removal: f"{removal.figures['with']['val_loss']:.4f}",
-    "val loss without": lambda removal: f"{removal.figures['without']['val_loss']:.4f}",
+    "val loss with": lambda removal: if_finite(removal.figures["with"]["val_loss"], "{:.4f}"),
+    "val loss without": lambda removal: if_finite(removal.figures["without"]["val_loss"], "{:.4f}"),
     "val accuracy with": lambda removal: figure(removal.figures["with"]["val_top1"], "top1"),
     "val accuracy without": lambda removal: figure(removal.figures["without"]["val_top1"], "top1"),
     "changed predictions": lambda removal: f"{removal.figures['changed_predictions']:,} of {removal.images:,}",
     "clamped fraction": lambda removal: fraction(removal.figures["clamped_fraction"], 2),
-    "largest |activation|": lambda removal: f"{removal.figures['max_abs_activation']:.3g}",
+    "largest |activation|": lambda removal: if_finite(removal.figures["max_abs_activation"], "{:.3g}"),
 }
 CLAMP_REMOVALS: Columns = {
     "study": lambda run: run.study,
@@ -35,10 +41,10 @@ CLAMP_REMOVALS: Columns = {
     "layers": lambda run: run.layers,
     "clamp value": lambda run: f"{run.clamp_value:g}",
     "changed predictions": lambda run: f"{run.changed_predictions:,} of {run.images:,}",
-    "val loss, without − with, nats": lambda run: "0" if run.loss == 0 else f"{run.loss:+.1e}",
+    "val loss, without − with, nats": lambda run: "0" if run.loss == 0 else if_finite(run.loss, "{:+.1e}"),
     "val accuracy, without − with, points": lambda run: difference(run.top1, "top1"),
     "clamped fraction": lambda run: fraction(run.clamped_fraction),
-    "largest |activation|": lambda run: f"{run.max_abs_activation:.3g}",
+    "largest |activation|": lambda run: if_finite(run.max_abs_activation, "{:.3g}"),
 }
 CLAMP_COURSES: Columns = {
     "study": lambda runs: runs.study,

@@ -61,15 +61,21 @@ def ways(runs: pd.DataFrame, spec: ReportSpec) -> pd.DataFrame:
         count, row = tally(mine), spec.row(normalizer)
         usual = next((found[way] for way in (KEPT, AS_TRAINED) if way in found), [])
         for way, entries in sorted(found.items(), key=lambda item: _rank(item[0])) if len(found) > 1 else ():
-            figures = {metric: {entry["seed"]: entry[key] for entry in entries} for metric, key in METRICS.items()}
+            figures = {
+                metric: {entry["seed"]: entry[key] for entry in entries if entry[key] is not None}
+                for metric, key in METRICS.items()
+            }
             changed = [entry["changed"] for entry in entries if entry["changed"] is not None]
             summaries = {metric: summarize(values.values(), spec.confidence) for metric, values in figures.items()}
             lost = [f"{row.label}: {count.mark}"] if count.diverged else []
+            infinite = len(entries) - len(figures["last_loss"])
+            unlike = f"{infinite} of {len(entries)} not finite" if infinite else ""
+            lost += [f"{row.label}: {unlike}"] if infinite else []
             against = entries is not usual and bool(usual)
             gaps, verdicts = _against(figures, usual, changed, scale, lost, spec) if against else ({}, None)
             rows.append((
                 normalizer, row.label, row.colour, setting, way, list(figures["last_top1"]), figures, summaries,
-                fmean(changed) if changed else None, gaps, verdicts, count.mark,
+                fmean(changed) if changed else None, gaps, verdicts, ", ".join(filter(None, [count.mark, unlike])),
             ))  # fmt: skip
     return frame(rows, _COLUMNS)
 

@@ -181,6 +181,8 @@ def _removals(rows: pd.DataFrame, runs: pd.DataFrame, spec: ReportSpec) -> pd.Da
             figures, images = run.results["clamping"], run.results["dataset"]["val_images"]
             with_clamp, without = figures["with"]["val_top1"], figures["without"]["val_top1"]
             outcome = removal_outcome(figures["changed_predictions"], images, with_clamp, without)
+            if figures["without"]["val_loss"] is None:
+                outcome = f"not finite without the clamp: {outcome}"
             found.append((row.normalizer, row.label, run.name, images, figures, outcome))
         sentence = spec.row(row.normalizer).removal
         if not sentence and row.normalizer in spec.rows:

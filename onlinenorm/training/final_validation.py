@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from onlinenorm.training.accuracy import TOP1_RULE
 from onlinenorm.training.clamping import ClampMeter
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.module import ImageClassifier
-from onlinenorm.training.recipe import clamp_factor
+from onlinenorm.training.recipe import Recipe, clamp_factor
 from onlinenorm.training.trainer import TORCHS_BATCH_NORMS
 
 FILES_LISTED = 1000  # unreadable images named in results.json
@@ -40,7 +41,10 @@ def parameters_sha256(network: nn.Module) -> str:
 
 
 def validate(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> dict[str, Any]:
-    """Figures of the validation set ("val_loss", ...) and, by rising "index", each image's "label" and "prediction"."""
+    """Figures of the validation set ("val_loss", ...) and, by rising "index", each image's "label" and "prediction".
+
+    Logits may be NaN or infinite, and so the loss then.
+    """
     module.collected = []
     # hooks on single layers count only where the network is not compiled as a whole
     with torch.compiler.set_stance("force_eager"):
@@ -56,12 +60,18 @@ def validate(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule
     distinct = len(np.unique(rows_3N[0]))
     assert distinct == rows_3N.shape[1] == data.val_images, "every validation image once"
     loss, top1, top5, images = module.reduced(module.val_sums)
-    module.assert_finite_validation(loss)
     label, prediction = rows_3N[1:]
-    assert ((label == prediction) & (label >= 0)).sum() == top1, "accuracy and predictions follow one rule"
+    hits = int(((label == prediction) & (label >= 0)).sum())
+    assert hits == top1 or not math.isfinite(loss), "accuracy and predictions follow one rule"
     images = max(images, 1.0)
-    figures = {"val_loss": loss / images, "val_top1": top1 / images, "val_top5": top5 / images}
+    figures = {"val_loss": loss / images, "val_top1": hits / images, "val_top5": top5 / images}
     return figures | dict(zip(("index", "label", "prediction"), rows_3N, strict=True))
+
+
+def measured(validated: dict[str, Any]) -> dict[str, float | None]:
+    """Loss and top-1 of `validate` as results.json holds them: None for a loss that is not finite."""
+    loss = validated["val_loss"]
+    return {"val_loss": loss if math.isfinite(loss) else None, "val_top1": validated["val_top1"]}
 
 
 def final_validation(
@@ -72,11 +82,14 @@ def final_validation(
     The figures of the network as trained take the place of the last epoch's in `log`: the same weights on the same
     images, but kernels may round otherwise, and metrics.csv, results.json and predictions.npz tell one story. Where the
     last epochs had no clamp, `with` is what putting it back does. Removes the clamp of `module.network` on the way.
+
+    Raises Diverged where the network as trained is not finite. What is only tried on it may be: `measured`.
     """
     clamps, recipe = module.clamps, module.recipe
     clamps.set(clamp_factor(recipe, recipe.epochs))
     with ClampMeter(module.network) as meter:
         trained = validate(trainer, module, data)
+    module.assert_finite_validation(trained["val_loss"])
     log.amend(trainer, {key: trained[key] for key in ("val_loss", "val_top1", "val_top5")})
     arrays = {"index": trained["index"], "label": trained["label"]}
     sections: dict[str, Any] = {"clamping": None}
@@ -94,11 +107,11 @@ def final_validation(
             after = validate(trainer, module, data)
         clamped, activations, largest = meter.totals(trainer.strategy)
         sections["clamping"] = section | {
-            "with": {key: before[key] for key in ("val_loss", "val_top1")},
-            "without": {key: after[key] for key in ("val_loss", "val_top1")},
+            "with": measured(before),
+            "without": measured(after),
             "changed_predictions": int((before["prediction"] != after["prediction"]).sum()),
             "clamped_fraction": clamped / activations,
-            "max_abs_activation": largest,
+            "max_abs_activation": largest if math.isfinite(largest) else None,
         }
         arrays |= {"with_clamp": before["prediction"], "without_clamp": after["prediction"]}
     if recipe.reestimate_images:
@@ -107,8 +120,7 @@ def final_validation(
             if images := reestimate(trainer, module, data, recipe.reestimate_images):
                 again = validate(trainer, module, data)
                 changed = int((trained["prediction"] != again["prediction"]).sum())
-                figures = {key: again[key] for key in ("val_loss", "val_top1")}
-                sections["reestimated"] = {"images": images, **figures, "changed_predictions": changed}
+                sections["reestimated"] = {"images": images, **measured(again), "changed_predictions": changed}
     return sections, arrays
 
 
@@ -208,7 +220,14 @@ def write_results(folder: Path, results: dict[str, Any], arrays: dict[str, np.nd
     write_atomically(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
-def summary(results: dict[str, Any], folder: Path) -> str:
+def _figures(figures: dict[str, float | None]) -> str:
+    """Loss and top-1 of `measured` in words."""
+    if figures["val_loss"] is None:
+        return "not finite"
+    return f"{figures['val_loss']:.4f} and {figures['val_top1']:.2%}"
+
+
+def summary(results: dict[str, Any], recipe: Recipe, folder: Path) -> str:
     """A finished run in a few lines."""
     clamping, name, scale = results.get("clamping"), results["dataset"]["name"], results["scale"]
     told = "" if scale == name.lower() else f" ({scale})"
@@ -220,18 +239,32 @@ def summary(results: dict[str, Any], folder: Path) -> str:
         f"last {results['last']['val_loss']:.4f} and {results['last']['val_top1']:.2%}",
     ]
     if clamping:
+        off, largest = recipe.clamp_off_epochs, clamping["max_abs_activation"]
+        before, after = (_figures(clamping[side]) for side in ("with", "without"))
+        both = f"with clamp {before}, removed {after}"
+        if off:
+            both = f"trained without the clamp in the last {plural(off, 'epoch')}: {after}; with it put back {before}"
         lines.append(
-            f"  with clamp {clamping['with']['val_loss']:.4f} and {clamping['with']['val_top1']:.2%}, removed "
-            f"{clamping['without']['val_loss']:.4f} and {clamping['without']['val_top1']:.2%}: "
-            f"{clamping['changed_predictions']} predictions changed, {clamping['clamped_fraction']:.2e} of activations "
-            f"were clamped, the largest was {clamping['max_abs_activation']:.1f} against {clamping['clamp_value']:g}"
+            f"  {both}: {clamping['changed_predictions']} predictions changed, {clamping['clamped_fraction']:.2e} of "
+            f"activations were clamped, the largest was {'not finite' if largest is None else f'{largest:.1f}'} "
+            f"against {clamping['clamp_value']:g}"
         )
+        if clamping["without"]["val_loss"] is None:
+            lines.append(
+                "  not finite without the clamp: its removal made logits NaN or infinite. Keep it (scripts/export.py "
+                "--keep-clamp), or train the last epochs without it (recipe.clamp_off_epochs) or with a wider one "
+                "(recipe.clamp_raise_epochs)"
+            )
     if again := results.get("reestimated"):
         lines.append(
             f"  {'clamp removed and ' if clamping else ''}statistics estimated anew on {again['images']:,} training "
-            f"images: {again['val_loss']:.4f} and {again['val_top1']:.2%}, {again['changed_predictions']} predictions "
-            "changed"
+            f"images: {_figures(again)}, {again['changed_predictions']} predictions changed"
         )
+        if again["val_loss"] is None and not (clamping and clamping["without"]["val_loss"] is None):
+            lines.append(
+                "  not finite on statistics estimated anew: these made logits NaN or infinite. The network as trained "
+                "has its own: leave scripts/export.py --reestimate out"
+            )
     if attempts := results.get("attempts"):
         ended = "; ".join(attempt["failure"] or "stopped" for attempt in attempts)
         lines.append(f"  attempt {len(attempts) + 1}; what ended those before: {ended}")

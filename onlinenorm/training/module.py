@@ -181,16 +181,17 @@ class ImageClassifier(pl.LightningModule):
 
     def refuse(self, what: str, step: int) -> NoReturn:
         """Raises Diverged of what stopped being finite at a step."""
-        lr = self.recipe.lr if self.trainer.state.fn != "fit" else self.trainer.optimizers[0].param_groups[0]["lr"]
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        epoch = min(self.current_epoch + 1, self.recipe.epochs)  # after training, the last
         self.trainer.strategy.checkpoint_io.teardown()  # one that is being written counts
         last = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt")
         kept = f"The last good checkpoint is kept: {last}." if last.exists() else "No checkpoint had been saved yet."
         raise Diverged(
-            f"{what} became NaN or infinite at step {step} (epoch {self.current_epoch + 1}, learning rate {lr:g}). "
+            f"{what} became NaN or infinite at step {step} (epoch {epoch}, learning rate {lr:g}). "
             f"{kept} To go on, start over in another run_dir with a lower recipe.lr or recipe.batch_size, "
             "with trainer.precision=32-true, or with another normalizer",
             step,
-            self.current_epoch + 1,
+            epoch,
         )
 
     def on_validation_epoch_start(self) -> None:

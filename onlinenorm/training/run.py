@@ -71,7 +71,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
     if results := folder.results(finished):
         warnings_of_data = _whose(results, finished, recipe, path)
         if folder.rank_zero:
-            print(summary(results, path), *warnings_of_data, *loggers.upload_hint(path), sep="\n")
+            print(summary(results, recipe, path), *warnings_of_data, *loggers.upload_hint(path), sep="\n")
         return results
     asked = config = adopt(config, recorded, ANEW)
     if recorded:
@@ -127,7 +127,7 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     results = build_results(names, seed, module, data, log, resumed, sections, former_attempts(path))
     if trainer.is_global_zero:
         write_results(path, results, arrays)
-        print(summary(results, path), *loggers.upload_hint(path), sep="\n")
+        print(summary(results, recipe, path), *loggers.upload_hint(path), sep="\n")
     return results
 
 

@@ -7,7 +7,7 @@ from run_folders import write_run
 from study_folders import NAN
 
 from onlinenorm.report import clamp_words, words
-from onlinenorm.report.ablation import build_ablation
+from onlinenorm.report.ablation import build_ablation, clamp_removals
 from onlinenorm.report.build import load_studies, study_files
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.removal import removal_courses, removal_epochs, ways
@@ -179,3 +179,23 @@ def test_a_run_that_two_studies_show_counts_once(tmp_path, spec):
     studies = load_studies(tmp_path, spec)
     found = Findings({}, {name: study.runs for name, study in studies.items()}, {}, None, spec)
     assert found.association() == {"fraction": "1.00", "largest": "-1.00", "runs": "3"}
+
+
+def test_what_is_not_finite_without_the_clamp_is_told_and_in_no_mean(tmp_path, spec):
+    for seed in range(3):
+        write_clamped(tmp_path, seed, top1=0.81 + 0.001 * seed, cost=0.001 * seed)
+    path = tmp_path / "online_clamp" / "seed1" / "results.json"
+    results = json.loads(path.read_text())
+    results["clamping"]["without"]["val_loss"] = results["reestimated"]["val_loss"] = None
+    results["clamping"]["max_abs_activation"] = None
+    path.write_text(json.dumps(results))
+    runs = load_runs(tmp_path)
+    removed = by_way(ways(runs.runs, spec))["online_clamp", "", REMOVED]
+    assert list(removed.figures["last_loss"]) == [0, 2] and list(removed.figures["last_top1"]) == [0, 1, 2]
+    assert removed.mark == "1 of 3 not finite" and "1 of 3 not finite" in removed.verdicts["last_top1"].reason
+    assert removed.verdicts["last_top1"].outcome != "equivalent"
+    report = build_report(runs.runs, spec)
+    for page in (render_markdown(report), render_page(report, {})):
+        assert "not finite without the clamp: not identical" in page and "1 of 3 not finite" in page
+    removals = words.table(clamp_words.CLAMP_REMOVALS, clamp_removals({"study": runs}))
+    assert removals.count("not finite") == 2

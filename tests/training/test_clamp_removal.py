@@ -1,5 +1,7 @@
 """The clamp's removal: measured over a run, and its remedies."""
 
+import json
+import math
 import signal
 
 import pytest
@@ -7,9 +9,12 @@ import torch
 from tests_training import outcome, rows
 
 from onlinenorm.data import gpu_cache
-from onlinenorm.errors import Interrupted
+from onlinenorm.errors import Diverged, Interrupted
 from onlinenorm.normalizers import update_statistics
-from onlinenorm.records import read_rows
+from onlinenorm.records import check_results, read_rows
+from onlinenorm.report.runs import load_runs
+from onlinenorm.report.settings import load_spec
+from onlinenorm.report.tables import build_report
 from onlinenorm.training import ImageClassifier, final_validation
 
 CLAMP = ("recipe.epochs=5", "normalizer.clamp_value=0.5", "recipe.lr=1")
@@ -121,3 +126,51 @@ def test_images_on_the_device_are_those_of_training(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("normalizer", ["layer", "batch_renorm"])  # of the latter they are not a mean over batches
 def test_a_network_without_such_statistics_has_none_to_estimate(run, tmp_path, normalizer):
     assert run(tmp_path, f"normalizer={normalizer}", "recipe.reestimate_images=20")["reestimated"] is None
+
+
+# a clamp that holds every activation back, in front of statistics that do not: 1e20 a layer without it
+INFINITE = (
+    "recipe.epochs=1", "recipe.milestones=[]", "model=cifar_resnet20", "data.image_size=32", "data.num_train=64",
+    "normalizer.clamp_value=0.001", "normalizer.eps=1e-20", "normalizer.alpha_fwd=0.5", "normalizer.alpha_bkw=0.5",
+    "recipe.reestimate_images=32", "recipe.removal_every_epoch=true",
+)  # fmt: skip
+
+
+def test_a_network_that_is_not_finite_without_its_clamp_keeps_its_results(run, tmp_path, capsys):
+    folder = tmp_path / "online_clamp" / "seed0"
+    clamping = run(folder, *INFINITE)["clamping"]
+    results = json.loads((folder / "results.json").read_text())
+    check_results(results)
+    assert results["clamping"] == clamping and clamping["without"]["val_loss"] is None
+    assert clamping["with"] == {key: results["last"][key] for key in ("val_loss", "val_top1")}
+    assert results["reestimated"]["val_loss"] is None
+    said = capsys.readouterr().out
+    assert "removed not finite: " in said and "statistics estimated anew on 32 training images: not finite" in said
+    assert "not finite without the clamp: its removal made logits NaN or infinite. Keep it (scripts/export.py" in said
+    run(folder, *INFINITE)
+    assert "removed not finite: " in capsys.readouterr().out, "told again"
+    curve = read_rows(folder / "clamping.csv")
+    assert "without_val_loss" not in curve[0]
+    assert curve[0]["without_val_top1"] == clamping["without"]["val_top1"]
+    report = load_runs(tmp_path)
+    assert report.runs["finished"].all()
+    assert "not finite without the clamp" in build_report(report.runs, load_spec()).removals["sentence"].iloc[0]
+
+
+def test_a_network_that_is_not_finite_as_trained_has_diverged_in_its_last_epoch(run, tmp_path, monkeypatch):
+    validate = final_validation.validate
+    monkeypatch.setattr(final_validation, "validate", lambda *parts: validate(*parts) | {"val_loss": math.nan})
+    with pytest.raises(Diverged, match=r"at step 12 \(epoch 3, learning rate 0.000163546\)"):
+        run(tmp_path)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_the_last_lines_tell_a_run_that_trained_without_its_clamp(plain, run, tmp_path, capsys):
+    run(tmp_path, *CLAMP, *REMEDY)
+    results = json.loads((tmp_path / "results.json").read_text())
+    sides = [results["clamping"][side] for side in ("without", "with")]
+    figures = [f"{side['val_loss']:.4f} and {side['val_top1']:.2%}" for side in sides]
+    told = f"  trained without the clamp in the last 1 epoch: {figures[0]}; with it put back {figures[1]}: "
+    assert told in capsys.readouterr().out
+    run(plain[0], *CLAMP)
+    assert "  with clamp " in (said := capsys.readouterr().out) and ", removed " in said
