@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from onlinenorm.arguments import flatten
 from onlinenorm.data.workers import STOP_SIGNALS
 from onlinenorm.errors import ConfigError, FolderInUse, RunError
 from onlinenorm.records import CONFIG, FAILURE_TEXT, lookup, read_failure, read_record, read_rows, run_path
@@ -28,7 +30,13 @@ from onlinenorm.training.run_folder import RunFolder
 STOPPED = {code for number in STOP_SIGNALS for code in (128 + number, -number)}
 UNDONE = ("failed", "stopped", "missing")
 LINES_KEPT = 30
+LOOK_SECONDS = 0.1  # between looks at what a run has printed
 _DECODER = "data.decoder"
+_GUARDED = {  # key of OnlineNorm -> the error_compensation without which it has no effect
+    "normalizer.clamp_value": "clamp",
+    "normalizer.layer_scaling_eps": "layer_scaling",
+    "normalizer.layer_scaling_group_size": "layer_scaling",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Row:
     """One run of the matrix.
 
     images: rows that are alike in it show the same files, and leave to "auto" what decodes them; "" for others.
+    settings: key and value of all that its configuration sets and that has an effect.
     """
 
     overrides: tuple[str, ...]
@@ -44,6 +53,7 @@ class Row:
     epochs: int
     devices: int | str = 1
     images: str = ""
+    settings: frozenset[tuple[str, Any]] = frozenset()
 
     @property
     def failure(self) -> Path:
@@ -94,7 +104,8 @@ def plan_row(
         runs: where the folders go.
     """
     probe_settings(config)
-    values = sorted(part for part in overrides if part.partition("=")[0].lstrip("+") in set(swept))
+    last = {part.partition("=")[0].lstrip("+"): part for part in overrides}  # the last of a key counts
+    values = sorted(last[key] for key in set(swept) & last.keys())
     between = [",".join(values).replace("/", "_")] if values else []
     names = config["choices"]
     folder = run_path({**config, "run_dir": None, "choices": {**names, "experiment": experiment}}, runs, between)
@@ -104,7 +115,20 @@ def plan_row(
     chosen = lookup(config, _DECODER) == AUTO and data.get("root") is not None
     images = json.dumps([experiment, data]) if chosen else ""
     devices = config["trainer"]["devices"]
-    return Row(tuple(overrides), folder, names["normalizer"], config["recipe"]["epochs"], devices, images)
+    return Row(
+        tuple(overrides), folder, names["normalizer"], config["recipe"]["epochs"], devices, images, _settings(config)
+    )
+
+
+def _settings(config: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+    """What of a configuration two runs that train alike have in common, by values: 5 is 5.0."""
+    guard = lookup(config, "normalizer.error_compensation")
+    idle = {key for key, needed in _GUARDED.items() if guard is not None and guard != needed}
+    return frozenset(
+        (key, value if isinstance(value, (int, float)) and not isinstance(value, bool) else repr(value))
+        for key, value in flatten(config).items()
+        if key not in idle
+    )
 
 
 def decoder_of(row: Row, rows: Iterable[Row]) -> str | None:
@@ -133,11 +157,18 @@ def decoder_notes(rows: Sequence[Row], todo: Sequence[Row], submitted: bool) -> 
     return notes
 
 
-def check_folders(rows: Iterable[Row]) -> None:
-    """Raises ConfigError where two rows have one folder."""
+def check_folders(rows: Sequence[Row]) -> None:
+    """Raises ConfigError where two rows have one folder, or one configuration under two names."""
     doubled = [folder for folder, count in Counter(row.folder for row in rows).items() if count > 1]
     if doubled:
         raise ConfigError(f"{doubled[0]}: two runs would share this folder; name each value once")
+    first: dict[frozenset, Row] = {}
+    for row in rows:
+        if (other := first.setdefault(row.settings, row)) is not row:
+            raise ConfigError(
+                f"{other.folder} and {row.folder}: are two names of one run: their configurations are equal in all "
+                "that has an effect; name each value once, and sweep a key with those normalizers alone that it changes"
+            )
 
 
 def queued_jobs() -> dict[str, str]:
@@ -254,22 +285,41 @@ class Sweep:
         mark = f"{row.folder}  " if self.parallel > 1 else "  "
         gpu = {"CUDA_VISIBLE_DEVICES": self._gpus[slot % len(self._gpus)]} if self._gpus else {}
         print(f"\n{row.folder}", flush=True)
-        # a session of its own: a terminal's Ctrl-C reaches the run as a signal that it saves itself on
-        run = subprocess.Popen(
-            [*self.program, *row.command(row.folder, decoder_of(row, self.rows))], env={**os.environ, **gpu},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+        # a session of its own: a terminal's Ctrl-C reaches the run as a signal that it saves itself on; and its output
+        # goes to a file, not to this process, which it outlives where this one is killed
+        with open(row.folder / "output.log", "a+b") as log:
+            shown = log.seek(0, os.SEEK_END)
+            run = subprocess.Popen(
+                [*self.program, *row.command(row.folder, decoder_of(row, self.rows))], env={**os.environ, **gpu},
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         self._runs.add(run)
         if self.signum:
             self._pass_on(run)
-        with run, open(row.folder / "output.log", "a", encoding="utf-8") as log:
-            for line in run.stdout or ():
+        with run, open(row.folder / "output.log", "rb") as log:
+            log.seek(shown)
+            for line in _lines(run, log):
                 print(f"{mark}{line}", end="", flush=True)
-                log.write(line)
                 last.append(line)
         self._runs.discard(run)
         if run.returncode and run.returncode not in (*STOPPED, FolderInUse.exit_code):
             row.failure.write_text(f"exit code {run.returncode}\n{''.join(last)}", encoding="utf-8")
+
+
+def _lines(run: subprocess.Popen, log: BinaryIO) -> Iterator[str]:
+    """The lines of a file that a process writes, as they come, until it has ended."""
+    line, ended = b"", False
+    while not ended:
+        ended = run.poll() is not None  # before the last look
+        while part := log.readline():
+            line += part
+            if line.endswith(b"\n"):
+                yield line.decode(errors="replace")
+                line = b""
+        if not ended:
+            time.sleep(LOOK_SECONDS)
+    if line:
+        yield line.decode(errors="replace")
 
 
 def visible_gpus() -> list[str]:

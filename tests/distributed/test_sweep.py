@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,24 @@ print("met", flush=True)
 )
 
 
+# goes on once whoever started it is gone, and leaves "ended" in any case
+ORPHANED_TRAIN = (
+    """
+import atexit, os, sys, time
+from pathlib import Path
+folder = Path(dict(argument.split("=", 1) for argument in sys.argv[1:])["run_dir"])
+atexit.register(Path("ended").touch)
+sweep = os.getppid()
+print("alone soon", flush=True)
+Path("waiting").touch()
+while os.getppid() == sweep:
+    time.sleep(0.02)
+print("alone", flush=True)
+"""
+    + FAKE_RESULTS
+)
+
+
 @pytest.fixture
 def run_sweep(tmp_path, monkeypatch):
     """run_sweep(*arguments) -> exit code, with a stand-in for train.py, in an empty folder."""
@@ -87,6 +106,17 @@ def test_folders_are_a_function_of_the_overrides(tmp_path):
     assert row.folder == tmp_path / "default" / "batch" / "seed0", "the folder of the same train.py command"
 
 
+def test_a_key_given_twice_names_its_folder_by_the_last(tmp_path):
+    rows = sweep.plan([*TINY, "normalizer=batch", "recipe.milestones=[]", "recipe.milestones=[],[1]"], tmp_path)
+    assert [row.folder.parts[-3] for row in rows] == ["recipe.milestones=[]", "recipe.milestones=[1]"]
+
+
+def test_a_key_of_a_guard_counts_where_it_guards(tmp_path):
+    assert len(sweep.plan([*TINY, "normalizer=online_clamp", "normalizer.clamp_value=1,5"], tmp_path)) == 2
+    scaled = ["normalizer=online_layer_scaling", "normalizer.layer_scaling_eps=1e-5,1e-4"]
+    assert len(sweep.plan([*TINY, *scaled], tmp_path)) == 2
+
+
 @pytest.mark.parametrize("name", ["runs", "it's {odd}, this"])
 def test_folders_of_swept_keys_reach_the_run(tmp_path, name):
     row = sweep.plan([*TINY, "normalizer=batch", "recipe.lr=0.1,0.2"], tmp_path / name)[0]
@@ -99,6 +129,11 @@ def test_folders_of_swept_keys_reach_the_run(tmp_path, name):
         (["normalizer=batch,bach"], "'bach' is not one of its options"),
         (["run_dir=x"], "run_dir: a sweep names its folders itself"),
         (["seed=0,0"], "two runs would share"),
+        (["normalizer=batch", "recipe.lr=1,1.0"], "recipe.lr=1/batch/seed0 and runs/default/recipe.lr=1.0/batch/seed0"),
+        (
+            ["normalizer=online_none,online_clamp", "normalizer.clamp_value=1,5"],
+            "clamp_value=1/online_none/seed0 and runs/default/normalizer.clamp_value=5/online_none/seed0: are two",
+        ),
         (["recipe.epocs=1,2"], "did you mean recipe.epochs"),
         (["normalizer=batch", "normalizer.momentum=0.1,7"], "normalizer.momentum: 7 must be larger than 0 and at most"),
         (["normalizer=group", "normalizer.num_groups=1,3"], "normalizer.num_groups: 3"),
@@ -177,6 +212,32 @@ def test_stopping_the_sweep_lets_the_run_save_itself(run_sweep, tmp_path):
     assert (batch / "seed0" / "saved").read_text() == "SIGINT", "the run says what has stopped it"
     assert not (batch / "seed0" / "failed.txt").exists()
     assert not group.exists(), "the next run is not begun"
+
+
+def test_a_run_outlives_a_sweep_that_is_killed(run_sweep, tmp_path):
+    (tmp_path / "train.py").write_text(ORPHANED_TRAIN)
+    start = "import sys; from pathlib import Path; from scripts import sweep; sweep.ROOT = Path.cwd(); sweep.main({})"
+    command = [sys.executable, "-c", start.format([*TINY, "normalizer=batch"])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as killed:
+        assert any("alone soon" in line for line in killed.stdout), "the sweep shows what the run prints"
+        while not (tmp_path / "waiting").exists():
+            time.sleep(0.02)
+        killed.kill()
+    while not (tmp_path / "ended").exists():
+        time.sleep(0.02)
+    folder = tmp_path / "runs" / "default" / "batch" / "seed0"
+    assert (folder / "output.log").read_text() == "alone soon\nalone\n"
+    assert run_sweep("normalizer=batch", "--status") == 0
+
+
+def test_lines_that_grow_are_shown_whole(run_sweep, tmp_path, capsys):
+    parts = "import os, time\nfor part in (b'h', b'\\xc3', b'\\xbc\\n', b'last'): os.write(1, part); time.sleep(0.3)\n"
+    (tmp_path / "train.py").write_text(parts + "raise SystemExit(3)")
+    assert run_sweep("normalizer=batch") == 1
+    assert "\n  hü\n  last" in capsys.readouterr().out
+    failed = tmp_path / "runs" / "default" / "batch" / "seed0" / "failed.txt"
+    assert failed.read_text(encoding="utf-8") == "exit code 3\nhü\nlast"
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
