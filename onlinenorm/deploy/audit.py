@@ -1,5 +1,6 @@
 """What the clamps of a trained network do: validation at other clamp values, and what reaches each layer."""
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -60,7 +61,7 @@ class Audit:
 
     @property
     def start(self) -> Layer | None:
-        """Where the cost of removal starts: the layer up to which it changes a tenth as many predictions as in all."""
+        """Where what removal does starts: the layer up to which it changes a tenth as many predictions as in all."""
         changed = self.settings[1].changed_predictions
         reached = (layer for layer in self.layers if layer.removed_changed_predictions >= STARTS * changed)
         return next(reached, None) if changed else None
@@ -79,15 +80,21 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
         limit: validation images, spread evenly; None for all.
         device: to run on.
 
-    Raises DeployError where the network has no clamp, a value is not positive, or the dataset is missing.
+    Raises DeployError where the network has no clamp, or is not finite without it, a value is not positive, or the
+    dataset is missing.
     """
     layers = {n: m for n, m in trained.network.named_modules() if isinstance(m, OnlineNorm)}
     layers = {name: layer for name, layer in layers.items() if layer.error_compensation == "clamp"}
     if not layers:
-        guard = trained.guard.replace("_", " ") or "no OnlineNorm layers"
-        raise DeployError(f"{trained.folder}: the network has no clamps to audit ({guard})")
-    if wrong := [value for value in values if not 0 < value < float("inf")]:
-        raise DeployError(f"--values {wrong[0]:g}: a clamp value must be positive and finite")
+        why = trained.guard.replace("_", " ") or "no OnlineNorm layers"
+        if trained.clamp_off:
+            why = (
+                f"{trained.clamp_off} took them away; results.json says what putting them back does, and a run without "
+                "that key has clamps to audit"
+            )
+        raise DeployError(f"{trained.checkpoint}: the network has no clamps to audit ({why})")
+    if wrong := [value for value in values if not 0 < value < torch.finfo(torch.float32).max]:
+        raise DeployError(f"--values {wrong[0]:g}: a clamp value must be positive and finite in float32")
     clamp_values = {name: layer.clamp_value for name, layer in layers.items()}
     usual = next(iter(clamp_values.values()))
     settings = [Setting(usual, trained=True), Setting(None)]
@@ -119,6 +126,7 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
             _add(setting, module(images), labels, reference)
     for name, layer in layers.items():
         layer.error_compensation, layer.clamp_value = "clamp", clamp_values[name]
+    _check_finite(trained, settings, dict(zip(layers, prefixes, strict=True)))
     for setting in (*settings, *prefixes):
         setting.val_loss /= max(setting.images, 1)
         setting.val_top1 /= max(setting.images, 1)
@@ -138,6 +146,18 @@ def _add(setting: Setting, logits: Tensor, labels: Tensor, reference: Tensor) ->
     setting.changed_predictions += int((prediction != reference).sum())
 
 
+def _check_finite(trained: Trained, settings: Sequence[Setting], prefixes: dict[str, Setting]) -> None:
+    """Raises DeployError where logits were NaN or infinite, with the first layer whose removal makes them so."""
+    own, _, *others = settings
+    keep = "keep the clamps: scripts/export.py --keep-clamp, in a form that holds them"
+    places = [("with its clamps, as trained", own, "its training has diverged")]
+    places += [(f"once the clamps up to {name} are removed", prefix, keep) for name, prefix in prefixes.items()]
+    places += [(f"at --values {other.clamp_value:g}", other, "leave that value out") for other in others]
+    for where, setting, cure in places:
+        if not math.isfinite(setting.val_loss):
+            raise DeployError(f"{trained.checkpoint}: the network's logits are NaN or infinite {where}; {cure}")
+
+
 def _layer(name: str, layer: OnlineNorm, meter: ClampMeter, prefix: Setting) -> Layer:
     count = float(meter.count)
     fraction = float(meter.clamped) / count
@@ -148,7 +168,7 @@ def _layer(name: str, layer: OnlineNorm, meter: ClampMeter, prefix: Setting) -> 
 
 
 def render_audit(result: Audit) -> str:
-    """Both tables as Markdown, and where the cost of removal starts."""
+    """Both tables as Markdown, and where what removal costs, or gains, starts."""
     lines = ["| clamp | val loss | val top-1 | predictions changed | activations clamped |", "|---|---|---|---|---|"]
     for s in result.settings:
         name = "removed" if s.clamp_value is None else f"{s.clamp_value:g}" + (" (as trained)" if s.trained else "")
@@ -170,9 +190,11 @@ def render_audit(result: Audit) -> str:
     if (start := result.start) is None:
         told = "Removing the clamps changes no prediction."
     else:
-        changed, total = start.removed_changed_predictions, result.settings[1].changed_predictions
+        own, removed = result.settings[:2]
+        does = "costs" if removed.val_top1 < own.val_top1 else "gains" if removed.val_top1 > own.val_top1 else "changes"
         told = (
-            f"What removal costs starts at {start.name}: up to there {changed} predictions change, of {total} in all."
+            f"What removal {does} starts at {start.name}: up to there {start.removed_changed_predictions} predictions "
+            f"change, of {removed.changed_predictions} in all."
         )
     return "\n".join([*lines, "", told]) + "\n"
 

@@ -26,7 +26,8 @@ class Trained:
     """A network in eval mode on the CPU, its clamps as in the epoch of its weights, and what is known about it.
 
     `results` is None where the run has not finished or `checkpoint` holds other weights than it ended with; `top1` is
-    the accuracy that the checkpoint itself records, if any.
+    the accuracy that the checkpoint itself records, if any; `clamp_off` "recipe.clamp_off_epochs=N" where that took
+    away its clamps, else "".
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Trained:
     num_classes: int
     in_channels: int
     top1: float | None = None
+    clamp_off: str = ""
 
     @property
     def model_name(self) -> str:
@@ -119,7 +121,9 @@ def load_trained(
     except (ConfigError, RunError, ValueError) as error:
         raise DeployError(f"{folder / 'config.yaml'}: {error}") from error
     _load(trained.network, state, checkpoint)
-    ClampSchedule(trained.network, recipe).set(clamp_factor(recipe, _epoch(content, recipe.epochs)))
+    clamps = ClampSchedule(trained.network, recipe)
+    if clamps.set(clamp_factor(recipe, _epoch(content, recipe.epochs))) and clamps.clamp_value is None:
+        trained.clamp_off = f"recipe.clamp_off_epochs={recipe.clamp_off_epochs}"
     results = _read_json(folder, "results.json")
     if results.get("parameters_sha256") == parameters_sha256(trained.network):
         trained.results = results

@@ -1,6 +1,7 @@
 """The audit measures what the run recorded, and changes nothing."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -63,7 +64,9 @@ def test_the_layer_where_removal_starts_to_cost_is_named(clamp_run):
     logits, labels = zip(*((trained.network(x), y) for x, y, _ in validation_batches(trained, None, CPU)), strict=True)
     loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
     assert third.removed_val_loss == pytest.approx(float(loss), rel=1e-5)
-    assert f"costs starts at {result.start.name}:" in render_audit(result)
+    for top1, does in ((0.9, "costs"), (0.1, "gains"), (removed.val_top1, "changes")):
+        result.settings[0].val_top1 = top1
+        assert f"What removal {does} starts at {result.start.name}:" in render_audit(result)
     result.settings[1].changed_predictions = 0
     assert result.start is None and "changes no prediction" in render_audit(result)
 
@@ -120,10 +123,24 @@ def test_networks_without_clamps_are_refused(run, words, script, tmp_path, capsy
     assert words in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e39, float("inf"), float("nan")])
 def test_impossible_clamp_values_are_refused(value, clamp_run):
     with pytest.raises(DeployError, match="must be positive and finite"):
         audit(load_trained(clamp_run), [value], 3, CPU)
+
+
+def test_a_network_that_is_not_finite_without_its_clamps_is_told_with_the_layer(copied, clamp_run, script, capsys):
+    run = copied(clamp_run)
+    path = run / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    layers = [name for name, module in load_trained(run).network.named_modules() if isinstance(module, OnlineNorm)]
+    for name in layers[2:]:
+        content["state_dict"][f"network.{name}.weight"].fill_(1e30)
+    torch.save(content, path)
+    assert script("audit_clamping")(run, "--images", 10) == 2
+    told = capsys.readouterr().err
+    assert re.search(rf"NaN or infinite once the clamps up to ({'|'.join(layers[2:])}) are removed; keep", told)
+    assert "export.py --keep-clamp" in told and told.count("\n") == 1 and not (run / "clamping").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
