@@ -1,10 +1,13 @@
 """The card that goes with an exported network: what it is, how good, how it was made, and under which terms."""
 
+from typing import Any
+
 from onlinenorm.data import ImageNet
 from onlinenorm.deploy.forms import Form
 from onlinenorm.deploy.predict import class_names
 from onlinenorm.deploy.source import Trained
 from onlinenorm.deploy.verification import Agreement
+from onlinenorm.text import plural
 
 FREE = 0.001
 TORCHSCRIPT = "TorchScript is deprecated by PyTorch and not supported from Python 3.14 on; prefer exported-program"
@@ -19,17 +22,27 @@ def accuracy_lines(trained: Trained) -> list[str]:
     clamping = results.get("clamping")
     if not clamping:
         return [f"| as trained | {results['last']['val_top1']:.2%} top-1 | {results['last']['val_loss']:.4f} |"]
-    return [
-        f"| {name} clamp ({clamping['clamp_value']:g}) | {clamping[name]['val_top1']:.2%} top-1 "
-        f"| {'not finite' if clamping[name]['val_loss'] is None else format(clamping[name]['val_loss'], '.4f')} |"
-        for name in ("with", "without")
-    ]
+    names = {
+        "with": f"with clamp ({clamping['clamp_value']:g})",
+        "without": f"without clamp ({clamping['clamp_value']:g})",
+    }
+    if off := trained.recipe.clamp_off_epochs:
+        names = {
+            "without": f"trained without the clamp in the last {plural(off, 'epoch')}",
+            "with": f"with the clamp ({clamping['clamp_value']:g}) put back",
+        }
+    return [f"| {name} | {_figures(clamping[side])} |" for side, name in names.items()]
+
+
+def _figures(recorded: dict[str, Any]) -> str:
+    loss = recorded["val_loss"]  # None: not finite
+    return f"{recorded['val_top1']:.2%} top-1 | {'not finite' if loss is None else format(loss, '.4f')}"
 
 
 def removal_line(found: dict) -> str:
     """What removing the clamp did on the images of the verification, of `export.facts`, and what to do about it.
 
-    It is taken as free where it costs at most `FREE` of top-1.
+    It is taken as free where it costs at most `FREE` of top-1: on the whole set, where the run recorded it.
     """
     anew = found.get("images_anew")
     how = f" and estimating statistics anew on {anew} training images" if anew else ""
@@ -41,12 +54,19 @@ def removal_line(found: dict) -> str:
         return line
     cost = found["top1_with_clamp"] - found["top1"]
     line = f"{line} Top-1 went from {found['top1_with_clamp']:.2%} to {found['top1']:.2%} there"
+    if recorded := found.get("recorded"):
+        cost = recorded["with"] - recorded["without"]
+        line += (
+            f", and from {recorded['with']:.2%} to {recorded['without']:.2%} on all {recorded['images']:,} of the run"
+        )
     if cost <= FREE:
         return f"{line}: free, no remedy needed."
     line += ". Better keep it, with --keep-clamp in a form that holds it (onnx, torchscript, exported-program)"
     if again := found.get("reestimated_top1"):
         line += f"; on statistics estimated anew without it (--reestimate {found['reestimated_images']}) the run "
         line += f"measured {again:.2%}"
+    if off := found.get("clamp_off_epochs"):
+        return f"{line}; or take the run's last weights, trained without it in the last {plural(off, 'epoch')}."
     return f"{line}; or train without it at the end (recipe.clamp_off_epochs)."
 
 

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,53 +73,63 @@ def export(
         names: keys of `FORMS`.
         output: folder; made where missing. Files of the same names are replaced, others left.
         command: to be recorded in the cards.
-        keep_clamp: leave the clamp in where the form can hold it.
+        keep_clamp: leave the clamp in where the form can hold it; for a network that has one.
         tolerance: largest absolute difference of a logit allowed, >= 0; no prediction may change.
         limit: validation images to compare on, spread evenly; None for all.
         latency_runs: timed calls with one image; 0 for none.
         reestimate: training images on which statistics are estimated anew without the clamp; 0 for none.
 
-    Raises DeployError where nothing can be written, VerificationError where a file computes something else; in both
-    cases no file is left behind.
+    Raises DeployError where nothing can be written, VerificationError where a file computes something else, or the
+    network nothing finite without its clamp; in both cases no file is left behind.
     """
     if not tolerance >= 0:
         raise DeployError(f"--tolerance {tolerance}: must be at least 0")
-    if reestimate < 0 or (reestimate and (keep_clamp or trained.guard != "clamp")):
-        raise DeployError(
-            f"--reestimate {reestimate}: is a number of training images for a network whose clamp is removed"
-            + (f", and {trained.folder} has none" if trained.guard != "clamp" else "; leave --keep-clamp out")
-        )
+    if reestimate < 0:
+        raise DeployError(f"--reestimate {reestimate}: must be a number of training images, or 0 for none")
+    if trained.guard != "clamp" and (reestimate or keep_clamp):
+        given = f"--reestimate {reestimate}" if reestimate else "--keep-clamp"
+        why = f", as {trained.clamp_off} took it away" if trained.clamp_off else ""
+        raise DeployError(f"{given}: is for a network with a clamp; {trained.checkpoint} has none{why}; leave it out")
+    if reestimate and keep_clamp:
+        raise DeployError(f"--reestimate {reestimate}: is for a clamp that is removed; leave it or --keep-clamp out")
     bare = without_clamp(trained)
     if reestimate:
         reestimate, batches = training_batches(trained, reestimate)
         update_statistics(bare, batches)
     source = replace(trained, network=bare) if reestimate else trained
-    kept = keep_clamp and trained.guard == "clamp"
     candidates: dict[str, tuple[Logits, Logits]] = {}
-    if trained.guard == "clamp" and not kept:
+    if trained.guard == "clamp" and not keep_clamp:
         candidates |= {"removal": (bare, trained.network), "trained": (trained.network, trained.network)}
     with staging(output, DeployError) as work:
         rows = [_stage(source, FORMS[name], work, keep_clamp, alone=len(names) == 1) for name in names]
         for row in rows:
             if row.file:
                 loaded = FORMS[row.form].load(work / row.file, trained)
-                candidates[row.form] = (loaded, trained.network if kept else bare)
+                candidates[row.form] = (loaded, trained.network if keep_clamp else bare)
         if not any(row.file for row in rows):
             raise DeployError("no form can hold this network: " + "; ".join(row.reason for row in rows))
         compared = agreements(candidates, validation_batches(trained, limit, torch.device("cpu")))
         removal = None
         if "removal" in compared:
-            removal = _removal(trained, compared.pop("removal"), compared.pop("trained"), reestimate)
+            without, as_trained = compared.pop("removal"), compared.pop("trained")
+            if math.isfinite(as_trained.max_difference) and not math.isfinite(without.max_difference):
+                anew = " and on statistics estimated anew" if reestimate else ""
+                raise VerificationError(
+                    f"{trained.checkpoint}: refused, because the logits are NaN or infinite without the clamp{anew}; "
+                    "keep it, with --keep-clamp in a form that holds it (onnx, torchscript, exported-program); nothing "
+                    "was written"
+                )
+            removal = _removal(trained, without, as_trained, reestimate)
         image = torch.zeros(1, trained.in_channels, trained.data.image_size, trained.data.image_size)
         for row in rows:
             if row.file:
                 row.agreement = compared[row.form]
                 _check(row, tolerance)
-                _check_recorded(trained, row.agreement, "with" if kept else "anew" if reestimate else "without")
+                _check_recorded(trained, row.agreement, "with" if keep_clamp else "anew" if reestimate else "without")
                 if latency_runs:
                     row.milliseconds = latency_ms(candidates[row.form][0], image, latency_runs)
                 card = render_card(
-                    trained, FORMS[row.form], row.file, kept, row.agreement, removal, command, made_with()
+                    trained, FORMS[row.form], row.file, keep_clamp, row.agreement, removal, command, made_with()
                 )
                 (work / row.file).with_suffix(".md").write_text(card, encoding="utf-8", errors="backslashreplace")
         result = Export(rows, latency_ms(trained.network, image, latency_runs) if latency_runs else None, removal)
@@ -131,10 +142,18 @@ def export(
 
 
 def _removal(trained: Trained, without: Agreement, as_trained: Agreement, reestimate: int) -> dict:
-    again = (trained.results or {}).get("reestimated") or {}
-    told = {"reestimated_top1": again["val_top1"], "reestimated_images": again["images"]} if again else {}
-    if reestimate:
-        told = {"images_anew": reestimate}
+    """What `card.removal_line` tells: of the images compared and, where the run has more, as that recorded it."""
+    results, recipe = trained.results or {}, trained.recipe
+    again, clamping = results.get("reestimated") or {}, results.get("clamping") or {}
+    told: dict[str, Any] = {"images_anew": reestimate} if reestimate else {}
+    if again.get("val_loss") is not None and not reestimate:  # null: not finite there
+        told |= {"reestimated_top1": again["val_top1"], "reestimated_images": again["images"]}
+    after = clamping.get("without") if not reestimate else again if again.get("images") == reestimate else None
+    if clamping and after and results["dataset"]["val_images"] > without.images:
+        images = results["dataset"]["val_images"]
+        told["recorded"] = {"images": images, "with": clamping["with"]["val_top1"], "without": after["val_top1"]}
+    if recipe.clamp_off_epochs:  # of an earlier epoch
+        told["clamp_off_epochs"] = recipe.clamp_off_epochs
     return {**without.as_dict(), "top1_with_clamp": as_trained.top1, **told}
 
 
