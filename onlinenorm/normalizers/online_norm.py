@@ -349,7 +349,7 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
         affine: learn ``weight`` (initially 1) and ``bias`` (initially 0) per channel.
         error_compensation: "clamp" limits outputs to [-clamp_value, clamp_value]; "layer_scaling" divides each sample
             by its root mean square over channels and positions; "none" lets the error of the statistics through.
-        clamp_value: limit of "clamp", > 0, in deviations (before residual and ReLU).
+        clamp_value: limit of "clamp", > 0 and < 65504, in deviations (before residual and ReLU).
         layer_scaling_eps: added to the mean square of "layer_scaling", > 0.
         layer_scaling_group_size: channels that share a scale; divides C; None for all.
         backend: "auto" (fused kernels on CUDA, else torch), "fused", "torch" or "reference".

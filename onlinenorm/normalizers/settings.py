@@ -16,11 +16,12 @@ _CHOICES = {
     "statistics": STATISTICS,
     "exchange": EXCHANGES,
 }
+LARGEST_CLAMP = 65504.0  # of float16, in which a network may be evaluated: no limit beyond it can be told to its clamp
 _RANGES = {
     "alpha_fwd": (0, 1),
     "alpha_bkw": (0, 1),
     "eps": (0, math.inf),
-    "clamp_value": (0, math.inf),
+    "clamp_value": (0, LARGEST_CLAMP),
     "layer_scaling_eps": (0, math.inf),
     "gradient_scale": (0, math.inf),
 }
@@ -32,6 +33,11 @@ def _inside(key: str, value: float | Tensor, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
         raise ArgumentError(key, f"{value!r} must be a number with {low:g} < {key} < {high:g}")
     return float(value)
+
+
+def check_clamp_value(value: float) -> float:
+    """A clamp value as a float. Raises ArgumentError where it is none: 0 < clamp_value < LARGEST_CLAMP."""
+    return _inside("clamp_value", value, *_RANGES["clamp_value"])
 
 
 class CheckedSettings(nn.Module):

@@ -41,7 +41,7 @@ from onlinenorm.training.fast_path import (
 from onlinenorm.training.final_validation import can_reestimate
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.opening import how, notes
-from onlinenorm.training.probe import probe_batch, probe_normalizer
+from onlinenorm.training.probe import probe_batch, probe_network, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.run_folder import RunFolder
@@ -95,6 +95,7 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     if any(run_folder.checkpoints.glob("*.ckpt")):
         position |= resumable(run_folder.checkpoints, config, data)[1] or {}
     network = _network(choice, normalizer)
+    probe_network(network, config)
     yield from (finding("settings", WARN, note) for note in notes(network, config, data, recipe))
     yield check_disk(folder, network, recipe)
     validations = Validations.of(network, recipe)

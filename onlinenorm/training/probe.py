@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from onlinenorm.errors import ArgumentError, ConfigError
 from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.normalizers.dependence import statistics_depend_on
-from onlinenorm.normalizers.settings import STATISTICS
+from onlinenorm.normalizers.settings import LARGEST_CLAMP, STATISTICS
 from onlinenorm.text import first_line
+from onlinenorm.training.clamping import clamped_layers
 from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.fast_path import left_to_choose, make_data, with_values
 from onlinenorm.training.roles import is_normalizer, parameter_roles
@@ -203,7 +204,10 @@ def _unsaved(trained: nn.Module, new: nn.Module) -> list[str]:
 
 
 def probe_network(network: Any, config: dict[str, Any]) -> None:
-    """Raises ConfigError for what a model's function made where that is no network with the normalizer in it."""
+    """Raises ConfigError for what a model's function made where that is no network with the normalizer in it.
+
+    So it does where the recipe would raise its clamps out of their range.
+    """
     name = config["model"]["_target_"]
     if not isinstance(network, nn.Module):
         raise ConfigError(f"model._target_: {name} makes a {type(network).__name__} and not a torch.nn.Module")
@@ -216,6 +220,14 @@ def probe_network(network: Any, config: dict[str, Any]) -> None:
         parameter_roles(network)
     except ConfigError as error:
         raise ConfigError(f"model._target_: {error}") from error
+    raised = config["recipe"].get("clamp_raise_epochs", 0)
+    value = max((layer.clamp_value for layer in clamped_layers(network)), default=0.0)
+    if value * 2.0 ** min(raised, 99) >= LARGEST_CLAMP:
+        most = math.ceil(math.log2(LARGEST_CLAMP / value)) - 1
+        raise ConfigError(
+            f"recipe.clamp_raise_epochs: {raised} doublings of the clamp value {value:g} lead to {LARGEST_CLAMP:g} and "
+            f"beyond, which 16-bit activations do not hold; use at most {most}, or recipe.clamp_off_epochs for no clamp"
+        )
 
 
 def probe_batch(config: dict[str, Any], factory: Callable[..., Any], in_channels: int, image_size: int) -> None:

@@ -1,5 +1,6 @@
 """Normalizers and batches that cannot train, found before they do."""
 
+import contextlib
 from functools import partial
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import nn
 from onlinenorm.cli.compose import group_options
 from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d, identity
+from onlinenorm.normalizers.settings import check_clamp_value
 from onlinenorm.training.config_check import build, check_config
-from onlinenorm.training.probe import probe_batch, probe_normalizer
+from onlinenorm.training.preflight import preflight
+from onlinenorm.training.probe import probe_batch, probe_normalizer, probe_settings
 from onlinenorm.training.roles import make_normalizer
 
 load_config = load_train_module().load_config
@@ -321,3 +324,28 @@ def test_arguments_that_a_layer_of_ones_own_refuses_are_told():
 
     with pytest.raises(ConfigError, match=r"mine.Norm could not be built \(ValueError: eps cannot be that\)$"):
         probe_normalizer(refuses, {"_target_": "mine.Norm"})
+
+
+@pytest.mark.parametrize("epochs, refused", [(13, False), (14, True), (2000, True)])
+def test_a_clamp_is_not_raised_out_of_its_range(tmp_path, epochs, refused):
+    """5 * 2^13 = 40960 is below 65504, float16's largest; before the first epoch, in a sweep and in a pre-flight."""
+    words = ["recipe.epochs=3000", f"recipe.clamp_raise_epochs={epochs}", f"run_dir={tmp_path}"]
+    config = load_config([*TINY, *words])
+    said = pytest.raises(ConfigError, match=r"^recipe.clamp_raise_epochs: .* the clamp value 5 .* use at most 13")
+    with said if refused else contextlib.nullcontext():
+        probe_settings(config)
+    if refused:
+        with pytest.raises(ConfigError, match=r"^recipe.clamp_raise_epochs: "):
+            list(preflight(config, 0.1, None))
+        with pytest.raises(ConfigError, match=r"^recipe.clamp_raise_epochs: "):
+            load_train_module().train(config)
+        assert not (tmp_path / "metrics.csv").exists()
+    probe_settings(load_config([*TINY, *words, "normalizer=batch"]))
+
+
+def test_a_clamp_value_is_one_that_activations_hold():
+    for value in ("1e39", "65504"):
+        with pytest.raises(ConfigError, match=r"^normalizer.clamp_value: .* < 65504"):
+            probe(f"normalizer.clamp_value={value}")
+    probe("normalizer.clamp_value=65000")
+    assert torch.zeros(1, dtype=torch.float16).clamp(max=check_clamp_value(65000)) == 0
