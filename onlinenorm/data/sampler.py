@@ -56,8 +56,8 @@ class GlobalBatchSampler(Sampler[list[Request]]):
         if global_batch_size > num_images:
             raise ArgumentError(
                 "batch_size",
-                f"{global_batch_size} exceeds the {num_images} training images, so that an epoch would "
-                "hold no full batch; choose a smaller batch or a larger limit_train",
+                f"{global_batch_size} exceeds the {num_images} training images, so that an epoch would hold no full "
+                "batch; choose a smaller batch, or more images (data.limit_train, of synthetic ones data.num_train)",
             )
         self.num_images, self.global_batch_size, self.seed = num_images, global_batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate

@@ -3,11 +3,15 @@
 Nothing that takes long to load is imported here: the first lines come before torch is.
 """
 
+import inspect
 from typing import Any
 
 from onlinenorm.records import lookup, run_path
 from onlinenorm.text import plural
 from onlinenorm.training.launch import is_rank_zero
+
+# what keeps an OnlineNorm layer's error small, and so which of its arguments count
+OF_GUARD = {"clamp_value": "clamp", "layer_scaling_eps": "layer_scaling", "layer_scaling_group_size": "layer_scaling"}
 
 
 def announce(config: dict[str, Any]) -> None:
@@ -76,12 +80,13 @@ def _schedule(recipe: Any) -> str:
 
 def notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
     """Sentences on what a run's settings ask for and its network will not do; arguments as of `details`."""
-    return [*_without_effect(network, data, recipe), *_warmup_notes(network, config, data, recipe)]
+    return [*_without_effect(network, config, data, recipe), *_warmup_notes(network, config, data, recipe)]
 
 
-def _without_effect(network: Any, data: Any, recipe: Any) -> list[str]:
+def _without_effect(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
     """A sentence for each reason why keys that are set change nothing."""
     from onlinenorm.data.datasets import InMemoryDataset
+    from onlinenorm.normalizers import OnlineNorm
     from onlinenorm.training.clamping import clamped_layers
     from onlinenorm.training.final_validation import can_reestimate
 
@@ -95,6 +100,17 @@ def _without_effect(network: Any, data: Any, recipe: Any) -> list[str]:
         idle = [f"recipe.{key}" for key in keys if getattr(recipe, key)]
         if idle and not effective:
             said.append(f"{', '.join(idle)}: without effect, as {why}")
+    if recipe.warmup_epochs and recipe.warmup_lr > recipe.scaled_lr:
+        said.append(
+            f"recipe.warmup_epochs, recipe.warmup_lr: without effect, as the warm-up would start at "
+            f"{recipe.warmup_lr:g}, above the full learning rate {recipe.scaled_lr:g}"
+        )
+    guards = {layer.error_compensation for layer in network.modules() if isinstance(layer, OnlineNorm)}
+    parameters = inspect.signature(OnlineNorm).parameters
+    for key, value in config.get("normalizer", {}).items():
+        guard = OF_GUARD.get(key)
+        if guards and guard and guard not in guards and value != parameters[key].default:
+            said.append(f"normalizer.{key}: without effect, as error_compensation={', '.join(sorted(guards))}")
     if data.on_unreadable == "skip" and isinstance(data._sets[0], InMemoryDataset):
         said.append("data.on_unreadable: without effect, as these images are all in memory from the start")
     return said

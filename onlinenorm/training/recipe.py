@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 from onlinenorm.arguments import check_choice
 from onlinenorm.data.transforms import AUGMENTATIONS, EVALUATIONS
 from onlinenorm.errors import ArgumentError
+from onlinenorm.text import plural
 from onlinenorm.training.roles import parameter_roles
 
 SCALINGS = ("horizon", "linear", "none")
@@ -100,8 +101,8 @@ class Recipe:
             key = "clamp_off_epochs" if self.clamp_off_epochs else "clamp_raise_epochs"
             raise ArgumentError(
                 key,
-                f"{self.clamp_raise_epochs} epochs of raising and {self.clamp_off_epochs} without clamp leave none of "
-                f"{self.epochs} with it; use fewer, or normalizer.error_compensation=none",
+                f"{plural(self.clamp_raise_epochs, 'epoch')} of raising and {self.clamp_off_epochs} without clamp "
+                f"leave none of {self.epochs} with it; use fewer, or normalizer.error_compensation=none",
             )
 
     @property

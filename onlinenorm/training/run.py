@@ -12,7 +12,7 @@ from onlinenorm.data.nvjpeg_loader import more_work_queues
 from onlinenorm.data.workers import explain_worker_deaths
 from onlinenorm.errors import ConfigError, DataError
 from onlinenorm.records import CONFIG, read_record, run_path
-from onlinenorm.text import first_line
+from onlinenorm.text import first_line, plural
 from onlinenorm.training import loggers
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
@@ -113,7 +113,10 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
         print(*details(config, data, recipe, choice.reasons), sep="\n")
         print(*(f"  {note}\n" for note in notes(network, config, data, recipe)), sep="", end="")
         if position:
-            print(f"  continues from {checkpoint}: epoch {position['epoch'] + 1}, step {position['step']}")
+            place = f"epoch {position['epoch'] + 1}, step {position['step']}"
+            if position["epoch"] >= recipe.epochs:
+                place = f"trained for {plural(recipe.epochs, 'epoch')}, and yet to be validated once more"
+            print(f"  continues from {checkpoint}: {place}")
         sys.stdout.flush()
     shown = {"name": "/".join(path.parts[-3:]), "config": flatten(config), "resumed_step": steps}
     mirrors = build(config, "logger", folder=path, **shown)

@@ -71,7 +71,8 @@ def test_a_run_says_where_it_continues(run, tmp_path, capsys):
     assert "70 training and 21 validation images of 10 classes at 8 px, from memory\n" in out and "continues" not in out
     (tmp_path / "results.json").unlink()
     run(tmp_path)
-    assert f"  continues from {tmp_path}/checkpoints/last.ckpt: epoch 4, step 0\n" in capsys.readouterr().out
+    place = "trained for 3 epochs, and yet to be validated once more"
+    assert f"  continues from {tmp_path}/checkpoints/last.ckpt: {place}\n" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -129,12 +130,45 @@ def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
         ),
         (nn.GroupNorm(1, 4), {"warmup_lr": 0.1}, ["recipe.warmup_lr: without effect, as recipe.warmup_epochs is 0"]),
         (nn.GroupNorm(1, 4), {"warmup_lr": 0.1, "warmup_epochs": 1}, []),
+        (
+            nn.GroupNorm(1, 4),
+            {"warmup_lr": 99, "warmup_epochs": 1},
+            [
+                "recipe.warmup_epochs, recipe.warmup_lr: without effect, as the warm-up would start at 99, above the "
+                "full learning rate 0.1"
+            ],
+        ),
     ],
 )
 def test_settings_without_effect_are_told(layer, changes, said):
     config = {"trainer": {"accumulate_grad_batches": 1}}
     recipe = dataclasses.replace(RECIPE, **changes)
     assert notes(nn.Sequential(layer), config, SimpleNamespace(train_images=64, on_unreadable="raise"), recipe) == said
+
+
+@pytest.mark.parametrize(
+    "guard, changes, said",
+    [
+        ("clamp", {"clamp_value": 3}, []),
+        ("none", {"clamp_value": 5.0}, []),
+        ("none", {"clamp_value": 3}, ["normalizer.clamp_value: without effect, as error_compensation=none"]),
+        (
+            "layer_scaling",
+            {"clamp_value": 3, "layer_scaling_eps": 1e-3},
+            ["normalizer.clamp_value: without effect, as error_compensation=layer_scaling"],
+        ),
+        (
+            "clamp",
+            {"layer_scaling_group_size": 2},
+            ["normalizer.layer_scaling_group_size: without effect, as error_compensation=clamp"],
+        ),
+    ],
+)
+def test_arguments_of_a_layer_without_effect_are_told(guard, changes, said):
+    node = load_config([*TINY, *(f"normalizer.{key}={value}" for key, value in changes.items())])["normalizer"]
+    config = {"trainer": {"accumulate_grad_batches": 1}, "normalizer": node}
+    network = nn.Sequential(OnlineNorm2d(4, error_compensation=guard, **changes))
+    assert notes(network, config, SimpleNamespace(train_images=64, on_unreadable="raise"), RECIPE) == said
 
 
 def test_leaving_out_images_is_of_sets_read_file_by_file(tmp_path):

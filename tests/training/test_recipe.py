@@ -291,6 +291,7 @@ def test_milestones_come_as_plain_values():
             {"clamp_off_epochs": 100},
             "0 epochs of raising and 100 without clamp leave none of 100 with it; use",
         ),
+        ({"clamp_raise_epochs": 1, "epochs": 1}, "1 epoch of raising and 0 without clamp leave none of 1 with it"),
         ({"clamp_raise_epochs": 100}, "100 epochs of raising and 0 without clamp leave none of 100 with it"),
         ({"reestimate_images": -1}, "must be a whole number of at least 0, got -1"),
         ({"removal_every_epoch": 1}, "must be true or false, got 1"),
