@@ -14,7 +14,7 @@ from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report.mixtures import check_one_point, differences
 from onlinenorm.report.removal import ways
-from onlinenorm.report.runs import Runs, frame, milestones
+from onlinenorm.report.runs import Runs, epochs_without_clamp, frame, milestones
 from onlinenorm.report.seeds import over_seeds, tally
 from onlinenorm.report.settings import NOT_SET, ReportSpec
 from onlinenorm.report.swept import CLAMP_KEY, in_order, number, plain_value, swept, value_of
@@ -125,13 +125,14 @@ def _studies(studies: Mapping[str, Runs]) -> pd.DataFrame:
 
 
 def clamp_removals(studies: Mapping[str, Runs]) -> pd.DataFrame:
-    """A row a finished run that had clamps: what changed when they were removed; `loss`, `top1` without minus with.
+    """A row a finished run that had clamps to its end: what changed when they were removed; `loss`, `top1` without
+    minus with.
 
     `weights` tell runs that several studies show.
     """
     rows = []
     for run in _studies(studies).itertuples():
-        if run.finished and (figures := run.results["clamping"]):
+        if run.finished and (figures := run.results["clamping"]) and not epochs_without_clamp(run.config):
             change = {key: _change(figures, f"val_{key}") for key in ("loss", "top1")}
             images = run.results["dataset"]["val_images"]
             told = {"study": run.study, "run": run.name, "images": images, "weights": run.results["parameters_sha256"]}

@@ -16,7 +16,7 @@ from onlinenorm.report import benchmarks, clamp_figures, figures, render
 from onlinenorm.report.ablation import Ablation, build_ablation, clamp_removals
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import pool_runs
-from onlinenorm.report.removal import ANEW, KEPT, REMOVED, joined, removal_epochs
+from onlinenorm.report.removal import ANEW, KEPT, REMOVED, joined, removal_epochs, retrained
 from onlinenorm.report.runs import Runs, find_run_folders, load_runs
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.swept import swept
@@ -188,7 +188,7 @@ def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, s
                 axis, clamped["main"]
             )
         ways = _ways(studies).get(report.scale_label.partition(",")[0], report.ways[:0])
-        several = ways["way"].str.contains("off in|doubled in") & ways["way"].str.contains(ANEW)
+        several = retrained(ways) & ways["way"].str.contains(ANEW)
         ways = _of_clamping(ways[~several])
         if len(ways) > 2:
             panels[f"{name}: ways to take the clamp away"] = lambda axis: clamp_figures.ways_panel(axis, ways, 34)

@@ -11,8 +11,8 @@ from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report import benchmarks, words
 from onlinenorm.report.ablation import Ablation, clamp_removals, courses, of_clamped
-from onlinenorm.report.removal import ANEW, AS_TRAINED, KEPT, OFF_KEY, RAISE_KEY, REMOVED, removal_courses
-from onlinenorm.report.runs import Runs
+from onlinenorm.report.removal import ANEW, AS_TRAINED, KEPT, REMOVED, removal_courses
+from onlinenorm.report.runs import OFF_KEY, RAISE_KEY, Runs, epochs_without_clamp
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.swept import plain_value, swept
@@ -181,7 +181,10 @@ class Findings:
     def association(self) -> dict[str, str]:
         """Spearman's rank correlation over `runs` of the share of predictions that removal changed with the clamped
         `fraction` of activations, and with the `largest` one."""
-        found = clamp_removals(self.runs).drop_duplicates("weights")
+        found = clamp_removals(self.runs)
+        if found.empty:
+            return dict.fromkeys(("fraction", "largest", "runs"), "not run")
+        found = found.drop_duplicates("weights")
         share = (found["changed_predictions"] / found["images"]).astype(float)
         columns = {"fraction": "clamped_fraction", "largest": "max_abs_activation"}
         told = {key: stats.spearmanr(share, found[column].astype(float)).statistic for key, column in columns.items()}
@@ -210,9 +213,11 @@ class Findings:
         if found.empty:
             return dict.fromkeys(("exact", "runs", "share", "points"), "not run")
         share = 100 * found["changed_predictions"] / found["images"]
+        tried = of_clamped(tables)
+        tried = tried[[not epochs_without_clamp(config) for config in tried["config"]]]
         return {
             "exact": str(int((found["changed_predictions"] == 0).sum())),
-            "runs": self._with_mark(f"{len(found)} run{'s' * (len(found) > 1)}", {"tally": tally(of_clamped(tables))}),
+            "runs": self._with_mark(f"{len(found)} run{'s' * (len(found) > 1)}", {"tally": tally(tried)}),
             "share": f"{words.span(share.tolist(), '{:.1f}'.format)} %",
             "points": f"{words.difference(max(found['top1'], key=abs), 'top1')} points",
         }
@@ -221,6 +226,8 @@ class Findings:
         """What `removal` leaves out: accuracy's largest change in each sweep, in points, and the values it came at."""
         sweeps = {name: runs for name, runs in self.runs.items() if name not in self.tables}
         found = clamp_removals(sweeps)
+        if found.empty:
+            return "not run"
         keys = found["run"].map(swept)
         found = found.assign(at=[" ".join(map("=".join, each.items())) for each in keys])
         found = found[[bool(each) and not {OFF_KEY, RAISE_KEY} & set(each) for each in keys]]

@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.runs import frame, load_predictions
+from onlinenorm.report.runs import as_trained, frame, load_predictions
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.statistics import MIN_SEEDS, Difference, one_sample_difference
@@ -47,14 +47,14 @@ class Pairing:
     p_value: float
 
 
-def read_predictions(run: Any, clamp: str = "with") -> pd.DataFrame:
-    """predictions.npz of a finished run; `clamp` is "with" or "without" and matters only to networks that have one.
+def read_predictions(run: Any, clamp: str | None = None) -> pd.DataFrame:
+    """predictions.npz of a finished run: of the network as trained, or "with" or "without" the clamp if it has one.
 
     Raises ReportError for a run that has not finished and for a file that is missing, damaged or incomplete.
     """
     if not run.finished:
         raise ReportError(f"{run.folder}: {run.status}; only finished runs can be compared")
-    return load_predictions(Path(run.folder) / "predictions.npz", clamp)
+    return load_predictions(Path(run.folder) / "predictions.npz", clamp or as_trained(run.config))
 
 
 def check_same_images(run_a: Any, run_b: Any, a: pd.DataFrame, b: pd.DataFrame) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from onlinenorm.records import lookup
-from onlinenorm.report.runs import Runs, frame, milestones
+from onlinenorm.report.runs import OFF_KEY, RAISE_KEY, Runs, as_trained, epochs_without_clamp, frame, milestones
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.statistics import EQUIVALENT, Verdict, summarize
@@ -18,7 +18,6 @@ from onlinenorm.text import plural
 
 AS_TRAINED, KEPT, REMOVED = "as trained", "clamp kept", "clamp removed after training, as published"
 ANEW = "statistics anew"  # how the way is named, before its images
-OFF_KEY, RAISE_KEY = "recipe.clamp_off_epochs", "recipe.clamp_raise_epochs"
 METRICS = {"last_top1": "val_top1", "last_loss": "val_loss"}
 _COLUMNS = (
     "normalizer", "label", "colour", "setting", "way", "seeds", "figures", "summaries", "changed", "gaps", "verdicts",
@@ -42,8 +41,8 @@ def ways(runs: pd.DataFrame, spec: ReportSpec) -> pd.DataFrame:
 
     Nothing of runs that have but one way. `figures` are those of the last epoch by metric and seed, `changed` the mean
     share of predictions that the way changed (None: it was trained so). `gaps` by metric are means of the way minus the
-    network as trained, with its clamp, over the seeds that both have, `verdicts` those on them, within the margins of
-    best figures; None for that network itself, and where it was not run.
+    network as trained, with its clamp (of a way that is `retrained`: another network), over the seeds that both have,
+    `verdicts` those on them, within the margins of best figures; None for that network, and where it was not run.
     """
     spec = spec.with_rows_of(runs)
     runs = with_settings(runs)
@@ -101,22 +100,29 @@ def _ways_of(run: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The ways that a run has figures of, with `val_top1`, `val_loss` and the share of predictions `changed`."""
     results, images = run.results, run.results["dataset"]["val_images"]
     clamping, anew = results.get("clamping"), results.get("reestimated")
-    off, raised = (int(lookup(run.config, key, 0) or 0) for key in (OFF_KEY, RAISE_KEY))
-    doubled = f"clamp doubled in each of the last {plural(raised, 'epoch')}, " if raised else "clamp "
+    off, raised = epochs_without_clamp(run.config), int(lookup(run.config, RAISE_KEY, 0) or 0)
+    each = "each of " * (raised > 1)
     if not clamping:
         way = AS_TRAINED
         yield way, {**results["last"], "changed": None}
     elif off:
-        way = f"{doubled}off in the last {plural(off, 'epoch')}"
-        yield way, {**clamping["without"], "changed": None}
+        doubled = f"doubled in {each}{plural(raised, 'epoch')}, then " if raised else ""
+        way = f"clamp {doubled}off in the last {plural(off, 'epoch')}"
+        yield way, {**clamping[as_trained(run.config)], "changed": None}
     else:
-        kept, way = (f"{doubled}kept", f"{doubled}then removed") if raised else (KEPT, REMOVED)
+        doubled = f"clamp doubled in {each}the last {plural(raised, 'epoch')}"
+        kept, way = (f"{doubled}, kept", f"{doubled}, then removed") if raised else (KEPT, REMOVED)
         yield kept, {**clamping["with"], "changed": None}
         yield way, {**clamping["without"], "changed": clamping["changed_predictions"] / images}
     if anew:
         told = f"{ANEW} ({anew['images']:,} images)"
         way = {AS_TRAINED: told, REMOVED: f"clamp removed, {told}"}.get(way, f"{way}, {told}")
         yield way, {**anew, "changed": anew["changed_predictions"] / images}
+
+
+def retrained(ways: pd.DataFrame) -> pd.Series:
+    """Which rows of `ways` are of networks whose clamp was doubled or off in training: others than those they face."""
+    return ways["way"].str.contains("off in|doubled in").astype(bool)
 
 
 def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:

@@ -15,8 +15,8 @@ from onlinenorm.report import benchmarks, clamp_words, page_words, words
 from onlinenorm.report.ablation import Ablation, clamp_courses, clamp_removals
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import Pairing
-from onlinenorm.report.removal import removal_courses
-from onlinenorm.report.runs import Runs
+from onlinenorm.report.removal import removal_courses, retrained
+from onlinenorm.report.runs import Runs, epochs_without_clamp
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.tables import Report
 
@@ -25,7 +25,7 @@ _ENVIRONMENT = Environment(
     autoescape=select_autoescape(("html.j2",)),
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-_ENVIRONMENT.globals |= {"words": words, "clamp_words": clamp_words, "page_words": page_words}
+_ENVIRONMENT.globals |= {"words": words, "clamp_words": clamp_words, "page_words": page_words, "retrained": retrained}
 
 
 def render(template: str, **names: Any) -> str:
@@ -87,11 +87,14 @@ def render_pooled(pooled: pd.DataFrame, spec: ReportSpec, scale_label: str) -> s
 def render_clamping(studies: Mapping[str, Runs], picture: str | None, ways: bool) -> str:
     """What clamps did as Markdown; `picture` is the file name of the figure, if there is one, `ways`: is ways.png?"""
     courses, epochs, removals = clamp_courses(studies), removal_courses(studies), clamp_removals(studies)
+    finished = [run for study in studies.values() for run in study.runs.itertuples() if run.finished]
+    without = [run for run in finished if run.results["clamping"] and epochs_without_clamp(run.config)]
     return render(
         "clamping.md.j2",
         courses=words.table(clamp_words.CLAMP_COURSES, courses) if len(courses) else "",
         removals=words.table(clamp_words.CLAMP_REMOVALS, removals),
         drawn=len(removals) > 0,
+        without=len(without),
         epochs=words.table(clamp_words.REMOVAL_COURSES, epochs) if len(epochs) else "",
         picture=picture,
         ways=ways,

@@ -18,6 +18,7 @@ from onlinenorm.records import Failure, damaged, lookup, parse_yaml, read_failur
 METRICS = ("best_loss", "best_top1", "last_loss", "last_top1")  # nats; fractions
 REQUIRED_COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1")
 CLAMPING_COLUMNS = ("epoch", "step", "clamped_fraction", "max_abs_activation")
+OFF_KEY, RAISE_KEY = "recipe.clamp_off_epochs", "recipe.clamp_raise_epochs"
 PREDICTIONS = {"with": ("prediction", "with_clamp"), "without": ("prediction", "without_clamp")}
 _NOT_RUN_FOLDERS = {"attempts", "checkpoints", "wandb", "tensorboard", "lightning_logs", "node_modules"}
 
@@ -57,6 +58,20 @@ def milestones(run: Any) -> list[int]:
     """Epochs after which the learning rate drops."""
     step = lookup(run.config, "recipe.schedule", "step") == "step"
     return list(lookup(run.config, "recipe.milestones", None) or []) if step else []
+
+
+def epochs_without_clamp(config: dict[str, Any]) -> int:
+    """How many of its last epochs a network that has clamps was trained without them."""
+    epochs = lookup(config, OFF_KEY)
+    return epochs if isinstance(epochs, int) else 0
+
+
+def as_trained(config: dict[str, Any]) -> str:
+    """The key of PREDICTIONS of the network as trained, whose figures are `last` of results.json.
+
+    "without" where the last epochs had no clamp: what is said "with" it there is of the clamp put back.
+    """
+    return "without" if epochs_without_clamp(config) else "with"
 
 
 def load_runs(root: str | Path, without: Sequence[str] = ()) -> Runs:
@@ -129,7 +144,7 @@ def _read_run(folder: Path, name: str) -> tuple[dict[str, Any], pd.DataFrame]:
     metrics = read_epochs(folder / "metrics.csv") if (folder / "metrics.csv").exists() or results else _no_epochs()
     if results:
         _check_agreement(results, config, metrics, folder)
-        _check_predictions(results, folder)
+        _check_predictions(results, config, folder)
     seed_in_name = re.fullmatch(r"seed(\d+)", folder.name)
     seed = results["seed"] if results else config.get("seed", seed_in_name and int(seed_in_name[1]))
     if not isinstance(seed, int):
@@ -322,7 +337,7 @@ def _contradiction(folder: Path, key: str, said: Any, seen: Any, file: str = "me
     )
 
 
-def counted(results: dict[str, Any], folder: Path) -> pd.DataFrame:
+def counted(results: dict[str, Any], config: dict[str, Any], folder: Path) -> pd.DataFrame:
     """Figures of results.json that predictions.npz tells too, in images: `figure`, `recorded`, `counted` there.
 
     No rows where there is no such file, or one of other images. Raises ReportError where it is damaged.
@@ -330,30 +345,30 @@ def counted(results: dict[str, Any], folder: Path) -> pd.DataFrame:
     columns = ("figure", "recorded", "counted")
     if not (folder / "predictions.npz").is_file():
         return frame([], columns)
-    before = load_predictions(folder / "predictions.npz", "with")
-    known = before["label"] >= 0
-    if len(before) != results["dataset"]["val_images"] or not known.any():
+    sides = {clamp: load_predictions(folder / "predictions.npz", clamp) for clamp in PREDICTIONS}
+    known = sides["with"]["label"] >= 0
+    if len(known) != results["dataset"]["val_images"] or not known.any():
         return frame([], columns)
 
-    def right(key: str, predictions: pd.DataFrame) -> tuple[str, int, int]:
+    def right(key: str, clamp: str) -> tuple[str, int, int]:
+        predictions = sides[clamp]
         found = (predictions["prediction"] == predictions["label"])[known]
         return key, round(lookup(results, key) * int(known.sum())), int(found.sum())
 
-    rows = [right("last.val_top1", before)]
+    rows = [right("last.val_top1", as_trained(config))]
     if clamping := results.get("clamping"):
-        after = load_predictions(folder / "predictions.npz", "without")
-        rows += [right("clamping.with.val_top1", before), right("clamping.without.val_top1", after)]
-        changed = int((before["prediction"] != after["prediction"]).sum())
+        rows += [right(f"clamping.{clamp}.val_top1", clamp) for clamp in sides]
+        changed = int((sides["with"]["prediction"] != sides["without"]["prediction"]).sum())
         rows.append(("clamping.changed_predictions", clamping["changed_predictions"], changed))
     return frame(rows, columns)
 
 
-def _check_predictions(results: dict[str, Any], folder: Path) -> None:
+def _check_predictions(results: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
     """predictions.npz must give the accuracies of results.json, if that names the rule by which both were counted.
 
     Runs from before that counted ties in two ways; what differs there is told in their table.
     """
-    for found in counted(results, folder).itertuples() if results.get("top1_rule") else ():
+    for found in counted(results, config, folder).itertuples() if results.get("top1_rule") else ():
         if found.recorded != found.counted:
             _contradiction(folder, found.figure, found.recorded, found.counted, "predictions.npz")
 

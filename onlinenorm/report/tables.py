@@ -10,7 +10,7 @@ import pandas as pd
 from onlinenorm.records import lookup
 from onlinenorm.report.mixtures import check_one_table
 from onlinenorm.report.removal import ways
-from onlinenorm.report.runs import counted, frame, milestones
+from onlinenorm.report.runs import counted, epochs_without_clamp, frame, milestones
 from onlinenorm.report.seeds import over_seeds
 from onlinenorm.report.settings import ReportSpec, departures, planned_scale
 from onlinenorm.report.statistics import (
@@ -22,6 +22,7 @@ from onlinenorm.report.statistics import (
     rule,
 )
 from onlinenorm.scales import UNKNOWN
+from onlinenorm.text import plural
 
 COMPARED_METRICS = ("best_top1", "best_loss")
 
@@ -31,10 +32,10 @@ class Report:
     """A table over normalizers, as frames; `scale_label` is part of every title.
 
     rows: `normalizer`, `label`, `colour`, `published` (None: nothing was) and the columns of `over_seeds`. comparisons:
-    `first` minus `second` (None: the published value), `metric`, `margin`, `verdict`. removals: of a run with clamps
-    its `figures` as in results.json, of others in `sentence` why there is nothing to tell. ways: as `removal.ways`
-    makes them. recounts: figures of runs recorded before accuracy had one rule, in images, where predictions.npz gives
-    others. `note` is by hand: what the data of the runs do not tell.
+    `first` minus `second` (None: the published value), `metric`, `margin`, `verdict`. removals: of a run that
+    kept its clamps to the end its `figures` as in results.json, of others in `sentence` why nothing was removed. ways:
+    as `removal.ways` makes them. recounts: figures of runs recorded before accuracy had one rule, in images, where
+    predictions.npz gives others. `note` is by hand: what the data of the runs do not tell.
     """
 
     title: str
@@ -118,7 +119,7 @@ def recount(runs: pd.DataFrame) -> pd.DataFrame:
     for run in runs.itertuples():
         if run.finished and not run.results.get("top1_rule"):
             images = run.results["dataset"]["val_images"]
-            found = counted(run.results, Path(run.folder))
+            found = counted(run.results, run.config, Path(run.folder))
             rows += [(run.name, row.figure, row.recorded, row.counted, images) for row in found.itertuples()]
     return frame(rows, ("run", "figure", "recorded", "counted", "images"))
 
@@ -180,6 +181,12 @@ def _removals(rows: pd.DataFrame, runs: pd.DataFrame, spec: ReportSpec) -> pd.Da
         for run in clamped:
             figures, images = run.results["clamping"], run.results["dataset"]["val_images"]
             with_clamp, without = figures["with"]["val_top1"], figures["without"]["val_top1"]
+            if epochs := epochs_without_clamp(run.config):  # nothing was removed
+                outcome = removal_outcome(figures["changed_predictions"], images, without, with_clamp)
+                infinite = "not finite: " * (figures["with"]["val_loss"] is None)
+                told = f"trained without the clamp in the last {plural(epochs, 'epoch')}; with it put back, "
+                found.append((row.normalizer, row.label, run.name, images, None, told + infinite + outcome))
+                continue
             outcome = removal_outcome(figures["changed_predictions"], images, with_clamp, without)
             if figures["without"]["val_loss"] is None:
                 outcome = f"not finite without the clamp: {outcome}"

@@ -94,7 +94,7 @@ def test_remedies_of_training_stand_beside_the_run_that_keeps_its_clamp(tmp_path
     assert off.changed is None and off.gaps["last_top1"] == pytest.approx(-0.032)
     raised = write_clamped(tmp_path / "other", 0, recipe={"clamp_raise_epochs": 2, "clamp_off_epochs": 1})
     names = [row.way for row in ways(load_runs(raised).runs, spec).itertuples()]
-    assert names[0] == "clamp doubled in each of the last 2 epochs, off in the last 1 epoch"
+    assert names[0] == "clamp doubled in each of 2 epochs, then off in the last 1 epoch"
     raised = write_clamped(tmp_path / "third", 0, recipe={"clamp_raise_epochs": 2})
     names = [row.way for row in ways(load_runs(raised).runs, spec).itertuples()]
     assert names[:2] == [f"clamp doubled in each of the last 2 epochs, {end}" for end in ("kept", "then removed")]
