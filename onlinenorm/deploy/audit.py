@@ -12,8 +12,9 @@ from torch import Tensor
 
 from onlinenorm.deploy.images import validation_batches
 from onlinenorm.deploy.source import Trained
-from onlinenorm.errors import DeployError
+from onlinenorm.errors import ArgumentError, DeployError
 from onlinenorm.normalizers import OnlineNorm
+from onlinenorm.normalizers.settings import check_clamp_value
 from onlinenorm.training import ImageClassifier
 from onlinenorm.training.accuracy import predicted
 from onlinenorm.training.clamping import ClampMeter
@@ -80,8 +81,8 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
         limit: validation images, spread evenly; None for all.
         device: to run on.
 
-    Raises DeployError where the network has no clamp, or is not finite without it, a value is not positive, or the
-    dataset is missing.
+    Raises DeployError where the network has no clamp, or is not finite without it, a value is no clamp value, or
+    the dataset is missing.
     """
     layers = {n: m for n, m in trained.network.named_modules() if isinstance(m, OnlineNorm)}
     layers = {name: layer for name, layer in layers.items() if layer.error_compensation == "clamp"}
@@ -93,8 +94,10 @@ def audit(trained: Trained, values: Sequence[float], limit: int | None, device: 
                 "that key has clamps to audit"
             )
         raise DeployError(f"{trained.checkpoint}: the network has no clamps to audit ({why})")
-    if wrong := [value for value in values if not 0 < value < torch.finfo(torch.float32).max]:
-        raise DeployError(f"--values {wrong[0]:g}: a clamp value must be positive and finite in float32")
+    try:
+        values = [check_clamp_value(value) for value in values]
+    except ArgumentError as error:
+        raise DeployError(f"--values: {error}") from error
     clamp_values = {name: layer.clamp_value for name, layer in layers.items()}
     usual = next(iter(clamp_values.values()))
     settings = [Setting(usual, trained=True), Setting(None)]
