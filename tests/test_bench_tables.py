@@ -56,15 +56,6 @@ def test_the_page_of_levers_tells_what_was_predicted_and_what_it_saved(tmp_path)
         "| 256 | fills | 26.82 | 26.65 | 0.18 | 0.24 |" in lines
         and "| 256 | all | 26.82 | 26.90 | -0.07 | none |" in lines
     )
-    assert "## The stem" not in lines
-
-
-def test_the_page_of_levers_takes_what_the_stem_saved_from_the_steps_of_batchnorm():
-    key = {"normalizer": "batch", "compiler": "default", "mode": "compile+graph", "dtype": "bf16", "optimizer": False}
-    stems = [("conv7x7", 36.924), ("space_to_depth", 35.362)]
-    rows = [key | {"batch": 256, "stem": stem, "milliseconds": ms} for stem, ms in stems]
-    others = [rows[0] | {"optimizer": True}, rows[0] | {"normalizer": "online_clamp"}, rows[0] | {"batch": 32}]
-    assert [row[2:] for row in levers_table.stem_rows({"rows": [*rows, *others]})] == [(36.924, 35.362, 0.5)]
 
 
 def test_the_page_of_shortcuts_has_every_tuning_and_none_where_it_was_left_out(tmp_path):

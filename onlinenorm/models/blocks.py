@@ -86,7 +86,9 @@ class ResNet:
     """What the ResNets of both families know of themselves."""
 
     in_torchvision = False  # whether torchvision has the same network, by the same names
-    layers_alone_read_weights = True  # once a pass: captured steps may cast them all together, see training/cuda_graph
+    # whether its own layers alone read their weights, once a pass, so that captured steps may cast all of them together
+    # (training/cuda_graph.py); each class says so of itself
+    layers_alone_read_weights = False
 
     @staticmethod
     def sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:

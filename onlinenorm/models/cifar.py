@@ -44,6 +44,8 @@ class ZeroPadShortcut(nn.Module):
 class CifarResNet(ResNet, nn.Module):
     """A 3x3 stem, three stages of 16, 32 and 64 channels, global average pool; build it with ``cifar_resnet``."""
 
+    layers_alone_read_weights = True
+
     def __init__(self, blocks_per_stage: int, num_classes: int, in_channels: int, shortcut: str):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], kernel_size=3, padding=1, bias=False)

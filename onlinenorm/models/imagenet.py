@@ -34,6 +34,7 @@ class ImageNetResNet(ResNet, torchvision_resnet.ResNet):
     """torchvision's ResNet with each norm site as one call; build it with ``resnet`` or ``resnet50``."""
 
     in_torchvision = True
+    layers_alone_read_weights = True
     fuse_max_pool = True
 
     def _forward_impl(self, x: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def resnet(
         zero_init_last_gamma: start the last gamma of each residual branch at 0 (Goyal et al. 2017).
         stem: how the first convolution is computed: "conv7x7" as it is, "space_to_depth" as a 4x4 convolution on 2x2
             blocks, "space_to_depth_2x4" as a 4x3 one on 2x4 blocks, the same values up to the order of sums; "auto"
-            which of the former two is faster (see ``StemConv2d``).
+            which is fastest (see ``StemConv2d``).
         fuse_max_pool: in a compiled network, run the first norm, its ReLU and the max-pool in one kernel each way where
             the normalizer has one (OnlineNorm on Hopper GPUs in 16 bits).
         fuse_shortcut: in a compiled network, run the last norm of a residual block, the norm of its shortcut, their sum

@@ -51,7 +51,7 @@ class StemConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2 or not self._rearranges(x):
             return super().forward(x)
-        columns = 4 if x.shape[3] % 4 == 0 and self._pairs_columns(x) else 2
+        columns = 4 if self._pairs_columns(x) and x.shape[3] % 4 == 0 else 2
         channels = -(-2 * columns * self.in_channels // CHANNELS) * CHANNELS
         # Output i reads pixels 2i - 3 to 2i + 3: with a zero before the kernel's first tap, blocks i - 2 to i + 1. Of
         # four columns block i makes outputs 2i and 2i + 1, which read pixels from 4i - 3 and from 4i - 1: with one zero
@@ -63,7 +63,7 @@ class StemConv2d(nn.Conv2d):
             return F.conv2d(images, space_to_depth(F.pad(self.weight, (1, 0, 1, 0)), channels))
         kernels = torch.cat([F.pad(self.weight, (1, 4, 1, 0)), F.pad(self.weight, (3, 2, 1, 0))])
         pairs = F.conv2d(images, space_to_depth(kernels, channels, columns), padding=(0, 1)).permute(0, 2, 3, 1)
-        return pairs.reshape(*pairs.shape[:2], -1, self.out_channels).permute(0, 3, 1, 2)
+        return pairs.reshape(*pairs.shape[:2], 2 * pairs.shape[2], self.out_channels).permute(0, 3, 1, 2)
 
     def _rearranges(self, x: Tensor) -> bool:
         if self.stem != "auto":

@@ -15,11 +15,13 @@ IMAGENET_IMAGES, EPOCHS = 1_281_167, 100
 def steps(results: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of the networks that train.py builds, `trained` those that it runs on a GPU.
 
-    It has torch.compile by its defaults and the first convolution too: rows of BatchNorm with other compilers and stems
-    are its best as a rival.
+    It has torch.compile by its defaults and the first convolution too, which OnlineNorm's rows have: rows of BatchNorm
+    with other compilers and stems are its best as a rival.
     """
     frame = _measured(results)
-    return frame[(frame["compiler"].isna() | (frame["compiler"] == "default")) & (frame["stem"] != "conv7x7")]
+    own = frame.loc[frame["normalizer"] != "batch", "stem"]
+    stems = frame["stem"].isin(own) if len(own) else frame["stem"] != "conv7x7"
+    return frame[(frame["compiler"].isna() | (frame["compiler"] == "default")) & stems]
 
 
 def _measured(results: Mapping[str, Any]) -> pd.DataFrame:

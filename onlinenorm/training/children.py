@@ -39,7 +39,8 @@ class WatchingLauncher(_SubprocessScriptLauncher):
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
-        self.first = int(os.environ.get(FIRST, 0))
+        # in a venv of Windows a process's parent is the launcher of its Python, whose PID says nothing
+        self.first = 0 if sys.platform == "win32" else int(os.environ.get(FIRST, 0))
 
     def launch(self, function: Callable, *args: Any, trainer=None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)

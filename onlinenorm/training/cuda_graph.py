@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
+from onlinenorm.errors import RunError
+
+SAYS_SO = "layers_alone_read_weights"
 _WARM_UPS = 3  # compilation, choice of algorithms and workspaces belong before the capture
 _graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -44,7 +47,8 @@ def capture(
     if find_spec("triton"):  # which comes with the package of the kernels; not on every platform
         from onlinenorm.ops.fused.memset_nodes import as_kernels
 
-        as_kernels(graph)
+        with torch.cuda.device(stream.device):
+            as_kernels(graph)
     graph.instantiate()
     return graph, result
 
@@ -82,14 +86,16 @@ def like(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tens
 
 
 def averaged(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Means of the gradients over all processes as `like` the parameters, which are dense; a collective a dtype."""
+    """Means of the gradients over all processes as `like` the parameters; a collective a dtype."""
     means = list(gradients)
     for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
         places = [place for place, parameter in enumerate(parameters) if parameter.dtype == dtype]
         own = [parameters[place] for place in places]
         sizes = [parameter.numel() for parameter in own]
         flat = torch.empty(sum(sizes), dtype=dtype, device=own[0].device)
-        parts = [part.as_strided(p.shape, p.stride()) for part, p in zip(flat.split(sizes), own, strict=True)]
+        strides = (torch.empty_like(parameter).stride() for parameter in own)  # its own where it is dense
+        pairs = zip(flat.split(sizes), own, strides, strict=True)
+        parts = [part.as_strided(parameter.shape, stride) for part, parameter, stride in pairs]
         torch._foreach_copy_(parts, [gradients[place] for place in places])  # a few kernels for all
         dist.all_reduce(flat, dist.ReduceOp.AVG)
         for place, part in zip(places, parts, strict=True):
@@ -99,16 +105,17 @@ def averaged(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[
 
 def weights_cast_by_layers(module: nn.Module) -> set[str]:
     """Names of the parameters that autocast casts once a pass each: weights and biases of the convolutions and linear
-    layers of networks that say so (`layers_alone_read_weights`); not those that several layers share."""
+    layers of networks that say so (`layers_alone_read_weights`, of their own class: a subclass may read them); not
+    those that several layers share, or that a hook makes."""
     owners = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
     return {
         f"{layer_name}.{name}".lstrip(".")
         for network_name, network in module.named_modules()
-        if getattr(network, "layers_alone_read_weights", False)
+        if vars(network).get(SAYS_SO, vars(type(network)).get(SAYS_SO, False))
         for layer_name, layer in network.named_modules(prefix=network_name)
-        if type(layer) in (nn.Conv2d, nn.Linear)
+        if type(layer) in (nn.Conv2d, nn.Linear) and not layer._forward_pre_hooks
         for name, parameter in layer.named_parameters(recurse=False)
-        if owners[id(parameter)] == 1
+        if name in ("weight", "bias") and owners[id(parameter)] == 1
     }
 
 
@@ -219,6 +226,12 @@ class GraphedStep:
             with undone((*self.module.buffers(), *self.state)):
                 self._capture(images, labels)
             self._kind = kind_of(images, labels)
+        if any(parameter.requires_grad != trained for parameter, trained in self._all):
+            raise RunError(
+                "a parameter was frozen or unfrozen after the training step had been captured as a CUDA graph, which "
+                "goes on training those of that time; do it before the first step, or train without a graph "
+                "(trainer.cuda_graph=false)"
+            )
         self._replayed = kind_of(images, labels) == self._kind
         if not self._replayed:
             return self.step(self.module, images, labels)
@@ -229,10 +242,11 @@ class GraphedStep:
     def _capture(self, images: Tensor, labels: Tensor) -> None:
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._parameters = tuple(trained.values())
+        self._all = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
         # Stand-ins that share memory: autograd ties a parameter it has met to the stream of the capture.
         stand_ins: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in trained.items()}
         kind = images.device.type
-        cast = CastWeights(self.module, trained, kind)
+        self._cast = cast = CastWeights(self.module, trained, kind)  # kept: graphs write and read its copies
         stand_ins |= cast.copies
         self.images, self.labels = images.detach().clone(), labels.clone()
 

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 
 from onlinenorm.data import ImageDataModule
 from onlinenorm.data.datasets import FolderDataset, InMemoryDataset
@@ -254,6 +255,11 @@ def _against_compiling(config: dict[str, Any], data: ImageDataModule) -> str:
 def _against_capturing(config: dict[str, Any], data: ImageDataModule) -> str:
     if reason := _against_both(config):
         return reason
+    if (machines := config["trainer"]["num_nodes"]) > 1:
+        return f"{machines} machines, on which it has not been tried"
+    backend = os.environ.get("PL_TORCH_DISTRIBUTED_BACKEND", "nccl")  # which Lightning asks for
+    if config["trainer"]["devices"] > 1 and not (dist.is_nccl_available() and backend == "nccl"):
+        return "several processes without NCCL, whose collectives alone can be captured"
     steps = config["recipe"]["epochs"] * (data.train_images // config["recipe"]["batch_size"])
     return f"{steps:,} steps would not pay for it" if steps < WORTH_CAPTURING else ""
 

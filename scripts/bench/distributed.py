@@ -38,8 +38,10 @@ from scripts._venv import run_main
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from onlinenorm.text import first_line
+from onlinenorm.training.cuda_graph import CastWeights
 from scripts.bench import common
 from scripts.bench.distributed_exactness import (
     ALONE,
@@ -131,10 +133,14 @@ def warm(args, name: str, processes: int, gpu: int, batch: int) -> None:
         peers.patience = lambda *_: 1.0
         if "peers" in name:
             nvrtc.Kernel.launch = lambda *_: None  # type: ignore[method-assign]  # of this process, which does nothing else
-    network = torch.compile(build(name, args.model, device), dynamic=False)
+    network = build(name, args.model, device)
+    network.compile(dynamic=False)
     images, labels = data(batch, args, device)
     with torch.autocast("cuda", DTYPES[args.dtype], enabled=args.dtype != "fp32", cache_enabled=False):
-        F.cross_entropy(network(images), labels).backward()
+        weights: dict[str, torch.Tensor] = dict(network.named_parameters())
+        if any("+" in mode for mode in args.mode or MODES):  # captured, with weights that are cast before
+            weights |= CastWeights(network, weights, "cuda").copies
+        F.cross_entropy(functional_call(network, weights, (images,)), labels).backward()
     torch.cuda.synchronize()
 
 

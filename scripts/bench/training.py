@@ -13,8 +13,8 @@ them; a row's time is the median over rounds of medians, its spread the range fr
 the steps of all rounds over the median. Rounds after the first take the fastest rows first. Rows of PyTorch's own
 backend, minutes to compile, come after all others, in rounds of their own.
 The step is forward + backward of the classification loss under autocast, and SGD where the row says so. Rows of one
-model share it, compiled once, and share its convolutions' tuning with those of other normalizers. The correctness gate
-runs first. Networks that ``--seconds`` leaves no time to build are listed as not run; rounds begun go to their end.
+model share it, and its convolutions' tuning with those of other normalizers. The correctness gate runs first. Networks
+that ``--seconds`` leaves no time to build are listed as not run; rounds begun go to their end.
 """
 
 import argparse
@@ -108,9 +108,10 @@ class Network:
         if optimizer:
             self.sgd.step()
 
-    def held(self) -> int:
-        """Bytes of weights and of the optimizer's state, where it has any by now."""
-        tensors = [*self.model.parameters(), *(self.cast.copies.values() if self.casts_at_once else ())]
+    def held(self, captured: bool) -> int:
+        """Bytes of weights, of a captured step's copies, and of the optimizer's state, where it has any by now."""
+        copies = self.cast.copies.values() if captured and self.casts_at_once else ()
+        tensors = [*self.model.parameters(), *copies]
         tensors += [value for state in self.sgd.state.values() for value in state.values() if torch.is_tensor(value)]
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -139,7 +140,7 @@ class Row:
         run = common.captured(step) if captured else step
         self.rounds.append(common.timed(run, network.device, repeats + 2)[2:])
         if cuda:
-            self.peak = max(self.peak, (torch.cuda.max_memory_allocated() - before + network.held()) / 2**30)
+            self.peak = max(self.peak, (torch.cuda.max_memory_allocated() - before + network.held(captured)) / 2**30)
         del run
         network.sgd.zero_grad(set_to_none=True)
         network.sgd.state.clear()

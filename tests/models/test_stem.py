@@ -43,6 +43,22 @@ def test_pairs_of_columns_are_where_they_belong_without_a_copy():
     assert y._is_view() and y.shape == (2, 8, 4, 6) and y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("stem", BLOCKS)
+def test_no_images_make_no_outputs(stem):
+    as_it_is, rearranged = pair(3, stem=stem)
+    x = torch.empty(0, 3, 8, 12, dtype=torch.float64)
+    assert rearranged(x).shape == as_it_is(x).shape == (0, 8, 4, 6)
+
+
+def test_widths_that_are_even_need_not_be_multiples_of_four():
+    side = 2 * torch.export.Dim("half", min=2, max=64)
+    x = torch.randn(1, 3, 12, 12, dtype=torch.float64)
+    _, rearranged = pair(3)
+    exported = torch.export.export(rearranged, (x,), dynamic_shapes=({2: side, 3: side},)).module()
+    x = torch.randn(1, 3, 14, 14, dtype=torch.float64)
+    torch.testing.assert_close(exported(x), rearranged(x))
+
+
 @pytest.mark.parametrize("size", [(7, 8), (8, 7), (1, 1)])
 @pytest.mark.parametrize("stem", BLOCKS)
 def test_odd_images_are_convolved_as_they_are(size, stem):

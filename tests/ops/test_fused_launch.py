@@ -371,6 +371,7 @@ def test_a_kernel_begins_when_all_can_run_at_once_or_ahead_of_the_end_of_the_one
         return 0
 
     driver = SimpleNamespace(cuModuleLoadData=lambda *_: 0, cuModuleGetFunction=lambda *_: 0, cuLaunchKernelEx=launch)
+    driver.cuGraphAddDependencies_v2 = None  # as of CUDA 12.3
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
     monkeypatch.setattr(nvrtc.Kernel, "starts_early", True)
     params = single_read.Params(samples=7)

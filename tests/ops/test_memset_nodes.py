@@ -64,6 +64,8 @@ class Graph:
 
 
 def test_drivers_that_are_too_old_keep_their_memsets(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(memset_nodes, "_architecture", lambda device: "sm_90")
     monkeypatch.setattr(nvrtc, "_driver", lambda: SimpleNamespace(cuGraphGetNodes=None))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert memset_nodes.as_kernels(SimpleNamespace(raw_cuda_graph=pytest.fail)) == 0
@@ -92,6 +94,20 @@ def test_small_memsets_become_kernels_between_the_same_neighbours(monkeypatch):
     assert graph.nodes == {1: KERNEL, 3: KERNEL, 4: KERNEL, 5: MEMSET, 6: MEMSET, 8: KERNEL, 9: KERNEL}
     assert graph.edges == {(1, 8), (4, 8), (8, 3), (8, 5), (5, 6)}
     assert graph.added == {8: (77, [2**40, 1, 0, 4]), 9: (77, [7, 9, 255, 1])}
+
+
+def test_where_the_driver_refuses_memsets_stay(monkeypatch):
+    """As it does for nodes of a graph that allocates memory."""
+    graph = Graph({1: MEMSET}, set(), {1: {"value": 0, "element_size": 4, "width": 1, "height": 1, "to": 8}})
+    graph.cuGraphDestroyNode = lambda node: 801
+    graph.cuGetErrorString = lambda status, text: 0
+    monkeypatch.setattr(nvrtc, "_driver", lambda: graph)
+    monkeypatch.setattr(memset_nodes, "_fill", lambda device: SimpleNamespace(function=77))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(memset_nodes, "_architecture", lambda device: "sm_90")
+    assert memset_nodes.as_kernels(SimpleNamespace(raw_cuda_graph=lambda: 123)) == 0
+    assert graph.nodes == {1: MEMSET, 2: KERNEL}  # both set the same bytes
 
 
 def test_the_kernel_compiles_without_a_gpu():

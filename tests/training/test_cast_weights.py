@@ -1,6 +1,8 @@
 """Weights that a captured step casts together: which they are, and that every one gets what autocast would give it."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from onlinenorm import models
+from onlinenorm.errors import RunError
 from onlinenorm.models.stem import StemConv2d
 from onlinenorm.normalizers import OnlineNorm2d
+from onlinenorm.training import cuda_graph
 from onlinenorm.training.cuda_graph import CastWeights, GraphedStep, like, weights_cast_by_layers
 
 NETWORKS = {
@@ -50,6 +54,7 @@ def test_networks_that_say_so_have_layers_that_read_their_weights_alone_and_once
         assert function in (torch.conv2d, nn.functional.linear), each
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of weight_norm, which has a successor and is still used
 def test_others_are_left_to_autocast():
     network = models.resnet18(OnlineNorm2d, num_classes=5)
     names = weights_cast_by_layers(network)
@@ -59,7 +64,14 @@ def test_others_are_left_to_autocast():
     nn.utils.parametrizations.weight_norm(network.layer2[0].conv1)
     gone = {"layer1.0.conv1.weight", "layer1.1.conv1.weight", "layer2.0.conv1.weight"}
     assert names - weights_cast_by_layers(network) == gone and weights_cast_by_layers(network) < names
+    for hook in (nn.utils.weight_norm, nn.utils.spectral_norm):  # which leave the layer's type
+        hook(network.layer3[0].conv1)
+        assert not any(name.startswith("layer3.0.conv1") for name in weights_cast_by_layers(network))
+        network.layer3[0].conv1 = nn.Conv2d(3, 3, 1)
     assert not weights_cast_by_layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4)))  # which says nothing
+    inherits = type("Own", (type(network),), {})
+    network.__class__ = inherits  # whose forward may be another
+    assert not weights_cast_by_layers(network)
     part = nn.Sequential(models.cifar_resnet8(OnlineNorm2d), nn.Linear(10, 4))
     assert {name.partition(".")[0] for name in weights_cast_by_layers(part)} == {"0"}
 
@@ -78,6 +90,50 @@ def test_copies_follow_the_weights_where_autocast_is_on():
     cast.refresh()
     for name, value in cast.copies.items():
         assert value.stride() == parameters[name].stride() and torch.equal(value, parameters[name].bfloat16()), name
+
+
+class Graph:
+    """As a CUDA graph it keeps nothing of Python's alive."""
+
+    def pool(self):
+        return None
+
+    def replay(self):
+        pass
+
+
+def test_what_graphs_read_and_write_lives_as_long_as_they_do(monkeypatch):
+    made, original = [], CastWeights.__init__
+
+    def initialise(self, *arguments):
+        original(self, *arguments)
+        made.extend(map(weakref.ref, self.copies.values()))
+
+    monkeypatch.setattr(CastWeights, "__init__", initialise)
+    monkeypatch.setattr(cuda_graph, "warm_up", lambda function, device: [function() for _ in range(2)])
+    monkeypatch.setattr(cuda_graph, "capture", lambda function, stream, pool=None: (Graph(), function()))
+    network = models.cifar_resnet8(OnlineNorm2d)
+    step = GraphedStep(network, loss_of, (), torch.optim.SGD(network.parameters(), 0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        step(torch.randn(4, 3, 8, 8), torch.arange(4))
+    gc.collect()
+    assert len(made) > 8 and all(copy() is not None for copy in made)
+    del step
+    gc.collect()
+    assert all(copy() is None for copy in made)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_parameters_frozen_or_unfrozen_after_the_capture_are_told(monkeypatch, before):
+    stand_in(monkeypatch)
+    network = models.cifar_resnet8(OnlineNorm2d)
+    network.conv1.weight.requires_grad_(before)
+    step = GraphedStep(network, loss_of, (), torch.optim.SGD(network.parameters(), 0.1))
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    step.backward(step(images, labels))
+    network.conv1.weight.requires_grad_(not before)
+    with pytest.raises(RunError, match=r"frozen or unfrozen after .*trainer\.cuda_graph=false"):
+        step(images, labels)
 
 
 def test_gradients_are_laid_out_like_their_parameters():

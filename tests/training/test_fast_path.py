@@ -88,13 +88,20 @@ def test_all_is_on_where_a_run_is_long_for_each_of_several_processes(gpu):
         (["normalizer.backend=torch"], {}, ["model.compile"], "takes minutes to compile"),
         (["normalizer.backend=reference"], {}, ["model.compile", "trainer.cuda_graph"], "a loop over samples"),
         ([], {"devices": 2}, ["model.compile"], "1,280,000 images of 224 px a process would not pay for it"),
-        (["recipe.epochs=160000"], {"devices": 2, "num_nodes": 2}, ["model.compile"], "2 machines, of which one may"),
+        (["recipe.epochs=160000"], {"devices": 2, "num_nodes": 2}, list(FAST)[:2], "2 machines, "),
     ],
 )
 def test_where_it_does_not_pay_or_was_never_seen_to_be_right_it_is_off(gpu, overrides, trainer, off, reason):
     values, choice = chosen(*overrides, **trainer)
     assert values == FAST | dict.fromkeys(off, False)
     assert list(choice.reasons) == off and all(reason in text for text in choice.reasons.values())
+
+
+def test_collectives_of_other_libraries_are_not_captured(gpu, monkeypatch):
+    monkeypatch.setenv("PL_TORCH_DISTRIBUTED_BACKEND", "gloo")
+    values, choice = chosen("recipe.epochs=80000", devices=2)
+    assert values == FAST | {"trainer.cuda_graph": False}
+    assert "without NCCL" in choice.reasons["trainer.cuda_graph"]
 
 
 def test_code_of_ones_own_is_neither_compiled_nor_captured(gpu):

@@ -7,11 +7,15 @@ takes less than two.
 
 import ctypes
 import functools
+import logging
 
 import torch
 
 from onlinenorm.ops.fused.cubin_cache import cubin
 from onlinenorm.ops.fused.nvrtc import Kernel, architecture, call_driver, driver_has
+from onlinenorm.text import first_line
+
+logger = logging.getLogger(__name__)
 
 MEMSET = 2  # CU_GRAPH_NODE_TYPE_MEMSET
 MOST_BYTES = 4096  # larger ones are left to the driver
@@ -54,7 +58,8 @@ class _KernelNode(ctypes.Structure):
 def as_kernels(graph: torch.cuda.CUDAGraph) -> int:
     """Put a kernel in place of each small memset of a graph; returns how many.
 
-    Where the driver is older than CUDA 12.3, or NVRTC does not know the device, memsets stay as they are.
+    Where the driver is older than CUDA 12.3, NVRTC does not know the device, or either refuses (a node of a graph that
+    allocates memory cannot be taken out), memsets stay as they are.
 
     Args:
         graph: captured on the current device with ``keep_graph=True``, and not instantiated yet.
@@ -62,7 +67,11 @@ def as_kernels(graph: torch.cuda.CUDAGraph) -> int:
     device = torch.cuda.current_device()
     if torch.version.cuda is None or not driver_has("cuGraphAddDependencies_v2") or _architecture(device) is None:
         return 0
-    return _replace_all(graph.raw_cuda_graph(), device)
+    try:
+        return _replace_all(graph.raw_cuda_graph(), device)
+    except RuntimeError as error:
+        logger.info("memsets stay in a captured graph: %s", first_line(error))
+        return 0
 
 
 def _replace_all(graph: int, device: int) -> int:

@@ -163,6 +163,7 @@ class Kernel:
         self._module, self._function, self._shared_memory = ctypes.c_void_p(), ctypes.c_void_p(), 0
         call_driver("cuModuleLoadData", ctypes.byref(self._module), code)
         call_driver("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
+        self._early = driver_has("cuGraphAddDependencies_v2")  # CUDA 12.3: graphs can hold such launches
 
     @property
     def function(self) -> int:
@@ -191,7 +192,8 @@ class Kernel:
         With ``cooperative`` no CTA begins before all can run at once; the driver refuses more CTAs than that. Otherwise
         CTAs may begin before the kernel in front of this one has ended, and must wait for it (griddepcontrol.wait).
         """
-        attribute = _Attribute(COOPERATIVE if cooperative else PROGRAMMATIC, value=cooperative or self.starts_early)
+        early = self.starts_early and self._early
+        attribute = _Attribute(COOPERATIVE if cooperative else PROGRAMMATIC, value=cooperative or early)
         config = _Config((ctas, 1, 1, threads, 1, 1, shared_memory), stream, ctypes.pointer(attribute), 1)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         call_driver("cuLaunchKernelEx", ctypes.byref(config), self._function, arguments, None)
