@@ -23,6 +23,7 @@ from onlinenorm.records import CONFIG, FAILURE_TEXT, lookup, read_failure, read_
 from onlinenorm.text import duration
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.config_check import AUTO, AUTO_KEYS
+from onlinenorm.training.opening import OF_GUARD
 from onlinenorm.training.probe import probe_settings
 from onlinenorm.training.run_folder import RunFolder
 
@@ -32,11 +33,6 @@ UNDONE = ("failed", "stopped", "missing")
 LINES_KEPT = 30
 LOOK_SECONDS = 0.1  # between looks at what a run has printed
 _DECODER = "data.decoder"
-_GUARDED = {  # key of OnlineNorm -> the error_compensation without which it has no effect
-    "normalizer.clamp_value": "clamp",
-    "normalizer.layer_scaling_eps": "layer_scaling",
-    "normalizer.layer_scaling_group_size": "layer_scaling",
-}
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ def plan_row(
 def _settings(config: dict[str, Any]) -> frozenset[tuple[str, Any]]:
     """What of a configuration two runs that train alike have in common, by values: 5 is 5.0."""
     guard = lookup(config, "normalizer.error_compensation")
-    idle = {key for key, needed in _GUARDED.items() if guard is not None and guard != needed}
+    idle = {f"normalizer.{key}" for key, needed in OF_GUARD.items() if guard is not None and guard != needed}
     return frozenset(
         (key, value if isinstance(value, (int, float)) and not isinstance(value, bool) else repr(value))
         for key, value in flatten(config).items()

@@ -10,7 +10,7 @@ from onlinenorm.records import lookup, run_path
 from onlinenorm.text import plural
 from onlinenorm.training.launch import is_rank_zero
 
-# what keeps an OnlineNorm layer's error small, and so which of its arguments count
+# argument of an OnlineNorm layer -> the error_compensation without which it has no effect
 OF_GUARD = {"clamp_value": "clamp", "layer_scaling_eps": "layer_scaling", "layer_scaling_group_size": "layer_scaling"}
 
 
