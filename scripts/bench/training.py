@@ -76,10 +76,10 @@ class Network:
         shape = (batch, 3, args.size, args.size)
         self.x = torch.randn(shape, device=self.device).to(memory_format=torch.channels_last)
         self.target = torch.arange(batch, device=self.device) % 1000
-        parameters = dict(self.model.named_parameters())
-        self.sgd = torch.optim.SGD(parameters.values(), 1e-4, 0.9, foreach=True)
+        self.parameters = dict(self.model.named_parameters())
+        self.sgd = torch.optim.SGD(self.parameters.values(), 1e-4, 0.9, foreach=True)
         with self._autocast():
-            self.cast = CastWeights(self.model, parameters, self.device.type)
+            self.cast = CastWeights(self.model, self.parameters, self.device.type)
         self.casts_at_once = stem != "conv7x7"  # which stands for everybody's network and step
 
     def _autocast(self) -> torch.autocast:
@@ -91,16 +91,15 @@ class Network:
         """A step; one that is captured casts all weights together, as training/cuda_graph.py does."""
         self.sgd.zero_grad(set_to_none=True)
         together = captured and self.casts_at_once
-        parameters = dict(self.model.named_parameters())
         if together:
             self.cast.refresh()
-            given = parameters | self.cast.copies
+            given = self.parameters | self.cast.copies
         with self._autocast():
             logits = functional_call(self.model, given, (self.x,)) if together else self.model(self.x)
             loss = F.cross_entropy(logits, self.target)
         loss = loss * FP16_LOSS_SCALE if self.dtype is torch.float16 else loss
         if together:
-            own, gradients = list(parameters.values()), torch.autograd.grad(loss, list(given.values()))
+            own, gradients = list(self.parameters.values()), torch.autograd.grad(loss, list(given.values()))
             for parameter, gradient in zip(own, like(own, gradients), strict=True):
                 parameter.grad = gradient
         else:
@@ -111,7 +110,7 @@ class Network:
     def held(self, captured: bool) -> int:
         """Bytes of weights, of a captured step's copies, and of the optimizer's state, where it has any by now."""
         copies = self.cast.copies.values() if captured and self.casts_at_once else ()
-        tensors = [*self.model.parameters(), *copies]
+        tensors = [*self.parameters.values(), *copies]
         tensors += [value for state in self.sgd.state.values() for value in state.values() if torch.is_tensor(value)]
         return sum(tensor.nbytes for tensor in tensors)
 
