@@ -38,7 +38,8 @@ SOURCES = Path(__file__).parent / "cuda"
 @functools.cache
 def source_of(direction: str) -> str:
     """The CUDA source of the forward or the backward kernel."""
-    names = ("common", "sums", "max_pool", *(("backward_stage",) if direction == "backward" else ()), direction)
+    parts = ("backward_stage", "backward_reduce") if direction == "backward" else ()
+    names = ("common", "sums", "max_pool", *parts, direction)
     return "\n".join((SOURCES / f"{name}.cu").read_text() for name in names)
 
 
