@@ -48,6 +48,7 @@ class ImageClassifier(pl.LightningModule):
         self.bad_batch = torch.tensor(-1)  # the first of them, from 1, whose loss was not finite
         self._resumed_step = 0
         self.graph: GraphedStep | None = None  # set where training replays CUDA graphs
+        self._of_raw: Callable[[Tensor], Tensor] | None = None  # where their batches stay uint8
         self.graphed_evaluation: GraphedEvaluation | None = None  # of validation between its epochs
         self.clamps = ClampSchedule(network, recipe)
         self.clamp_meter: ClampMeter | None = None  # of the last validation
@@ -58,6 +59,8 @@ class ImageClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images, or the logarithm of mean probabilities where images come in crops."""
+        if images.dtype is torch.uint8 and self._of_raw is not None:
+            return self._of_raw(images)
         images = images.to(self.dtype)  # float64 under 64-true
         if images.dim() == 4:
             return self.network(images.contiguous(memory_format=self.memory_format))
@@ -84,7 +87,8 @@ class ImageClassifier(pl.LightningModule):
         self._resumed_step = self.global_step
 
     def on_fit_end(self) -> None:
-        self.graph = self.graphed_evaluation = None  # Lightning moves the parameters now, and memory is needed
+        # Lightning moves the parameters now, and memory is needed
+        self.graph = self.graphed_evaluation = self._of_raw = None
 
     def on_train_epoch_start(self) -> None:  # not called where a run continues within an epoch
         self.train_sums.zero_()
@@ -118,23 +122,26 @@ class ImageClassifier(pl.LightningModule):
         trainer = self.trainer
         data = trainer.datamodule  # type: ignore[attr-defined]  # set where there is one
         # a quarter of the bytes goes to the graph, which makes the network's input itself; colours are another input
-        raw = data.augmentation != "scale_jitter"
-        if raw:
+        if data.augmentation != "scale_jitter":
             data.raw_training = True
-
-        def step(forward, images: Tensor, labels: Tensor) -> Tensor:
-            if raw:
-                with torch.autocast(images.device.type, enabled=False):
-                    images = data.network_input(images)
-            return self.training_loss(forward, images, labels)
-
+            self._of_raw = self._raw_network(data.network_input)
         accumulates = trainer.accumulate_grad_batches > 1
         between = getattr(trainer.precision_plugin, "scaler", None) is not None or trainer.gradient_clip_val is not None
         optimizer = None if accumulates or between else trainer.optimizers[0]
         state = self.train_sums, self.batches, self.bad_batch
         self.graphed_evaluation = None
         averages = optimizer is not None and trainer.world_size > 1
-        self.graph = GraphedStep(self, step, state, optimizer, accumulates, averages)
+        self.graph = GraphedStep(self, self.training_loss, state, optimizer, accumulates, averages)
+
+    def _raw_network(self, network_input: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Logits of uint8 images; compiled where the network is, whose first kernel then reads these."""
+
+        def logits_of(images: Tensor) -> Tensor:
+            with torch.autocast(images.device.type, enabled=False):
+                x = network_input(images).to(self.dtype)
+            return self.network(x.contiguous(memory_format=self.memory_format))
+
+        return logits_of if self.network._compiled_call_impl is None else torch.compile(logits_of)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.graph is None or self.graph.optimizer is None:

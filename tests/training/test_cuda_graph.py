@@ -1,5 +1,6 @@
 """Training as captured graphs: refused without a GPU, and the same run with one."""
 
+import copy
 import subprocess
 import sys
 from functools import partial
@@ -10,11 +11,13 @@ from captured_runs import loss_of, stand_in, train
 from tests_training import outcome
 
 from onlinenorm import models
+from onlinenorm.data.network_input import NetworkInput
 from onlinenorm.errors import ConfigError
 from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d
 from onlinenorm.training.cuda_graph import GraphedStep
 from onlinenorm.training.module import ImageClassifier
 from onlinenorm.training.precision import ScaledHalf
+from onlinenorm.training.recipe import Recipe
 
 
 def test_without_a_gpu_it_is_refused(run, tmp_path):
@@ -107,6 +110,29 @@ def test_a_batch_of_another_shape_runs_as_it_is(on_the_cpu):
             optimizer.zero_grad()
         found.append([loss, *network.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_compiled_network_and_what_makes_its_input_are_one_graph(monkeypatch):
+    """Whose first kernel then reads uint8; as where the network is not compiled, with and without autocast."""
+    torch.manual_seed(0)
+    network = models.resnet18(OnlineNorm2d, num_classes=5).train()
+    module, plain = (ImageClassifier(copy.deepcopy(network), Recipe(epochs=1, batch_size=4)) for _ in range(2))
+    network_input = NetworkInput((0.5, 0.4, 0.3), (0.2, 0.2, 0.25), 32, 3)
+    graphs, compile_network = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append([each.dtype for each in inputs if each.dim() == 4])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_network(function, backend=backend))
+    module.network.compile(backend=backend)
+    for each in (module, plain):
+        each._of_raw = each._raw_network(network_input)
+    for bits in (32, 16):
+        images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bits == 16):
+            assert torch.equal(module(images), plain(images))
+    assert [dtypes.count(torch.uint8) for dtypes in graphs] == [1, 1] and graphs[0][0] is torch.uint8
 
 
 ENDING = """
