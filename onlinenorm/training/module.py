@@ -49,6 +49,7 @@ class ImageClassifier(pl.LightningModule):
         self._resumed_step = 0
         self.graph: GraphedStep | None = None  # set where training replays CUDA graphs
         self._of_raw: Callable[[Tensor], Tensor] | None = None  # where their batches stay uint8
+        self._compiled_loss: Callable[[Tensor, Tensor], Tensor] | None = None  # where they are of a compiled network
         self.graphed_evaluation: GraphedEvaluation | None = None  # of validation between its epochs
         self.clamps = ClampSchedule(network, recipe)
         self.clamp_meter: ClampMeter | None = None  # of the last validation
@@ -88,7 +89,7 @@ class ImageClassifier(pl.LightningModule):
 
     def on_fit_end(self) -> None:
         # Lightning moves the parameters now, and memory is needed
-        self.graph = self.graphed_evaluation = self._of_raw = None
+        self.graph = self.graphed_evaluation = self._of_raw = self._compiled_loss = None
 
     def on_train_epoch_start(self) -> None:  # not called where a run continues within an epoch
         self.train_sums.zero_()
@@ -105,7 +106,10 @@ class ImageClassifier(pl.LightningModule):
 
     def training_loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of a batch, which is added to `train_sums` and watched; without a word with the host."""
-        logits = full_precision(forward(images))
+        return (self._compiled_loss or self._loss_of)(forward(images), labels)
+
+    def _loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = full_precision(logits)
         loss, total = _losses(logits, labels, self.recipe.label_smoothing)
         with torch.no_grad():
             self.train_sums += _sums(logits, labels, total)
@@ -125,6 +129,8 @@ class ImageClassifier(pl.LightningModule):
         if data.augmentation != "scale_jitter":
             data.raw_training = True
             self._of_raw = self._raw_network(data.network_input)
+        if _is_compiled(self.network):  # some thirty kernels in a few
+            self._compiled_loss = torch.compile(self._loss_of)
         accumulates = trainer.accumulate_grad_batches > 1
         between = getattr(trainer.precision_plugin, "scaler", None) is not None or trainer.gradient_clip_val is not None
         optimizer = None if accumulates or between else trainer.optimizers[0]
@@ -141,7 +147,7 @@ class ImageClassifier(pl.LightningModule):
                 x = network_input(images).to(self.dtype)
             return self.network(x.contiguous(memory_format=self.memory_format))
 
-        return logits_of if self.network._compiled_call_impl is None else torch.compile(logits_of)
+        return torch.compile(logits_of) if _is_compiled(self.network) else logits_of
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.graph is None or self.graph.optimizer is None:
@@ -280,6 +286,11 @@ class ImageClassifier(pl.LightningModule):
         for name, table in checkpoint["local_statistics"].items():
             if len(table) == self.trainer.world_size:
                 checkpoint["state_dict"][name] = table[self.trainer.global_rank]
+
+
+def _is_compiled(network: nn.Module) -> bool:
+    """Whether ``network.compile()`` was called."""
+    return network._compiled_call_impl is not None
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:

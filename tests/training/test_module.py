@@ -69,6 +69,30 @@ def test_the_first_bad_batch_is_remembered():
     assert module.bad_batch == 2 and module.batches == 4 and module.train_sums[3] == 12
 
 
+@pytest.mark.parametrize(
+    "device, backend", [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)]
+)
+def test_the_loss_compiles_in_one_piece_and_is_the_same(device, backend):
+    labels, found = torch.tensor([0, 1, 2, -1, 4], device=device), []
+    for compiled in (False, True):
+        module = ImageClassifier(nn.Linear(2, 2).to(device), Recipe(epochs=1, batch_size=5, label_smoothing=0.1))
+        module.train_sums, module.batches = module.train_sums.to(device), module.batches.to(device)
+        module.bad_batch = module.bad_batch.to(device)
+        if compiled:
+            module._compiled_loss = torch.compile(module._loss_of, backend=backend, fullgraph=True)
+        generator = torch.Generator().manual_seed(0)
+        for value in (1.0, 30.0, math.nan, math.inf, 2.0):
+            logits = (value * torch.randn(5, 10, generator=generator)).to(device, torch.bfloat16).requires_grad_()
+            loss = module.training_loss(lambda x: x, logits, labels)
+            found.append([loss.detach(), *torch.autograd.grad(loss, logits), module.train_sums.clone()])
+        assert module.bad_batch == 3 and module.batches == 5
+    for plain, other in zip(found[:5], found[5:], strict=True):
+        for a, b in zip(plain, other, strict=True):
+            torch.testing.assert_close(
+                b, a, rtol=1e-5 if a.dtype != torch.bfloat16 else 1e-2, atol=1e-6, equal_nan=True
+            )
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_one_element_of_many_tensors_that_is_not_finite_is_found(device):
     tensors = [torch.randn(size, device=device) for size in (1, 70000, 3, 0, 129)]
