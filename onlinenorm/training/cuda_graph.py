@@ -73,6 +73,24 @@ def undone(tensors: Iterable[Tensor]) -> Iterator[None]:
             tensor.copy_(value)
 
 
+def copy_together(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+    """`to[i].copy_(of[i])` in a few kernels for all.
+
+    torch has such kernels for lists whose tensors are of one dtype each and laid out in pairs alike; if a single one is
+    not, every tensor is copied by a kernel of its own.
+    """
+    kinds: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(to, of, strict=True):
+        strides = zip(target.shape, target.stride(), source.stride(), strict=True)
+        if alike := all(size == 1 or a == b for size, a, b in strides):  # where there is one element, any stride does
+            source = source.as_strided(target.shape, target.stride())
+        targets, sources = kinds.setdefault((alike, target.dtype, source.dtype), ([], []))
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in kinds.values():
+        torch._foreach_copy_(targets, sources)
+
+
 def like(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """The gradients in the dtypes and strides of the parameters, which autograd would see to."""
     result = list(gradients)
@@ -80,8 +98,7 @@ def like(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tens
     others = [place for place, (p, g) in pairs if (g.dtype, g.stride()) != (p.dtype, p.stride())]
     for place in others:
         result[place] = torch.empty_like(parameters[place])
-    if others:
-        torch._foreach_copy_([result[place] for place in others], [gradients[place] for place in others])
+    copy_together([result[place] for place in others], [gradients[place] for place in others])
     return result
 
 
@@ -96,7 +113,7 @@ def averaged(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[
         strides = (torch.empty_like(parameter).stride() for parameter in own)  # its own where it is dense
         pairs = zip(flat.split(sizes), own, strides, strict=True)
         parts = [part.as_strided(parameter.shape, stride) for part, parameter, stride in pairs]
-        torch._foreach_copy_(parts, [gradients[place] for place in places])  # a few kernels for all
+        copy_together(parts, [gradients[place] for place in places])
         dist.all_reduce(flat, dist.ReduceOp.AVG)
         for place, part in zip(places, parts, strict=True):
             means[place] = part
@@ -138,8 +155,7 @@ class CastWeights:
     @torch.no_grad()
     def refresh(self) -> None:
         """The copies take the values that the weights have now."""
-        if self._of:
-            torch._foreach_copy_(list(self.copies.values()), self._of)
+        copy_together(list(self.copies.values()), self._of)
 
 
 class GraphedEvaluation:

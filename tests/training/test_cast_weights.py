@@ -15,7 +15,7 @@ from onlinenorm.errors import RunError
 from onlinenorm.models.stem import StemConv2d
 from onlinenorm.normalizers import OnlineNorm2d
 from onlinenorm.training import cuda_graph
-from onlinenorm.training.cuda_graph import CastWeights, GraphedStep, like, weights_cast_by_layers
+from onlinenorm.training.cuda_graph import CastWeights, GraphedStep, copy_together, like, weights_cast_by_layers
 
 NETWORKS = {
     "resnet18": lambda: models.resnet18(OnlineNorm2d, num_classes=5),
@@ -142,6 +142,49 @@ def test_gradients_are_laid_out_like_their_parameters():
     found = like(parameters, gradients)
     assert [(g.dtype, g.stride()) for g in found] == [(p.dtype, p.stride()) for p in parameters]
     assert all(torch.equal(a, b.float()) for a, b in zip(found, gradients, strict=True)) and found[2] is gradients[2]
+
+
+def assorted(device="cpu"):
+    """Gradients of a network's kinds, and memory like their parameters'."""
+    rows = torch.channels_last
+    gradients = [torch.randn(8, 4, 3, 3, device=device).to(torch.bfloat16, memory_format=rows) for _ in range(20)]
+    gradients += [torch.randn(8, 4, 1, 1, device=device).bfloat16() for _ in range(20)]
+    gradients += [torch.randn(8, 3, 7, 7, device=device), torch.randn(8, 4, 3, 3, device=device)]
+    gradients += [torch.randn(8, device=device).bfloat16(), torch.randn(8, device=device), torch.zeros(0, device=device)]
+    targets = [torch.empty_like(g, dtype=torch.float32).to(memory_format=rows if g.dim() == 4 else None) for g in gradients]
+    for place in range(20, 40):  # strides of one element: as of channels_last, and as they come
+        targets[place] = torch.empty(8, 4, 1, 1, device=device).as_strided((8, 4, 1, 1), (4, 1, 4, 4))
+        assert targets[place].stride() != gradients[place].stride()
+    return targets, gradients
+
+
+def test_lists_are_copied_in_lists_that_torch_takes_whole(monkeypatch):
+    copy_list, calls = torch._foreach_copy_, []
+
+    def recorded(targets, sources):
+        calls.append(len(targets))
+        pairs = list(zip(targets, sources, strict=True))
+        assert len({(a.dtype, b.dtype, a.stride() == b.stride()) for a, b in pairs}) == 1
+        copy_list(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", recorded)
+    targets, gradients = assorted()
+    copy_together(targets, gradients)
+    assert all(torch.equal(a, b.float()) for a, b in zip(targets, gradients, strict=True))
+    assert sorted(calls) == [2, 2, 41]
+    copy_together([], [])
+
+
+@pytest.mark.gpu
+def test_lists_are_copied_in_a_few_kernels():
+    targets, gradients = assorted("cuda")
+    copy_together(targets, gradients)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        copy_together(targets, gradients)
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(kernels) <= 6, [event.name for event in kernels]
+    assert all(torch.equal(a, b.float()) for a, b in zip(targets, gradients, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
