@@ -22,6 +22,7 @@ from torch._inductor import config
 from onlinenorm import OnlineNorm2d
 from onlinenorm.ops.fused import inductor_pass
 from onlinenorm.ops.fused.inductor_pass import FoldGradients
+from onlinenorm.ops.fused.operators import spread
 
 
 class TwoBlocks(nn.Module):
@@ -64,6 +65,18 @@ def test_gradients_reach_the_operator_unadded_and_unspread(pool):
     assert first.kwargs["grad"].meta["val"].is_contiguous(memory_format=torch.channels_last)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels, size", [(16, (3, 5)), (8, (1, 1)), (12, (2, 2)), (3, (4, 1)), (16, (0, 2))])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_one_value_is_spread_in_the_order_of_the_input(dtype, channels, size, layout):
+    x = torch.empty(2, channels, *size, dtype=dtype).to(memory_format=layout)
+    row = torch.randn(channels * 2 + 1, dtype=dtype)
+    columns = torch.randn(channels, 2, dtype=dtype).T[..., None, None]
+    for value in (row[:-1].view(2, channels, 1, 1), row[1:].view(2, channels, 1, 1), columns):
+        found = spread(value, x)
+        assert found.is_contiguous(memory_format=layout) and torch.equal(found, value.expand_as(x))
 
 
 def test_operators_of_deep_networks_are_known_to_inductor_before_it_meets_them():

@@ -150,8 +150,13 @@ def assorted(device="cpu"):
     gradients = [torch.randn(8, 4, 3, 3, device=device).to(torch.bfloat16, memory_format=rows) for _ in range(20)]
     gradients += [torch.randn(8, 4, 1, 1, device=device).bfloat16() for _ in range(20)]
     gradients += [torch.randn(8, 3, 7, 7, device=device), torch.randn(8, 4, 3, 3, device=device)]
-    gradients += [torch.randn(8, device=device).bfloat16(), torch.randn(8, device=device), torch.zeros(0, device=device)]
-    targets = [torch.empty_like(g, dtype=torch.float32).to(memory_format=rows if g.dim() == 4 else None) for g in gradients]
+    gradients += [
+        torch.randn(8, device=device).bfloat16(),
+        torch.randn(8, device=device),
+        torch.zeros(0, device=device),
+    ]
+    targets = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+    targets = [each.to(memory_format=rows) if each.dim() == 4 else each for each in targets]
     for place in range(20, 40):  # strides of one element: as of channels_last, and as they come
         targets[place] = torch.empty(8, 4, 1, 1, device=device).as_strided((8, 4, 1, 1), (4, 1, 4, 4))
         assert targets[place].stride() != gradients[place].stride()

@@ -26,6 +26,21 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+def spread(value: Tensor, x: Tensor) -> Tensor:
+    """``value`` (N, C, 1, 1) at every pixel, in the memory order of x, which is dense."""
+    numbers = 16 // x.element_size()  # moved as one: torch's kernel for what repeats goes from element to element
+    value = value.reshape(x.shape[:2])
+    one_pixel = x.shape[2] * x.shape[3] == 1
+    if one_pixel or x.shape[1] % numbers or not x.is_contiguous(memory_format=torch.channels_last):
+        return like(value[..., None, None].expand_as(x), x)
+    result, value = torch.empty_like(x), value.contiguous()
+    if value.data_ptr() % 16 or value.storage_offset() % numbers:
+        value = value.clone()
+    wide = result.permute(0, 2, 3, 1).view(torch.complex128)
+    wide.copy_(value[:, None, None].view(torch.complex128))
+    return result
+
+
 def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
     """Operators return tensors only; an empty one stands for None."""
     return x.new_empty(0) if tensor is None else tensor
@@ -158,7 +173,7 @@ def fused_backward(
     if single_read:  # hooks on saved tensors, such as save_on_cpu, may have given x back in another order
         x = x.contiguous(memory_format=torch.channels_last)
     given = grad.data_ptr()
-    grad = like(grad if grad.shape == x.shape else grad.expand_as(x), x)
+    grad = like(grad, x) if grad.shape == x.shape else spread(grad, x)
     skip_grad, state = None if skip_grad is None else like(skip_grad, x), (control_u, control_v)
     with torch.cuda.device_of(x):
         if single_read:
