@@ -7,8 +7,9 @@
     scripts/bench/end_to_end.py --draw                     # the picture alone
 
 Every row is train.py in a process of its own, its real command line, or a peer (end_to_end_peers.py); the bare step of
-its normalizer, compiled, captured, with SGD, is measured before it in the same round, and `ratio` is the median over
-rounds of one over the other. Rates are those of epochs after the first, which compiles:
+its normalizer, compiled, captured, with SGD, is measured before it in the same round, for as many steps as an epoch
+has (a GPU lowers its clock under a load that lasts: an H200 makes 2 % more of a burst of 20), and `ratio` is the median
+over rounds of one over the other. Rates are those of epochs after the first, which compiles:
 
 data        images_per_second
 jpeg        training images over the seconds of training, as metrics.csv has them: from an epoch's start to its last
@@ -352,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--on-device", type=int, default=71_680, help="of them for on_device (%(default)s)")
     parser.add_argument("--workers", type=int, default=min(CORES, 16))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=20, help="bare steps a round, three times (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=280, help="bare steps in a row, three times (%(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="ends what runs then (none)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--output", type=Path, default=RESULTS, help="the picture lands beside it")
