@@ -289,7 +289,6 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm_back
     };
     if (loads) prepare_stages<1 + NORMS + SKIP_GRAD>(p, s.stages);
     wait_for_earlier_kernels();
-    let_later_kernels_begin();
     bool more = loads && load(0);
     const Place at(p, threadIdx.x % GROUP);
     // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.

@@ -345,9 +345,6 @@ __device__ __forceinline__ void prepare_stages(const Params& p, Stages& s) {
 // written.
 __device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Likewise the kernel behind this one, whose CTAs find room once all of this one's have theirs.
-__device__ __forceinline__ void let_later_kernels_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
-
 // The load warp's one thread takes the next item from the tile scheduler, for stage i of its CTA's; false: there is none.
 // fetch(item, stage) issues TMA and arrives on the stage's mbarrier.
 template <class Fetch>

@@ -369,7 +369,6 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) 
     };
     if (loads) prepare_stages<TENSORS>(p, s.stages);
     wait_for_earlier_kernels();
-    let_later_kernels_begin();
     bool more = loads && load(0);
     const Place at(p, index % GROUP);
     // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
