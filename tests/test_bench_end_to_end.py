@@ -52,7 +52,9 @@ def test_training_is_held_against_its_step_and_the_reference_loop(tmp_path, monk
     missing = {**ours, "data": "cifar10", "runs": 15, "why": "out of time"}
     page = end_to_end_table.render({**results, "not_run": [missing]})
     assert "| 5,999 |" in page and "| 0.500 |" in page and "6,000 images/s | **no** |" in page
-    assert "15 runs side by side" in page and "(out of time)" in page
+    assert "15 runs side by side" in page and "(out of time)" in page and "Of commit" not in page
+    page = end_to_end_table.render({**results, "rows": [{**ours, "commit": "123abc", "command": "one"}, peer]})
+    assert "Of commit 123abc: train.py, OnlineNorm" in page and page.endswith("torchvision; `one`\n")
     assert "| yes |" in end_to_end_table.render({**results, "rows": [{**ours, "images_per_second": 6000.0}, peer]})
 
 
@@ -103,10 +105,15 @@ def test_timm_may_be_missing(monkeypatch):
         end_to_end.peer_row(bench, {"program": end_to_end.PEERS["timm"]})
 
 
-def test_rows_of_other_machines_or_commits_do_not_stand_together(tmp_path):
+def test_rows_of_other_machines_do_not_stand_together_and_those_of_other_commits_say_so(tmp_path):
     head = {"device": "GPU", "torch": "2", "triton": "3", "commit": "a", "cores": 2, "command": "first"}
     path = tmp_path / "found.json"
     path.write_text(json.dumps({**head, "rows": [{}], "not_run": []}))
     joined = end_to_end.earlier(path, {**head, "command": "second"})
     assert joined["rows"] == [{}] and joined["command"] == "first && second"
-    assert end_to_end.earlier(path, {**head, "commit": "b"})["rows"] == []
+    assert end_to_end.earlier(path, {**head, "device": "CPU"})["rows"] == []
+    for _ in range(2):  # the second time the row keeps its origin
+        joined = end_to_end.earlier(path, {**head, "commit": "b", "command": "second"})
+        assert joined["rows"] == [{"commit": "a", "command": "first"}]
+        assert (joined["commit"], joined["command"]) == ("b", "second")
+        path.write_text(json.dumps({**joined, "commit": "c", "command": "third"}))

@@ -57,7 +57,7 @@ PEERS = {"reference": "torchvision reference loop", "timm": "timm loader, same l
 DATA = ("jpeg", "on_device", "cifar10")
 CIFAR_IMAGES, CIFAR_BATCH, CIFAR_MODEL = (50_000, 10_000), 128, "cifar_resnet20"
 _KEY = ("program", "normalizer", "data", "decoder", "batch", "runs")
-_SAME = ("device", "torch", "triton", "commit", "cores")  # of measurements that may stand in one file
+_SAME = ("device", "torch", "triton", "cores")  # of measurements that may stand in one file
 _POLL = 0.05  # seconds
 
 Ends = list[tuple[float, int]]  # the moments at which a run's epochs ended, seconds, and its optimizer steps by then
@@ -281,10 +281,16 @@ def without(rows: list[dict], key: dict) -> list[dict]:
 
 
 def earlier(path: Path, head: dict) -> dict:
-    """What a file holds already, where it was measured on the same machine at the same commit; else an empty one."""
+    """What a file holds already, where it was measured on the same machine; else an empty one.
+
+    Rows of another commit say which, and their command, until they are measured anew.
+    """
     former = json.loads(path.read_text()) if path.exists() else {}
     if any(former.get(name) != head[name] for name in _SAME):
         return {**head, "not_run": [], "rows": []}
+    if former["commit"] != head["commit"]:
+        origin = {name: former[name] for name in ("commit", "command")}
+        return {**former, **head, "rows": [origin | row for row in former["rows"]]}
     commands = [former["command"]] if head["command"] in former["command"] else [former["command"], head["command"]]
     return {**former, "command": " && ".join(commands)}
 

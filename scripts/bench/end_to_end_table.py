@@ -43,7 +43,13 @@ def render(results: dict) -> str:
             f"JPEG files of {images['mean_width']:.0f} x {images['mean_height']:.0f} pixels and "
             f"{images['mean_bytes'] / 1e3:.0f} kB on average, {images['unique']} different ones."
         )
-    return "\n\n".join([*parts, "![](end_to_end.png)", origin(results)]) + "\n"
+    origins = [origin(results)]
+    for commit in dict.fromkeys(row["commit"] for row in results["rows"] if "commit" in row):
+        rows = [row for row in results["rows"] if row.get("commit") == commit]
+        commands = dict.fromkeys(row["command"] for row in rows)
+        what = "; ".join(f"{_trains(row)}, {_source(row)}" for row in rows)
+        origins.append(f"Of commit {commit}: {what}; " + ", ".join(f"`{command}`" for command in commands))
+    return "\n\n".join([*parts, "![](end_to_end.png)", *origins]) + "\n"
 
 
 def _cells(row: dict) -> list[str]:

@@ -184,7 +184,8 @@ def test_lists_are_copied_in_lists_that_torch_takes_whole(monkeypatch):
 def test_lists_are_copied_in_a_few_kernels():
     targets, gradients = assorted("cuda")
     copy_together(targets, gradients)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         copy_together(targets, gradients)
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
