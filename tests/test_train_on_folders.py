@@ -24,7 +24,7 @@ from onlinenorm.data.fashion_mnist import EMBEDDED, EMBEDDED_FOLDER, read_split
 from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.kaggle import ZIP
 from onlinenorm.data.prepare import chosen_classes, extract, pack
-from onlinenorm.errors import ConfigError
+from onlinenorm.errors import ConfigError, DataError
 
 train = load_train_module()
 TINY = [
@@ -56,7 +56,7 @@ def test_damaged_files_are_counted_in_the_results(tmp_path):
     (tree / "train" / "ant" / "3.JPEG").write_bytes(b"")
     (tree / "train" / "cat" / "0.JPEG").write_bytes((tree / "train" / "cat" / "0.JPEG").read_bytes()[:200])
     (tree / "val" / "bee" / "1.JPEG").write_bytes(b"no image at all")
-    with pytest.raises(ConfigError, match=r"^data\.on_unreadable: .*cannot be decoded .*on_unreadable=skip"):
+    with pytest.raises(DataError, match=r"^data\.on_unreadable: .*cannot be decoded .*on_unreadable=skip"):
         run(tmp_path / "strict", tree)
     found = run(tmp_path / "lenient", tree, "data.on_unreadable=skip", "data.unreadable_limit=0.2")
     assert found["unreadable"]["count"] == 3
@@ -69,7 +69,7 @@ def test_a_run_goes_on_after_a_damaged_file_was_replaced(tmp_path, caplog):
     damaged = tree / "val" / "bee" / "1.JPEG"
     good = damaged.read_bytes()
     damaged.write_bytes(good[:200])
-    with pytest.raises(ConfigError, match=r"Replace the file"):
+    with pytest.raises(DataError, match=r"Replace the file"):
         run(folder, tree, "trainer.checkpoint_every_n_steps=1")
     assert (folder / "checkpoints" / "last.ckpt").exists()
     others = write_tree(tmp_path / "others", size=(64, 64))

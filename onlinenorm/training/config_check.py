@@ -91,16 +91,19 @@ def _sentences(path: str, target: str) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def full_keys(config: Mapping[str, Any], *paths: str) -> Iterator[None]:
-    """Context in which an error about a key of a node `config[path]` ("eps: ...") is a ConfigError ("path.eps: ...").
+    """Context in which an error about a key of a node `config[path]` ("eps: ...") names it in full ("path.eps: ...").
 
-    The first of `paths` whose node has the key is named.
+    An ArgumentError becomes a ConfigError: the value cannot be meant. A DataError stays one: the data failed. The first
+    of `paths` whose node has the key is named.
     """
     try:
         yield
     except (ArgumentError, DataError) as error:
         for path in paths:
             if error.key in config[path]:
-                raise ConfigError(f"{path}.{error}") from error
+                if isinstance(error, ArgumentError):
+                    raise ConfigError(f"{path}.{error}") from error
+                raise type(error)(f"{path}.{error}") from error
         raise
 
 

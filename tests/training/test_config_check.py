@@ -7,7 +7,7 @@ import pytest
 
 from onlinenorm.arguments import flatten
 from onlinenorm.cli.compose import load_config
-from onlinenorm.errors import ArgumentError, ConfigError, DataError
+from onlinenorm.errors import ArgumentError, ConfigError, DataError, UnreadableImageError
 from onlinenorm.training.config_check import build, check_config, check_keys, full_keys
 from onlinenorm.training.hints import nearest, unknown_option
 from onlinenorm.training.probe import probe_normalizer
@@ -102,7 +102,14 @@ def test_the_first_node_that_has_the_key_is_named():
     nodes = config()
     for paths in (("normalizer", "recipe"), ("recipe", "normalizer")):
         with pytest.raises(ConfigError, match=r"^recipe.epochs: none$"), full_keys(nodes, *paths):
-            raise DataError("none", key="epochs")
+            raise ArgumentError("epochs", "none")
+
+
+@pytest.mark.parametrize("kind", [DataError, UnreadableImageError])
+def test_data_that_fail_are_no_configuration_that_cannot_be_meant(kind):
+    with pytest.raises(kind, match=r"^recipe.epochs: none$") as raised, full_keys(config(), "recipe"):
+        raise kind("none", key="epochs")
+    assert type(raised.value) is kind and raised.value.exit_code == 1
 
 
 def test_partial_nodes_build_a_fresh_layer_at_each_call():
