@@ -124,8 +124,12 @@ def test_unreadable_images_are_found(findings, tmp_path):
     arguments = (*TINY, "data=imagenet", f"data.root={tree}", "data.image_size=16", "data.num_workers=0")
     code, found = findings(*arguments)
     assert code == 1 and found["data"]["status"] == "FAIL" and "train/bee/1.JPEG" in found["data"]["text"]
-    code, found = findings(*arguments, "data.on_unreadable=skip", "data.unreadable_limit=0.2")
+    assert "data.on_unreadable=skip" in found["data"]["text"] and "data.unreadable_limit" in found["data"]["text"]
+    code, found = findings(*arguments, "data.on_unreadable=skip")
     assert code == 0 and found["data"]["status"] == "warning"
+    (tree / "train" / "bee" / "2.JPEG").write_bytes(b"no image")
+    _, found = findings(*arguments, "data.on_unreadable=skip")
+    assert found["data"]["status"] == "FAIL" and found["data"]["text"].startswith("data.unreadable_limit: 2 of 15")
 
 
 def test_a_config_that_cannot_be_meant(script, capsys):

@@ -68,7 +68,8 @@ class ImageDataModule(pl.LightningDataModule):
         device_fraction: of decoder nvjpeg: share of the images that the GPU decodes, the workers decode the others.
         on_unreadable: "raise" at an image that cannot be decoded, or "skip": the next readable image takes its place
             (training) or it is left out (validation), and it is listed in `unreadable`.
-        unreadable_limit: fraction of a split above which skipping raises.
+        unreadable_limit: fraction of a split above which skipping raises; one image may be skipped in any case, but
+            none at 0.
         image_size: width and height of the network's input, pixels.
         in_channels: channels of the network's input.
         batch_size: global batch, the images of one optimiser step over all processes.
@@ -378,9 +379,9 @@ class ImageDataModule(pl.LightningDataModule):
         name = f"{split}/{dataset.index.relative_path(index)}"
         if name in self.unreadable:
             return
+        self._check_share([*self.unreadable, name], split, cause)  # else it may be replaced, and counts for nothing
         self.unreadable.append(name)
         log.warning("skipped: %s", cause)
-        self._check_share(split, cause)
 
     def agree_on_unreadable(self) -> None:
         """Make the list that of all processes, by rank, and hold it against the limit; every process calls this."""
@@ -391,8 +392,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.unreadable = list(dict.fromkeys(itertools.chain(*lists)))
         for split in ("train", "val"):
             if met := [path for path in self.unreadable if path.startswith(f"{split}/")]:
-                self._check_share(split, met[-1])
+                self._check_share(self.unreadable, split, met[-1])
 
-    def _check_share(self, split: str, last: str) -> None:
-        images = len(self._sets[0 if split == "train" else 1])
-        check_share(self.unreadable, split, images, self.unreadable_limit, last)
+    def _check_share(self, unreadable: list[str], split: str, last: str) -> None:
+        check_share(unreadable, split, len(self._sets[0 if split == "train" else 1]), self.unreadable_limit, last)

@@ -18,8 +18,10 @@ import torch
 
 from onlinenorm.data import ImageDataModule, TinyImageNet
 from onlinenorm.data.datasets import FolderDataset
+from onlinenorm.data.index import name_few
 from onlinenorm.data.kept_batches import KeptBatches, fits
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
+from onlinenorm.data.unreadable import CURE, check_share
 from onlinenorm.records import lookup, run_path
 from onlinenorm.text import duration
 from onlinenorm.training.checkpoint import Checkpoints, resumable
@@ -85,7 +87,9 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     config, data = choice.config, choice.data
     probe_data(data, config)
     probe_batch(config, normalizer, data.in_channels, data.image_size)
-    yield check_data(data)
+    with full_keys(config, "data"):
+        found = check_data(data)
+    yield found
     accumulate = config["trainer"]["accumulate_grad_batches"]
     with full_keys(config, "data", "recipe"):
         GlobalBatchSampler(data.train_images, recipe.batch_size, 0, 0, processes, accumulate)
@@ -132,7 +136,10 @@ def _network(choice: Choice, normalizer: Any) -> torch.nn.Module:
 
 
 def check_data(data: ImageDataModule) -> Finding:
-    """Counts, and a few images of each split decoded."""
+    """Counts, and a few images of each split decoded.
+
+    Raises UnreadableImageError where more of them are unreadable than the run would leave out.
+    """
     bad = []
     for split, dataset in zip(("train", "val"), data._sets, strict=True):
         if isinstance(dataset, FolderDataset):
@@ -145,8 +152,11 @@ def check_data(data: ImageDataModule) -> Finding:
     )
     status = OK
     if bad:
-        status = WARN if data.on_unreadable == "skip" else FAIL
-        text += f"; unreadable: {', '.join(bad[:5])} (data.on_unreadable=skip leaves such images out)"
+        skips = data.on_unreadable == "skip"
+        for split, images in (("train", data.train_images), ("val", data.val_images)) if skips else ():
+            check_share(bad, split, images, data.unreadable_limit, bad[-1])
+        status, cure = (WARN, "skip leaves such images out") if skips else (FAIL, f"replace them, or {CURE}")
+        text += f"; unreadable: {name_few(bad)} ({cure})"
     elif described.get("verified", True) is None and not isinstance(data, TinyImageNet):  # which --verify does not read
         status = WARN
         text += f"; never verified: scripts/prepare_imagenet.py --verify {shlex.quote(str(data.root))}"

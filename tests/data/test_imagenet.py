@@ -170,8 +170,20 @@ def test_raise_names_file_cause_and_remedy(damaged):
 
 def test_too_many_unreadable_images_raise(damaged):
     data = module(damaged, on_unreadable="skip", unreadable_limit=0.07)  # 1 of 15 is allowed
-    with pytest.raises(UnreadableImageError, match=r"^unreadable_limit: 2 of 15 images in train/.* fraction 0\.07"):
+    with pytest.raises(
+        UnreadableImageError, match=r"^unreadable_limit: 2 of 15 images in train/.* fraction 0\.07 allo"
+    ):
         list(hooked(data, data.train_dataloader()))
+    assert len(data.unreadable) == 1, "the second one may be replaced, and is not left out"
+
+
+def test_skip_leaves_one_image_out_of_any_set(damaged):
+    (damaged / "train" / "ant" / "4.JPEG").unlink()  # of 14 one is damaged, of 6 for validation another
+    data = module(damaged, on_unreadable="skip")
+    assert len(list(hooked(data, data.train_dataloader()))) and len(list(hooked(data, data.val_dataloader())))
+    assert sorted(data.unreadable) == ["train/ant/3.JPEG", "val/cat/1.JPEG"]
+    with pytest.raises(UnreadableImageError, match=r"1 of 14 images .* the fraction 0 allows 0"):
+        list(hooked(nothing := module(damaged, on_unreadable="skip", unreadable_limit=0), nothing.train_dataloader()))
 
 
 def test_a_vanished_disk_ends_the_search_for_replacements(tree):
