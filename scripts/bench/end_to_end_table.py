@@ -45,9 +45,9 @@ def render(results: dict) -> str:
         )
     origins = [origin(results)]
     for commit in dict.fromkeys(row["commit"] for row in results["rows"] if "commit" in row):
-        rows = [row for row in results["rows"] if row.get("commit") == commit]
-        commands = dict.fromkeys(row["command"] for row in rows)
-        what = "; ".join(f"{_trains(row)}, {_source(row)}" for row in rows)
+        measured = [row for row in results["rows"] if row.get("commit") == commit]
+        commands = dict.fromkeys(row["command"] for row in measured)
+        what = "; ".join(f"{_trains(row)}, {_source(row)}" for row in measured)
         origins.append(f"Of commit {commit}: {what}; " + ", ".join(f"`{command}`" for command in commands))
     return "\n\n".join([*parts, "![](end_to_end.png)", *origins]) + "\n"
 
