@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ class StopSignals:
     """Context in which the signals set `signum`; the former handlers come back at its end.
 
     Until `defer` there is nothing to save, and the first signal raises Interrupted at once. After a first Ctrl-C the
-    second ends the process at once.
+    second ends the process at once. A reader of the output that leaves, as in `| head`, asks like SIGPIPE.
 
     Args:
         folder: of the run, for messages.
@@ -35,17 +37,20 @@ class StopSignals:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or self._former[number] != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._remember)
+        self._output, sys.stdout = sys.stdout, Output(sys.stdout, lambda: self._remember(signal.SIGPIPE))
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        if isinstance(sys.stdout, Output):
+            sys.stdout = self._output
 
     def defer(self) -> None:
         """From here on signals wait for the next look at `signum`."""
         self._deferred = True
 
-    def _remember(self, signum: int, frame) -> None:
+    def _remember(self, signum: int, frame=None) -> None:
         self.signum = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -94,4 +99,34 @@ class StopSignals:
     @property
     def name(self) -> str:
         """Of the signal, as its sender knows it."""
-        return "Ctrl-C" if self.signum == signal.SIGINT else signal.Signals(self.signum).name
+        names: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGPIPE: "the reader of the output has left"}
+        return names.get(self.signum) or signal.Signals(self.signum).name
+
+
+class Output:
+    """A stream whose reader may leave, which is told once by a call of `left`; what is written from then on is dropped.
+
+    Args:
+        stream: of text.
+    """
+
+    def __init__(self, stream: Any, left: Callable[[], None]):
+        self._stream, self._left = stream, left
+
+    def write(self, text: str) -> int:
+        return self._until_left(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._until_left(self._stream.flush)
+
+    def _until_left(self, function: Callable, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # also of what the stream still holds
+            os.close(nowhere)
+            self._left()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -113,6 +113,30 @@ def test_stopped_anywhere(undisturbed, run, interrupt, tmp_path, method, call, w
     assert outcome(tmp_path) == outcome(undisturbed("online_clamp"))
 
 
+@pytest.mark.parametrize("before_training", [True, False])
+def test_a_reader_of_the_output_that_leaves_stops_the_run_where_it_can_go_on(
+    undisturbed, run, train_module, tmp_path, monkeypatch, before_training
+):
+    reader, writer = map(os.fdopen, os.pipe(), ("r", "w"))
+    place, name = (train_module, "announce") if before_training else (ImageClassifier, "on_train_epoch_start")
+    original = getattr(place, name)
+
+    def leave(*arguments):
+        original(*arguments)
+        reader.close()
+
+    with monkeypatch.context() as context, writer:
+        context.setattr(sys, "stdout", writer)
+        context.setattr(place, name, leave)
+        where = "stopped before training had begun" if before_training else "saved at"
+        with pytest.raises(Interrupted, match=f"the reader of the output has left: {where}") as stopped:
+            run(tmp_path)
+        assert stopped.value.exit_code == 128 + signal.SIGPIPE and sys.stdout is writer
+    results = run(tmp_path)
+    assert results["resumed"] == (0 if before_training else 1)
+    assert outcome(tmp_path) == outcome(undisturbed("online_clamp"))
+
+
 def test_plateau_schedule_and_accumulation_and_workers_survive(undisturbed, run, interrupt, tmp_path):
     plateau = ("recipe.schedule=plateau", "recipe.milestones=[]", "recipe.plateau_patience=0", "recipe.lr=0.01")
     parts = "trainer.accumulate_grad_batches=2"
