@@ -199,7 +199,7 @@ class CIFAR10(ImageDataModule):
         splits = folder / "train", validation_folder(folder, ("test", "val"))
         for split in splits:
             check_classes(split, list_classes(split), self.classes, self.title)
-        indexes = [load_index(split) for split in splits]
+        indexes = [load_index(split, sorted(self.classes)) for split in splits]
         if any(not index.relative_path(i).lower().endswith(".png") for index in indexes for i in range(len(index))):
             self.name = f"{self.label} (JPEG)"  # other pixels than the published ones
         return [(read_images(index), index.labels) for index in indexes]

@@ -65,11 +65,18 @@ def check_listed(source: Path, named: Collection[str], present: Collection[str],
             )
 
 
+def refuse_broken(path: Path) -> None:
+    """Raises DataError for a link that leads nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link that leads nowhere; mend what it leads to, or remove it", key="root")
+
+
 def validation_folder(folder: Path, names: Sequence[str] = ("val", "test")) -> Path:
     """The first of the folders `names` that is there; DataError, with what is there instead, if none is."""
     for name in names:
         if (folder / name).is_dir():
             return folder / name
+        refuse_broken(folder / name)
     raise DataError(f"{folder} holds train/ and no {'/ or '.join(names)}/; add the validation images", key="root")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, load_official, load_shards
+from onlinenorm.data.class_folders import refuse_broken
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.decoders import DEVICE_DECODERS
 from onlinenorm.data.devkit import NAME as DEVKIT
@@ -205,8 +206,10 @@ def _is_zip(path: Path) -> bool:
 
 
 def _load_folders(folder: Path, val: str) -> Splits:
-    _check_classes(folder, list_classes(folder / "train"), list_classes(folder / val), val)
-    return load_index(folder / "train"), load_index(folder / val)
+    refuse_broken(folder / "val")  # for which test/ would stand in
+    classes = list_classes(folder / "train")
+    _check_classes(folder, classes, list_classes(folder / val), val)
+    return load_index(folder / "train", classes), load_index(folder / val, classes)
 
 
 def _load_shards(shards: list[list[Path]]) -> Splits:
@@ -224,13 +227,15 @@ def _log_progress(what: str, done: int, total: int | None) -> None:
 
 
 def _split_files(folder: Path, names: Sequence[str], suffix: str) -> list[Path]:
-    """The files of a split, sorted; of the first of its names that has any."""
-    ends = lambda path: path.suffix.lower() == f".{suffix}" and path.is_file()  # noqa: E731
+    """The files of a split, sorted; of the first of its names that has any. Broken links are among them."""
+    ends = lambda path: path.suffix.lower() == f".{suffix}" and not path.is_dir()  # noqa: E731
     return next(filter(None, (sorted(filter(ends, folder.glob(f"{name}*"))) for name in names)), [])
 
 
 def _complete(files: list[Path]) -> list[Path]:
-    """The files; DataError where their names say that some are missing."""
+    """The files; DataError where their names say that some are missing, or one is a broken link or no file."""
+    for path in files:
+        refuse_broken(path)
     announced = {int(found[1]) for path in files if (found := re.search(r"-of-(\d+)[-.]", path.name))}
     if announced and announced != {len(files)}:
         kind, split = files[0].suffix[1:].lower(), re.split(r"\W", files[0].name)[0]

@@ -51,7 +51,7 @@ class Imagenette(ImageNet):
         for split in (folder / "train", val):
             check_classes(split, list_classes(split), CLASSES, "Imagenette")
         self.name = folder.name if folder.name in FOLDERS else "imagenette"
-        return load_index(folder / "train"), load_index(val)
+        return load_index(folder / "train", sorted(CLASSES)), load_index(val, sorted(CLASSES))
 
     def _folder(self) -> Path:
         if self.root is None:

@@ -24,6 +24,8 @@ SIZES_ASKED = 100_000  # files of a split whose sizes are compared at each start
 _FORMAT = "onlinenorm index 3"
 _THREADS = 16
 
+_NOWHERE = errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG  # where a broken link leads
+
 log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,12 @@ def tell_hidden(place: Path, paths: Iterable[str]) -> None:
     """Logs how many of the files `paths` would be images if they were not hidden."""
     if hidden := [path for path in paths if is_hidden(path) and path.lower().endswith(EXTENSIONS)]:
         log.warning("%s: %s left out as no images: %s", place, plural(len(hidden), "hidden file"), name_few(hidden))
+
+
+def _tell_broken(place: Path, paths: Iterable[str]) -> None:
+    """Logs the broken links among `paths` that are not taken for images, which are unreadable when their turn comes."""
+    if left_out := sorted(path for path in paths if not is_image(path)):
+        log.warning("%s: %s left out: %s", place, plural(len(left_out), "broken link"), name_few(left_out))
 
 
 def changed_ns(status: os.stat_result) -> int:
@@ -116,7 +124,7 @@ class FolderIndex:
 
     def _statuses(self, images: Iterable[int]) -> Iterator[os.stat_result]:
         for i in images:
-            with contextlib.suppress(FileNotFoundError):  # a broken link, reported when it is read
+            with contextlib.suppress(OSError):  # a broken link, reported when it is read
                 yield os.stat(self.path(i))
 
     def class_range(self, label: int) -> range:
@@ -149,8 +157,11 @@ class FolderIndex:
 
 
 def list_classes(folder: Path) -> list[str]:
-    """Sorted names of the class folders; hidden folders are no classes."""
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not is_hidden(e.name))
+    """Sorted names of the class folders; hidden folders are no classes, and broken links, which are told, neither."""
+    with os.scandir(folder) as entries:
+        are_folders = {entry.name: _is_folder(entry) for entry in entries if not is_hidden(entry.name)}
+    _tell_broken(folder, [name for name, is_folder in are_folders.items() if is_folder is None])
+    return sorted(name for name, is_folder in are_folders.items() if is_folder)
 
 
 def load_index(folder: Path, classes: list[str] | None = None) -> FolderIndex:
@@ -198,9 +209,10 @@ def build_index(folder: Path, classes: list[str]) -> Arrays:
     # threads hide the latency of network filesystems; the work is system calls
     with ThreadPoolExecutor(_THREADS) as pool:
         walked = list(pool.map(lambda name: _walk(folder, name), classes))
-    files_of_classes = [files for files, _, _ in walked]
-    folders = [(".", modified), *(entry for _, entries, _ in walked for entry in entries)]
-    tell_hidden(folder, [path for *_, hidden in walked for path in hidden])
+    files_of_classes = [files for files, *_ in walked]
+    folders = [(".", modified), *(entry for _, entries, *_ in walked for entry in entries)]
+    tell_hidden(folder, [path for *_, hidden, _ in walked for path in hidden])
+    _tell_broken(folder, [path for *_, broken in walked for path in broken])
     empty = [name for name, files in zip(classes, files_of_classes, strict=True) if not files]
     if empty:
         raise DataError(
@@ -237,13 +249,14 @@ def scan_class(folder: Path, name: str) -> list[tuple[str, int]]:
     return _walk(folder, name)[0]
 
 
-def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[str]]:
-    """(path below `folder`, bytes) of a class's images, in index order, (path, modified) of the folders read, hidden.
+def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[str], list[str]]:
+    """What a class folder holds; paths are below `folder`.
 
-    Hidden folders are not read, and of the hidden files the paths are told.
+    Returns (path, bytes) of its images, in index order; (path, modified) of the folders read, which hidden ones are
+    not; the paths of what is hidden; those of broken links.
     """
     files_of_folders: dict[str, list[str]] = {}
-    folders, todo, hidden = [], [os.path.join(folder, name)], []
+    folders, todo, hidden, broken = [], [os.path.join(folder, name)], [], []
     while todo:
         parent = todo.pop()
         try:
@@ -253,31 +266,47 @@ def _walk(folder: Path, name: str) -> tuple[list[tuple[str, int]], list[tuple[st
                 for entry in entries:
                     if is_hidden(entry.name):
                         hidden.append(os.path.relpath(entry.path, folder))
-                    elif entry.is_dir():
+                        continue
+                    is_folder = _is_folder(entry)
+                    if is_folder:
                         todo.append(entry.path)
                     elif is_image(entry.name):
                         files_of_folders[parent].append(entry.name)
+                    if is_folder is None:
+                        broken.append(os.path.relpath(entry.path, folder))
         except FileNotFoundError:  # there is none of this class
             continue
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                link = _leads_back(Path(parent))
-                raise DataError(
-                    f"{link} is a link that leads back to a folder above it; remove it", key="root"
-                ) from None
             raise DataError(
-                f"{parent} cannot be read ({error.strerror}); correct its permissions", key="root"
+                f"{error.filename or parent} cannot be read ({error.strerror}); correct its permissions", key="root"
             ) from None
     paths = [
         os.path.join(parent, file) for parent in sorted(files_of_folders) for file in sorted(files_of_folders[parent])
     ]
-    return [(os.path.relpath(path, folder), _size(path)) for path in paths], folders, hidden
+    return [(os.path.relpath(path, folder), _size(path)) for path in paths], folders, hidden, broken
 
 
-def _leads_back(path: Path) -> Path:
-    """The first link on the way to `path` that is to a folder above it; `path` where there is none."""
+def _is_folder(entry: os.DirEntry[str]) -> bool | None:
+    """Whether an entry is a folder or a link to one; None for a broken link, to nothing or to itself.
+
+    Raises DataError where links on the way to it lead round in a circle.
+    """
+    try:
+        if entry.is_symlink():
+            entry.stat()  # raises for a broken one, of which is_dir() may say no
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP and (link := _leads_back(Path(entry.path))):
+            raise DataError(f"{link} is a link that leads back to a folder above it; remove it", key="root") from None
+        if error.errno in _NOWHERE:
+            return None
+        raise
+
+
+def _leads_back(path: Path) -> Path | None:
+    """The first link on the way to `path` that is to a folder above it."""
     way = [*reversed(path.parents), path]
-    return next((p for p in way if p.is_symlink() and p.resolve() in (q.resolve() for q in p.parents)), path)
+    return next((p for p in way if p.is_symlink() and os.path.realpath(p) in map(os.path.realpath, p.parents)), None)
 
 
 def _size(path: str) -> int:
@@ -290,5 +319,5 @@ def _size(path: str) -> int:
 def _modified(path: str | Path) -> int:
     try:
         return os.stat(path).st_mtime_ns
-    except FileNotFoundError:
+    except OSError:
         return -1

@@ -81,10 +81,11 @@ def load_folders(images: Path) -> tuple[FolderIndex, FolderIndex]:
     they were sorted into class folders since, those count. Raises DataError where anything is missing.
     """
     train, val = images / "train", validation_folder(images, ("val",))
-    if not list_classes(train):
+    classes = list_classes(train)
+    if not classes:
         raise DataError(f"{train} holds no class folders; unpack {ZIP} again", key="root")
-    if list_classes(val):
-        return load_index(train), load_index(val)
+    if val_classes := list_classes(val):
+        return load_index(train, classes), load_index(val, val_classes)
     labels = _labels_of(images)
     if labels is None:
         raise DataError(
@@ -92,7 +93,7 @@ def load_folders(images: Path) -> tuple[FolderIndex, FolderIndex]:
             key="root",
         )
     wnids = read_labels(labels.read_bytes(), labels)
-    return load_index(train), sorted_by_list(load_index(images, ["val"]), wnids, labels)
+    return load_index(train, classes), sorted_by_list(load_index(images, ["val"]), wnids, labels)
 
 
 def load_zip(archive: Path, progress: Progress = silent) -> tuple[ZipIndex, ZipIndex]:

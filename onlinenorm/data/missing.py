@@ -37,13 +37,15 @@ def absence(root: Path, title: str, packed: Sequence[str] = ()) -> str:
     root = root.absolute()
     if not root.exists():
         return f"{root} is a link that leads nowhere" if root.is_symlink() else f"{root} does not exist"
-    names = [root.name] if root.is_file() else sorted(os.listdir(root))
-    folder = root.parent if root.is_file() else root
+    names = sorted(os.listdir(root)) if root.is_dir() else [root.name]
+    folder = root if root.is_dir() else root.parent
     stems = {name: found[1] for name in names if (found := _ARCHIVE.fullmatch(name)) and (folder / name).is_file()}
     archives = sorted(stems, key=lambda name: stems[name] not in packed)
     if not archives:
-        holds = f"holds no {title} (it holds: {name_few(names) or 'nothing'})"
-        return f"{root} {'is a file, not a folder' if root.is_file() else holds}"
+        if not root.is_dir():
+            return f"{root} is a file, not a folder"
+        told = [name if (root / name).exists() else f"the broken link {name}" for name in names]
+        return f"{root} holds no {title} (it holds: {name_few(told) or 'nothing'})"
     first = archives[0]
     file, place = shlex.quote(str(folder / first)), shlex.quote(str(folder))
     command = f"unzip {file} -d {place}" if first.lower().endswith(".zip") else f"tar xf {file} -C {place}"

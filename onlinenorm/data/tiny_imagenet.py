@@ -45,14 +45,14 @@ class TinyImageNet(ImageNet):
         classes = read_classes(folder)
         check_classes(train, list_classes(train), classes, "Tiny ImageNet")
         if (val / ANNOTATIONS).is_file() and (val / "images").is_dir():
-            return without_images_folder(load_index(train)), annotated(val, classes)
+            return without_images_folder(load_index(train, classes)), annotated(val, classes)
         if (val / "images").is_dir():
             missing = f"{val / ANNOTATIONS} is missing, which says the classes of images/*"
             if val.name == "test":
                 missing = f"{folder} holds no val/, and the published test images have no labels"
             raise DataError(f"{missing}; unpack {FOLDER}.zip again", key="root")
         check_classes(val, list_classes(val), classes, "Tiny ImageNet")
-        return without_images_folder(load_index(train)), without_images_folder(load_index(val))
+        return without_images_folder(load_index(train, classes)), without_images_folder(load_index(val, classes))
 
     def _folder(self) -> Path:
         if self.root is None:
@@ -86,7 +86,7 @@ class TinyImageNet(ImageNet):
 def read_classes(folder: Path) -> list[str]:
     """The classes of wnids.txt, sorted, which is not their order there; DataError where it is missing or empty."""
     try:
-        classes = sorted((folder / "wnids.txt").read_text(encoding="utf-8-sig").split())
+        classes = sorted(set((folder / "wnids.txt").read_text(encoding="utf-8-sig").split()))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{folder / 'wnids.txt'} cannot be read ({error}); unpack tiny-imagenet-200.zip again", key="root"

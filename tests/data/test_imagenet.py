@@ -227,6 +227,26 @@ def test_a_labelled_test_set_stands_in_for_validation(tree):
         module(tree).setup()
 
 
+def test_nothing_stands_in_for_broken_links(tree, caplog):
+    (tree / "val").rename(tree / "test")
+    (tree / "val").symlink_to("unmounted")
+    with pytest.raises(DataError, match=r"^root: \S+/val is a link that leads nowhere; mend what it leads to, or rem"):
+        module(tree).setup()
+    (tree / "val").unlink()
+    index = load_index((tree / "train").rename(tree / "moved"))
+    (tree / "train").symlink_to("train")
+    with pytest.raises(
+        DataError, match=r"holds no folder train and .* \(it holds: moved, test, the broken link train\)"
+    ):
+        module(tree).setup()
+    for split in ("train", "val"):
+        pack(index, tree, split, index.class_names)
+    (tree / "train-x.tar").symlink_to("unmounted")
+    with pytest.raises(DataError, match=r"^root: \S+/train-x.tar is a link that leads nowhere"):
+        module(tree).setup()
+    assert not caplog.records
+
+
 def test_of_several_forms_one_is_named_and_read(tree, caplog):
     expected = module(tree)
     expected.setup()

@@ -98,6 +98,38 @@ def test_a_link_that_leads_back_is_told(tree):
         load_index(tree / "train")
 
 
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("bee/loop", ".."), ("loop", ".."), ("loop", ".")],  # in a class, or in place of one
+)
+def test_links_that_lead_back_are_named_and_no_folder(tree, link, target):
+    (tree / "train" / link).symlink_to(target)
+    with pytest.raises(
+        DataError, match=rf"^root: \S+/train/{link} is a link that leads back to a folder above it; rem"
+    ):
+        load_index(tree / "train")
+
+
+def test_an_image_that_is_a_link_to_itself_is_unreadable(tree):
+    (tree / "train" / "bee" / "9.jpg").symlink_to("9.jpg")
+    found = load_index(tree / "train")
+    assert len(found) == 16 and found.relative_path(10) == "bee/9.jpg" and found.sizes[10] == -1
+    assert found.newest([9, 10]) == found.newest([9]) and found.times_digest
+    with pytest.raises(OSError, match=r"Too many levels of symbolic links: '\S+/bee/9\.jpg'"):
+        found.read(10)
+
+
+@pytest.mark.parametrize("target", ["x", "nowhere", "0.JPEG/x", "y" * 300])
+def test_broken_links_are_left_out_and_told(tree, target, caplog):
+    (tree / "train" / "bee" / "x").symlink_to(target)
+    (tree / "train" / "dog").symlink_to("dog" if target == "x" else target)
+    found = load_index(tree / "train")
+    assert found.class_names == ["ant", "bee", "cat"] and len(found) == 15
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tree / 'train'}: 1 broken link left out: {name}" for name in ("dog", "bee/x")
+    ]
+
+
 def test_a_folder_that_may_not_be_read_is_named(tree, monkeypatch):
     real = os.scandir
 
