@@ -184,7 +184,7 @@ class Findings:
         found = clamp_removals(self.runs)
         if found.empty:
             return dict.fromkeys(("fraction", "largest", "runs"), "not run")
-        found = found.drop_duplicates("weights")
+        found = found.drop_duplicates("weights").dropna(subset=["clamped_fraction", "max_abs_activation"])
         share = (found["changed_predictions"] / found["images"]).astype(float)
         columns = {"fraction": "clamped_fraction", "largest": "max_abs_activation"}
         told = {key: stats.spearmanr(share, found[column].astype(float)).statistic for key, column in columns.items()}

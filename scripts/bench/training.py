@@ -77,7 +77,7 @@ class Network:
         self.x = torch.randn(shape, device=self.device).to(memory_format=torch.channels_last)
         self.target = torch.arange(batch, device=self.device) % 1000
         self.parameters = dict(self.model.named_parameters())
-        self.sgd = torch.optim.SGD(self.parameters.values(), 1e-4, 0.9, foreach=True)
+        self.sgd = torch.optim.SGD(self.parameters.values(), 1e-4, 0.9, fused=True)  # as train.py on a GPU
         with self._autocast():
             self.cast = CastWeights(self.model, self.parameters, self.device.type)
         self.casts_at_once = stem != "conv7x7"  # which stands for everybody's network and step
