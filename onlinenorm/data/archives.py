@@ -26,7 +26,7 @@ from onlinenorm.errors import DataError
 
 TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
-_FORMAT = "onlinenorm archives 3"
+_FORMAT = "onlinenorm archives 4"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 _LINKS = 40  # followed one after another, as the kernel does
 
@@ -231,6 +231,13 @@ def _opened(archive: Path, stream: IO[bytes] | None = None, member: str = "") ->
             file.seek(end)
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError("no tar header and no end mark where one must be")
+            while rest := file.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise DataError(
+                        f"{name} goes on behind its end mark, as tar files joined by cat do; keep them as files of "
+                        "their own, join them by tar --concatenate, or unpack all of it with tar --ignore-zeros",
+                        key="root",
+                    )
     except PermissionError as error:
         raise DataError(f"{archive} cannot be read ({error.strerror}); correct its permissions", key="root") from error
     except (tarfile.TarError, EOFError, OSError) as error:

@@ -22,6 +22,7 @@ ZIP, LABELS, IMAGES = f"{COMPETITION}.zip", "LOC_val_solution.csv", "ILSVRC/Data
 
 _HEAD = ["ImageId", "PredictionString"]  # of the list of labels
 _MEMBER = re.compile(rf"(?:.*/)?{IMAGES}/(?:(train)/([^/]+/.+)|(val)/(.+))")
+_LOCAL_START = b"PK\3\4"
 _LOCAL_HEADER = 30  # bytes before a member's name and extra fields, whose lengths it ends with
 _ROOM = 256  # for those two: they are read together with the image
 _ENCRYPTED = 1
@@ -157,7 +158,15 @@ def _read_zip(archive: Path, progress: Progress) -> dict[str, Arrays]:
     """The arrays of both splits."""
     progress(f"reading the directory of {archive.name}", 0, 1)
     try:
-        with zipfile.ZipFile(archive) as file:
+        with open(archive, "rb") as stream, zipfile.ZipFile(stream) as file:
+            begins = min((member.header_offset for member in file.infolist()), default=0)
+            stream.seek(0)
+            if begins and stream.read(len(_LOCAL_START)) == _LOCAL_START:
+                raise DataError(
+                    f"{archive} begins with files that its directory does not list, as zip files joined by cat do; "
+                    "keep the one that was downloaded, or unpack them and pack the files again",
+                    key="root",
+                )
             found = _members(file, archive)
             labels = next((m for m in file.infolist() if m.filename.rpartition("/")[2] == LABELS), None)
             if not found["train"] or labels is None:

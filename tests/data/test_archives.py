@@ -143,6 +143,7 @@ TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSV
          f"{TRAIN}: 3 classes do not hold .* devkit counts: n01484850 5 of 6"),
         (lambda f: (f / VAL).write_bytes(b""), f"{VAL} is empty; fetch it again"),
         (lambda f: (f / VAL).write_bytes(LFS_POINTER), f"{VAL} is a pointer of Git LFS .*git lfs pull"),
+        (lambda f: (f / VAL).write_bytes((f / VAL).read_bytes() * 2), f"{VAL} goes on behind its end"),
         (lambda f: shutil.copy(f / VAL, f / TRAIN), "holds no class archives .* is it the training archive"),
     ],
 )  # fmt: skip
@@ -318,6 +319,23 @@ def test_a_member_of_less_than_nothing_is_damage(tmp_path):
     (tmp_path / "train.tar").write_bytes(bytes(header) + bytes(2048))
     with pytest.raises(DataError, match=r"train.tar is damaged .*ant/9.jpg has -\d+ bytes.*fetch it again"):
         load_shards([tmp_path / "train.tar"], "train")
+
+
+def test_nothing_but_zeros_follows_the_end_mark(tmp_path):
+    one, other = tmp_path / "train.tar", tmp_path / "b.tar"
+    for archive, name in ((one, "ant/0.jpg"), (other, "ant/1.jpg")):
+        with tarfile.open(archive, "w") as tar:
+            add(tar, name, b"x")
+    content = one.read_bytes()
+    one.write_bytes(content + bytes(3_000_000))  # large records, as for tapes
+    assert len(load_shards([one], "train")) == 1
+    for zeros in (0, 3_000_000):
+        one.write_bytes(content + bytes(zeros) + other.read_bytes())
+        with pytest.raises(DataError, match=r"^root: \S+/train.tar goes on behind its end mark, .*tar --ignore-zeros$"):
+            load_shards([one], "train")
+    one.write_bytes(content)
+    subprocess.run(["tar", "--concatenate", "-f", one, other], check=True)
+    assert len(load_shards([one], "train")) == 2
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])

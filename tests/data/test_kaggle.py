@@ -102,6 +102,16 @@ def test_only_kaggle_s_images_make_a_zip_of_another_name_kaggle_s(folders, kaggl
     assert len(open_splits(str(other))[0]) == 15
 
 
+def test_zip_files_joined_by_cat_are_refused(folders, kaggle, tmp_path):
+    archive = zip_folder(kaggle, tmp_path / ZIP)
+    expected, content = described(folders), archive.read_bytes()
+    archive.write_bytes(b"#!/bin/sh" + content)  # what unpacks itself
+    assert_same(described(tmp_path), expected)
+    archive.write_bytes(zip_folder(folders, tmp_path / "other.zip").read_bytes() + content)
+    with pytest.raises(DataError, match=rf"^root: \S+{ZIP} begins with files that its directory does not list"):
+        open_splits(str(archive))
+
+
 def test_names_and_extra_fields_of_any_length(folders, tmp_path):
     long = "x" * 150 + "/" + "y" * 200
     root = write_kaggle(folders, tmp_path / "deep" / long)
