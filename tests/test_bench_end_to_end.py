@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import programs
 import pytest
 
-from scripts.bench import end_to_end, end_to_end_table
+from scripts.bench import end_to_end, end_to_end_peers, end_to_end_table
 
 TINY = [
     "--device", "cpu", "--no-compile", "--model", "resnet18", "--size", "32", "--batch", "8", "--epochs", "2",
@@ -56,6 +56,41 @@ def test_training_is_held_against_its_step_and_the_reference_loop(tmp_path, monk
     page = end_to_end_table.render({**results, "rows": [{**ours, "commit": "123abc", "command": "one"}, peer]})
     assert "Of commit 123abc: train.py, OnlineNorm" in page and page.endswith("torchvision; `one`\n")
     assert "| yes |" in end_to_end_table.render({**results, "rows": [{**ours, "images_per_second": 6000.0}, peer]})
+
+
+def test_several_processes_train_a_batch_each_against_the_step_of_all(tmp_path, monkeypatch):
+    overrides = []
+
+    def train(self, words, runs):
+        overrides.extend(words)
+        (tmp_path / "metrics.csv").write_text("images_per_second\n1\n90\n")
+        return [(tmp_path, [(0.0, 2), (1.0, 4)])]
+
+    monkeypatch.setattr(end_to_end.Bench, "train", train)
+    monkeypatch.setattr(end_to_end.Bench, "peer", lambda self, program, processes, **_: 25.0 * processes)
+    results = bench(tmp_path, "--normalizer", "online_clamp", "--data", "jpeg", "--peers", "--processes", "4")
+    assert {"trainer=ddp", "trainer.devices=4", "recipe.batch_size=32"} <= set(overrides)
+    (row,) = results["rows"]
+    assert (row["ratio"], row["batch"], row["wall_images_per_second"], results["processes"]) == (0.9, 8, 64.0, 4)
+    page = end_to_end_table.render(results)
+    assert "on 4 cpu with" in page and "| 0.90 of the bare step | yes |" in page and "![](end_to_end_4.png)" in page
+    with pytest.raises(SystemExit):
+        bench(tmp_path, "--data", "cifar10", "--processes", "2")
+
+
+@pytest.mark.parametrize("normalizer, row", [("online_clamp", "online_global"), ("batch", "batch")])
+def test_the_step_of_several_processes_is_that_of_their_own_benchmark(tmp_path, monkeypatch, normalizer, row):
+    def run(command, check):
+        assert f"--normalizer={row}" in command and "--mode=eager" in command and "--nproc-per-node=3" in command
+        output = next(word.partition("=")[2] for word in command if word.startswith("--output="))
+        rows = [{"processes": count, "images_per_second": 10.0 * count} for count in (1, 3)]
+        end_to_end_peers.Path(output).write_text(json.dumps({"rows": rows}))
+
+    monkeypatch.setattr(end_to_end_peers.subprocess, "run", run)
+    output = tmp_path / "step.json"
+    words = [f"--normalizer={normalizer}", "--processes=3", "--device=cpu", "--no-compile", f"--output={output}"]
+    assert end_to_end_peers.main(["step", *words]) == 0
+    assert json.loads(output.read_text()) == {"images_per_second": 30.0}
 
 
 @pytest.mark.slow

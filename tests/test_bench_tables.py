@@ -6,6 +6,7 @@ import re
 import pytest
 
 from scripts.bench import kernels_table, levers_table, shortcut_table
+from scripts.dev import rebuild
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,17 @@ def test_the_page_of_shortcuts_has_every_tuning_and_none_where_it_was_left_out(t
     lines = (tmp_path / "bench_shortcut.md").read_text().splitlines()
     assert "| 32 | clamp | 256 | 56 | forward | 100.1 | 71.9 |" in lines
     assert "| 32 | clamp | 256 | 56 | backward | 137.9 | none |" in lines
+
+
+def test_figures_of_more_gpus_have_pages_of_their_own(root, tmp_path, monkeypatch):
+    results, folder = tmp_path / "results", tmp_path / "rebuilt"
+    results.mkdir()
+    folder.mkdir()
+    for name in ("bench_distributed", "end_to_end"):
+        found = json.loads((root / "results" / f"{name}.json").read_text())
+        (results / f"{name}_4.json").write_text(json.dumps({**found, "processes": 4}))
+    monkeypatch.setattr(rebuild, "RESULTS", results)
+    assert rebuild.rebuild(folder) == 0
+    made = {file.name for file in folder.iterdir()}
+    assert made == {"bench_distributed_4.md", "end_to_end_4.md", "end_to_end_4.png"}
+    assert "one process against 4" in (folder / "bench_distributed_4.md").read_text()

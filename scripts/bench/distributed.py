@@ -1,6 +1,8 @@
 """Images per second on one and on several processes, each normalizer as it would be used: compiled, captured, or both.
 
     torchrun --standalone --nproc-per-node 2 scripts/bench/distributed.py                     two GPUs, some 10 minutes
+    torchrun --standalone --nproc-per-node 4 scripts/bench/distributed.py --batch 128 32 \
+        --output results/bench_distributed_4.json                                             four
     torchrun --standalone --nproc-per-node 2 scripts/bench/distributed.py --model cifar_resnet8 --size 16 --batch 4 \
         --repeats 2 --dtype fp32 --output /tmp/bench.json                                     the same on CPUs
     python scripts/bench/distributed_table.py results/bench_distributed.json                  the table alone

@@ -5,6 +5,8 @@
     scripts/bench/end_to_end.py --data cifar10 --peers     # ResNet-20 runs side by side, added to the same file
     scripts/bench/end_to_end.py --data                     # the peers alone, the same
     scripts/bench/end_to_end.py --draw                     # the picture alone
+    scripts/bench/end_to_end.py --processes 4 --output results/end_to_end_4.json --batch 128 --data jpeg --peers
+                                                           # on four GPUs, against the step of bench/distributed.py
 
 Every row is train.py in a process of its own, its real command line, or a peer (end_to_end_peers.py); the bare step of
 its normalizer, compiled, captured, with SGD, is measured before it in the same round, for as many steps as an epoch
@@ -57,7 +59,7 @@ PEERS = {"reference": "torchvision reference loop", "timm": "timm loader, same l
 DATA = ("jpeg", "on_device", "cifar10")
 CIFAR_IMAGES, CIFAR_BATCH, CIFAR_MODEL = (50_000, 10_000), 128, "cifar_resnet20"
 _KEY = ("program", "normalizer", "data", "decoder", "batch", "runs")
-_SAME = ("device", "torch", "triton", "cores")  # of measurements that may stand in one file
+_SAME = ("device", "torch", "triton", "cores", "processes")  # of measurements that may stand in one file
 _POLL = 0.05  # seconds
 
 Ends = list[tuple[float, int]]  # the moments at which a run's epochs ended, seconds, and its optimizer steps by then
@@ -172,19 +174,22 @@ def jpeg_row(bench: Bench, key: dict) -> dict[str, float]:
     words = [
         f"experiment={args.experiment}", f"model={args.model}", f"normalizer={key['normalizer']}",
         f"data.root={args.images}", f"data.image_size={args.size}", f"data.decoder={key['decoder']}",
-        f"data.num_workers={args.workers}", f"recipe.batch_size={args.batch}", "recipe.milestones=[]", "recipe.lr=0.01",
+        f"data.num_workers={args.workers}", f"recipe.batch_size={args.batch * args.processes}", "recipe.milestones=[]",
+        "recipe.lr=0.01",
     ]  # fmt: skip
     if key["data"] == "on_device":
         words += ["data.on_device=true", f"data.limit_train={min(args.train, args.on_device)}", "recipe.epochs=2"]
     else:
         words.append(f"recipe.epochs={args.epochs}")
+    if args.processes > 1:
+        words += ["trainer=ddp", f"trainer.devices={args.processes}"]
     if args.device == "cpu":
-        words.append("trainer=cpu")
+        words += ["trainer=cpu"] if args.processes == 1 else ["trainer.accelerator=cpu", "trainer.precision=32-true"]
     ((folder, seen),) = bench.train(words, 1)
     rates = [float(row["images_per_second"]) for row in read_metrics(folder)[1:]]
     return {
         "images_per_second": statistics.harmonic_mean(rates),
-        "wall_images_per_second": args.batch * (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0]),
+        "wall_images_per_second": args.batch * args.processes * (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0]),
     }
 
 
@@ -249,7 +254,8 @@ def measure(args: argparse.Namespace, results: dict, scratch: Path) -> None:
                 of_step = key["normalizer"], *network
                 if of_step not in steps:
                     options = dict(zip(("normalizer", "model", "size", "batch"), of_step, strict=True))
-                    steps[of_step] = bench.peer("step", **options, repeats=args.repeats)
+                    options |= {"repeats": args.repeats, "processes": args.processes}
+                    steps[of_step] = bench.peer("step", **options)
                     print(f"bare step of {of_step}: {steps[of_step]:,.0f} images/s, "
                           f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
                     began = time.perf_counter()
@@ -286,7 +292,7 @@ def earlier(path: Path, head: dict) -> dict:
     Rows of another commit say which, and their command, until they are measured anew.
     """
     former = json.loads(path.read_text()) if path.exists() else {}
-    if any(former.get(name) != head[name] for name in _SAME):
+    if any(former.get(name) != head.get(name) for name in _SAME):
         return {**head, "not_run": [], "rows": []}
     if former["commit"] != head["commit"]:
         origin = {name: former[name] for name in ("commit", "command")}
@@ -348,6 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
     parser.add_argument("--batch", type=int, default=256, help="of jpeg and on_device")
+    parser.add_argument("--processes", type=int, default=1, help="of a run, a GPU and a batch each; not of cifar10")
     parser.add_argument("--epochs", type=int, default=3, help="of jpeg; the first is not counted (%(default)s)")
     parser.add_argument("--cifar-epochs", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--cifar-train", type=int, default=CIFAR_IMAGES[0], help="images (%(default)s)")
@@ -367,10 +374,16 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not args.draw:
         common.check_device(parser, args)
+        if args.processes > 1 and "cifar10" in args.data:
+            parser.error(
+                "--processes are of runs of jpeg and on_device: those of cifar10 stand side by side on one GPU"
+            )
         if args.epochs < 2 or args.cifar_epochs < 2:
             parser.error("the first epoch is not counted: --epochs and --cifar-epochs are at least 2")
         began = time.perf_counter()
-        results = earlier(args.output, common.head(torch.device(args.device)) | {"cores": CORES})
+        head = common.head(torch.device(args.device)) | {"cores": CORES}
+        head |= {"processes": args.processes} if args.processes > 1 else {}
+        results = earlier(args.output, head)
         if args.peers or set(args.data) - {"cifar10"}:
             results["images"] = make_set(args.images, args.unique, args.train, 64)
             print(f"files: {time.perf_counter() - began:.0f} s", flush=True)

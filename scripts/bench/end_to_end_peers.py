@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What end_to_end.py holds train.py against, each in a process of its own, its result as JSON in --output.
 
-step       the bare training step of a network on a batch that stays where it is: bench/training.py's, with SGD
+step       the bare training step of a network on a batch that stays where it is: bench/training.py's, with SGD; of
+           several processes, each with a batch, that of bench/distributed.py
 reference  torchvision's references/classification/train.py written out: its ResNet with BatchNorm, its transforms
            and DataLoader. In its favour: bfloat16, channels_last, torch.compile, and no look at the loss at each step
 timm       the same loop with timm's loader and its prefetcher
@@ -10,13 +11,15 @@ timm       the same loop with timm's loader and its prefetcher
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts._venv import run_main
+from scripts._venv import ROOT, run_main
 
 import torch
 
@@ -36,6 +39,28 @@ def step_rate(args: argparse.Namespace) -> float:
     for _ in range(3):
         row.measure(args.repeats)
     return 1e3 * args.batch / row.milliseconds
+
+
+def step_rate_of_processes(args: argparse.Namespace) -> float:
+    """Images/s of the bare step of all processes, whose statistics their kernels exchange."""
+    on_gpu = args.device.type == "cuda"
+    exchange = "online_peers" if on_gpu else "online_global"
+    name = args.normalizer.replace("online_clamp", exchange).replace(
+        "online_layer_scaling", f"{exchange}_layer_scaling"
+    )
+    mode = "+".join(["compile"] * args.compile + ["graph"] * on_gpu) or "eager"
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "step.json"
+        options = {
+            "normalizer": name, "mode": mode, "model": args.model, "size": args.size,
+            "batch": args.batch, "dtype": "bf16" if on_gpu else "fp32", "rounds": 3, "repeats": args.repeats,
+            "output": output,
+        }  # fmt: skip
+        words = ["--standalone", f"--nproc-per-node={args.processes}", str(ROOT / "scripts/bench/distributed.py")]
+        words += ["--no-check", *(f"--{key}={value}" for key, value in options.items())]
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], check=True)
+        rows = json.loads(output.read_text())["rows"]
+    return next(row["images_per_second"] for row in rows if row["processes"] == args.processes)
 
 
 def loop_rate(args: argparse.Namespace) -> float:
@@ -78,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=20, help="steps a round, of step")
+    parser.add_argument("--processes", type=int, default=1, help="of step, each with a batch")
     parser.add_argument("--images", type=Path, help="folder of train/CLASS/*, of the loops")
     parser.add_argument("--epochs", type=int, default=2, help="of the loops; the first is not counted")
     parser.add_argument("--workers", type=int, default=16)
@@ -85,7 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
     torch.backends.cudnn.benchmark = True
-    rate = (step_rate if args.program == "step" else loop_rate)(args)
+    step = step_rate if args.processes == 1 else step_rate_of_processes
+    rate = (step if args.program == "step" else loop_rate)(args)
     args.output.write_text(json.dumps({"images_per_second": rate}) + "\n")
     return 0
 

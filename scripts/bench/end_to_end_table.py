@@ -24,17 +24,25 @@ WANTED = {
     "on_device": ("ratio", 0.97, "0.97 of the bare step"),
     "cifar10": ("images_per_second", 80_000, "80,000 images/s"),
 }
+OF_SEVERAL = "ratio", 0.9, "0.90 of the bare step"  # GPUs
 
 
 def render(results: dict) -> str:
     """Markdown of a results file in the form of end_to_end.json."""
+    processes = results.get("processes", 1)
+    name, count = (f"end_to_end_{processes}", str(processes)) if processes > 1 else ("end_to_end", "one")
     parts = [
-        f"# Whole epochs of training on one {results['device']} with {results['cores']} cores",
+        f"# Whole epochs of training on {count} {results['device']} with {results['cores']} cores",
         "Rates of training alone, from an epoch's start to its last step, and beside them with validation and "
         "checkpoints; of runs side by side, of all together while all train, with validation in both. Each run's first "
         "epoch is left out. The bare step has its images on the device.",
-        markdown_table(HEAD, [_cells(row) for row in results["rows"]]),
+        markdown_table(HEAD, [_cells(row, processes) for row in results["rows"]]),
     ]
+    if processes > 1:
+        parts.append(
+            f"Batches are those of each of {processes} processes, a GPU each; the bare step is that of all, too, with "
+            "all that they exchange, as scripts/bench/distributed.py measures it."
+        )
     if missing := results["not_run"]:
         rows = [f"{_trains(row)}, {_source(row)} ({row['why']})" for row in missing]
         parts.append(f"Not run: {'; '.join(rows)}.")
@@ -49,13 +57,13 @@ def render(results: dict) -> str:
         commands = dict.fromkeys(row["command"] for row in measured)
         what = "; ".join(f"{_trains(row)}, {_source(row)}" for row in measured)
         origins.append(f"Of commit {commit}: {what}; " + ", ".join(f"`{command}`" for command in commands))
-    return "\n\n".join([*parts, "![](end_to_end.png)", *origins]) + "\n"
+    return "\n\n".join([*parts, f"![]({name}.png)", *origins]) + "\n"
 
 
-def _cells(row: dict) -> list[str]:
+def _cells(row: dict, processes: int) -> list[str]:
     wanted, reached = "", ""
     if row["program"] == TRAIN:
-        figure, least, wanted = WANTED[row["data"]]
+        figure, least, wanted = WANTED[row["data"]] if processes == 1 else OF_SEVERAL
         reached = "yes" if row[figure] >= least else "**no**"
     rates = [row["images_per_second"], row["step_images_per_second"], row.get("wall_images_per_second")]
     rate, step, wall = ("" if rate is None else f"{rate:,.0f}" for rate in rates)

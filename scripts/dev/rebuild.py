@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -43,6 +44,11 @@ PAGES = {
 }  # fmt: skip
 
 
+def _kind(name: str) -> str:
+    """The name of a measurement without the number of GPUs, which one on more than two, or than one, ends with."""
+    return re.sub(r"_\d+$", "", name)
+
+
 def rebuild(folder: Path) -> int:
     """Writes all of it into `folder`; returns the first exit code of a script that is not 0."""
     jobs = [
@@ -51,10 +57,10 @@ def rebuild(folder: Path) -> int:
     if (RESULTS / "study").is_dir():
         told = ["--page", str(RESULTS / "README.md.j2")]
         jobs.append((study, [str(RESULTS / "study"), "--output", str(folder / "study"), *told]))
-    data = {name: folder / f"{name}.json" for name in PAGES if (RESULTS / f"{name}.json").exists()}
+    data = {file.stem: folder / file.name for file in sorted(RESULTS.glob("*.json")) if _kind(file.stem) in PAGES}
     for name, file in data.items():
         shutil.copy(RESULTS / file.name, file)  # a page is written beside its data
-        jobs.append((PAGES[name], [str(file)]))
+        jobs.append((PAGES[_kind(name)], [str(file)]))
     for script, arguments in jobs:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             if code := script.main(arguments):
@@ -64,8 +70,9 @@ def rebuild(folder: Path) -> int:
     if "bench_training" in data:
         picture = data["bench_training"].with_suffix(".png")
         training.plot(json.loads(data["bench_training"].read_text(encoding="utf-8")), str(picture))
-    if "end_to_end" in data:
-        end_to_end.draw(data["end_to_end"])
+    for name in data:
+        if _kind(name) == "end_to_end":
+            end_to_end.draw(data[name])
     for file in data.values():
         file.unlink()
     for file in RESULTS.glob("exports/*/exports.json"):

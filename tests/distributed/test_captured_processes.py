@@ -1,6 +1,6 @@
-"""Captured runs of two GPUs are those without, and end where they fail.
+"""Captured runs of several GPUs are those without, and end where they fail.
 
-python -m pytest tests/distributed/test_captured_processes.py -m gpu        on a machine with two GPUs
+python -m pytest tests/distributed/test_captured_processes.py -m gpu [-k gpus4]      on a machine with two GPUs
 """
 
 import subprocess
@@ -10,12 +10,10 @@ import process_groups
 import pytest
 import torch
 from distributed_runs import THIRTY_STEPS, curve, distance, train
+from gpus import gpu_counts
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-
-@pytest.mark.gpu
-@two_gpus
+@pytest.mark.parametrize("processes", gpu_counts())
 @pytest.mark.parametrize(
     "overrides, same_bits",
     [
@@ -27,14 +25,14 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
     ],
     ids=str,
 )
-def test_captured_steps_of_two_gpus_make_the_run_without(tmp_path, overrides, same_bits):
+def test_captured_steps_make_the_run_without(tmp_path, overrides, same_bits, processes):
     """Thirty steps in float32, a drop of the learning rate among them; gradients are averaged within the graph."""
     shared = (*THIRTY_STEPS, "trainer=ddp", "trainer.precision=32-true", *overrides)
     shared += ("trainer.deterministic=true",) * same_bits
     digests = []
     for captured in ("false", "true"):
         results = process_groups.run(
-            2, train, str(tmp_path / captured), *shared, f"trainer.cuda_graph={captured}", seconds=400
+            processes, train, str(tmp_path / captured), *shared, f"trainer.cuda_graph={captured}", seconds=400
         )
         digests.append(results[0]["parameters_sha256"])
     far = distance(tmp_path / "true", tmp_path / "false")
@@ -46,11 +44,16 @@ def test_captured_steps_of_two_gpus_make_the_run_without(tmp_path, overrides, sa
     torch.testing.assert_close(*pairs, rtol=1e-4, atol=0)
 
 
-@pytest.mark.gpu
-@two_gpus
-def test_a_captured_run_that_fails_on_two_gpus_ends(root, tmp_path):
+@pytest.mark.parametrize("processes", gpu_counts())
+def test_a_captured_run_that_fails_ends(root, tmp_path, processes):
     """Although NCCL waits for graphs that hold its collectives, and the error's traceback for them."""
-    overrides = *THIRTY_STEPS, "trainer=ddp", "trainer.devices=2", "trainer.cuda_graph=true", "recipe.lr=1e30"
+    overrides = (
+        *THIRTY_STEPS,
+        "trainer=ddp",
+        f"trainer.devices={processes}",
+        "trainer.cuda_graph=true",
+        "recipe.lr=1e30",
+    )
     command = [sys.executable, "train.py", *overrides, f"run_dir={tmp_path}"]
     ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert ended.returncode != 0 and "became NaN or infinite" in ended.stderr + ended.stdout, ended.stderr

@@ -1,12 +1,14 @@
 """Compiled and captured runs of two processes are those of one, with the statistics of all processes or a stream each.
 
-python -m pytest tests/distributed/test_fast_processes.py -m gpu        on a machine with two GPUs
+python -m pytest tests/distributed/test_fast_processes.py -m gpu [-k gpus4]      on a machine with two GPUs
 """
 
 import process_groups
 import pytest
 import torch
 from distributed_runs import THIRTY_STEPS, TINY, curve, distance, train
+from gpus import gpu_counts
+from test_interrupted_processes import checkpoint_moved, kill
 from torch import nn
 
 from onlinenorm.models import cifar
@@ -48,7 +50,6 @@ ON_GPUS = (
     "normalizer=online_clamp", "normalizer.clamp_value=2", "data.num_workers=0", "data.on_device=false",
 )  # fmt: skip
 MODES = {"plain": (False, False), "captured": (False, True), "compiled and captured": (True, True)}
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 def run_on_gpus(rank, folder, mode, *overrides):
@@ -84,20 +85,34 @@ def finished(tmp_path_factory):
     return call
 
 
-@pytest.mark.gpu
-@two_gpus
+@pytest.mark.parametrize("processes", gpu_counts())
 @pytest.mark.parametrize("mode", MODES)
-def test_thirty_steps_on_two_gpus_are_those_of_one(finished, mode):
-    found = float((finished(2, mode) - finished(1, "plain")).abs().max())
-    print(f"{mode}: two GPUs against one, float32: largest difference of a loss {found:.1e}")
+def test_thirty_steps_on_several_gpus_are_those_of_one(finished, mode, processes):
+    found = float((finished(processes, mode) - finished(1, "plain")).abs().max())
+    print(f"{mode}: {processes} GPUs against one, float32: largest difference of a loss {found:.1e}")
     assert found <= 1e-4
 
 
-@pytest.mark.gpu
-@two_gpus
+@pytest.mark.parametrize("processes", gpu_counts())
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "plain"])
-def test_streams_of_their_own_are_the_same_in_any_mode(finished, mode):
-    found = float((finished(2, mode, "local") - finished(2, "plain", "local")).abs().max())
+def test_streams_of_their_own_are_the_same_in_any_mode(finished, mode, processes):
+    found = float((finished(processes, mode, "local") - finished(processes, "plain", "local")).abs().max())
     print(f"{mode}: local statistics against plain ones, float32: largest difference of a loss {found:.1e}")
     assert found <= 1e-4
-    assert float((finished(2, mode, "local") - finished(2, mode)).abs().max()) > 1e-4, "another run than with global"
+    assert float((finished(processes, mode, "local") - finished(processes, mode)).abs().max()) > 1e-4, (
+        "another run than with global"
+    )
+
+
+@pytest.mark.parametrize("processes", gpu_counts())
+def test_a_run_that_is_killed_continues_on_half_as_many_gpus(finished, tmp_path, processes):
+    often, fewer = "trainer.checkpoint_every_n_steps=1", processes // 2
+    started = process_groups.start(processes, run_on_gpus, str(tmp_path), "captured", "trainer=ddp", often)
+    checkpoint_moved(tmp_path, checkpoint_moved(tmp_path, None, started, 120), started)
+    kill(started)
+    trainer = "trainer=ddp" if fewer > 1 else "trainer=gpu"
+    captures = process_groups.run(fewer, run_on_gpus, str(tmp_path), "captured", trainer, often, seconds=300)
+    assert captures == [1] * fewer, "steps were left to train"
+    found = float((curve(tmp_path, "train_loss", "val_loss") - finished(1, "plain")).abs().max())
+    print(f"killed on {processes} GPUs, continued on {fewer}: largest difference of a loss {found:.1e}")
+    assert found <= 1e-4

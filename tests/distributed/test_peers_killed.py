@@ -1,8 +1,9 @@
-"""Runs of two GPUs whose kernels exchange messages: one process is killed or stuck, and the run goes on exactly.
+"""Runs of several GPUs whose kernels exchange messages: one process is killed or stuck, and the run goes on exactly.
 
-python -m pytest tests/distributed/test_peers_killed.py -m gpu        on a machine with two GPUs, Hopper or later
+python -m pytest tests/distributed/test_peers_killed.py -m gpu [-k gpus4]     on two GPUs or more, Hopper or later
 """
 
+import os
 import random
 import time
 from datetime import timedelta
@@ -10,8 +11,8 @@ from functools import partial
 
 import process_groups
 import pytest
-import torch
 from distributed_runs import TINY, train
+from gpus import gpu_counts
 from test_interrupted_processes import checkpoint_moved
 from tests_training import outcome
 
@@ -30,13 +31,6 @@ RUN = (
 KILLS = 10
 STUCK_AT, SECONDS = 5, 10  # step, and for how long processes wait for each other
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.device_count() < 2 or torch.cuda.get_device_capability() < (9, 0), reason="needs two GPUs, Hopper"
-    ),
-]
-
 
 def run(rank, folder):
     """The results of a run in which all layers exchange messages."""
@@ -46,7 +40,9 @@ def run(rank, folder):
     return results
 
 
-def run_with_a_stuck_process(rank, folder):
+def run_with_a_stuck_process(rank, folder, said):
+    with open(said, "a") as file:
+        os.dup2(file.fileno(), 2)
     trainer.MeetingDDPStrategy = partial(trainer.MeetingDDPStrategy, timeout=timedelta(seconds=SECONDS))
     training_step = ImageClassifier.training_step
 
@@ -59,44 +55,52 @@ def run_with_a_stuck_process(rank, folder):
     return run(rank, folder)
 
 
+@pytest.fixture(scope="module", params=gpu_counts(hopper=True))
+def processes(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    process_groups.run(2, run, str(folder))
+    process_groups.run(processes, run, str(folder))
     return folder
 
 
-def test_a_process_is_killed_ten_times_and_the_run_is_the_same(undisturbed, tmp_path):
-    """The other one is ended a second later, as launchers do."""
+def test_a_process_is_killed_ten_times_and_the_run_is_the_same(processes, undisturbed, tmp_path):
+    """The others are ended a second later, as launchers do."""
     chooser, since = random.Random(3), None
     for _ in range(KILLS):
-        started = process_groups.start(2, run, str(tmp_path))
+        started = process_groups.start(processes, run, str(tmp_path))
         for _ in range(chooser.randint(1, 2)):
             since = checkpoint_moved(tmp_path, since, started) or since
         time.sleep(chooser.random() * 0.1)
-        victim = chooser.randrange(2)
-        for rank, pause in ((victim, 1.0), (1 - victim, 0.0)):
-            started[rank][0].kill()
-            time.sleep(pause)
+        started[chooser.randrange(processes)][0].kill()
+        time.sleep(1.0)
+        for process, _ in started:
+            process.kill()
         for process, pipe in started:
             process.join()
             pipe.close()
-    results = process_groups.run(2, run, str(tmp_path))[0]
+    results = process_groups.run(processes, run, str(tmp_path))[0]
     print(f"resumed {results['resumed']} times after {KILLS} kills")
     assert results["resumed"] >= KILLS // 2
     assert outcome(tmp_path) == outcome(undisturbed)
 
 
-def test_a_stuck_process_is_named_in_time_and_the_run_continues(undisturbed, tmp_path, capfd):
-    started = process_groups.start(2, run_with_a_stuck_process, str(tmp_path))
-    checkpoint_moved(tmp_path, None, started)
+def test_a_stuck_process_is_named_in_time_and_the_run_continues(processes, undisturbed, tmp_path):
+    folder, said = tmp_path / "run", tmp_path / "said"
+    started = process_groups.start(processes, run_with_a_stuck_process, str(folder), str(said))
+    checkpoint_moved(folder, None, started)
     start = time.monotonic()
     started[0][0].join(60)
     waited = time.monotonic() - start
     code = started[0][0].exitcode
-    started[1][0].kill()
-    said = capfd.readouterr().err
+    for process, _ in started:
+        process.kill()
     print(f"ended with {code} after {waited:.1f} s, {SECONDS} of which it waits for the other")
-    assert code == 1 and "process 1 did not come to a layer that another had reached" in said, said
-    results = process_groups.run(2, run, str(tmp_path))[0]
-    assert results["resumed"] == 1 and outcome(tmp_path) == outcome(undisturbed)
+    assert code == 1 and "process 1 did not come to a layer that another had reached" in said.read_text(), (
+        said.read_text()
+    )
+    results = process_groups.run(processes, run, str(folder))[0]
+    assert results["resumed"] == 1 and outcome(folder) == outcome(undisturbed)

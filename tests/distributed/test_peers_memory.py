@@ -1,5 +1,6 @@
 """Which processes exchange moments between kernels, and the memory in which they do, without GPUs."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import process_groups
@@ -158,6 +159,15 @@ def absence(rank, to_memory):
 def test_a_process_that_does_not_come_to_share_memory_is_named(to_memory):
     said, _ = process_groups.run(2, absence, to_memory)
     assert said.startswith("process 1 did not come to where processes share memory")
+
+
+def patience(rank):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=50))
+    return peers._patience(dist.group.WORLD)
+
+
+def test_kernels_give_up_on_a_process_before_nccl_ends_their_own():
+    assert process_groups.run(1, patience) == [45.0]
 
 
 def launches(rank):

@@ -183,9 +183,9 @@ def _uuid(device: int) -> str:
 
 
 def _patience(members: dist.ProcessGroup) -> float:
-    """Seconds after which collectives of the group, too, give up on a process."""
+    """Seconds, fewer than those after which NCCL ends a process of the group, whatever it is about to say."""
     timeout = getattr(getattr(members._get_backend(torch.device("cuda")), "options", None), "_timeout", None)
-    return timeout.total_seconds() if timeout else DEFAULT_PATIENCE
+    return 0.9 * timeout.total_seconds() if timeout else DEFAULT_PATIENCE
 
 
 def patience(spec: NormSpec, device: int) -> float:
