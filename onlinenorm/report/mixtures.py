@@ -127,7 +127,7 @@ def _shortened(lines: list[str]) -> list[str]:
 def _odd(settings: dict[str, dict[str, Any]]) -> list[str]:
     """The runs that do not share the setting of most."""
     alike: dict[str, list[str]] = defaultdict(list)
-    for name, setting in settings.items():
+    for name, setting in _one_name_a_set(settings).items():
         alike[repr(sorted(setting.items(), key=str))].append(name)
     most = max(alike.values(), key=len)
     return [name for name in settings if name not in most]
@@ -135,7 +135,7 @@ def _odd(settings: dict[str, dict[str, Any]]) -> list[str]:
 
 def _mixture(settings: dict[str, dict[str, Any]]) -> list[str]:
     """Compares runs key by key; one that lacks a key (older or unfinished) does not contradict the others."""
-    lines = []
+    settings, lines = _one_name_a_set(settings), []
     for key in sorted({key for setting in settings.values() for key in setting}):
         values: dict[str, list[str]] = defaultdict(list)
         for name, setting in settings.items():
@@ -145,6 +145,19 @@ def _mixture(settings: dict[str, dict[str, Any]]) -> list[str]:
             shown = " | ".join(f"{value} ({_few(names)})" for value, names in values.items())
             lines.append(f"{key}: {shown}")
     return lines
+
+
+def _one_name_a_set(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings with one name for images of one fingerprint, whatever the folder that they lie in is called."""
+    names: dict[str, str] = {}
+
+    def named(setting: dict[str, Any]) -> dict[str, Any]:
+        digest = setting.get("dataset.fingerprint", UNKNOWN)
+        if digest == UNKNOWN or "dataset.name" not in setting:
+            return setting
+        return setting | {"dataset.name": names.setdefault(digest, setting["dataset.name"])}
+
+    return {run: named(setting) for run, setting in settings.items()}
 
 
 def _as_given(value: Any) -> str:

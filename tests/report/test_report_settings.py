@@ -6,7 +6,7 @@ from run_folders import write_run
 
 from onlinenorm.cli.compose import load_config
 from onlinenorm.errors import ReportError
-from onlinenorm.report.mixtures import check_joins, check_one_table
+from onlinenorm.report.mixtures import check_joins, check_one_point, check_one_table
 from onlinenorm.report.runs import load_runs
 from onlinenorm.report.settings import departures, same
 
@@ -67,6 +67,28 @@ def test_values_are_told_as_they_would_be_given(tmp_path):
         check_one_table(load_runs(tmp_path).runs)
     assert "data.limit_train: null (batch/seed0) | 1500 (group/seed0)" in str(caught.value)
     assert "dataset.fingerprint: aaaaaaaaaaaa... (batch/seed0) | bbbbbbbbbbbb... (group/seed0)" in str(caught.value)
+
+
+def in_folder(run, name, fingerprint):
+    """A run of images in a folder of that name."""
+    file = run / "results.json"
+    results = json.loads(file.read_text())
+    results["dataset"] |= {"name": name, "fingerprint": fingerprint}
+    file.write_text(json.dumps(results))
+
+
+def test_images_of_one_fingerprint_are_one_set_whatever_their_folder_is_called(tmp_path):
+    for seed, name in enumerate(("photos", "moved", "shards")):
+        in_folder(write_run(tmp_path, "batch", seed), name, "a" * 64)
+    check_one_table(load_runs(tmp_path).runs)
+    check_one_point(load_runs(tmp_path).runs, "a point")
+    in_folder(write_run(tmp_path, "batch", 3), "photos", "b" * 64)
+    with pytest.raises(ReportError, match=r"--without batch/seed3, or") as caught:
+        check_one_table(load_runs(tmp_path).runs)
+    assert "dataset.name" not in str(caught.value)
+    in_folder(tmp_path / "batch" / "seed3", "cats", "b" * 64)
+    with pytest.raises(ReportError, match=r"dataset.name: 'photos' \(.*\) \| 'cats' \(batch/seed3\)"):
+        check_one_table(load_runs(tmp_path).runs)
 
 
 def test_a_run_to_come_is_held_against_those_that_are_there(tmp_path):
