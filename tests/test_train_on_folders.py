@@ -25,6 +25,7 @@ from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.kaggle import ZIP
 from onlinenorm.data.prepare import chosen_classes, extract, pack
 from onlinenorm.errors import ConfigError, DataError
+from onlinenorm.training.checkpoint import read
 
 train = load_train_module()
 TINY = [
@@ -70,16 +71,18 @@ def test_a_run_goes_on_after_a_damaged_file_was_replaced(tmp_path, caplog):
     good = damaged.read_bytes()
     damaged.write_bytes(good[:200])
     with pytest.raises(DataError, match=r"Replace the file"):
-        run(folder, tree, "trainer.checkpoint_every_n_steps=1")
-    assert (folder / "checkpoints" / "last.ckpt").exists()
+        run(folder, tree)
+    assert read(folder / "checkpoints" / "last.ckpt")["position"] == {"epoch": 0, "step": 3, "global_step": 3}
     others = write_tree(tmp_path / "others", size=(64, 64))
     with pytest.raises(ConfigError, match=r"data.root: holds other images than those that .*last.ckpt was trained on"):
-        run(folder, others, "trainer.checkpoint_every_n_steps=1")
+        run(folder, others)
     damaged.unlink()
     damaged.write_bytes(good)
-    found = run(folder, tree, "trainer.checkpoint_every_n_steps=1")
+    found = run(folder, tree)
     assert found["resumed"] == 1 and found["dataset"]["replaced"] == {"count": 1, "files": ["val/bee/1.JPEG"]}
     assert "files of another size than before count as replaced (1): val/bee/1.JPEG" in caplog.text
+    undisturbed = run(tmp_path / "undisturbed", tree)
+    assert all(found[key] == undisturbed[key] for key in ("parameters_sha256", "last"))
 
 
 def test_a_finished_run_is_not_reprinted_for_other_images(tmp_path, capsys):

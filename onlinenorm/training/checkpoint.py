@@ -15,10 +15,11 @@ import yaml
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from onlinenorm.errors import ArgumentError, ConfigError, RunError
+from onlinenorm.errors import ArgumentError, ConfigError, RunError, UnreadableImageError
 from onlinenorm.files import FULL
 from onlinenorm.records import CONFIG, misfit
 from onlinenorm.text import first_line
+from onlinenorm.training.cuda_graph import copy_together
 from onlinenorm.training.host_copy import host_copy
 from onlinenorm.training.run_folder import changed_keys
 
@@ -210,9 +211,12 @@ class Checkpoints(Checkpoint):
     Lightning's own loop counters are derived from that on loading, so that accumulation and the number of processes
     may change.
 
+    Where an error ends a run between two steps, or in a validation, as one of an image that cannot be read does, the
+    last step is saved too; not of several processes, which are elsewhere by then.
+
     Args:
         folder: of the checkpoint files.
-        every_n_steps: optimizer steps between saves within an epoch; None for none.
+        every_n_steps: optimizer steps between saves within an epoch, with one before its validation; None for none.
         stop: the signals that ask to save and end (`interruption.StopSignals`).
     """
 
@@ -221,7 +225,11 @@ class Checkpoints(Checkpoint):
             raise ArgumentError("checkpoint_every_n_steps", f"{every_n_steps!r} must be at least 1, or null for none")
         self.folder, self.every_n_steps, self.stop = folder, every_n_steps, stop
         self.best_top1 = -1.0
-        self._position: tuple[int, int] | None = None
+        self._position: tuple[int, int] | None = None  # of the last save
+        self._reached: tuple[int, int] | None = None  # by the last step
+        self._within = False  # a batch, or what follows a validation: the network is not as a step has left it
+        self._parts = False  # some parts of a step are done
+        self._before: list[torch.Tensor] = []  # what they have changed, as it was
         self._resumed_step = 0
         self._config: dict[str, Any] = {}
 
@@ -244,14 +252,24 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer, module) -> None:
         self.stop.defer()
 
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self._within = True
+        parts = trainer.accumulate_grad_batches
+        if parts > 1 and batch_idx % parts == 0 and trainer.world_size == 1:
+            self._before = self._before or [torch.empty_like(tensor) for tensor in _changed_by_parts(module)]
+            copy_together(self._before, _changed_by_parts(module))
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         trainer.strategy.checkpoint_io.check()
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        self._parts = (batch_idx + 1) % trainer.accumulate_grad_batches > 0
+        self._within = False
+        if self._parts:
             return
         step = (batch_idx + 1) // trainer.accumulate_grad_batches
+        self._reached = trainer.current_epoch, step
         epoch_done = batch_idx + 1 == trainer.num_training_batches
         stopping = self.stop.stop_requested(trainer)
-        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0 and not epoch_done
+        due = self.every_n_steps is not None and (trainer.global_step % self.every_n_steps == 0 or epoch_done)
         if stopping or due:
             self.save(trainer, trainer.current_epoch, step)
         if stopping:
@@ -265,6 +283,9 @@ class Checkpoints(Checkpoint):
                 step = trainer.num_training_batches // trainer.accumulate_grad_batches
                 self.save(trainer, epoch, step)
             self._leave(trainer, epoch, step)
+
+    def on_validation_end(self, trainer, module) -> None:
+        self._within = True
 
     def on_train_epoch_end(self, trainer, module) -> None:
         loss, top1, _, images = module.reduced(module.val_sums)
@@ -281,9 +302,16 @@ class Checkpoints(Checkpoint):
             self._leave(trainer, trainer.current_epoch + 1, 0)
 
     def on_exception(self, trainer, module, exception) -> None:
-        # what is being written is finished; an error there does not hide this one
+        whole = trainer.world_size == 1 and not self._within and isinstance(exception, Exception)
         try:
+            # what is being written is finished; an error there does not hide this one
             trainer.strategy.checkpoint_io.teardown()
+            if whole and not isinstance(exception, RunError) and self._reached not in (None, self._position):
+                if self._parts:
+                    copy_together(_changed_by_parts(module), self._before)
+                self.save(trainer, *self._reached)
+                trainer.strategy.checkpoint_io.teardown()
+                print(self.stop.saved_at(*self._reached), file=sys.stderr)
         except Exception as error:
             print(error, file=sys.stderr)
 
@@ -295,8 +323,12 @@ class Checkpoints(Checkpoint):
     def save(self, trainer, epoch: int, step: int) -> None:
         """Saves last.ckpt, unless the weights or the loss have stopped being finite; a thread writes it."""
         trainer.lightning_module.assert_finite()
-        trainer.datamodule.agree_on_unreadable()
         self._position = (epoch, step)
+        try:
+            trainer.datamodule.agree_on_unreadable()
+        except UnreadableImageError:  # on every process: more are allowed in a run that goes on
+            trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+            raise
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
@@ -329,6 +361,11 @@ class Checkpoints(Checkpoint):
                 trainer.fit_loop.state_dict(), trainer.accumulate_grad_batches, steps=steps, **position
             )
         }
+
+
+def _changed_by_parts(module: Any) -> list[torch.Tensor]:
+    """What the parts of an accumulated step change before it: of what a checkpoint holds, in place."""
+    return [*module.buffers(), module.train_sums]
 
 
 def loop_state(fresh: dict[str, Any], accumulate: int, steps: int, epoch: int, step: int, global_step: int) -> dict:

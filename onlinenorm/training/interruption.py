@@ -83,10 +83,12 @@ class StopSignals:
 
     def raise_interrupted(self, epoch: int, step: int) -> None:
         """Raises Interrupted after a save."""
+        raise Interrupted(f"{self.name}: {self.saved_at(epoch, step)}", self.signum)
+
+    def saved_at(self, epoch: int, step: int) -> str:
+        """What is said after a save at a step of an epoch, counted from 0; step 0: at the end of the one before."""
         where = f"step {step} of epoch {epoch + 1}" if step else f"the end of epoch {epoch}"
-        raise Interrupted(
-            f"{self.name}: saved at {where}; the same command continues from there ({self.folder})", self.signum
-        )
+        return f"saved at {where}; the same command continues from there ({self.folder})"
 
     def raise_interrupted_early(self) -> None:
         """Raises Interrupted before training."""

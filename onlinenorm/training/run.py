@@ -123,8 +123,9 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
     trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
     resumed = folder.record_start(config, trainer.world_size, position)
-    with loggers.closing(mirrors), explain_worker_deaths(), watching(trainer):
-        with full_keys(config, "data", "recipe", "normalizer"), naming_fast_path(choice, trainer):
+    keys = full_keys(config, "data", "recipe", "normalizer")
+    with loggers.closing(mirrors), explain_worker_deaths(), watching(trainer), keys:
+        with naming_fast_path(choice, trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         sections, arrays = final_validation(trainer, module, data, log)
     results = build_results(names, seed, module, data, log, resumed, sections, former_attempts(path))

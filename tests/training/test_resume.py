@@ -12,7 +12,7 @@ from tests_training import ROOT, TINY, outcome, rows, scaled_by
 
 from onlinenorm.data import ImageDataModule
 from onlinenorm.data.workers import STOP_SIGNALS
-from onlinenorm.errors import ConfigError, Interrupted, RunError
+from onlinenorm.errors import ConfigError, DataError, Interrupted, RunError
 from onlinenorm.training import ImageClassifier, checkpoint, precision
 from onlinenorm.training.checkpoint import read
 
@@ -149,6 +149,53 @@ def test_plateau_schedule_and_accumulation_and_workers_survive(undisturbed, run,
     assert len({row["lr"] for row in rows(reference)}) > 1, "the plateau must have been met for this to test anything"
 
 
+@pytest.fixture
+def failing_data(monkeypatch):
+    """failing_data(call, error): the data module raises it in place of handing over batch `call`, from 1, of a run."""
+
+    def arrange(call, error):
+        calls, original = iter(range(1, 1000)), ImageDataModule.on_before_batch_transfer
+
+        def method(self, *arguments):
+            if next(calls) == call:
+                raise error
+            return original(self, *arguments)
+
+        monkeypatch.setattr(ImageDataModule, "on_before_batch_transfer", method)
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    "error", [DataError("unreadable"), RuntimeError("DataLoader worker (pid 7) is killed")], ids=str
+)
+@pytest.mark.parametrize(
+    "parts, call, where",
+    [
+        (1, STEPS + VALIDATIONS + 3, "step 2 of epoch 2"),
+        (1, STEPS + 1, "step 4 of epoch 1"),  # in its validation
+        (2, 2 * STEPS + VALIDATIONS + 6, "step 2 of epoch 2"),  # the second part of a step
+        (2, 2 * STEPS + VALIDATIONS + 5, "step 2 of epoch 2"),  # the first
+    ],
+)
+def test_data_that_fail_cost_no_step(undisturbed, run, failing_data, tmp_path, capsys, error, parts, call, where):
+    parts = f"trainer.accumulate_grad_batches={parts}"
+    failing_data(call, error)
+    with pytest.raises(DataError):
+        run(tmp_path, "normalizer=online_clamp", parts)
+    assert f"saved at {where}; the same command continues from there ({tmp_path})" in capsys.readouterr().err
+    assert run(tmp_path, "normalizer=online_clamp", parts)["resumed"] == 1
+    assert outcome(tmp_path) == outcome(undisturbed("online_clamp", parts))
+
+
+@pytest.mark.parametrize("call", [1, STEPS + VALIDATIONS + 1])
+def test_data_that_fail_where_nothing_is_unsaved_save_nothing(run, failing_data, tmp_path, capsys, call):
+    failing_data(call, DataError("unreadable"))
+    with pytest.raises(DataError):
+        run(tmp_path, "normalizer=batch")
+    assert "saved" not in capsys.readouterr().err and (tmp_path / "checkpoints" / "last.ckpt").exists() == (call > 1)
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing of the run's own gets to act on it."""
 
@@ -170,6 +217,18 @@ def test_killed_falls_back_to_the_periodic_checkpoint_and_loses_no_row(undisturb
     results = run(tmp_path, "normalizer=batch", "trainer.checkpoint_every_n_steps=3")
     assert results["resumed"] == 3
     assert outcome(tmp_path) == outcome(undisturbed("batch"))
+
+
+def test_periodic_checkpoints_have_one_before_each_validation(run, monkeypatch, tmp_path):
+    """Which no error there undoes, on any number of processes."""
+
+    def validation_step(*_):
+        raise Killed
+
+    monkeypatch.setattr(ImageClassifier, "validation_step", validation_step)
+    with pytest.raises(Killed):
+        run(tmp_path, "normalizer=batch", "trainer.checkpoint_every_n_steps=1000")
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["position"] == {"epoch": 0, "step": 4, "global_step": 4}
 
 
 def test_damaged_checkpoint_is_reported_and_the_previous_used(undisturbed, run, interrupt, tmp_path, capsys):
