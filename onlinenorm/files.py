@@ -6,10 +6,12 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import platformdirs
 
@@ -26,6 +28,19 @@ def user_cache() -> Path:
         return platformdirs.user_cache_path("onlinenorm")
     except RuntimeError:  # a container's user without a home
         return Path(tempfile.gettempdir()) / f"onlinenorm-{os.getuid()}"
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file, to be read. Raises OSError for a pipe, a socket or a device, which might be waited for without end."""
+
+    def regular(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | os.O_NONBLOCK)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "No regular file but a pipe, a device or a folder", name)
+
+    return open(path, "rb", opener=regular)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The records of a run folder: where it lies, what they are called and what each holds, read without trust."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any, Literal, NoReturn, Self
 import yaml
 
 from onlinenorm.errors import Diverged, RunError
+from onlinenorm.files import open_regular
 from onlinenorm.scales import LABEL, is_label
 from onlinenorm.text import first_line
 
@@ -130,7 +132,8 @@ def read_record(path: Path, error: type[Exception] = RunError, shape: Any = None
     """
     cure = cure or CURES.get(path.name, "put a whole one there")
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            text = file.read().decode()
         content = parse_yaml(text) if path.suffix == ".yaml" else json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"it holds {'nothing' if content is None else 'no mapping'}")
@@ -160,7 +163,7 @@ def parse_yaml(text: str) -> Any:
 def read_rows(path: Path, error: type[Exception] = RunError) -> list[dict[str, float]]:
     """The rows of a metrics.csv, without empty fields; [] where there is no file. Raises `error` if it is damaged."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with io.TextIOWrapper(open_regular(path), newline="", encoding="utf-8") as file:
             return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     except FileNotFoundError:
         return []

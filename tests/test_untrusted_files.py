@@ -1,9 +1,12 @@
-"""Files that came from elsewhere are read or refused, and never run."""
+"""Files that came from elsewhere are read or refused, never run, and pipes in their place not waited for."""
 
 import importlib.util
 import os
 import pickle
+import signal
+import socket
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +17,19 @@ import yaml
 sys.path.append(str(Path(__file__).parent / "data"))
 sys.path.append(str(Path(__file__).parent / "report"))
 from image_folders import write_tree
+from official_archives import write_official
 from run_folders import write_run
 
+from onlinenorm.data import DataError, ImageNet, devkit
+from onlinenorm.data.imagenet import open_splits
 from onlinenorm.data.index import load_index
+from onlinenorm.data.tiny_imagenet import read_classes
 from onlinenorm.deploy.forms import load_folded
 from onlinenorm.errors import DeployError, ReportError, RunError
+from onlinenorm.records import read_record, read_rows
 from onlinenorm.report.runs import load_predictions, read_yaml
 from onlinenorm.training.checkpoint import resumable
+from scripts import prepare_imagenet
 
 
 class Bomb:
@@ -94,3 +103,73 @@ def test_a_report_reads_no_environment_for_a_run(root, tmp_path, monkeypatch, ca
     printed = capsys.readouterr()
     written = [file.read_bytes() for file in (tmp_path / "report").glob("*")]
     assert not any(b"hunter2" in text for text in (*written, printed.out.encode(), printed.err.encode()))
+
+
+@pytest.fixture
+def patience():
+    """Ends a test that waits, as for a pipe that nobody writes to."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture
+def pipe(tmp_path, patience):
+    """pipe(PATH): a pipe there, in place of what is."""
+
+    def make(path):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device", "socket"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_no_file_is_unreadable(pipe, tmp_path, own_cache, kind, workers):
+    image = write_tree(tmp_path / "set") / "train" / "bee" / "0.JPEG"
+    image.unlink()
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(image))
+    else:
+        image.symlink_to(pipe(tmp_path / "pipe") if kind == "link to a pipe" else "/dev/zero")
+        if kind == "pipe":
+            pipe(image)
+    arguments = {"image_size": 32, "batch_size": 5, "num_workers": workers, "on_unreadable": "raise"}
+    data = ImageNet(root=str(tmp_path / "set"), **arguments)
+    why = "No such device or address" if kind == "socket" else "[Nn]o regular file but a pipe"
+    with pytest.raises(
+        DataError, match=rf"bee/0.JPEG cannot be decoded \(OSError: .*{why}[^']*: '\S+/bee/0.JPEG'\). Rep"
+    ):
+        [data.on_before_batch_transfer(batch) for batch in data.train_dataloader()]
+
+
+def test_other_files_of_a_set_that_are_none_are_named(pipe, tmp_path):
+    archive, kit = write_official(tmp_path / "set") / f"{devkit.NAME}.tar.gz", tmp_path / "set" / devkit.NAME
+    with tarfile.open(archive) as tar:
+        tar.extractall(archive.parent, filter="data")
+    (tmp_path / "val.tar").touch()
+    for file, read, at in (
+        (archive, devkit.read_devkit, archive),
+        (kit / devkit.META, devkit.read_devkit, kit),
+        (tmp_path / "wnids.txt", read_classes, tmp_path),
+        (tmp_path / "train.tar", open_splits, tmp_path),
+    ):
+        pipe(file)
+        with pytest.raises(DataError, match=rf"^root: \S+/{at.name}.*[Nn]o regular file but a pipe"):
+            read(at)
+
+
+def test_records_and_prepared_files_that_are_none_are_named(pipe, tmp_path, own_cache, capsys):
+    source, root = write_tree(tmp_path / "source"), tmp_path / "root"
+    for name, packed in (("train/bee/0.JPEG", []), ("train-00000-of-00001.tar", ["--packed"])):
+        arguments = [str(source), str(root / str(len(packed))), *packed]
+        assert prepare_imagenet.main(arguments) == 0
+        pipe(root / str(len(packed)) / name)
+        assert prepare_imagenet.main(arguments) == 1 and name in capsys.readouterr().err
+    for read, name in ((read_record, "results.json"), (read_rows, "metrics.csv")):
+        with pytest.raises(ReportError, match=rf"{name}: is damaged \(.*No regular file but a pipe"):
+            read(pipe(tmp_path / name), ReportError)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onlinenorm.errors import DataError
+from onlinenorm.files import open_regular
 from onlinenorm.text import first_line
 
 NAME = "ILSVRC2012_devkit_t12"
@@ -58,12 +59,13 @@ def read_devkit(path: Path) -> Devkit:
 def _content(path: Path, name: str) -> bytes:
     try:
         if path.is_dir():
-            return (path / name).read_bytes()
-        with tarfile.open(path, "r:gz") as tar:
+            with open_regular(path / name) as file:
+                return file.read()
+        with open_regular(path) as archive, tarfile.open(fileobj=archive, mode="r:gz") as tar:
             for member in tar:
                 wanted = member.isfile() and f"/{member.name}".endswith(f"/{name}")
-                if wanted and (file := tar.extractfile(member)) is not None:
-                    return file.read()
+                if wanted and (content := tar.extractfile(member)) is not None:
+                    return content.read()
     except PermissionError as error:
         raise DataError(
             f"{error.filename} cannot be read ({error.strerror}); correct its permissions", key="root"

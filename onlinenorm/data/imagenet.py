@@ -236,6 +236,8 @@ def _complete(files: list[Path]) -> list[Path]:
     """The files; DataError where their names say that some are missing, or one is a broken link or no file."""
     for path in files:
         refuse_broken(path)
+        if not path.is_file():
+            raise DataError(f"{path} is no regular file but a pipe or a device; remove it", key="root")
     announced = {int(found[1]) for path in files if (found := re.search(r"-of-(\d+)[-.]", path.name))}
     if announced and announced != {len(files)}:
         kind, split = files[0].suffix[1:].lower(), re.split(r"\W", files[0].name)[0]

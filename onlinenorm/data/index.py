@@ -15,6 +15,7 @@ import numpy as np
 
 from onlinenorm.data.index_cache import Arrays, cached_arrays
 from onlinenorm.errors import DataError
+from onlinenorm.files import open_regular
 from onlinenorm.text import plural
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -109,7 +110,7 @@ class FolderIndex:
 
     def read(self, index: int) -> bytes:
         """The encoded image."""
-        with open(self.path(index), "rb") as file:
+        with open_regular(self.path(index)) as file:
             return file.read()
 
     def newest(self, images: Iterable[int]) -> int:

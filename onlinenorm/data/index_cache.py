@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onlinenorm.files import replacing, user_cache
+from onlinenorm.files import open_regular, replacing, user_cache
 
 Arrays = dict[str, np.ndarray]
 
@@ -38,7 +38,7 @@ def cached_arrays(
 
 def _load(file: Path, key: str) -> Arrays | None:
     try:
-        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        with open_regular(file) as stream, np.load(stream, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return None
             return {name: stored[name] for name in stored.files if name != "key"}

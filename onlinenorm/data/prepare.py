@@ -13,6 +13,7 @@ from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, silen
 from onlinenorm.data.devkit import NAME as DEVKIT
 from onlinenorm.data.index import FolderIndex, name_few, scan_class
 from onlinenorm.errors import DataError
+from onlinenorm.files import open_regular
 from onlinenorm.records import read_record
 
 # As torchvision.datasets.imagenet knows them, of the files that image-net.org hands out
@@ -168,7 +169,8 @@ def _is_written(index: FolderIndex, images: range, folder: Path, name: str) -> b
     paths = {str(path.relative_to(folder)): path for path in sorted(found)}
     foreign = [
         path for short, path in paths.items()
-        if path.is_symlink() or short not in numbers or not index.read(numbers[short]).startswith(path.read_bytes())
+        if path.is_symlink() or not path.is_file() or short not in numbers
+        or not index.read(numbers[short]).startswith(path.read_bytes())
     ]  # fmt: skip
     if foreign:
         raise DataError(
@@ -186,7 +188,7 @@ def _is_packed(index: FolderIndex, images: list[int], shard: Path) -> bool:
     Raises DataError where it is damaged.
     """
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with open_regular(shard) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             members = tar.getmembers()
             if [(member.name, member.size) for member in members] != _listed(index, images):
                 return False

@@ -9,6 +9,7 @@ from onlinenorm.data.imagenet import ImageNet
 from onlinenorm.data.index import FolderIndex, list_classes, load_index, pack_names
 from onlinenorm.data.missing import absence
 from onlinenorm.errors import DataError
+from onlinenorm.files import open_regular
 from onlinenorm.text import plural
 
 FOLDER, ANNOTATIONS = "tiny-imagenet-200", "val_annotations.txt"
@@ -68,7 +69,8 @@ class TinyImageNet(ImageNet):
         wnids = super().class_names
         names: dict[str, str] = {}
         with contextlib.suppress(OSError, UnicodeDecodeError):  # decoration: without it the ids stand
-            lines = (self._folder() / "words.txt").read_text(encoding="utf-8-sig").splitlines()
+            with open_regular(self._folder() / "words.txt") as file:
+                lines = file.read().decode("utf-8-sig").splitlines()
             names = dict(line.split("\t", 1) for line in lines if "\t" in line)
         return [names.get(wnid, wnid) for wnid in wnids]
 
@@ -86,7 +88,8 @@ class TinyImageNet(ImageNet):
 def read_classes(folder: Path) -> list[str]:
     """The classes of wnids.txt, sorted, which is not their order there; DataError where it is missing or empty."""
     try:
-        classes = sorted(set((folder / "wnids.txt").read_text(encoding="utf-8-sig").split()))
+        with open_regular(folder / "wnids.txt") as file:
+            classes = sorted(set(file.read().decode("utf-8-sig").split()))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{folder / 'wnids.txt'} cannot be read ({error}); unpack tiny-imagenet-200.zip again", key="root"

@@ -264,13 +264,13 @@ def test_labels_of_an_unpacked_devkit_are_read_again_once_they_change(tmp_path):
 
 
 def test_a_file_without_permission_is_not_called_damaged(official, monkeypatch):
-    def deny(path, *_):
+    def deny(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(archives, "open", deny, raising=False)
     with pytest.raises(DataError, match=r"train\.tar cannot be read \(Permission denied\); correct its permissions"):
         load_official(official)
-    monkeypatch.setattr(devkit.tarfile, "open", deny)
+    monkeypatch.setattr(devkit, "open_regular", deny)
     with pytest.raises(DataError, match=r"devkit_t12\.tar\.gz cannot be read \(Permission denied\); correct"):
         load_official(official)
 
