@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,12 +14,6 @@ RUN = (*TINY, "normalizer=online_clamp", "recipe.epochs=8", "recipe.milestones=[
 RUN += ("trainer.strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every_n_steps=1")
 
 
-def train(folder):
-    command = [sys.executable, "train.py", *RUN, f"run_dir={folder}"]
-    environment = {k: v for k, v in os.environ.items() if "RANK" not in k} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
-
-
 def children(process):
     """Processes that a run's first one has started to train with it."""
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -30,22 +23,24 @@ def children(process):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize("victim", ["the second", "the first"])
 def test_a_killed_process_is_told_of_and_the_run_continues(victim, tmp_path):
-    run, last = train(tmp_path), tmp_path / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline and run.poll() is None:
-        time.sleep(0.05)
-    (child,) = children(run)
-    killed, code = (child, 1) if victim == "the second" else (run.pid, -signal.SIGKILL)
-    os.kill(killed, signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)  # until both have ended
-    assert run.returncode == code, errors
+    run_dir = tmp_path / "run"
+    with programs.running(tmp_path, ROOT / "train.py", *RUN, f"run_dir={run_dir}") as (run, pipe):
+        deadline = time.monotonic() + 120
+        while not (run_dir / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline and run.is_alive():
+            time.sleep(0.05)
+        (child,) = children(run)
+        killed, code = (child, 1) if victim == "the second" else (run.pid, -signal.SIGKILL)
+        os.kill(killed, signal.SIGKILL)
+        errors = programs.read_to_end(pipe)
+        run.join()
+    assert run.exitcode == code, errors
     said = f"process 1 of 0 to 1 on this machine (PID {child}) was killed by SIGKILL"
     said = said if killed == child else f"process 0 on this machine (PID {run.pid}) is gone"
     assert errors.count(said) == 1, errors
     assert "the same command continues the run from its last checkpoint" in " ".join(errors.split()), errors
     assert "Traceback" not in errors
     alone = load_train_module()  # which two processes do in test_interrupted_processes.py
-    assert alone.train(alone.load_config([*RUN[:-3], f"run_dir={tmp_path}"]))["resumed"] == 1
+    assert alone.train(alone.load_config([*RUN[:-3], f"run_dir={run_dir}"]))["resumed"] == 1
 
 
 HUNG = """
@@ -72,12 +67,15 @@ def test_a_first_process_that_waits_for_a_dead_one_ends(end, words):
 
 
 ORPHANED = """
-import os, sys, threading, time
+import os, threading, time
 from types import SimpleNamespace
 from onlinenorm.training import children
 
 children.PATIENCE_SECONDS = 1.0
-first = os.getppid()
+first = os.getpid()
+os.environ[children.FIRST] = str(first)
+if os.fork():
+    time.sleep(60)
 
 def work(ends):
     for _ in range(600):
@@ -102,17 +100,16 @@ print("done")
 
 
 @pytest.mark.parametrize("waits", ["in the loop", "behind it", "fails", ""])
-def test_processes_whose_first_one_was_killed_end_too(waits):
+def test_processes_whose_first_one_was_killed_end_too(waits, tmp_path):
     """With a word where they were at work, and as ever where that was done."""
-    environment = {k: v for k, v in os.environ.items() if "RANK" not in k}
-    start = 'ONLINENORM_FIRST_PROCESS=$$ "$0" -c "$1" & wait'
-    command = "sh", "-c", start, sys.executable, ORPHANED.format(waits=repr(waits))
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
-    assert first.stdout.readline() == "begun\n"
-    first.kill()
-    said, errors = first.communicate(timeout=60)  # until the other one, which writes there too, has ended
-    words = f"process 0 on this machine (PID {first.pid}) is gone"
-    assert (said, errors.count(words)) == (("", 1) if waits else ("done\n", 0))
+    with programs.running(tmp_path, "-c", ORPHANED.format(waits=repr(waits))) as (first, pipe):
+        assert pipe.readline() == b"begun\n"
+        first.kill()
+        said = programs.read_to_end(pipe)
+    if waits:
+        assert said.count(f"process 0 on this machine (PID {first.pid}) is gone") == 1 and "done" not in said
+    else:
+        assert said == "done\n"
 
 
 LATE = """
@@ -129,6 +126,6 @@ WatchingLauncher(environment, 3, 1).launch(time.sleep, 10_000)
 
 
 def test_a_process_whose_kernel_has_waited_in_vain_says_for_whom_and_ends():
-    done = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True)
+    done = programs.call("-c", LATE)
     assert done.returncode == 1 and done.stderr.count("process 2 did not come to a layer") == 1, done
     assert "the same command continues the run" in done.stderr.lower()

@@ -1,12 +1,16 @@
 """Programs in processes of their own, forked from one that has loaded torch and the like, which takes seconds."""
 
+import contextlib
+import io
 import multiprocessing
 import os
 import runpy
+import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +25,7 @@ class Program:
         folder: where it runs.
         environment: of the process; None: this one's.
         alone: in a session, and so a process group, of its own.
-        log: a file for all output, which `wait` then does not tell.
+        log: a file or named pipe for all output, which `wait` then does not tell.
     """
 
     def __init__(
@@ -53,6 +57,27 @@ def call(*words, **options) -> subprocess.CompletedProcess:
     return Program(*words, **options).wait()
 
 
+@contextlib.contextmanager
+def running(folder: Path, *words) -> Iterator[tuple[multiprocessing.Process, io.RawIOBase]]:
+    """Context with a program that runs in `folder`, and the pipe that it and all that it starts write to."""
+    os.mkfifo(pipe := folder / "words")
+    program = Program(*words, folder=folder, log=str(pipe))
+    with open(pipe, "rb", buffering=0) as written:
+        yield program.process, written
+    program.process.kill()
+    program.process.join()
+
+
+def read_to_end(pipe: io.RawIOBase, seconds: float = 60) -> str:
+    """What is written to a pipe until all that write to it have ended."""
+    words, deadline = b"", time.monotonic() + seconds
+    while select.select([pipe], [], [], max(0, deadline - time.monotonic()))[0]:
+        if not (more := pipe.read(10_000)):
+            return words.decode()
+        words += more
+    raise TimeoutError(f"after {seconds} s something writes there still: {words!r}")
+
+
 def _new_file() -> str:
     number, path = tempfile.mkstemp()
     os.close(number)
@@ -64,6 +89,8 @@ def _main(words: list[str], folder: str, environment: dict[str, str], alone: boo
         os.setsid()
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    for name, number in (("stdout", 1), ("stderr", 2)):  # which knew whether another file could be sought in
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
