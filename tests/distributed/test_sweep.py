@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import yaml
 from distributed_runs import TINY
@@ -191,11 +192,10 @@ def test_stopping_the_sweep_lets_the_run_save_itself(run_sweep, tmp_path):
 
 def test_a_run_outlives_a_sweep_that_is_killed(run_sweep, tmp_path):
     (tmp_path / "train.py").write_text(ORPHANED_TRAIN)
-    start = "import sys; from pathlib import Path; from scripts import sweep; sweep.ROOT = Path.cwd(); sweep.main({})"
-    command = [sys.executable, "-c", start.format([*TINY, "normalizer=batch"])]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as killed:
-        assert any("alone soon" in line for line in killed.stdout), "the sweep shows what the run prints"
+    start = "from pathlib import Path; from scripts import sweep; from onlinenorm.training import matrix; "
+    start += f"sweep.ROOT = Path.cwd(); matrix.queued_jobs = dict; sweep.main({[*TINY, 'normalizer=batch']})"
+    with programs.running(tmp_path, "-c", start) as (killed, pipe):
+        assert any(b"alone soon" in line for line in pipe), "the sweep shows what the run prints"
         while not (tmp_path / "waiting").exists():
             time.sleep(0.02)
         killed.kill()
