@@ -75,28 +75,32 @@ def test_summary_compares_the_best_rows(script):
     assert lines == ["N = 32, forward and backward: online_clamp / batch = 1.100 in speed, 1.250 in peak memory"]
 
 
-def collected(*arguments):
-    """What `gpu_tests.collected` tells, in this process, which has loaded the tests already."""
-    names = []
+def collected(where):
+    """Name, file and whether it is marked gpu of every test there, found in this process, which has loaded them."""
+    items = []
 
-    class Names:
+    class Collected:
         @staticmethod
         def pytest_collection_finish(session):
-            names.extend(item.nodeid for item in session.items)
+            items.extend(session.items)
 
-    where = f"--rootdir={ROOT}", f"--config-file={ROOT}/pyproject.toml"
+    own = f"--rootdir={ROOT}", f"--config-file={ROOT}/pyproject.toml"
     options = "--collect-only", "-qq", "-p", "no:cacheprovider", "-o", "addopts="
-    pytest.main([*where, *options, *arguments], plugins=[Names()])
-    return names
+    pytest.main([*own, *options, where], plugins=[Collected()])
+    return [(item.nodeid, str(item.path), item.get_closest_marker("gpu") is not None) for item in items]
 
 
 def test_every_gpu_test_is_recorded(script, monkeypatch):
-    gpu_tests = script("scripts.dev.gpu_tests")
-    monkeypatch.chdir(ROOT)
-    assert gpu_tests.collected("tests/test_text.py") == collected("tests/test_text.py") != []
-    monkeypatch.setattr(gpu_tests, "collected", collected)
+    gpu_tests, every = script("scripts.dev.gpu_tests"), collected(f"{ROOT}/tests")
+    text = [name for name, file, _ in every if file.endswith("/tests/test_text.py")]
+    assert gpu_tests.collected("tests/test_text.py") == text != []
+
+    def from_these(*words):
+        return [name for name, file, marked in every if file in words and (marked or words[:2] != ("-m", "gpu"))]
+
+    monkeypatch.setattr(gpu_tests, "collected", from_these)
     found = gpu_tests.gpu_tests()
-    assert set(gpu_tests.collected("-m", "gpu", "tests")) <= set(found) and len(set(found)) == len(found) > 100
+    assert {name for name, _, marked in every if marked} <= set(found) and len(set(found)) == len(found) > 100
     assert "tests/training/test_resume.py" not in {test.partition("[")[0] for test in found}
 
 
