@@ -131,11 +131,11 @@ def test_a_network_that_is_not_finite_without_its_clamp_keeps_it(copied, clamp_r
             content["state_dict"][key].fill_(1e30)  # which the clamps bring back to 2
     torch.save(content, path)
     for more in ((), ("--reestimate", 16)):
-        assert script("export")(run, "--to", "onnx", "--output", tmp_path / "new", *more) == 1
+        assert script("export")(run, "--to", "torchscript", "--output", tmp_path / "new", *more) == 1
         told = capsys.readouterr().err
         assert "NaN or infinite without the clamp" in told and "with --keep-clamp" in told and told.count("\n") == 1
     assert "on statistics estimated anew" in told and not (tmp_path / "new").exists()
-    assert script("export")(run, "--to", "onnx", "--output", tmp_path / "new", "--keep-clamp") == 0
+    assert script("export")(run, "--to", "torchscript", "--output", tmp_path / "new", "--keep-clamp") == 0
 
 
 def test_a_run_that_ended_without_its_clamp_is_told_so(train_run, tmp_path, script, capsys):
