@@ -69,7 +69,7 @@ def test_several_processes_train_a_batch_each_against_the_step_of_all(tmp_path, 
     monkeypatch.setattr(end_to_end.Bench, "train", train)
     monkeypatch.setattr(end_to_end.Bench, "peer", lambda self, program, processes, **_: 25.0 * processes)
     results = bench(tmp_path, "--normalizer", "online_clamp", "--data", "jpeg", "--peers", "--processes", "4")
-    assert {"trainer=ddp", "trainer.devices=4", "recipe.batch_size=32"} <= set(overrides)
+    assert {"trainer.devices=4", "recipe.batch_size=32"} <= set(overrides)
     (row,) = results["rows"]
     assert (row["ratio"], row["batch"], row["wall_images_per_second"], results["processes"]) == (0.9, 8, 64.0, 4)
     page = end_to_end_table.render(results)

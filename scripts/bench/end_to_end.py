@@ -174,17 +174,15 @@ def jpeg_row(bench: Bench, key: dict) -> dict[str, float]:
     words = [
         f"experiment={args.experiment}", f"model={args.model}", f"normalizer={key['normalizer']}",
         f"data.root={args.images}", f"data.image_size={args.size}", f"data.decoder={key['decoder']}",
-        f"data.num_workers={args.workers}", f"recipe.batch_size={args.batch * args.processes}", "recipe.milestones=[]",
-        "recipe.lr=0.01",
+        f"data.num_workers={args.workers}", f"recipe.batch_size={args.batch * args.processes}",
+        "recipe.milestones=[]", "recipe.lr=0.01", f"trainer.devices={args.processes}",
     ]  # fmt: skip
     if key["data"] == "on_device":
         words += ["data.on_device=true", f"data.limit_train={min(args.train, args.on_device)}", "recipe.epochs=2"]
     else:
         words.append(f"recipe.epochs={args.epochs}")
-    if args.processes > 1:
-        words += ["trainer=ddp", f"trainer.devices={args.processes}"]
     if args.device == "cpu":
-        words += ["trainer=cpu"] if args.processes == 1 else ["trainer.accelerator=cpu", "trainer.precision=32-true"]
+        words.append("trainer=cpu")
     ((folder, seen),) = bench.train(words, 1)
     rates = [float(row["images_per_second"]) for row in read_metrics(folder)[1:]]
     return {
@@ -375,15 +373,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.draw:
         common.check_device(parser, args)
         if args.processes > 1 and "cifar10" in args.data:
-            parser.error(
-                "--processes are of runs of jpeg and on_device: those of cifar10 stand side by side on one GPU"
-            )
+            parser.error("--processes are of jpeg and on_device: runs of cifar10 stand side by side on one GPU")
         if args.epochs < 2 or args.cifar_epochs < 2:
             parser.error("the first epoch is not counted: --epochs and --cifar-epochs are at least 2")
         began = time.perf_counter()
-        head = common.head(torch.device(args.device)) | {"cores": CORES}
-        head |= {"processes": args.processes} if args.processes > 1 else {}
-        results = earlier(args.output, head)
+        several = {"processes": args.processes} if args.processes > 1 else {}
+        results = earlier(args.output, common.head(torch.device(args.device)) | {"cores": CORES} | several)
         if args.peers or set(args.data) - {"cifar10"}:
             results["images"] = make_set(args.images, args.unique, args.train, 64)
             print(f"files: {time.perf_counter() - began:.0f} s", flush=True)
