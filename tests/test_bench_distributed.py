@@ -94,7 +94,8 @@ def test_what_decides_is_measured_first():
     deciding, others = distributed.stages(args, 2)
     both = "compile+graph"
     ours = ("online_peers", both), ("online_local", both)
-    rivals, alone = (("sync_batch_traced", both), ("sync_batch", "graph")), (("online_local", both), ("batch", both))
+    rivals = ("sync_batch_traced", both), ("sync_batch", "graph"), ("batch", both)
+    alone = ("online_local", both), ("batch", both)
     assert [(stage.rows, stage.processes, stage.batch) for stage in deciding] == [
         (ours, 2, 128), (ours, 2, 16), (rivals, 2, 128), (alone, 1, 128), (rivals, 2, 16), (alone, 1, 16),
     ]  # fmt: skip

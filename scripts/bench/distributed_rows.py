@@ -18,7 +18,7 @@ from scripts.bench.distributed_exactness import ALONE, DTYPES, build, parallel
 from scripts.bench.distributed_table import UNCOMPILED
 
 MEASURED = ("online_peers", "online_local", "sync_batch_traced", "sync_batch", "online_global", "batch")
-DECIDING = ("online_peers", "online_local"), ("sync_batch_traced", "sync_batch")  # one after the other
+DECIDING = ("online_peers", "online_local"), ("sync_batch_traced", "sync_batch", "batch")  # one after the other
 # graph: all of a step, as train.py has it; passes: forward and backward alone, DistributedDataParallel's reduction and
 # SGD behind them
 MODES = ("eager", "passes", "graph", "compile", "compile+passes", "compile+graph")
