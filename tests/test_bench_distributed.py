@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import sys
 
 import process_groups
 import pytest
@@ -66,13 +67,13 @@ def test_what_is_worse_or_was_not_measured_is_said():
 def test_peers_messages_what_is_sent_and_what_could_not_be_built():
     rows = [*RESULTS["rows"], row("online_peers", 2, 45.9)]
     found = {"rows": rows, "exactness_bfloat16": RESULTS["exactness_float32"], "statistics_bytes_sent": {"batch": 0}}
-    found["statistics_bytes_sent"]["online_peers"] = 27_200_000
+    found["statistics_bytes_sent"]["online_peers"], found["gradient_bytes_sent"] = 27_200_000, 102_228_128
     found["not_built"] = [{"normalizer": "sync_batch", "mode": "compile", "error": "RuntimeError: no"}]
     text = table.render({**RESULTS, **found})
     for part in (
         "- eager: online_peers takes +0.90 ms a step over online_local (+2.0%).",
         "with global statistics by peers' messages is faster than SyncBatchNorm's: 1.307 times its rate.",
-        "Statistics that a process sends in a step: online_peers 27.2 MB.",
+        "Statistics that a process sends in a step: online_peers 27.2 MB. Gradients: 102.2 MB.",
         "Global statistics: of online_peers with exchange=auto",
         "- Not built: sync_batch, compile: RuntimeError: no",
         "The same in bfloat16",
@@ -114,6 +115,21 @@ def test_what_is_compiled_stands_beside_the_fastest_rival():
     rows.append({**row("sync_batch_traced", 2, 12.0), "mode": "compile+graph"})
     text = table.render({**RESULTS, "rows": rows})
     assert "faster than SyncBatchNorm's (sync_batch_traced, compile+graph): 1.200 times its rate." in text
+
+
+def test_what_compiles_for_too_long_is_not_waited_for(monkeypatch):
+    started, popen = [], distributed.subprocess.Popen
+
+    def start(command, env):
+        assert command[-5:] == ["--warm", "batch", "2", str(len(started)), "8"] and "RANK" not in env
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return started[-1]
+
+    monkeypatch.setattr(distributed.subprocess, "Popen", start)
+    monkeypatch.setattr(distributed, "COMPILING", 0.1)
+    monkeypatch.setenv("RANK", "0")
+    distributed.compile_all([Stage((("batch", "compile+graph"), ("batch", "graph")), 2, 8)], 2)
+    assert len(started) == 2 and all(process.wait(10) < 0 for process in started)
 
 
 def test_what_takes_twice_the_time_of_another_mode_is_measured_once():

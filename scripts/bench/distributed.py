@@ -58,6 +58,14 @@ from scripts.bench.distributed_exactness import (
 from scripts.bench.distributed_rows import MEASURED, MODES, Row, Stage, data, stages
 from scripts.bench.distributed_table import render
 
+WAITING, COMPILING = 300, 240  # seconds: a process for the others, and these for all to be compiled first
+
+
+def around_a_ring(size: int) -> int:
+    """Bytes that each process sends for a sum of so many over all, which is scattered and gathered."""
+    world = dist.get_world_size()
+    return 2 * size * (world - 1) // world
+
 
 def sent(name: str, args, device: torch.device) -> int:
     """Bytes of statistics that a process sends in a step of the first batch: an eager one is watched."""
@@ -68,8 +76,8 @@ def sent(name: str, args, device: torch.device) -> int:
         def call(*tensors, **options):
             nonlocal total
             tensor = tensors[1] if "gather" in key else tensors[0]
-            # a ring: everybody's part goes once round; of a sum, scattered and gathered, twice
-            total += int(tensor.nbytes * ((world - 1) if "gather" in key else 2 * (world - 1) / world))
+            # a ring: everybody's part goes once round
+            total += tensor.nbytes * (world - 1) if "gather" in key else around_a_ring(tensor.nbytes)
             return function(*tensors, **options)
 
         return call
@@ -111,10 +119,14 @@ def compile_all(coming: list[Stage], world: int) -> None:
         if "compile" in mode
     }
     environment = {key: value for key, value in os.environ.items() if "RANK" not in key and key != "WORLD_SIZE"}
-    environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, len(kinds))))
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(-(-(os.cpu_count() or 1) // max(1, len(kinds))))
     running = [subprocess.Popen([*script, *map(str, kind)], env=environment) for kind in sorted(kinds)]
+    end = time.monotonic() + COMPILING
     for process in running:
-        process.wait()  # what one does not manage is compiled when it is measured
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()  # what one does not manage is compiled when it is measured
 
 
 def warm(args, name: str, processes: int, gpu: int, batch: int) -> None:
@@ -261,7 +273,7 @@ def main(argv=None) -> int:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         # longer than compiling takes, for which the others wait
-        dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=300))
+        dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=WAITING))
     else:
         dist.init_process_group("gloo")
     world, leader = dist.get_world_size(), dist.get_rank() == 0
@@ -317,8 +329,12 @@ def main(argv=None) -> int:
     measure(deciding)
     if not args.no_check and not over():
         check()
-    for name in args.normalizer if cuda and not over() else ():
-        results["statistics_bytes_sent"][name] = sent(name, args, device)
+    if cuda and not over():
+        results["gradient_bytes_sent"] = around_a_ring(
+            sum(p.nbytes for p in build("batch", args.model, device).parameters())
+        )
+        for name in args.normalizer:
+            results["statistics_bytes_sent"][name] = sent(name, args, device)
     measure(others)
     dist.destroy_process_group()
     exact = all(r["ranks_identical"] and r["largest_loss_difference"] < 1e-4 for r in results["exactness_float32"])

@@ -38,7 +38,7 @@ def render(results: dict) -> str:
         f"images. Efficiency: images/s over {world} times those of one process (sync_batch: of batch on one).",
         _exchanges({row["normalizer"] for row in rows}),
         *_costs([row for row in rows if row["processes"] == world]),
-        _wire(results.get("statistics_bytes_sent", {})),
+        _wire(results.get("statistics_bytes_sent", {}), results.get("gradient_bytes_sent", 0)),
         f"Float32 without TF32, {world} processes against one, same global batches. Parameters and statistics: norm "
         "of the difference over the norm.",
         markdown_table(EXACTNESS, [_difference(row) for row in results["exactness_float32"]]),
@@ -66,10 +66,11 @@ def _exchanges(names: set[str]) -> str:
     return "\n".join(lines)
 
 
-def _wire(sent: dict[str, int]) -> str:
-    """What each process sends in a step besides gradients."""
+def _wire(sent: dict[str, int], gradients: int) -> str:
+    """What each process sends in a step."""
     lines = [f"{name} {size / 1e6:,.1f} MB" for name, size in sent.items() if size]
-    return f"Statistics that a process sends in a step: {', '.join(lines)}." if lines else ""
+    beside = f" Gradients: {gradients / 1e6:,.1f} MB." if gradients else ""
+    return f"Statistics that a process sends in a step: {', '.join(lines)}.{beside}" if lines else ""
 
 
 def _in_16_bits(rows: list[dict]) -> list[str]:
