@@ -118,7 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
         if len(options.folders) == 2:
             prepare(options, progress)
         return 0 if not options.verify or check(options.folders[-1], options.decode, progress) else 1
-    except (DataError, OSError, json.JSONDecodeError) as error:
+    except OSError as error:
+        place, reason = error.filename or options.folders[-1], error.strerror or error
+        print(f"prepare_imagenet.py: {place}: {reason}; mend that, and the same command continues", file=sys.stderr)
+        return 1
+    except (DataError, json.JSONDecodeError) as error:
         print(f"prepare_imagenet.py: {str(error).removeprefix('root: ')}", file=sys.stderr)  # a key of train.py's
         return 1
     except KeyboardInterrupt:

@@ -1,9 +1,11 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import programs
@@ -338,6 +340,30 @@ def test_a_damaged_shard_is_told(main, tmp_path, capsys):
         (root / "train-00000-of-00001.tar").write_bytes(damaged)
         assert main(source, root, "--packed") == 1
         assert "train-00000-of-00001.tar: is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [[], ["--packed"]])
+def test_an_image_that_cannot_be_read_is_named_with_what_to_do(main, official, tmp_path, capsys, monkeypatch, option):
+    monkeypatch.setattr(ArchiveIndex, "read", Mock(side_effect=OSError("its bytes are not those of its checksum")))
+    folders, archive = write_tree(tmp_path / "set"), official / "ILSVRC2012_img_train.tar"
+    (image := folders / "train" / "bee" / "1.JPEG").unlink()
+    image.symlink_to("nowhere")
+    for source, told in (
+        (official, f"{archive}/.*.JPEG cannot be read .its bytes are .* checksum.; fetch {archive} again, and the sa"),
+        (folders, f"{image} cannot be read .No such file or directory.; replace or remove it, and the same command"),
+    ):
+        assert main(source, tmp_path / f"root {source.name}", "--no-checksum", *option) == 1
+        assert re.search(f"{told}.*data.root=ARCHIVES data.on_unreadable=skip", capsys.readouterr().err)
+
+
+def test_what_may_not_be_read_or_written_is_named(main, tmp_path, capsys, monkeypatch):
+    source, forbidden = write_tree(tmp_path / "set"), Mock(side_effect=PermissionError(13, "Permission denied", "/x"))
+    monkeypatch.setattr(Path, "write_bytes", forbidden)
+    assert main(source, tmp_path / "root") == 1
+    assert "/x: Permission denied; mend that, and the same command continues" in capsys.readouterr().err
+    monkeypatch.setattr("onlinenorm.data.index.os.scandir", forbidden)
+    assert main(source, tmp_path / "root") == 1
+    assert "/x cannot be read (Permission denied); correct its permissions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train", "train/.ant.partial", "train-00000-of-00001.partial"])

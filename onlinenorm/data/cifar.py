@@ -15,7 +15,7 @@ from onlinenorm.data.class_folders import check_classes, validation_folder
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
 from onlinenorm.data.decoders import open_rgb
 from onlinenorm.data.index import FolderIndex, list_classes, load_index
-from onlinenorm.data.missing import absence
+from onlinenorm.data.missing import absence, naming_forbidden
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.errors import ArgumentError, DataError
 
@@ -92,12 +92,8 @@ class CIFAR10(ImageDataModule):
         self.name = self.label
 
     def build(self) -> tuple[InMemoryDataset, InMemoryDataset]:
-        try:
+        with naming_forbidden():
             splits = self._read_folder()
-        except PermissionError as error:
-            raise DataError(
-                f"{error.filename} cannot be read ({error.strerror}); correct its permissions", key="root"
-            ) from error
         train, val = (
             InMemoryDataset(ArraySource(*arrays), plan, self.crop_padding, self.seed)
             for arrays, plan in zip(splits, (self.augmentation, self.evaluation), strict=True)

@@ -17,7 +17,7 @@ from onlinenorm.data.devkit import NAME as DEVKIT
 from onlinenorm.data.imagenet_classes import WNIDS
 from onlinenorm.data.index import FolderIndex, is_image, list_classes, load_index, name_few
 from onlinenorm.data.kaggle import COMPETITION, LABELS, ZIP, find_images, is_kaggles, load_folders, load_zip
-from onlinenorm.data.missing import absence
+from onlinenorm.data.missing import absence, naming_forbidden
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.parquet import load_tables
@@ -75,12 +75,8 @@ class ImageNet(ImageDataModule):
         self.name = "imagenet"
 
     def build(self) -> tuple[FolderDataset, FolderDataset]:
-        try:
+        with naming_forbidden():
             train, val = self._splits = self.open_splits()
-        except PermissionError as error:
-            raise DataError(
-                f"{error.filename} cannot be read ({error.strerror}); correct its permissions", key="root"
-            ) from error
         if len(train.class_names) < 2:
             raise DataError(
                 f"{train.folder.absolute()} holds one class, {train.class_names[0]}, and a network learns to tell two "
@@ -142,6 +138,7 @@ class ImageNet(ImageDataModule):
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+@naming_forbidden()
 def open_splits(root: str | os.PathLike[str] | None, progress: Progress | None = None) -> Splits:
     """Indexes of the training and validation images in `root`, from whichever form is there.
 

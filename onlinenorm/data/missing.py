@@ -1,13 +1,14 @@
 """What is said where images are missing: no folder, none of the set in it, an archive alone, an empty file."""
 
+import contextlib
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from onlinenorm.data.index import name_few
-from onlinenorm.errors import ArgumentError
+from onlinenorm.errors import ArgumentError, DataError
 
 _ARCHIVE = re.compile(r"(.+)\.(?:tar|tgz|tar\.(?:gz|bz2|xz)|zip)", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs"
@@ -53,6 +54,17 @@ def absence(root: Path, title: str, packed: Sequence[str] = ()) -> str:
         return f"{root} is an archive; unpack it: {command}, and name the folder: data.root={place}"
     how = f"; unpack {'it' if len(archives) == 1 else first}: {command}" if stems[first] in packed else ""
     return f"{root} holds no {title} but {name_few(archives)}{how}"
+
+
+@contextlib.contextmanager
+def naming_forbidden() -> Iterator[None]:
+    """Context in which a PermissionError becomes a DataError that names the file or folder."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}); correct its permissions", key="root"
+        ) from error
 
 
 def no_content(start: bytes) -> str | None:

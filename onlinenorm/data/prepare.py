@@ -86,7 +86,7 @@ def extract(index: FolderIndex, folder: Path, classes: list[str], progress: Prog
         for i in images:
             path = partial / Path(index.relative_path(i)).relative_to(name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(index.read(i))
+            path.write_bytes(_read(index, i))
             done += 1
             if done % 256 == 0:
                 progress(f"writing {folder.name}/", done, total)
@@ -137,7 +137,7 @@ def pack(
         partial.unlink(missing_ok=True)  # of a killed run; its bytes may have another name too
         with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
             for i in group:
-                data = index.read(i)
+                data = _read(index, i)
                 member = tarfile.TarInfo(index.relative_path(i))  # time 0, no owner
                 member.size = len(data)
                 tar.addfile(member, BytesIO(data))
@@ -150,6 +150,20 @@ def pack(
         partial.rename(shard)
     progress(f"writing {split} shards", total, total)
     return shards
+
+
+def _read(index: FolderIndex, image: int) -> bytes:
+    """The encoded image; DataError, which says what to do, where it cannot be read."""
+    try:
+        return index.read(image)
+    except (OSError, ValueError, RuntimeError) as error:  # also pyarrow's
+        path, holder = index.path(image), index.holder(image)
+        reason = getattr(error, "strerror", None) or error
+        cure = "replace or remove it" if holder == path else f"fetch {holder} again"
+        raise DataError(
+            f"{path} cannot be read ({reason}); {cure}, and the same command continues. Training goes on without such "
+            "images from ARCHIVES as they are: data.root=ARCHIVES data.on_unreadable=skip"
+        ) from error
 
 
 def _listed(index: FolderIndex, images: Iterable[int]) -> list[tuple[str, int]]:
@@ -170,7 +184,7 @@ def _is_written(index: FolderIndex, images: range, folder: Path, name: str) -> b
     foreign = [
         path for short, path in paths.items()
         if path.is_symlink() or not path.is_file() or short not in numbers
-        or not index.read(numbers[short]).startswith(path.read_bytes())
+        or not _read(index, numbers[short]).startswith(path.read_bytes())
     ]  # fmt: skip
     if foreign:
         raise DataError(
@@ -195,7 +209,7 @@ def _is_packed(index: FolderIndex, images: list[int], shard: Path) -> bool:
             if index.newest(images) <= os.stat(shard).st_mtime_ns:
                 return True
             files = (tar.extractfile(member) for member in members)
-            return all(file and file.read() == index.read(i) for file, i in zip(files, images, strict=True))
+            return all(file and file.read() == _read(index, i) for file, i in zip(files, images, strict=True))
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{shard}: is damaged ({error}); remove it, and the same command writes it again") from error
 
