@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import posixpath
 import re
 import zipfile
 import zlib
@@ -13,7 +14,7 @@ import numpy as np
 
 from onlinenorm.data.archives import ArchiveIndex, Progress, files_key, member_arrays, silent
 from onlinenorm.data.class_folders import check_listed, sorted_by_list, validation_folder
-from onlinenorm.data.index import EXTENSIONS, FolderIndex, is_hidden, list_classes, load_index, name_few, tell_hidden
+from onlinenorm.data.index import FolderIndex, is_hidden, is_image, list_classes, load_index, name_few, tell_hidden
 from onlinenorm.data.index_cache import Arrays, cached_arrays
 from onlinenorm.errors import DataError
 
@@ -21,7 +22,7 @@ COMPETITION = "imagenet-object-localization-challenge"
 ZIP, LABELS, IMAGES = f"{COMPETITION}.zip", "LOC_val_solution.csv", "ILSVRC/Data/CLS-LOC"
 
 _HEAD = ["ImageId", "PredictionString"]  # of the list of labels
-_MEMBER = re.compile(rf"(?:.*/)?{IMAGES}/(?:(train)/([^/]+/.+)|(val)/(.+))")
+_MEMBER = re.compile(rf"((?:.*/)?{IMAGES})/(?:(train)/([^/]+/.+)|(val)/(.+))")
 _LOCAL_START = b"PK\3\4"
 _LOCAL_HEADER = 30  # bytes before a member's name and extra fields, whose lengths it ends with
 _ROOM = 256  # for those two: they are read together with the image
@@ -167,8 +168,9 @@ def _read_zip(archive: Path, progress: Progress) -> dict[str, Arrays]:
                     "keep the one that was downloaded, or unpack them and pack the files again",
                     key="root",
                 )
-            found = _members(file, archive)
-            labels = next((m for m in file.infolist() if m.filename.rpartition("/")[2] == LABELS), None)
+            listed = _listed(file, archive)
+            found = _members(listed, archive)
+            labels = _only(archive, LABELS, {name for name in listed if posixpath.basename(name) == LABELS})
             if not found["train"] or labels is None:
                 missing = LABELS if found["train"] else f"{IMAGES}/train"
                 others = name_few(sorted({m.filename.partition("/")[0] for m in file.infolist()})) or "nothing"
@@ -177,14 +179,14 @@ def _read_zip(archive: Path, progress: Progress) -> dict[str, Arrays]:
                     "to be unpacked",
                     key="root",
                 )
-            content = file.read(labels)
+            content = file.read(listed[labels])
     except OSError as error:
         raise DataError(f"{archive} cannot be read ({error.strerror}); correct its permissions", key="root") from error
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{archive} is damaged or cut short ({error}); fetch it again", key="root") from error
-    source = archive / labels.filename
+    source = archive / labels
     wnids = read_labels(content, source)
     check_listed(source, wnids, found["val"], f"{IMAGES}/val/")
     members = {
@@ -195,18 +197,39 @@ def _read_zip(archive: Path, progress: Progress) -> dict[str, Arrays]:
     return {split: member_arrays(listed, _MORE) for split, listed in members.items()}
 
 
-def _members(file: zipfile.ZipFile, archive: Path) -> dict[str, dict[str, tuple]]:
-    """Split -> path in its folder -> place, start, size, and `_MORE`; the last of a name counts."""
-    found: dict[str, dict[str, tuple]] = {"train": {}, "val": {}}
+def _listed(file: zipfile.ZipFile, archive: Path) -> dict[str, zipfile.ZipInfo]:
+    """Path -> file, of those that are not hidden, which are told; the last of a path counts, as in unpacking."""
+    last = {}
     for member in file.infolist():
-        match = _MEMBER.fullmatch(member.filename)
-        if match is None or not member.filename.lower().endswith(EXTENSIONS):
+        if member.is_dir():
             continue
-        split, path = match.group(1, 2) if match[1] else match.group(3, 4)
-        if ".." in path.split("/"):
+        if ".." in member.filename.split("/"):
             raise DataError(f"{archive}: its member {member.filename} points out of the folder", key="root")
-        if is_hidden(path):
+        last[posixpath.normpath(member.filename)] = member
+    tell_hidden(archive, last)
+    return {path: member for path, member in last.items() if not is_hidden(path)}
+
+
+def _only(archive: Path, what: str, places: set[str]) -> str | None:
+    """The one of the places of `what`, None where there is none; DataError for several."""
+    if len(places) > 1:
+        raise DataError(
+            f"{archive} holds several {what}: {name_few(sorted(places))}; pack it again with the one that is meant",
+            key="root",
+        )
+    return next(iter(places), None)
+
+
+def _members(listed: dict[str, zipfile.ZipInfo], archive: Path) -> dict[str, dict[str, tuple]]:
+    """Split -> path in its folder -> place, start, size, and `_MORE`."""
+    found: dict[str, dict[str, tuple]] = {"train": {}, "val": {}}
+    folders = set()
+    for name, member in listed.items():
+        match = _MEMBER.fullmatch(name)
+        if match is None or not is_image(name):
             continue
+        folder, split, path = match.group(1, 2, 3) if match[2] else match.group(1, 4, 5)
+        folders.add(folder)
         if member.flag_bits & _ENCRYPTED or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             kind = "encrypted" if member.flag_bits & _ENCRYPTED else f"compressed by method {member.compress_type}"
             raise DataError(
@@ -217,5 +240,5 @@ def _members(file: zipfile.ZipFile, archive: Path) -> dict[str, dict[str, tuple]
         found[split][path] = (
             0, member.header_offset, member.file_size, member.compress_size, member.CRC, deflated
         )  # fmt: skip
-    tell_hidden(archive, [member.filename for member in file.infolist()])
+    _only(archive, IMAGES, folders)
     return found

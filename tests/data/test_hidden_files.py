@@ -1,7 +1,9 @@
 """Hidden files are no images in any form of a set: macOS puts ._0.JPEG, which holds no image, beside 0.JPEG."""
 
+import itertools
 import shutil
 import tarfile
+import zipfile
 
 import pytest
 from imagenet_forms import WNIDS, write_folders, write_kaggle, zip_folder
@@ -75,6 +77,19 @@ def test_hidden_files_are_no_images_and_told_once(form, folders, tmp_path, caplo
     caplog.clear()
     open_splits(str(place))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("above", [".Trash/", "__MACOSX/", "old/.git/"])
+def test_a_hidden_folder_above_all_others_is_not_read(folders, tmp_path, caplog, above):
+    archive = zip_folder(write_kaggle(folders, tmp_path / "kaggle"), tmp_path / ZIP)
+    with zipfile.ZipFile(archive) as file:
+        whole = {f"{dots}{name}": file.read(name) for dots, name in zip(itertools.cycle(["", "./"]), file.namelist())}
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in whole.items():
+            file.writestr(above + name, FORK)
+            file.writestr(name, content)
+    assert fingerprint(list(open_splits(str(archive)))) == fingerprint(list(open_splits(str(folders))))
+    assert f"{archive}: 22 hidden files left out as no images: {above}" in caplog.text
 
 
 def test_hidden_members_of_official_archives_are_no_images(tmp_path, caplog):

@@ -112,6 +112,34 @@ def test_zip_files_joined_by_cat_are_refused(folders, kaggle, tmp_path):
         open_splits(str(archive))
 
 
+def test_of_a_set_twice_in_one_zip_none_is_taken(folders, kaggle, tmp_path):
+    archive = zip_folder(kaggle, tmp_path / ZIP)
+    with zipfile.ZipFile(archive, "a") as file:
+        file.write(kaggle / LABELS, f"backup/{LABELS}")
+    with pytest.raises(
+        DataError, match=rf"^root: \S+ holds several {LABELS}: {LABELS}, backup/{LABELS}; pack it again"
+    ):
+        open_splits(str(archive))
+    shutil.copytree(kaggle, tmp_path / "two" / "a")
+    shutil.copytree(kaggle / IMAGES / "train", tmp_path / "two" / "b" / IMAGES / "train")
+    zip_folder(tmp_path / "two", archive)
+    with pytest.raises(DataError, match=rf"^root: \S+ holds several {IMAGES}: a/{IMAGES}, b/{IMAGES}; pack it again"):
+        open_splits(str(archive))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_of_a_name_twice_in_one_zip_the_last_counts(folders, kaggle, tmp_path):
+    image = f"{VAL}/ILSVRC2012_val_00000003.JPEG"
+    files = {str(path.relative_to(kaggle)): path.read_bytes() for path in kaggle.rglob("*") if path.is_file()}
+    with zipfile.ZipFile(tmp_path / ZIP, "w") as file:
+        file.writestr(image, b"old")
+        file.writestr(LABELS, b"old")
+        for name, content in files.items():
+            file.writestr(name, content)
+        file.writestr(f"{IMAGES}/train/{WNIDS[0]}/folder.jpg/", b"")
+    assert_same(described(tmp_path), described(folders))
+
+
 def test_names_and_extra_fields_of_any_length(folders, tmp_path):
     long = "x" * 150 + "/" + "y" * 200
     root = write_kaggle(folders, tmp_path / "deep" / long)
