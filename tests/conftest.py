@@ -1,5 +1,7 @@
 """Shared by all tests: the repository's root, a cache folder, and one thread a worker."""
 
+import gc
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +11,13 @@ import torch
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("untimed")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
+
+
+def pytest_collection_finish():
+    """What has been imported stays: it need not be searched for garbage after every test that makes some."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
