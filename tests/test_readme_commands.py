@@ -33,7 +33,7 @@ SHRUNK = {
     "fashion_mnist": (*SMALL, *ON_CPU, "data=embedded", "data.on_device=false", "model=cifar_resnet8"),
     "table1": (
         *SMALL[:2], *ON_CPU, "recipe.warmup_epochs=0", "recipe.batch_size=4", "data.image_size=32",
-        "data.num_workers=0",
+        "data.num_workers=0", "model=cifar_resnet8",
     ),
 }  # fmt: skip
 SLOW = ("torchrun", "sbatch", "pip", "pytest")  # programs of others: started as processes
