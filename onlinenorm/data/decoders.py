@@ -1,6 +1,7 @@
 """Encoded bytes and a planner in, uint8 RGB crops out; one function a decoder, the same geometry in all.
 
-EXIF orientation is not applied (torchvision's ImageFolder does not either, and the published numbers were made so).
+EXIF orientation is not applied (torchvision's ImageFolder does not either, and the published numbers were made so), but
+to TIFF, by Pillow itself, and so under ImageFolder too.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from onlinenorm.data.transforms import Planner, cut_crops, follow_plan
 
 log = logging.getLogger(__name__)
 
+LONGEST = 1000  # times its shorter side; the shorter one resized to 256 pixels, a longer image would take gigabytes
 _JPEG_START = b"\xff\xd8\xff"
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
@@ -29,7 +31,7 @@ warnings_lock = threading.RLock()  # catch_warnings mixes up the filters of thre
 def open_rgb(data: bytes) -> Image.Image:
     """An image file as 8-bit RGB, its first frame; 16-bit gray is scaled, where Pillow's own conversion makes it white.
 
-    Raises ValueError for floating-point and 32-bit pixels, whose range is in no file.
+    Raises ValueError for floating-point and 32-bit pixels, whose range is in no file, and for an image that `is_line`.
     """
     if cause := no_content(data):
         raise UnidentifiedImageError(f"it {cause}")
@@ -38,6 +40,9 @@ def open_rgb(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise UnidentifiedImageError("it is none of the formats that Pillow reads, or damaged") from None
     with opened:
+        if is_line(*opened.size):
+            width, height = opened.size
+            raise ValueError(f"its {width} x {height} pixels are a line: over {LONGEST:,} times as long as wide")
         opened.load()
         if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM")):
             tags = getattr(opened, "tag_v2", {})
@@ -50,6 +55,11 @@ def open_rgb(data: bytes) -> Image.Image:
             kind = "floating-point" if opened.mode == "F" else "32-bit"
             raise ValueError(f"its pixels are {kind} numbers of unknown range; save it with 8 or 16 bits")
         return opened if opened.mode == "RGB" else opened.convert("RGB")  # converting RGB would copy it
+
+
+def is_line(width: int, height: int) -> bool:
+    """Whether an image of this size is no picture but a line, over `LONGEST` times as long as wide."""
+    return max(width, height) > LONGEST * min(width, height)
 
 
 @contextlib.contextmanager
@@ -98,9 +108,10 @@ def _read_jpeg(data: bytes) -> torch.Tensor | None:
         with warnings_lock, warnings.catch_warnings():
             # torchvision 0.29 announces a move to TorchCodec at every call
             warnings.simplefilter("ignore", DeprecationWarning)
-            return decode_image(encoded, ImageReadMode.RGB)
+            image_CHW = decode_image(encoded, ImageReadMode.RGB)
     except RuntimeError:
         return None
+    return None if is_line(image_CHW.shape[2], image_CHW.shape[1]) else image_CHW
 
 
 def decode_whole(data: bytes, decoder: str) -> tuple[torch.Tensor, bool]:

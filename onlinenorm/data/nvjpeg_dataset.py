@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from onlinenorm.data.datasets import FolderDataset
+from onlinenorm.data.decoders import is_line
 from onlinenorm.data.index import FolderIndex
 from onlinenorm.data.jpeg_header import Frame, read_frame
 from onlinenorm.data.randomness import CONTENT, hash64, uniforms
@@ -37,8 +38,10 @@ class EncodedBatch(NamedTuple):
 
 
 def suits_device(frame: Frame | None) -> bool:
-    """Whether GPU decoders take this file: whole, baseline, 8 bits, gray or three components."""
-    return frame is not None and frame.process in _BASELINE and frame.bits == 8 and frame.components in (1, 3)
+    """Whether GPU decoders take this file: whole, baseline, 8 bits, gray or three components, and no line."""
+    if frame is None or is_line(frame.width, frame.height):
+        return False
+    return frame.process in _BASELINE and frame.bits == 8 and frame.components in (1, 3)
 
 
 class NvjpegDataset(FolderDataset):

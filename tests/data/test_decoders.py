@@ -8,7 +8,14 @@ import pytest
 from image_folders import write_image
 from PIL import Image
 
-from onlinenorm.data.decoders import DECODERS, decode_pillow, decode_torchvision, named_warnings, open_rgb
+from onlinenorm.data.decoders import (
+    DECODERS,
+    decode_pillow,
+    decode_torchvision,
+    decode_whole,
+    named_warnings,
+    open_rgb,
+)
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.transforms import DRAWS, plan_center_crop, plan_random_resized_crop, plan_scale_jitter
 
@@ -63,6 +70,27 @@ def test_orientation_tags_are_not_applied(tmp_path, decoder):
     tagged = write_image(tmp_path / "b.jpg", 3, (64, 64), exif=exif).read_bytes()
     a, b = (DECODERS[decoder](data, lambda w, h: plan_center_crop(w, h, 56)) for data in (plain, tagged))
     np.testing.assert_array_equal(a, b)
+
+
+def test_tiff_is_turned_by_its_orientation_as_pillow_does(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sizes = [
+        open_rgb(write_image(tmp_path / f"a.{kind}", 3, (60, 50), exif=exif).read_bytes()).size
+        for kind in ("jpg", "png", "webp", "tif")
+    ]
+    assert sizes == [(60, 50)] * 3 + [(50, 60)]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(1, 2001), (2001, 1)])
+def test_a_line_is_unreadable_and_is_not_resized(tmp_path, decoder, kind, size):
+    data = write_image(tmp_path / "line", 3, size, format=kind).read_bytes()
+    with pytest.raises(ValueError, match=rf"its {size[0]} x {size[1]} pixels are a line: over 1,000 times as long"):
+        DECODERS[decoder](data, lambda w, h: pytest.fail("a plan is made"))
+    with pytest.raises(ValueError, match="are a line"):
+        decode_whole(data, decoder)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -124,6 +124,7 @@ def test_it_continues_where_a_run_stopped(tree):
 def break_files(tree):
     for name, content in (("ant/5", b""), ("bee/0", b"no image"), ("cat/5", b"\xff\xd8\xff")):  # cat/5 is the last
         (tree / "train" / f"{name}.JPEG").write_bytes(content)
+    write_image(tree / "train" / "ant" / "2.JPEG", 5, (1200, 1))  # a line
     (tree / "val" / "ant" / "1.JPEG").write_bytes(b"")
 
 
@@ -139,7 +140,7 @@ def test_what_stands_in_for_unreadable_images_is_the_same(tree):
     data = folders(tree, **arguments, batch_size=18, on_device=True)
     for batch in data.train_dataloader():
         data.on_before_batch_transfer(batch)
-    assert sorted(data.unreadable) == ["train/ant/5.JPEG", "train/bee/0.JPEG", "train/cat/5.JPEG"]
+    assert sorted(data.unreadable) == [f"train/{name}.JPEG" for name in ("ant/2", "ant/5", "bee/0", "cat/5")]
     strict = folders(tree, batch_size=18, on_device=True)
     with pytest.raises(UnreadableImageError, match=r"(ant/5|bee/0|cat/5)\.JPEG cannot be decoded"):
         for batch in strict.train_dataloader():

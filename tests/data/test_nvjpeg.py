@@ -92,16 +92,17 @@ def test_damage_follows_the_policy(tree):
     (tree / "train" / "bee" / "1.JPEG").write_bytes((tree / "train" / "bee" / "1.JPEG").read_bytes()[:-300])
     (tree / "train" / "bee" / "2.JPEG").unlink()
     (tree / "train" / "bee" / "2.JPEG").symlink_to("nowhere.JPEG")
+    write_image(tree / "train" / "cat" / "3.JPEG", 5, (1, 1200))  # a line
     break_entropy_data(tree / "train" / "cat" / "1.JPEG")  # its header is whole: the device finds it
     data = module(tree, on_unreadable="skip", unreadable_limit=0.5)
     found = {}
     for batch in data.train_dataloader():
         _, labels, indices = data.on_after_batch_transfer(data.on_before_batch_transfer(batch))
         found |= {int(i): int(y) for y, i in zip(labels, indices, strict=True)}
-    assert sorted(data.unreadable) == ["train/bee/1.JPEG", "train/bee/2.JPEG", "train/cat/1.JPEG"]
+    assert sorted(data.unreadable) == [f"train/{name}.JPEG" for name in ("bee/1", "bee/2", "cat/1", "cat/3")]
     assert found == {i: i // 5 for i in range(15)}
     strict = module(tree)
-    with pytest.raises(UnreadableImageError, match=r"(bee/[12]|cat/1)\.JPEG cannot be decoded"):
+    with pytest.raises(UnreadableImageError, match=r"(bee/[12]|cat/[13])\.JPEG cannot be decoded"):
         for batch in strict.train_dataloader():
             strict.on_before_batch_transfer(batch)
 
