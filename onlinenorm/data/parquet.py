@@ -210,9 +210,23 @@ def _read_group(source: Path, table: Any, group: int, columns: list[str], file: 
     labels = content.column(_LABEL).to_pylist()
     values = content.column(_BYTES).to_pylist()
     paths = content.column(_PATH).to_pylist() if _PATH in columns else [None] * len(labels)
-    if None in labels or None in values:
-        row = (labels if None in labels else values).index(None)
-        raise ValueError(f"row {row} of row group {group} holds no image or no label")
+    where = f"{source}, row group {group}, row"
+    if None in labels:
+        raise DataError(f"{where} {labels.index(None)}: holds no label; give it one, or leave it out", key="root")
+    if None in values:
+        row = values.index(None)
+        raise DataError(
+            f"{where} {row}: holds the path {paths[row]!r} and no image; write the files with the images' bytes in "
+            "them, or name the folder that holds the images: data.root=FOLDER",
+            key="root",
+        )
+    for name, column, kind in ((_BYTES, values, bytes), (_PATH, paths, str | None)):
+        if odd := [value for value in column if not isinstance(value, kind)]:
+            raise DataError(
+                f"{source}: the column {name} holds {type(odd[0]).__name__} such as {str(odd[0])[:20]!r}; write it as "
+                f"{'binary' if kind is bytes else 'string'}",
+                key="root",
+            )
     if wrong := [label for label in labels if not isinstance(label, int | float) or label % 1 != 0]:
         raise DataError(
             f"{source}: the label {wrong[0]!r} is no whole number; the column {_LABEL} has to count the classes from 0",

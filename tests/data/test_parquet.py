@@ -161,6 +161,15 @@ def change_paths(root, folders, old, new):
     write_parquet(root, "train", rows)
 
 
+def rewrite(root, folders, **image):
+    """The training files with these values in their images, in columns of the values' types."""
+    import pyarrow.parquet
+
+    rows = [{**row, "image": row["image"] | image} for row in rows_of(folders / "train")]
+    for path in sorted(root.glob("train-*")):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
 def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
@@ -193,7 +202,13 @@ CHANGES = [
     (lambda root, _: drop_column(root / TRAIN, "label"), rf"{TRAIN} holds the columns image.bytes, image.path; expec"),
     (lambda root, folders: relabel(root, folders, l2=1000), "labels are 0 to 999; a set of more classes"),
     (lambda root, folders: relabel(root, folders, l2=-7), r"holds the label -7, and labels are 0 to 999; download"),
-    (lambda root, folders: relabel(root, folders, l2=None), r"cut short \(row 0 of row group 0 holds no image or no"),
+    (lambda root, folders: relabel(root, folders, l2=None), r"parquet, row group 0, row 0: holds no label; give it"),
+    (lambda root, folders: rewrite(root, folders, bytes=None),
+     r"row 0: holds the path 'n0\d+_\d_n0\d+.JPEG' and no image; write the files with the images' bytes in them"),
+    (lambda root, folders: rewrite(root, folders, bytes="text"),
+     "the column image.bytes holds str such as 'text'; write it as binary"),
+    (lambda root, folders: rewrite(root, folders, path=0), "the column image.path holds int such as '0'; write it as"),
+    (lambda root, folders: rewrite(root, folders, path=b"a"), r"image.path holds bytes such as \"b'a'\"; write it as"),
     (lambda root, folders: relabel(root, folders, l2=1), r"has the label 1, and other images of .* or of that label"),
     (without_validation, r"test-00000-of-00002.parquet holds images without labels \(-1\), as the hub's test set; val"),
     (lambda root, folders: write_parquet(root, "train", rows_of(folders / "train") + rows_of(folders / "train")[:2]),
