@@ -13,6 +13,7 @@ import programs
 import pytest
 import yaml
 from distributed_runs import TINY
+from fake_training import FAKE_RESULTS, FAKE_TRAIN
 from tests_training import RESULTS, ROOT, load_train_module
 
 from onlinenorm.data.workers import STOP_SIGNALS
@@ -20,38 +21,6 @@ from onlinenorm.errors import ConfigError, FolderInUse, RunError
 from onlinenorm.training import matrix
 from onlinenorm.training.run_folder import RunFolder
 from scripts import sweep
-
-FAKE_RESULTS = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import yaml
-from onlinenorm.cli.compose import load_config
-(folder / "config.yaml").write_text(yaml.safe_dump(load_config(sys.argv[1:])))
-(folder / "results.json").write_text({json.dumps(RESULTS)!r})
-"""
-FAKE_TRAIN = (
-    """
-import os, signal, sys, time
-from pathlib import Path
-options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-folder = Path(options["run_dir"].strip("'"))
-with open(folder / "started", "a") as file:
-    file.write("x")
-print("epoch 1/3", flush=True)
-if "recipe.lr" in options and float(options["recipe.lr"]) > 1 and not Path("repaired").exists():
-    sys.exit("the loss became NaN")
-if Path("slow").exists():
-    def stop(number, frame):
-        (folder / "saved").write_text(signal.Signals(number).name)
-        sys.exit(128 + number)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    Path("waiting").touch()
-    time.sleep(60)
-(folder / "metrics.csv").write_text("epoch,seconds\\n1,2.0\\n2,2.0\\n3,2.0\\n")
-"""
-    + FAKE_RESULTS
-)
 
 # ends only when two of its kind have met
 MEETING_TRAIN = (
@@ -84,19 +53,6 @@ print("alone", flush=True)
 """
     + FAKE_RESULTS
 )
-
-
-@pytest.fixture
-def run_sweep(tmp_path, monkeypatch):
-    """run_sweep(*arguments) -> exit code, with a stand-in for train.py, in an empty folder."""
-    (tmp_path / "train.py").write_text(FAKE_TRAIN)
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    monkeypatch.setattr(matrix, "queued_jobs", dict)
-    monkeypatch.chdir(tmp_path)
-    former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield lambda *arguments: sweep.main([*TINY, *arguments])
-    for number, handler in former.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -347,60 +303,3 @@ def test_a_place_for_runs_that_is_none_is_told(run_sweep, tmp_path, monkeypatch,
         patch.setattr(Path, "mkdir", read_only)
         assert run_sweep("normalizer=batch", "--runs", "elsewhere") == 1
     assert re.search(r"run_dir: elsewhere/.* cannot be made \(Read-only file system\)", capsys.readouterr().err)
-
-
-PHOTOS = (
-    "model=cifar_resnet8",
-    "data=imagenet",
-    "data.root=/nowhere",
-    "recipe=cifar",
-    "trainer=cpu",
-    "normalizer=batch",
-)
-
-
-def begun(row, decoder):
-    """The folder of a row as a run leaves it whose decoder was chosen."""
-    config = load_train_module().load_config(list(row.overrides))
-    config["data"]["decoder"] = decoder
-    row.folder.mkdir(parents=True)
-    (row.folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (row.folder / "results.json").write_text(json.dumps(RESULTS))
-
-
-def test_runs_of_the_same_images_are_decoded_as_the_first_was(run_sweep, tmp_path, capsys):
-    rows = sweep.plan([*PHOTOS, "seed=0,1", "data.image_size=64,32"], Path("runs"))
-    assert all(matrix.decoder_of(row, rows) is None for row in rows)
-    begun(rows[0], "torchvision")
-    fixed = [matrix.decoder_of(row, rows) for row in rows]
-    assert fixed == ["torchvision", None, "torchvision", None], "of 64 pixels; those of 32 are another table's"
-    again = [*PHOTOS, "seed=0,1", "data.image_size=64,32"]
-    assert sweep.main([*again, "--dry-run"]) == 0
-    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
-    assert ["data.decoder=torchvision" in line for line in commands] == [False, True, False]
-    for said in ("data.decoder=pillow", "data.decoder=torchvision,pillow"):
-        rows = sweep.plan([*PHOTOS, "seed=0,1", said], tmp_path / "asked")
-        assert all(row.images == "" and "auto" not in row.command(row.folder, "nvjpeg")[-2] for row in rows)
-
-
-def test_the_run_is_started_with_it(run_sweep, tmp_path):
-    begun(sweep.plan([*PHOTOS, "seed=1"], Path("runs"))[0], "torchvision")
-    assert sweep.main([*PHOTOS, "seed=0,1"]) == 0
-    written = yaml.safe_load(Path("runs/default/batch/seed0/config.yaml").read_text())
-    assert written["data"]["decoder"] == "torchvision"
-
-
-def test_several_decoders_of_a_table_are_told(run_sweep, tmp_path, monkeypatch, capsys):
-    rows = sweep.plan([*PHOTOS, "seed=0,1,2"], Path("runs"))
-    assert matrix.decoder_notes(rows, rows, submitted=False) == [], "all are decoded as the first, on this machine"
-    (note,) = matrix.decoder_notes(rows, rows, submitted=True)
-    assert note.startswith("data.decoder: auto, by each job's machine") and "data.decoder=pillow" in note
-    assert matrix.decoder_notes(rows, rows[:1], submitted=True) == []
-    begun(rows[0], "torchvision")
-    assert matrix.decoder_notes(rows, rows[1:], submitted=True) == [], "which the others are given"
-    begun(rows[2], "nvjpeg")
-    assert sweep.main([*PHOTOS, "seed=0,1,2", "--status"]) == 1
-    assert (
-        "data.decoder: nvjpeg (runs/default/batch/seed2), torchvision (runs/default/batch/seed0) decode the same images"
-    ) in capsys.readouterr().out
-    assert matrix.decoder_of(rows[2], rows) == "nvjpeg", "which it goes on with"
