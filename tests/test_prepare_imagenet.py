@@ -169,6 +169,10 @@ def test_checksums(main, official, tmp_path, monkeypatch, capsys):
         (tmp_path / "root" / ".onlinenorm-checksums.json").write_text(content)
         assert main(official, tmp_path / "root") == 1
         assert "/.onlinenorm-checksums.json: is damaged" in (told := capsys.readouterr().err) and "delete it" in told
+    (tmp_path / "root" / ".onlinenorm-checksums.json").unlink()
+    (official / "ILSVRC2012_img_val.tar").write_bytes(b"")
+    assert main(official, tmp_path / "root") == 1
+    assert "ILSVRC2012_img_val.tar is empty; fetch it again" in capsys.readouterr().err
 
 
 def test_errors_are_told_without_a_trace(root, official, tmp_path):

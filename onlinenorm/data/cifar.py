@@ -15,7 +15,7 @@ from onlinenorm.data.class_folders import check_classes, validation_folder
 from onlinenorm.data.datasets import ArraySource, InMemoryDataset
 from onlinenorm.data.decoders import open_rgb
 from onlinenorm.data.index import FolderIndex, list_classes, load_index
-from onlinenorm.data.missing import absence, naming_forbidden
+from onlinenorm.data.missing import absence, check_content, naming_forbidden, no_content
 from onlinenorm.data.module import ImageDataModule
 from onlinenorm.errors import ArgumentError, DataError
 
@@ -170,6 +170,8 @@ class CIFAR10(ImageDataModule):
     def _parse(self, contents: Mapping[str, bytes], origin: str) -> list[tuple[np.ndarray, np.ndarray]]:
         record = self.binary.label_bytes + 3 * SIZE * SIZE
         for name, count in {**self.binary.train, **self.binary.test}.items():
+            if cause := no_content(contents[name]):
+                raise DataError(f"{origin}: {name} {cause}", key="root")
             if len(contents[name]) != count * record:
                 raise DataError(
                     f"{origin}: {name} has {len(contents[name]):,} bytes and not {count * record:,}; it is cut short "
@@ -221,6 +223,7 @@ class CIFAR100(CIFAR10):
 
 def read_archive(archive: Path, binary: BinaryFiles, names: list[str]) -> dict[str, bytes]:
     """The contents of the files `names` of a binary archive; DataError where it is not the published one."""
+    check_content(archive)
     with open(archive, "rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if md5 != binary.md5:

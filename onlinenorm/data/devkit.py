@@ -5,8 +5,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from onlinenorm.data.missing import check_content
 from onlinenorm.errors import DataError
-from onlinenorm.files import open_regular
 from onlinenorm.text import first_line
 
 NAME = "ILSVRC2012_devkit_t12"
@@ -57,11 +57,12 @@ def read_devkit(path: Path) -> Devkit:
 
 
 def _content(path: Path, name: str) -> bytes:
+    file = path / name if path.is_dir() else path
     try:
+        check_content(file)
         if path.is_dir():
-            with open_regular(path / name) as file:
-                return file.read()
-        with open_regular(path) as archive, tarfile.open(fileobj=archive, mode="r:gz") as tar:
+            return file.read_bytes()
+        with tarfile.open(file, "r:gz") as tar:
             for member in tar:
                 wanted = member.isfile() and f"/{member.name}".endswith(f"/{name}")
                 if wanted and (content := tar.extractfile(member)) is not None:

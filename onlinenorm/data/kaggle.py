@@ -16,6 +16,7 @@ from onlinenorm.data.archives import ArchiveIndex, Progress, files_key, member_a
 from onlinenorm.data.class_folders import check_listed, sorted_by_list, validation_folder
 from onlinenorm.data.index import FolderIndex, is_hidden, is_image, list_classes, load_index, name_few, tell_hidden
 from onlinenorm.data.index_cache import Arrays, cached_arrays
+from onlinenorm.data.missing import check_content, no_content
 from onlinenorm.errors import DataError
 
 COMPETITION = "imagenet-object-localization-challenge"
@@ -131,6 +132,8 @@ def is_kaggles(archive: Path) -> bool:
 def read_labels(content: bytes, source: Path) -> dict[str, str]:
     """File -> class of the validation images by LOC_val_solution.csv; DataError, with the line, where it is none."""
     wnids: dict[str, str] = {}
+    if cause := no_content(content):
+        raise DataError(f"{source} {cause}", key="root")
     try:
         rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))
         if next(rows, None) != _HEAD:
@@ -159,6 +162,7 @@ def _read_zip(archive: Path, progress: Progress) -> dict[str, Arrays]:
     """The arrays of both splits."""
     progress(f"reading the directory of {archive.name}", 0, 1)
     try:
+        check_content(archive)
         with open(archive, "rb") as stream, zipfile.ZipFile(stream) as file:
             begins = min((member.header_offset for member in file.infolist()), default=0)
             stream.seek(0)

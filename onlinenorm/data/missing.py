@@ -9,9 +9,11 @@ from pathlib import Path
 
 from onlinenorm.data.index import name_few
 from onlinenorm.errors import ArgumentError, DataError
+from onlinenorm.files import open_regular
 
 _ARCHIVE = re.compile(r"(.+)\.(?:tar|tgz|tar\.(?:gz|bz2|xz)|zip)", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs"
+_START = 64  # bytes that tell
 
 
 def checked_root(root: str | os.PathLike[str] | None, read: bool) -> str | None:
@@ -74,3 +76,10 @@ def no_content(start: bytes) -> str | None:
     if start.startswith(_LFS_POINTER):
         return "is a pointer of Git LFS in place of the file; run git lfs pull where it was cloned"
     return None
+
+
+def check_content(path: Path) -> None:
+    """Raises DataError where a file is empty or stands for another, OSError where it cannot be read."""
+    with open_regular(path) as file:
+        if cause := no_content(file.read(_START)):
+            raise DataError(f"{path} {cause}", key="root")

@@ -17,7 +17,7 @@ import numpy as np
 from onlinenorm.data.archives import ArchiveIndex, Progress, files_key, member_arrays, silent
 from onlinenorm.data.index import name_few
 from onlinenorm.data.index_cache import cached_arrays
-from onlinenorm.data.missing import no_content
+from onlinenorm.data.missing import check_content
 from onlinenorm.data.parquet_pages import NotReadInPlace, Place, locate, read_pages, snappy_stream
 from onlinenorm.errors import DataError
 from onlinenorm.text import first_line, plural
@@ -29,7 +29,6 @@ LABELS = 1000  # where the file does not say how many
 
 _BYTES, _PATH, _LABEL = "image.bytes", "image.path", "label"
 _LARGE, _COSTLY = 1 << 19, 4  # bytes read for an image, and for a byte of it, above which another form is advised
-_START = 64  # bytes that tell whether a file is one
 _THREADS = 4  # each holds a row group several times
 _MORE = {"stored": np.int64, "rooms": np.int64, "skips": np.int64, "codecs": np.int8}
 
@@ -174,9 +173,7 @@ def _read_table(path: Path) -> _Table:
     """Raises DataError where a file is damaged, of other columns, or without labels."""
     pyarrow, parquet = _pyarrow()
     try:
-        with open(path, "rb") as file:
-            if cause := no_content(os.pread(file.fileno(), _START, 0)):
-                raise DataError(f"{path} {cause}", key="root")
+        check_content(path)
         with open(path, "rb") as file, parquet.ParquetFile(path, page_checksum_verification=True) as table:
             columns = [table.metadata.schema.column(n).path for n in range(len(table.metadata.schema))]
             if not {_BYTES, _LABEL} <= set(columns):

@@ -12,6 +12,7 @@ from pathlib import Path
 from onlinenorm.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, Progress, silent
 from onlinenorm.data.devkit import NAME as DEVKIT
 from onlinenorm.data.index import FolderIndex, name_few, scan_class
+from onlinenorm.data.missing import check_content
 from onlinenorm.errors import DataError
 from onlinenorm.files import open_regular
 from onlinenorm.records import read_record
@@ -38,6 +39,7 @@ def check_archives(folder: Path, record: Path, progress: Progress = silent) -> N
         path = folder / name
         if not path.is_file():
             continue
+        check_content(path)
         state = [path.stat().st_size, path.stat().st_mtime_ns]
         entry = known.get(name, {})
         md5 = entry.get("md5") if entry.get("state") == state else _md5(path, progress)

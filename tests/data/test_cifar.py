@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from onlinenorm.cli.compose import load_config
-from onlinenorm.data import CIFAR10, CIFAR100, DataError, cifar
+from onlinenorm.data import CIFAR10, CIFAR100, DataError
 from onlinenorm.training.config_check import check_config
 
 KINDS = [CIFAR10, CIFAR100]
@@ -169,6 +169,7 @@ def relabel(root):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda root: (root / "data_batch_4.bin").write_bytes(b""), "data_batch_4.bin is empty; fetch it again"),
         (cut, r"data_batch_3.bin has 614,599 bytes and not 614,600; it is cut short"),
         (relabel, "test_batch.bin: label 10 is none of 0 to 9"),
         (lambda root: (root / "data_batch_2.bin").unlink(), "a part of CIFAR-10 only; missing: data_batch_2.bin"),
@@ -192,6 +193,10 @@ def test_damaged_archives_get_one_sentence(tmp_path, monkeypatch):
     whole = archive.read_bytes()
     archive.write_bytes(whole[: len(whole) // 2])
     refused(root, "damaged, cut short or not the published one")
+    archive.write_bytes(b"")
+    refused(root, f"{archive.name} is empty; fetch it again$")
+    archive.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused(root, f"{archive.name} is a pointer of Git LFS .*; run git lfs pull where it was cloned$")
     for content, message in (
         (whole[: len(whole) // 2], "is damaged"),
         (gzip.compress(bytes(10240)), "does not hold data_batch_1.bin"),
@@ -268,6 +273,6 @@ def test_files_without_permission_get_one_sentence(tmp_path, monkeypatch):
     def deny(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(cifar, "open", deny, raising=False)
+    monkeypatch.setattr("onlinenorm.data.missing.open_regular", deny)
     with pytest.raises(DataError, match=r"^root: .*tar\.gz cannot be read \(Permission denied\); correct its perm"):
         CIFAR10(root=str(tmp_path)).setup()

@@ -15,6 +15,7 @@ from onlinenorm.data.kaggle import ZIP, load_zip
 
 IMAGES = "ILSVRC/Data/CLS-LOC"
 VAL = f"{IMAGES}/val"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -202,6 +203,8 @@ CHANGES = [
     (edit(ROW, "ILSVRC2012_val_00000003\n"), rf"{LABELS}, line 4: 'ILSVRC2012_val_00000003' names no class"),
     (edit("ImageId,", "id,"), rf"{LABELS} does not begin with ImageId,PredictionString"),
     (lambda root: (root / LABELS).write_bytes(b"ImageId,PredictionString\n\xff,n01440764"), f"{LABELS} is damaged"),
+    (lambda root: (root / LABELS).write_bytes(b""), rf"{LABELS} is empty; fetch it again"),
+    (lambda root: (root / LABELS).write_bytes(LFS_POINTER), rf"{LABELS} is a pointer of Git LFS .*git lfs pull"),
     (lambda root: (root / VAL / "ILSVRC2012_val_00000003.JPEG").unlink(), "names 1 file not in .*val/: ILSV"),
     (lambda root: (root / LABELS).unlink(), f"(?:{LABELS} is missing, which says|holds no {LABELS})"),
     (lambda root: [shutil.rmtree(f) for f in (root / IMAGES / "train").iterdir()],
@@ -227,9 +230,13 @@ def test_other_classes_in_the_list_are_named(kaggle):
 
 def test_zip_files_that_cannot_be_read_in_place(kaggle, tmp_path):
     archive = tmp_path / ZIP
-    for content, message in ((b"x" * 5000, "damaged or cut short"), (b"", "damaged or cut short")):
+    for content, message in (
+        (b"x" * 5000, "damaged or cut short .*; fetch it again"),
+        (b"", "empty; fetch it again"),
+        (LFS_POINTER, "a pointer of Git LFS .*; run git lfs pull"),
+    ):
         archive.write_bytes(content)
-        with pytest.raises(DataError, match=f"^root: .*{ZIP} is {message} .*fetch it again"):
+        with pytest.raises(DataError, match=f"^root: .*{ZIP} is {message}"):
             open_splits(str(tmp_path))
     zip_folder(kaggle, archive)
     archive.write_bytes(archive.read_bytes()[:-100])
