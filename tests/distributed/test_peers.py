@@ -26,6 +26,7 @@ pytest.importorskip("triton")
 
 from onlinenorm.ops.distributed import late as late_rank
 from onlinenorm.ops.fused import two_pass
+from scripts.bench.distributed_exactness import Alone
 
 GUARDS = ("clamp", "layer_scaling")
 # samples of each process, channels, height, width, and what else the layer does
@@ -87,10 +88,9 @@ def pool(request):
     pool.close()
 
 
-def layer_steps(kind, guard, device, rank=None):
+def layer_steps(kind, guard, device, world, rank=None):
     """Outputs, gradients and state of a layer in a few steps, of one process's share or (rank None) of the whole."""
     samples, channels, height, width, form = kind
-    world = dist.get_world_size()
     generator = torch.Generator(device).manual_seed(7)  # which gives the same numbers on GPUs of one kind
     torch.manual_seed(1)
     arguments = {"error_compensation": guard, "clamp_value": 1.5, "alpha_fwd": 0.9, "exchange": "auto"}
@@ -126,21 +126,25 @@ def distance(found, truth):
 
 
 def compare_layers(rank, layers):
-    device = begin(rank)
-    lines = []
+    return compare(rank, begin(rank), layers)
+
+
+def compare(rank, device, layers):
+    lines, world = [], dist.get_world_size()
     for kind, guard in ((kind, guard) for kind in layers for guard in GUARDS):
         with told(rank, (kind, guard)):
-            whole, state, gradients = layer_steps(kind, guard, device)
-            own, own_state, own_gradients = layer_steps(kind, guard, device, rank)
+            with Alone():
+                whole, state, gradients = layer_steps(kind, guard, device, world)
+            own, own_state, own_gradients = layer_steps(kind, guard, device, world, rank)
         worst = 0.0
         for name, tensor in own.items():
-            worst = max(worst, distance(tensor, whole[name][rank :: dist.get_world_size()]))
+            worst = max(worst, distance(tensor, whole[name][rank::world]))
             assert worst <= 2e-3, (kind, guard, name, worst)
         for name, tensor in own_state.items():
             # a value next to 0 or to the clamp may fall to its other side, and a gradient is counted or not
             limit = 2e-5 if "running" in name else 1e-2
             assert distance(tensor, state[name]) <= limit, (kind, guard, name, distance(tensor, state[name]))
-            others = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+            others = [torch.empty_like(tensor) for _ in range(world)]
             dist.all_gather(others, tensor)
             assert same_bits(others, [tensor] * len(others)), (kind, guard, f"{name} differs between processes")
         for name, tensor in own_gradients.items():
@@ -153,6 +157,17 @@ def compare_layers(rank, layers):
 @pytest.mark.parametrize("layers", [LAYERS, SHORTCUTS], ids=["alone", "with a shortcut's"])
 def test_layers_equal_one_process(pool, layers):
     print(*pool.run(compare_layers, layers, seconds=300)[0], sep="\n")
+
+
+def compare_without_gpus(rank):
+    dist.init_process_group("gloo")
+    some = [(2, 64, 8, 6, form) for form in ("residual", "plain", "pool", "shortcut")]
+    return compare(rank, torch.device("cpu"), some)
+
+
+def test_layers_that_gather_stand_the_comparison():
+    """On the CPU: what GPUs alone can show is held against what is right."""
+    assert len(process_groups.run(4, compare_without_gpus)[0]) == 8
 
 
 class Network(nn.Module):
@@ -332,7 +347,7 @@ def learn(rank, compiled):
 
     refused = two_pass.gather_samples
     for name, exchange, several in (("one", "gather", False), ("auto", "auto", True), ("gather", "gather", True)):
-        with told(rank, f"thirty steps, {name}"):
+        with told(rank, f"thirty steps, {name}"), contextlib.nullcontext() if several else Alone():
             steps(name, exchange, several)
     for name in ("auto", "gather"):
         dist.all_reduce(curves[name])

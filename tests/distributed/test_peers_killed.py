@@ -23,7 +23,7 @@ from onlinenorm.training.module import ImageClassifier
 pytest.importorskip("triton")
 
 RUN = (
-    *TINY[:-1], "trainer=ddp", "trainer.deterministic=true", "trainer.cuda_graph=false", "model.compile=false",
+    *TINY[:-1], "trainer=ddp", "trainer.deterministic=true", "model.compile=false",
     "trainer.checkpoint_every_n_steps=1", "normalizer=online_clamp", "normalizer.exchange=auto", "data.image_size=32",
     "data.num_train=330", "data.num_workers=0", "data.on_device=false", "recipe.batch_size=32", "recipe.epochs=8",
     "recipe.milestones=[6]", "recipe.lr=0.01",
@@ -35,7 +35,9 @@ STUCK_AT, SECONDS = 5, 10  # step, and for how long processes wait for each othe
 def run(rank, folder):
     """The results of a run in which all layers exchange messages."""
     cifar.WIDTHS = (64, 128, 256)
-    results = train(rank, folder, *RUN)
+    # DistributedDataParallel adds the gradients of more than two in another order in the first step of a start
+    captured = int(os.environ["WORLD_SIZE"]) > 2
+    results = train(rank, folder, *RUN, f"trainer.cuda_graph={str(captured).lower()}")
     assert results["exchange"]["by_kernels"], results["exchange"]
     return results
 
