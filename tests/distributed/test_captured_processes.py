@@ -13,6 +13,7 @@ from distributed_runs import THIRTY_STEPS, curve, distance, train
 from gpus import gpu_counts
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("processes", gpu_counts())
 @pytest.mark.parametrize(
     "overrides, same_bits",
@@ -44,6 +45,7 @@ def test_captured_steps_make_the_run_without(tmp_path, overrides, same_bits, pro
     torch.testing.assert_close(*pairs, rtol=1e-4, atol=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("processes", gpu_counts())
 def test_a_captured_run_that_fails_ends(root, tmp_path, processes):
     """Although NCCL waits for graphs that hold its collectives, and the error's traceback for them."""

@@ -85,6 +85,7 @@ def finished(tmp_path_factory):
     return call
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("processes", gpu_counts())
 @pytest.mark.parametrize("mode", MODES)
 def test_thirty_steps_on_several_gpus_are_those_of_one(finished, mode, processes):
@@ -93,6 +94,7 @@ def test_thirty_steps_on_several_gpus_are_those_of_one(finished, mode, processes
     assert found <= 1e-4
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("processes", gpu_counts())
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "plain"])
 def test_streams_of_their_own_are_the_same_in_any_mode(finished, mode, processes):
@@ -104,6 +106,7 @@ def test_streams_of_their_own_are_the_same_in_any_mode(finished, mode, processes
     )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("processes", gpu_counts())
 def test_a_run_that_is_killed_continues_on_half_as_many_gpus(finished, tmp_path, processes):
     often, fewer = "trainer.checkpoint_every_n_steps=1", processes // 2

@@ -382,6 +382,7 @@ def late(rank):
     return late_rank(), time.monotonic() - start
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("processes", gpu_counts(hopper=True))
 def test_a_process_that_stays_away_is_named_in_time(processes):
     pool = process_groups.Pool(processes)

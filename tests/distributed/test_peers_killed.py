@@ -21,6 +21,7 @@ from onlinenorm.training import trainer
 from onlinenorm.training.module import ImageClassifier
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
 
 RUN = (
     *TINY[:-1], "trainer=ddp", "trainer.deterministic=true", "model.compile=false",
