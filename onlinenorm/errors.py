@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from onlinenorm.text import first_line
 
@@ -117,7 +117,7 @@ def cli_errors(prefix: str = ""):
     except BrokenPipeError:
         if not _reader_left():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the buffer would raise at exit
+        _nowhere(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _end(f"{prefix}Ctrl-C", 128 + signal.SIGINT)
@@ -150,8 +150,16 @@ def _end(message: str, exit_code: int, interrupted: bool = False) -> NoReturn:
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
-    print(message, file=sys.stderr)
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # its reader has left too
+        _nowhere(sys.stderr)
     sys.exit(exit_code)
+
+
+def _nowhere(stream: TextIO) -> None:
+    """What a stream still holds would raise at exit; it goes nowhere from here on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _place() -> tuple[bool, bool]:

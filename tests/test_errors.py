@@ -83,6 +83,15 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(flush, root):
     assert (done.returncode, done.stdout, done.stderr) == (141, "0\n1\n2\n", "")
 
 
+def test_so_does_one_of_output_and_errors(root):
+    talker = (
+        "import sys; from onlinenorm.errors import Interrupted, cli_errors\n"
+        "with cli_errors():\n    sys.stdin.read()\n    raise Interrupted('SIGPIPE: saved', 13)\n"
+    )
+    command = f"set -o pipefail; sleep 3 | {shlex.join([sys.executable, '-c', talker])} 2>&1 | true"
+    assert subprocess.run(["bash", "-c", command], cwd=root).returncode == 141
+
+
 def test_other_broken_pipes_are_errors():
     with pytest.raises(BrokenPipeError), cli_errors():
         raise BrokenPipeError("a worker is gone")

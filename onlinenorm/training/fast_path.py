@@ -204,6 +204,11 @@ def free_device() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    forget_compiled()
+
+
+def forget_compiled() -> None:
+    """Drops what was compiled for a former run of this process, which counts against Dynamo's limit of versions."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

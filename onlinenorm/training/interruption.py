@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: once training has begun all processes agree at a step, save together and leave."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -37,21 +38,26 @@ class StopSignals:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or self._former[number] != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._remember)
-        self._output, sys.stdout = sys.stdout, Output(sys.stdout, lambda: self._remember(signal.SIGPIPE))
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         if isinstance(sys.stdout, Output):
-            sys.stdout = self._output
+            sys.stdout = sys.stdout.stream
 
     def defer(self) -> None:
         """From here on signals wait for the next look at `signum`."""
         self._deferred = True
 
+    def watch_output(self) -> None:
+        """From here on a reader of the output that leaves asks to stop."""  # before, there is no run to be lost
+        if sys.stdout is not None:
+            sys.stdout = Output(sys.stdout, lambda: self._remember(signal.SIGPIPE))
+
     def _remember(self, signum: int, frame=None) -> None:
-        self.signum = signum
+        if self.signum == 0 or signum != signal.SIGPIPE:
+            self.signum = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self._deferred:
@@ -59,7 +65,9 @@ class StopSignals:
         if signum == signal.SIGINT and is_rank_zero():  # of the processes that a terminal asks
             # not print, which may be what has been interrupted; the cursor is shown, for the bar cannot when killed
             cursor = b"\x1b[?25h" if os.isatty(1) else b""
-            os.write(2, cursor + b"\nCtrl-C: saving at the end of this step; again: leave at once, without saving\n")
+            with contextlib.suppress(OSError):  # Ctrl-C also ends what reads a pipe
+                told = b"\nCtrl-C: saving at the end of this step; again: leave at once, without saving\n"
+                os.write(2, cursor + told)
 
     def stop_requested(self, trainer) -> bool:
         """Whether to stop at this step; the same answer on every process. To be called by all, once a step.
@@ -113,22 +121,22 @@ class Output:
     """
 
     def __init__(self, stream: Any, left: Callable[[], None]):
-        self._stream, self._left = stream, left
+        self.stream, self._left = stream, left
 
     def write(self, text: str) -> int:
-        return self._until_left(self._stream.write, text) or len(text)
+        return self._until_left(self.stream.write, text) or len(text)
 
     def flush(self) -> None:
-        self._until_left(self._stream.flush)
+        self._until_left(self.stream.flush)
 
     def _until_left(self, function: Callable, *arguments: Any) -> Any:
         try:
             return function(*arguments)
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # also of what the stream still holds
+            os.dup2(nowhere, self.stream.fileno())  # also of what the stream still holds
             os.close(nowhere)
             self._left()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)

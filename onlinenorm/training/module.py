@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from onlinenorm.data.network_input import NetworkInput
 from onlinenorm.errors import Diverged, RunError
 from onlinenorm.normalizers import average_statistics, gather_statistics, merged
 from onlinenorm.training.accuracy import full_precision, predicted, rank
@@ -90,6 +91,7 @@ class ImageClassifier(pl.LightningModule):
     def on_fit_end(self) -> None:
         # Lightning moves the parameters now, and memory is needed
         self.graph = self.graphed_evaluation = self._of_raw = self._compiled_loss = None
+        self.trainer.datamodule.raw_training = False  # type: ignore[attr-defined]
 
     def on_train_epoch_start(self) -> None:  # not called where a run continues within an epoch
         self.train_sums.zero_()
@@ -139,8 +141,9 @@ class ImageClassifier(pl.LightningModule):
         averages = optimizer is not None and trainer.world_size > 1
         self.graph = GraphedStep(self, self.training_loss, state, optimizer, accumulates, averages)
 
-    def _raw_network(self, network_input: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def _raw_network(self, network_input: NetworkInput) -> Callable[[Tensor], Tensor]:
         """Logits of uint8 images; compiled where the network is, whose first kernel then reads these."""
+        network_input.prepare(self.device)  # else the first call does, and the second is compiled anew
 
         def logits_of(images: Tensor) -> Tensor:
             with torch.autocast(images.device.type, enabled=False):

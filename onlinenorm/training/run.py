@@ -26,6 +26,7 @@ from onlinenorm.training.fast_path import (
     adopt,
     check_compiles_here,
     choose,
+    forget_compiled,
     free_device,
     make_data,
     naming_fast_path,
@@ -73,6 +74,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
         if folder.rank_zero:
             print(summary(results, recipe, path), *warnings_of_data, *loggers.upload_hint(path), sep="\n")
         return results
+    stop.watch_output()
     asked = config = adopt(config, recorded, ANEW)
     if recorded:
         check_compiles_here(config, path)
@@ -100,6 +102,7 @@ def _train(config: dict[str, Any], folder: RunFolder, stop: StopSignals) -> dict
 def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, stop: StopSignals) -> dict[str, Any]:
     config, data, path = choice.config, choice.data, folder.path
     names, seed = config["choices"], config["seed"]
+    forget_compiled()
     checkpoint, position = resumable(folder.checkpoints, config, data)
     pl.seed_everything(seed, workers=False, verbose=False)  # before the network: all normalizers share its weights
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels}

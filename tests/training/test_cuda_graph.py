@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from captured_runs import loss_of, stand_in, train
 from tests_training import outcome
@@ -112,6 +113,19 @@ def test_a_batch_of_another_shape_runs_as_it_is(on_the_cpu):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_images_stay_uint8_in_a_captured_run_alone(on_the_cpu):
+    """Data may be fitted again without a graph, by a network that would take their pixels of 0 to 255."""
+    seen = []
+
+    class Looking(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append((trainer.datamodule, trainer.datamodule.raw_training))
+
+    train(True, callbacks=[Looking()])
+    data, raw = seen[-1]
+    assert raw and not data.raw_training
+
+
 def test_a_compiled_network_and_what_makes_its_input_are_one_graph(monkeypatch):
     """Whose first kernel then reads uint8; as where the network is not compiled, with and without autocast."""
     torch.manual_seed(0)
@@ -128,7 +142,7 @@ def test_a_compiled_network_and_what_makes_its_input_are_one_graph(monkeypatch):
     module.network.compile(backend=backend)
     for each in (module, plain):
         each._of_raw = each._raw_network(network_input)
-    for bits in (32, 16):
+    for bits in (32, 32, 16, 16):
         images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
         with torch.autocast("cpu", torch.bfloat16, enabled=bits == 16):
             assert torch.equal(module(images), plain(images))

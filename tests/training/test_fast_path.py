@@ -200,6 +200,22 @@ def test_a_compiled_run_does_not_go_on_where_nothing_compiles(gpu, monkeypatch, 
     fast_path.check_compiles_here(with_values(config, {"model.compile": False}), tmp_path)
 
 
+def test_what_former_runs_compiled_does_not_count(run, tmp_path):
+    """Dynamo goes on without compiling after so many versions of the same code."""
+    called = []
+
+    def double(x):
+        return x + x
+
+    compiled = torch.compile(double, backend=lambda graph, _: called.append(1) or graph.forward)
+    compiled(torch.ones(2))
+    compiled(torch.ones(2))
+    assert called == [1]
+    run(tmp_path)
+    compiled(torch.ones(2))
+    assert called == [1, 1]
+
+
 @pytest.mark.parametrize("before", ["auto", "explicit"])
 def test_old_folders_and_explicit_ones_go_on(run, tmp_path, before):
     """A finished run is reprinted by either command, and an unfinished one continued."""

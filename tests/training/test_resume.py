@@ -15,6 +15,7 @@ from onlinenorm.data.workers import STOP_SIGNALS
 from onlinenorm.errors import ConfigError, DataError, Interrupted, RunError
 from onlinenorm.training import ImageClassifier, checkpoint, precision
 from onlinenorm.training.checkpoint import read
+from onlinenorm.training.run_folder import RunFolder
 
 STEPS, VALIDATIONS = 4, 1  # of an epoch: batches of 16 of 70 images; 21 images in one batch
 
@@ -115,15 +116,16 @@ def test_stopped_anywhere(undisturbed, run, interrupt, tmp_path, method, call, w
 
 @pytest.mark.parametrize("before_training", [True, False])
 def test_a_reader_of_the_output_that_leaves_stops_the_run_where_it_can_go_on(
-    undisturbed, run, train_module, tmp_path, monkeypatch, before_training
+    undisturbed, run, tmp_path, monkeypatch, before_training
 ):
     reader, writer = map(os.fdopen, os.pipe(), ("r", "w"))
-    place, name = (train_module, "announce") if before_training else (ImageClassifier, "on_train_epoch_start")
+    place, name = (RunFolder, "recorded_config") if before_training else (ImageClassifier, "on_train_epoch_start")
     original = getattr(place, name)
 
     def leave(*arguments):
-        original(*arguments)
+        found = original(*arguments)
         reader.close()
+        return found
 
     with monkeypatch.context() as context, writer:
         context.setattr(sys, "stdout", writer)
@@ -132,8 +134,26 @@ def test_a_reader_of_the_output_that_leaves_stops_the_run_where_it_can_go_on(
         with pytest.raises(Interrupted, match=f"the reader of the output has left: {where}") as stopped:
             run(tmp_path)
         assert stopped.value.exit_code == 128 + signal.SIGPIPE and sys.stdout is writer
-    results = run(tmp_path)
-    assert results["resumed"] == (0 if before_training else 1)
+    assert not (tmp_path / "failed.json").exists()
+    assert run(tmp_path)["resumed"] == (0 if before_training else 1)
+    assert outcome(tmp_path) == outcome(undisturbed("online_clamp"))
+
+
+def test_ctrl_c_saves_where_what_read_the_output_has_ended_too(undisturbed, run, interrupt, tmp_path):
+    """As `2>&1 | tee log` does."""
+    interrupt("training_step", STEPS + 2, signal.SIGINT)
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors = os.dup(2)
+    os.dup2(writer, 2)
+    try:
+        with pytest.raises(Interrupted, match="Ctrl-C: saved at step 2 of epoch 2"):
+            run(tmp_path)
+    finally:
+        os.dup2(errors, 2)
+        for number in (writer, errors):
+            os.close(number)
+    run(tmp_path)
     assert outcome(tmp_path) == outcome(undisturbed("online_clamp"))
 
 

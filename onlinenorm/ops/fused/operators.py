@@ -30,15 +30,14 @@ def spread(value: Tensor, x: Tensor) -> Tensor:
     """``value`` (N, C, 1, 1) at every pixel, in the memory order of x, which is dense."""
     numbers = 16 // x.element_size()  # moved as one: torch's kernel for what repeats goes from element to element
     value = value.reshape(x.shape[:2])
-    one_pixel = x.shape[2] * x.shape[3] == 1
-    if one_pixel or x.shape[1] % numbers or not x.is_contiguous(memory_format=torch.channels_last):
+    if x.shape[1] % numbers or not x.is_contiguous(memory_format=torch.channels_last):
         return like(value[..., None, None].expand_as(x), x)
-    result, value = torch.empty_like(x), value.contiguous()
+    samples, channels, height, width = x.shape
+    rows, value = x.new_empty(samples, height, width, channels), value.contiguous()
     if value.data_ptr() % 16 or value.storage_offset() % numbers:
         value = value.clone()
-    wide = result.permute(0, 2, 3, 1).view(torch.complex128)
-    wide.copy_(value[:, None, None].view(torch.complex128))
-    return result
+    rows.view(torch.complex128).copy_(value[:, None, None].view(torch.complex128))
+    return rows.permute(0, 3, 1, 2)
 
 
 def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
