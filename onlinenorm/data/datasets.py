@@ -20,6 +20,7 @@ from onlinenorm.data.prefetch import Batch
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.sampler import Request, split_requests
 from onlinenorm.data.transforms import DRAWS, DRAWS_OF, PLANS, Planner, colour_shifts, follow_plan, shift_and_mirror
+from onlinenorm.data.unreadable import no_memory
 from onlinenorm.errors import DataError
 
 SEARCH = 1000  # images looked at for a readable replacement; more in a row means the disk is gone, not a file
@@ -214,8 +215,8 @@ class FolderDataset(Dataset):
             candidate = (wanted + offset) % len(self)
             try:
                 crops_KHWC = self.decode(candidate, draws_K)
-            except MemoryError:
-                raise
+            except MemoryError as error:
+                raise no_memory(self.index.path(candidate)) from error
             except Exception:  # a damaged file makes decoders raise almost anything
                 continue
             if candidate == wanted:

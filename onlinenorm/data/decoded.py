@@ -25,6 +25,7 @@ from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
 from onlinenorm.data.nvjpeg_loader import decode_all, wait_for
 from onlinenorm.data.progress import Progress
 from onlinenorm.data.sampler import Request, split_requests
+from onlinenorm.data.unreadable import no_memory
 from onlinenorm.data.workers import worker_loader
 from onlinenorm.errors import ArgumentError, DataError
 from onlinenorm.files import locked, replacing, user_cache
@@ -70,8 +71,8 @@ class _WholeImages(Dataset):
                 with named_warnings() as reading:
                     reading.file = self.dataset.index.path(index)
                     image_CHW, kind = decode_whole(self.dataset.index.read(index), self.dataset.decoder)
-            except MemoryError:
-                raise
+            except MemoryError as error:
+                raise no_memory(self.dataset.index.path(index)) from error
             except Exception:  # a damaged file makes decoders raise almost anything
                 image_CHW, kind = torch.empty((3, 0, 0), dtype=torch.uint8), False
             pixels.append(image_CHW.flatten())

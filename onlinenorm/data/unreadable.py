@@ -1,6 +1,8 @@
 """What is said of images that cannot be decoded: an error for one, or for more than the allowed share of a split."""
 
-from onlinenorm.errors import UnreadableImageError
+from pathlib import Path
+
+from onlinenorm.errors import DataError, UnreadableImageError
 
 # What is to be done about one, where none is to be left out
 CURE = (
@@ -17,6 +19,14 @@ def unreadable_image(cause: str, file: str) -> UnreadableImageError:
         file: what to replace.
     """
     return UnreadableImageError(f"{cause}. Replace {file}, or {CURE}.", key="on_unreadable")
+
+
+def no_memory(path: Path) -> DataError:
+    """The error of an image that is too large to decode: no other would take its place for long."""
+    return DataError(
+        f"{path} takes more memory to decode than is left; use fewer data.num_workers, or a smaller copy of the image",
+        key="num_workers",
+    )
 
 
 def allowed(images: int, limit: float) -> int:

@@ -131,9 +131,16 @@ def check_shared_memory(dataset, batch_size: int, workers: int, processes: int, 
 
 @contextlib.contextmanager
 def explain_worker_deaths() -> Iterator[None]:
-    """Context in which the end of a loader worker becomes a DataError that says what to do."""
+    """Context in which the end of a loader worker becomes a DataError that says what to do.
+
+    One that a worker has raised, which torch hands over with the traceback of that process for a message, is as it was.
+    """
     try:
         yield
+    except DataError as error:
+        if not (told := re.search(r"^Caught .*^onlinenorm\.errors\.\w+: (?:(\w+): )?(.*)", str(error), re.M | re.S)):
+            raise
+        raise type(error)(told[2].strip(), key=told[1]) from error
     except RuntimeError as error:
         # torch raises it from a SIGCHLD handler, wherever the main process is just then; while waiting for a batch it
         # catches that and raises another that knows less

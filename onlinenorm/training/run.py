@@ -127,7 +127,7 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
     resumed = folder.record_start(config, trainer.world_size, position)
     keys = full_keys(config, "data", "recipe", "normalizer")
-    with loggers.closing(mirrors), explain_worker_deaths(), watching(trainer), keys:
+    with loggers.closing(mirrors), watching(trainer), keys, explain_worker_deaths():
         with naming_fast_path(choice, trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         sections, arrays = final_validation(trainer, module, data, log)

@@ -1,5 +1,6 @@
 import itertools
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -191,6 +192,14 @@ def test_a_vanished_disk_ends_the_search_for_replacements(tree):
     data.setup()
     shutil.rmtree(tree / "train")
     with pytest.raises(DataError, match="none of 15 images in a row can be read"):
+        next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_an_image_that_memory_does_not_hold_is_named(tree, monkeypatch, on_device):
+    monkeypatch.setattr("onlinenorm.data.decoders.open_rgb", Mock(side_effect=MemoryError))
+    data = module(tree, on_unreadable="skip", on_device=on_device)
+    with pytest.raises(DataError, match=r"^num_workers: .*/train/.*JPEG takes more memory to decode than is left; use"):
         next(iter(data.train_dataloader()))
 
 

@@ -94,6 +94,20 @@ def test_a_worker_that_dies_is_told_at_once(what, says, monkeypatch):
             time.sleep(0.01)
 
 
+def test_an_error_of_the_data_in_a_worker_is_as_it_was(monkeypatch):
+    def fail():
+        raise DataError("none can be read;\nis the disk still mounted?", key="root")
+
+    data = module()
+    monkeypatch.setattr(data, "_sets", (Fails(fail), data._sets[1]))
+    with (
+        pytest.raises(DataError, match=r"^root: none can be read;\nis .*\?$") as raised,
+        explain_worker_deaths(),
+    ):
+        list(data.train_dataloader())
+    assert raised.value.key == "root"
+
+
 def test_other_errors_pass_unchanged():
     with pytest.raises(RuntimeError, match=r"^shapes differ$"), explain_worker_deaths():
         raise RuntimeError("shapes differ")
