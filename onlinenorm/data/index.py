@@ -297,7 +297,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool | None:
             entry.stat()  # raises for a broken one, of which is_dir() may say no
         return entry.is_dir()
     except OSError as error:
-        if error.errno == errno.ELOOP and (link := _leads_back(Path(entry.path))):
+        # round and round until there are too many links on the way, or it is too long a name
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG) and (link := _leads_back(Path(entry.path))):
             raise DataError(f"{link} is a link that leads back to a folder above it; remove it", key="root") from None
         if error.errno in _NOWHERE:
             return None
@@ -307,7 +308,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool | None:
 def _leads_back(path: Path) -> Path | None:
     """The first link on the way to `path` that is to a folder above it."""
     way = [*reversed(path.parents), path]
-    return next((p for p in way if p.is_symlink() and os.path.realpath(p) in map(os.path.realpath, p.parents)), None)
+    return next((p for p in way if os.path.islink(p) and os.path.realpath(p) in map(os.path.realpath, p.parents)), None)
 
 
 def _size(path: str) -> int:

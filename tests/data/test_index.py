@@ -100,7 +100,8 @@ def test_a_link_that_leads_back_is_told(tree):
 
 @pytest.mark.parametrize(
     ("link", "target"),
-    [("bee/loop", ".."), ("loop", ".."), ("loop", ".")],  # in a class, or in place of one
+    # in a class, or in place of one; with a name of which few make a path too long
+    [("bee/loop", ".."), ("loop", ".."), ("loop", "."), ("bee/" + "x" * 200, "."), ("bee/" + "x" * 200, "..")],
 )
 def test_links_that_lead_back_are_named_and_no_folder(tree, link, target):
     (tree / "train" / link).symlink_to(target)
