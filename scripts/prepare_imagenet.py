@@ -63,9 +63,8 @@ def _prepare(options: argparse.Namespace, archives: Path, root: Path, progress: 
             written = extract(index, root / split, classes, progress)
             others = sorted(set(list_classes(root / split)) - set(classes))
             more = f"; other classes are there too: {name_few(others)}" if others else ""
-            print(
-                f"{root / split}: {len(classes)} class{'es' * (len(classes) > 1)}, {written} of them written now{more}"
-            )
+            found = f"{len(classes)} class{'es' * (len(classes) > 1)}"
+            print(f"{root / split}: {found}, {written} of them written now{more}")
 
     if len(classes) == 1:
         print(f"{root}: one class is no set to train on; --classes takes several, as n01440764,n01443537")
@@ -99,17 +98,14 @@ def _count(text: str) -> int | None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folders", nargs="+", type=_folder, metavar="ARCHIVES ROOT", help="with --verify: ROOT alone will do"
-    )
+    parser.add_argument("folders", nargs="+", type=_folder, metavar="ARCHIVES ROOT", help="ROOT will do with --verify")
     parser.add_argument("--packed", action="store_true", help="write tar shards instead of class folders")
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 2**30, help="size of a shard (%(default)g GB)")
     parser.add_argument("--classes", type=lambda text: text.split(","), help="only these, e.g. n01440764,n01443537")
     parser.add_argument("--no-checksum", dest="checksum", action="store_false", help="don't compare MD5 sums")
     parser.add_argument("--verify", action="store_true", help="check ROOT, after preparing it where ARCHIVES is given")
-    parser.add_argument(
-        "--decode", type=_count, default=1000, metavar="all|N", help="images of a split that --verify decodes (1000)"
-    )
+    told = "images of a split that --verify decodes (1000)"
+    parser.add_argument("--decode", type=_count, default=1000, metavar="all|N", help=told)
     options = parse_options(parser, arguments)
     if len(options.folders) > 2 or (len(options.folders) == 1 and not options.verify):
         parser.error("give ARCHIVES and ROOT, or --verify ROOT")
