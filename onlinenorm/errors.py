@@ -117,7 +117,7 @@ def cli_errors(prefix: str = ""):
     except BrokenPipeError:
         if not _reader_left():
             raise
-        _nowhere(sys.stdout)
+        drop_output(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _end(f"{prefix}Ctrl-C", 128 + signal.SIGINT)
@@ -153,13 +153,16 @@ def _end(message: str, exit_code: int, interrupted: bool = False) -> NoReturn:
     try:
         print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:  # its reader has left too
-        _nowhere(sys.stderr)
+        drop_output(sys.stderr)
     sys.exit(exit_code)
 
 
-def _nowhere(stream: TextIO) -> None:
-    """What a stream still holds would raise at exit; it goes nowhere from here on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def drop_output(stream: TextIO) -> None:
+    """From here on what is written to a stream goes nowhere, and so does what it still holds, which would raise at
+    exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _place() -> tuple[bool, bool]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from onlinenorm.data.workers import STOP_SIGNALS
-from onlinenorm.errors import Interrupted
+from onlinenorm.errors import Interrupted, drop_output
 from onlinenorm.training.launch import is_rank_zero
 
 
@@ -133,9 +133,7 @@ class Output:
         try:
             return function(*arguments)
         except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # also of what the stream still holds
-            os.close(nowhere)
+            drop_output(self.stream)
             self._left()
 
     def __getattr__(self, name: str) -> Any:
