@@ -11,7 +11,8 @@
 Every row is train.py in a process of its own, its real command line, or a peer (end_to_end_peers.py); the bare step of
 its normalizer, compiled, captured, with SGD, is measured before it in the same round, for as many steps as an epoch
 has (a GPU lowers its clock under a load that lasts: an H200 makes 2 % more of a burst of 20), and `ratio` is the median
-over rounds of one over the other. Rates are those of epochs after the first, which compiles:
+over rounds of one over the other. Rates are those of epochs after the first, which compiles (a peer's first is cut
+short: 20 steps):
 
 data        images_per_second
 jpeg        training images over the seconds of training, as metrics.csv has them: from an epoch's start to its last
@@ -218,8 +219,7 @@ def peer_row(bench: Bench, key: dict) -> dict[str, float]:
         raise NotRun("timm is not installed")
     return {
         "images_per_second": bench.peer(
-            program, model=args.model, batch=args.batch, images=args.images, epochs=min(args.epochs, 2),
-            workers=args.workers,
+            program, model=args.model, batch=args.batch, images=args.images, epochs=1, workers=args.workers,
         )
     }  # fmt: skip
 

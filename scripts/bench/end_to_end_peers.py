@@ -25,6 +25,8 @@ import torch
 
 from scripts.bench import loaders, training
 
+WARM_UP = 20  # steps of the loops, which compile
+
 
 def step_rate(args: argparse.Namespace) -> float:
     """Images/s of the bare step."""
@@ -64,7 +66,7 @@ def step_rate_of_processes(args: argparse.Namespace) -> float:
 
 
 def loop_rate(args: argparse.Namespace) -> float:
-    """Images/s of whole epochs after the first."""
+    """Images/s of whole epochs, after steps that compile."""
     import torchvision
 
     on_gpu = args.device.type == "cuda"
@@ -75,7 +77,7 @@ def loop_rate(args: argparse.Namespace) -> float:
     criterion = torch.nn.CrossEntropyLoss()
     run = torch.compile(model) if args.compile else model
     rates = []
-    for _ in range(args.epochs):
+    for epoch in range(1 + args.epochs):
         model.train()
         began, count = time.perf_counter(), 0
         for number, (images, labels) in enumerate(loader):
@@ -89,6 +91,8 @@ def loop_rate(args: argparse.Namespace) -> float:
             count += len(images)
             if number % 50 == 0:
                 loss.item()
+            if epoch == 0 and number == WARM_UP:
+                break
         loss.item()
         rates.append(count / (time.perf_counter() - began))
     return statistics.harmonic_mean(rates[1:])
@@ -105,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20, help="steps a round, of step")
     parser.add_argument("--processes", type=int, default=1, help="of step, each with a batch")
     parser.add_argument("--images", type=Path, help="folder of train/CLASS/*, of the loops")
-    parser.add_argument("--epochs", type=int, default=2, help="of the loops; the first is not counted")
+    parser.add_argument("--epochs", type=int, default=1, help="of the loops, after some steps (%(default)s)")
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--output", type=Path, required=True)
