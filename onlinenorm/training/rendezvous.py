@@ -1,5 +1,6 @@
 """Where the processes of a run meet before training: missing ones are printed, and a signal ends the wait of all."""
 
+import contextlib
 import os
 import platform
 import socket
@@ -7,6 +8,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,23 @@ POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 30.0  # of processes of one machine; others are announced at once
 REMIND_SECONDS = 60.0
 LIMIT_SECONDS = 1800.0
+
+
+class FixedBuckets(DistributedDataParallel):
+    """DistributedDataParallel that reduces gradients in the same buckets in every step.
+
+    Its own first step has others than those that follow, so that gradients of three processes or more are added in
+    another order, and a run that was killed and continued differs by a rounding.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.reducer._push_all_rebuilt_params()
+        self.reducer._rebuild_buckets()  # which happens once
+
+    def _build_params_for_reducer(self) -> tuple[list, list]:
+        parameters, sparse = super()._build_params_for_reducer()
+        return parameters[::-1], sparse[::-1]  # as gradients come: a bucket is sent when those before it have been
 
 
 class MeetingDDPStrategy(DDPStrategy):
@@ -55,7 +74,9 @@ class MeetingDDPStrategy(DDPStrategy):
         # are computed; but captured, as by default, they come all at once.
         if (dynamo := sys.modules.get("torch._dynamo")) is not None:
             dynamo.config.optimize_ddp = False
-        return super()._setup_model(model)
+        device_ids = self.determine_ddp_device_ids()
+        with torch.cuda.stream(torch.cuda.Stream()) if device_ids is not None else contextlib.nullcontext():
+            return FixedBuckets(model, device_ids, **self._ddp_kwargs)
 
 
 def meet(host: str, port: int, rank: int, world_size: int, devices: int, stop: StopSignals) -> dist.Store:

@@ -75,10 +75,12 @@ def kill_and_continue(processes, folder, kills, chooser, *overrides):
     return process_groups.run(processes, train, str(folder), *CLAMP, OFTEN, *several, *overrides)[0]
 
 
-def test_kill_9_of_two_processes(undisturbed, tmp_path):
-    results = kill_and_continue(2, tmp_path, 1, random.Random(1))
+@pytest.mark.parametrize("processes", [2, 4])
+def test_kill_9_of_several_processes(undisturbed, tmp_path, processes):
+    """Where four are, the order counts in which their gradients are added."""
+    results = kill_and_continue(processes, tmp_path, 1, random.Random(1))
     assert results["resumed"] == 1
-    assert outcome(tmp_path) == outcome(undisturbed(2))
+    assert outcome(tmp_path) == outcome(undisturbed(processes))
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ STUCK_AT, SECONDS = 5, 10  # step, and for how long processes wait for each othe
 def run(rank, folder):
     """The results of a run in which all layers exchange messages."""
     cifar.WIDTHS = (64, 128, 256)
-    # DistributedDataParallel adds the gradients of more than two in another order in the first step of a start
+    # of two, gradients have one sum in any order; more train as they do by default
     captured = int(os.environ["WORLD_SIZE"]) > 2
     results = train(rank, folder, *RUN, f"trainer.cuda_graph={str(captured).lower()}")
     assert results["exchange"]["by_kernels"], results["exchange"]
