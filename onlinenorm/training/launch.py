@@ -39,8 +39,7 @@ def launched() -> Launch | None:
     environ = os.environ
     if "TORCHELASTIC_RUN_ID" in environ:
         _check_complete("torchrun", "TORCHELASTIC_RUN_ID")
-        devices = _number("LOCAL_WORLD_SIZE")
-        return Launch("torchrun", devices, _number("WORLD_SIZE") // devices)
+        return _of_variables("torchrun", _number("LOCAL_WORLD_SIZE"))
     if (tasks := _number("SLURM_STEP_NUM_TASKS", 1)) > 1:
         _check_complete("srun", "SLURM_STEP_NUM_TASKS")
         nodes = _number("SLURM_STEP_NUM_NODES")
@@ -49,10 +48,9 @@ def launched() -> Launch | None:
         return Launch("srun", tasks // nodes, nodes)
     # LOCAL_RANK without LOCAL_WORLD_SIZE leaves the number of processes on this machine to trainer.devices
     counted = "LOCAL_RANK" not in environ or "LOCAL_WORLD_SIZE" in environ
-    if "RANK" in environ and counted and (world_size := _number("WORLD_SIZE", 1)) > 1:
+    if "RANK" in environ and counted and _number("WORLD_SIZE", 1) > 1:
         _check_complete("environment variables", "RANK")
-        devices = _number("LOCAL_WORLD_SIZE", 1)
-        return Launch("environment variables", devices, world_size // devices)
+        return _of_variables("environment variables", _number("LOCAL_WORLD_SIZE", 1))
     return None
 
 
@@ -131,6 +129,21 @@ def _number(name: str, default: int | None = None) -> int:
         return int(text)  # type: ignore[arg-type]  # None raises TypeError
     except (TypeError, ValueError):
         raise ConfigError(f"{name}: {text!r} in the environment is not a whole number; correct or unset it") from None
+
+
+def _of_variables(name: str, devices: int) -> Launch:
+    """The launch that RANK, WORLD_SIZE and LOCAL_RANK tell of; raises ConfigError where they contradict each other."""
+    world_size = _number("WORLD_SIZE")
+    for key, size, whole in (("RANK", world_size, "WORLD_SIZE"), ("LOCAL_RANK", devices, "LOCAL_WORLD_SIZE")):
+        if not 0 <= _number(key, 0) < size:
+            raise ConfigError(
+                f"{key}: {_number(key, 0)} is not one of {whole}={size} processes, 0 to {size - 1}; correct it"
+            )
+    if world_size % devices:
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE: {devices} of {world_size} processes are on this machine; start as many on each"
+        )
+    return Launch(name, devices, world_size // devices)
 
 
 def _check_complete(launcher: str, mark: str) -> None:

@@ -115,6 +115,10 @@ LIGHTNING = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2", **MEETING}
         ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, {}, r"^TORCHELASTIC_RUN_ID: x .* LOCAL_RANK, WORLD_SIZE"),
         ({"OMPI_COMM_WORLD_RANK": "1"}, {}, r"^OMPI_COMM_WORLD_RANK: 1 .* RANK, WORLD_SIZE"),
         ({"RANK": "one"}, {}, r"^RANK: 'one' in the environment is not a whole number"),
+        (BY_HAND | {"RANK": "2"}, {}, r"^RANK: 2 is not one of WORLD_SIZE=2 processes, 0 to 1"),
+        (BY_HAND | {"RANK": "-1"}, {}, r"^RANK: -1 is not one of WORLD_SIZE=2 processes, 0 to 1"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, {}, r"^LOCAL_RANK: 4 is not one of LOCAL_WORLD_SIZE=4 processes"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, {}, r"^LOCAL_WORLD_SIZE: 3 of 8 processes are on this machine"),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "7"}, {"devices": "auto"}, r"^srun: 7 tasks on 3 nodes"),
     ],
 )
