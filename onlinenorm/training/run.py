@@ -14,6 +14,7 @@ from onlinenorm.errors import ConfigError, DataError
 from onlinenorm.records import CONFIG, read_record, run_path
 from onlinenorm.text import first_line, plural
 from onlinenorm.training import loggers
+from onlinenorm.training.agreement import Agreement
 from onlinenorm.training.attempts import former_attempts
 from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.children import watching
@@ -125,6 +126,7 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     mirrors = build(config, "logger", folder=path, **shown)
     parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
     trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
+    trainer.callbacks.append(Agreement(config))
     resumed = folder.record_start(config, trainer.world_size, position)
     keys = full_keys(config, "data", "recipe", "normalizer")
     with loggers.closing(mirrors), watching(trainer), keys, explain_worker_deaths():

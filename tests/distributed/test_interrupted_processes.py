@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -162,6 +163,37 @@ def test_processes_that_found_different_checkpoints_do_not_begin(tmp_path):
     found = process_groups.finish(process_groups.start(2, train_in_folder_of_rank, str(tmp_path)))
     assert len(found) == 2, found
     assert all(not succeeded and "have found different checkpoints" in error[1] for succeeded, error in found), found
+
+
+def train_with_others(rank, folder, overrides):
+    return train(rank, folder, *CLAMP, *DDP, *overrides * (rank == 1))
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (
+            ["recipe.batch_size=8", "recipe.lr=0.02"],
+            r"recipe.batch_size: 16 on process 0, 8 on process 1\n  recipe.lr: ",
+        ),
+        (
+            ["data.num_train=71"],
+            r"data.num_train: 70 on process 0, 71 on process 1\n  images: \w+ on process 0, \w+ on",
+        ),
+        (["model=cifar_resnet14"], r"choices.model: cifar_resnet8 on process 0, cifar_resnet14 on process 1"),
+    ],
+    ids=str,
+)
+def test_processes_of_two_minds_do_not_begin(tmp_path, overrides, says):
+    found = process_groups.finish(process_groups.start(2, train_with_others, str(tmp_path), overrides))
+    assert [(succeeded, error[0]) for succeeded, error in found] == [(False, "ConfigError")] * 2, found
+    assert all(re.search(says, error[1]) for _, error in found), found
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_processes_may_load_images_and_keep_records_in_their_own_ways(tmp_path):
+    ways = ["data.num_workers=1", "logger=tensorboard"]
+    assert process_groups.run(2, train_with_others, str(tmp_path), ways)[0]["last"]["epoch"] == 3
 
 
 @pytest.mark.slow
