@@ -27,7 +27,11 @@ from gpus import gpu_counts
     ids=str,
 )
 def test_captured_steps_make_the_run_without(tmp_path, overrides, same_bits, processes):
-    """Thirty steps in float32, a drop of the learning rate among them; gradients are averaged within the graph."""
+    """Thirty steps in float32, a drop of the learning rate among them; gradients are averaged within the graph.
+
+    In one collective, where those of three processes or more are added in another order than in buckets: as many bits
+    are the same of two alone.
+    """
     shared = (*THIRTY_STEPS, "trainer=ddp", "trainer.precision=32-true", *overrides)
     shared += ("trainer.deterministic=true",) * same_bits
     digests = []
@@ -38,7 +42,7 @@ def test_captured_steps_make_the_run_without(tmp_path, overrides, same_bits, pro
         digests.append(results[0]["parameters_sha256"])
     far = distance(tmp_path / "true", tmp_path / "false")
     print(f"{' '.join(overrides)}: largest relative difference {far:.1e}")
-    if same_bits:
+    if same_bits and processes == 2:
         assert digests[0] == digests[1]
     columns = "train_loss", "val_loss"
     pairs = (curve(tmp_path / captured, *columns) for captured in ("true", "false"))
