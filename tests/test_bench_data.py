@@ -1,3 +1,4 @@
+import argparse
 import json
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def test_loaders_are_measured_beside_the_reference(tmp_path, capsys):
     assert output.with_suffix(".png").stat().st_size > 10_000
     page = output.with_suffix(".md").read_text()
     assert page.split("\n\n")[1] in capsys.readouterr().out and f"{run['cores']} cores" in page
+
+
+def test_providers_are_chosen_by_name(tmp_path):
+    options = argparse.Namespace(batch=2, workers=0, device=torch.device("cpu"), providers=["pillow"])
+    assert list(loaders.providers(tmp_path, options)) == [report.REFERENCE, "pillow"]
+    options.providers = ["pilow"]
+    with pytest.raises(SystemExit, match="no pilow here, but torchvision ImageFolder, pillow"):
+        loaders.providers(tmp_path, options)
 
 
 def test_what_a_gpu_does_is_measured_apart(tmp_path):

@@ -228,7 +228,10 @@ def providers(root: Path, options: argparse.Namespace) -> dict[str, Callable[[],
         found["timm"] = lambda: timm_loader(root, *rest)
     except metadata.PackageNotFoundError:
         print("timm: skipped, it is not installed (pip install timm)", file=sys.stderr)
-    return found
+    wanted = {REFERENCE, *(options.providers or found)}
+    if unknown := wanted - found.keys():
+        sys.exit(f"--providers: no {', '.join(sorted(unknown))} here, but {', '.join(found)}")
+    return {name: found[name] for name in found if name in wanted}
 
 
 def loader_rows(root: Path, options: argparse.Namespace) -> list[dict]:
@@ -347,6 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--train", type=int, default=40_960 if gpu else 4000, help="files of an epoch (%(default)s)")
     parser.add_argument("--stages", default="decode,loader,training")
+    parser.add_argument("--providers", nargs="+", help=f"of loader and training, beside {REFERENCE} (all)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a measurement (%(default)s)")
     parser.add_argument("--workers", type=int, default=min(cores, 16))
