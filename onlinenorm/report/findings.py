@@ -1,5 +1,6 @@
 """Figures of recorded studies by name, each with what it leaves out, for a page that a person writes about them."""
 
+import re
 from collections.abc import Mapping
 from statistics import fmean, median
 from typing import Any
@@ -15,12 +16,15 @@ from onlinenorm.report.removal import ANEW, AS_TRAINED, KEPT, REMOVED, removal_c
 from onlinenorm.report.runs import OFF_KEY, RAISE_KEY, Runs, epochs_without_clamp
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
+from onlinenorm.report.statistics import NOT_COMPARABLE, NOT_RUN
 from onlinenorm.report.swept import plain_value, swept
 from onlinenorm.report.tables import Report, plain, recount
 
 
 class Findings:
     """What a template may ask for, as words; a study, row or value that is not there is a ReportError, but for `has`.
+
+    Of a study that is there, normalizers and values that have no run yet are "not run".
 
     Args:
         studies: tables and ablations by the name of their study.
@@ -63,7 +67,17 @@ class Findings:
         rows = self._find(self.studies, study, "study").rows.set_index("normalizer")
         row = self._find(rows.T, normalizer, f"row of {study}")
         ended = "; ".join([*row["unfinished"], *row["attempts"]])
-        return self._with_mark(words.mean_and_spread(row["summaries"][metric], metric), row) if row["seeds"] else ended
+        told = words.mean_and_spread(row["summaries"][metric], metric)
+        return self._with_mark(told, row) if row["seeds"] else ended or NOT_RUN
+
+    def further(self, study: str, metric: str = "best_top1") -> str:
+        """`row` of each normalizer beside the usual three, with its published value, if any, and its n; "" without."""
+        rows = self._find(self.studies, study, "study").rows
+        told = []
+        for row in rows[~rows["normalizer"].isin(list(self.spec.rows))].itertuples():
+            published = f"published {words.published_cell(row, metric)}, " if row.published else ""
+            told.append(f"{row.label} {self.row(study, row.normalizer, metric)} ({published}n = {len(row.seeds)})")
+        return ", ".join(told)
 
     def seeds(self, study: str, normalizer: str) -> str:
         """How many finished."""
@@ -74,13 +88,22 @@ class Findings:
         """Outcome, difference and its interval, or the reason that there is none."""
         found = self._find(self.studies, study, "study").comparisons
         found = found[(found["first"] == first) & (found["second"] == second) & (found["metric"] == metric)]
-        comparison = self._find(dict(enumerate(found.itertuples())), 0, f"{first} - {second} of {study}")
-        if comparison.verdict.difference is None:
+        return self._verdict(self._find(dict(enumerate(found.itertuples())), 0, f"{first} - {second} of {study}"))
+
+    def against_published(self, study: str, normalizer: str, metric: str = "best_top1") -> str:
+        """`verdict` on a row and its published value; where there is none, why, and the difference all the same."""
+        found = self._find(self.studies, study, "study").comparisons
+        found = found[(found["first"] == normalizer) & found["second"].isna() & (found["metric"] == metric)]
+        return self._verdict(self._find(dict(enumerate(found.itertuples())), 0, f"published {normalizer} of {study}"))
+
+    @staticmethod
+    def _verdict(comparison: Any) -> str:
+        verdict, metric = comparison.verdict, comparison.metric
+        if (gap := verdict.difference) is None:
             return words.verdict_text(comparison)
-        lost = f"; {comparison.verdict.reason}" if "diverged" in comparison.verdict.reason else ""
-        gap = comparison.verdict.difference
+        why = f"; {verdict.reason}" if "diverged" in verdict.reason or verdict.outcome == NOT_COMPARABLE else ""
         told = f"{words.difference(gap.mean, metric)} {words.unit(metric)}, {words.interval_words(gap, metric)}"
-        return f"{comparison.verdict.outcome} ({told}{lost})"
+        return f"{verdict.outcome} ({told}{why})"
 
     def margin(self, study: str, metric: str = "best_top1") -> str:
         """What two rows may differ by and still be equivalent."""
@@ -111,21 +134,26 @@ class Findings:
         made = self._find(self.studies, study, "study")
         values = made.points[made.points["series"] == series]["value"]
         marks = {made.published: " (published)"}
-        return ", ".join(f"{self.at(study, v, series, metric)} at {v}{marks.get(v, '')}" for v in values)
+        return ", ".join(f"{self.at(study, v, series, metric)} at {v}{marks.get(v, '')}" for v in values) or NOT_RUN
 
     def between(self, study: str, first: str, second: str, series: str, metric: str = "last_top1") -> str:
         """Two swept values of a series, the first minus the second: outcome, difference and its interval."""
-        made = self._find(self.studies, study, "study")
+        points = self._find(self.studies, study, "study").points
+        asked = re.split("[=, ]", self.spec.studies[study].sweep) if study in self.spec.studies else []
         sides = []
         for value in (first, second):
-            points = made.points[(made.points["value"] == value) & (made.points["series"] == series)]
-            point = self._find(dict(enumerate(points.to_dict("records"))), 0, f"{series} at {value} of {study}")
+            mine = points[(points["value"] == value) & (points["series"] == series)]
+            if mine.empty and value in asked:
+                return NOT_RUN
+            point = self._find(dict(enumerate(mine.to_dict("records"))), 0, f"{series} at {value} of {study}")
             sides.append(dict(zip(point["seeds"], point["figures"][metric], strict=True)))
         return self._gap(sides[0], sides[1], metric, study)
 
     def way(self, study: str, normalizer: str, start: str, setting: str = "") -> str:
         """Last accuracy of the way that begins so, and its difference to the network as trained; see `removal.ways`."""
         row = self._way(study, normalizer, start, setting)
+        if row is None:
+            return NOT_RUN
         mean = words.mean_and_spread(row.summaries["last_top1"], "last_top1")
         if row.verdicts is None:
             return mean
@@ -137,27 +165,44 @@ class Findings:
             return f"{mean} ({gap}, n = {len(row.seeds)})"
         return f"{mean} ({gap}, {words.interval_words(verdict.difference, 'top1')}: {verdict.outcome})"
 
-    def ways_to(self, study: str, normalizer: str, word: str) -> str:
-        """`way` for each way that has a word in it, by name."""
+    def ways_to(self, study: str, normalizer: str, word: str, without: str | None = None) -> str:
+        """`way` for each way that has a word in it, and not that other one, by name."""
         ways = self._find(self.studies, study, "study").ways
         names = [way for way in ways[ways["normalizer"] == normalizer]["way"] if word in way]
-        return "; ".join(f"{name} {self.way(study, normalizer, name)}" for name in names)
+        names = [name for name in names if without is None or without not in name]
+        return "; ".join(f"{name} {self.way(study, normalizer, name)}" for name in names) or NOT_RUN
+
+    def cheapest(self, normalizer: str, *studies: str) -> str:
+        """The way to a network without its clamp whose last accuracy is highest against the network as trained, over
+        those of these studies that are there: its difference, in points, and n."""
+        found = []
+        for study in filter(self.has, studies):
+            ways = self.studies[study].ways
+            found += [(row.gaps.get("last_top1"), row) for row in ways[ways["normalizer"] == normalizer].itertuples()]
+        found = [(gap, row) for gap, row in found if gap is not None and not row.setting and "kept" not in row.way]
+        if not found:
+            return NOT_RUN
+        gap, best = max(found, key=lambda pair: pair[0])
+        return f"{best.way} ({words.difference(gap, 'top1')} points, n = {len(best.seeds)})"
 
     def way_at(self, study: str, normalizer: str, start: str) -> str:
         """The difference of a way to the network as trained, in points, at each value of a sweep, with its n."""
         ways = self._find(self.studies, study, "study").ways
         ways = ways[(ways["normalizer"] == normalizer) & ways["way"].str.startswith(start)]
         told = [(row, row.gaps["last_top1"]) for row in ways.itertuples()]
-        return ", ".join(
+        shown = (
             f"{words.difference(gap, 'top1')} at {row.setting.rpartition(' ')[2]} (n = {len(row.seeds)})"
             for row, gap in told
             if gap is not None
         )
+        return ", ".join(shown) or NOT_RUN
 
     def against_anew(self, study: str, first: str, second: str) -> str:
         """The last accuracy of `first` as trained minus that of `second` on statistics estimated anew."""
         usual = KEPT if self._has_way(study, first, KEPT) else AS_TRAINED
         ours, rival = self._way(study, first, usual), self._way(study, second, ANEW)
+        if ours is None or rival is None:
+            return NOT_RUN
         return self._gap(ours.figures["last_top1"], rival.figures["last_top1"], "last_top1", study)
 
     def last(self, study: str, first: str, second: str) -> str:
@@ -194,16 +239,17 @@ class Findings:
         """Median share of predictions that removal changes, by how often the learning rate had dropped."""
         found = removal_courses({study: self._find(self.runs, study, "study")})
         if found.empty:
-            raise ReportError(f"findings: there is no removal at every epoch of {study}; its run data are missing")
+            return NOT_RUN
         told = [f"{median(row.changed):.1%} at {words.span(row.lr, '{:.2g}'.format)}" for row in found.itertuples()]
         return ", ".join(told)
 
     def jump(self, study: str, normalizer: str) -> str:
-        """The largest rise of the validation loss from one epoch to the next, in nats, from least to most over runs."""
+        """The largest rise of the validation loss from one epoch to the next, from least to most over runs."""
         runs = self._find(self.runs, study, "study")
         mine = runs.runs[runs.runs["finished"] & (runs.runs["normalizer"] == normalizer)]
         losses = runs.epochs[runs.epochs["folder"].isin(mine["folder"])].groupby("folder")["val_loss"]
-        return words.span(losses.apply(lambda loss: loss.diff().max()).tolist(), "{:.2f}".format)
+        rises = losses.apply(lambda loss: loss.diff().max()).tolist()
+        return f"{words.span(rises, '{:.2f}'.format)} nats" if rises else f"{words.DASH} ({NOT_RUN})"
 
     def removal(self, study: str | None = None) -> dict[str, str]:
         """Of runs whose clamps were removed (of one study, or all): `exact` of `runs` changed no prediction, `share` of
@@ -270,7 +316,7 @@ class Findings:
         """Of the seeds that both have."""
         shared = sorted(first.keys() & second.keys())
         if not shared:
-            return "no seed is in both"
+            return "no seed is in both" if first and second else NOT_RUN
         a, b = ({seed: side[seed] for seed in shared} for side in (first, second))
         scale = next(results["scale"] for results in self.runs[study].runs["results"].dropna())
         verdict = self.spec.compare(a, b, metric.replace("last", "best"), scale, [])
@@ -281,7 +327,10 @@ class Findings:
         return f"{verdict.outcome} ({told}, {words.interval_words(verdict.difference, metric)}, n = {len(shared)})"
 
     def _way(self, study: str, normalizer: str, start: str, setting: str = "") -> Any:
+        """None where no run of that normalizer is done."""
         ways = self._find(self.studies, study, "study").ways
+        if normalizer in {**self.spec.rows, **self.spec.further_rows} and self.seeds(study, normalizer) == "0":
+            return None
         mine = ways[(ways["normalizer"] == normalizer) & (ways["setting"] == setting)]
         mine = mine[mine["way"].str.startswith(start)]
         return self._find(dict(enumerate(mine.itertuples())), 0, f"{normalizer}, {start} of {study}")

@@ -138,8 +138,9 @@ def _rank(way: str) -> tuple[int, list[Any]]:
 
 
 def _natural(words: str) -> list[Any]:
-    """A key that sorts numbers within words by size."""
-    return [(number(part) is None, number(part) or 0.0, part) for part in re.split(r"([0-9.e-]*[0-9])", words)]
+    """A key that sorts numbers within words by size, "each of 2" after "1"."""
+    parts = re.split(r"([0-9.e-]*[0-9])", words.replace("each of ", ""))
+    return [(number(part) is None, number(part) or 0.0, part) for part in parts]
 
 
 def removal_epochs(study: Runs) -> pd.DataFrame:

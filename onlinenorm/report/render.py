@@ -22,7 +22,7 @@ from onlinenorm.report.tables import Report
 
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
-    autoescape=select_autoescape(("html.j2",)),
+    autoescape=select_autoescape(("html.j2",), default_for_string=False),
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 _ENVIRONMENT.globals |= {"words": words, "clamp_words": clamp_words, "page_words": page_words, "retrained": retrained}

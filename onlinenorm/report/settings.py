@@ -235,7 +235,8 @@ def planned_scale(run: Any) -> str | None:
     target = lookup(run.config, "data._target_", "")
     if target == "onlinenorm.data.FashionMNIST":
         return "embedded" if lookup(run.config, "data.embedded") else "fashion_mnist"
-    names = {"Synthetic": "synthetic", "CIFAR10": "cifar10", "CIFAR100": "cifar100"}  # CIFAR: if it is whole
+    names = {"Synthetic": "synthetic", "CIFAR10": "cifar10", "CIFAR100": "cifar100"}  # photographs: if they are whole
+    names |= {"Imagenette": "imagenette", "TinyImageNet": "tiny_imagenet"}
     return {f"onlinenorm.data.{name}": scale for name, scale in names.items()}.get(target)
 
 

@@ -30,10 +30,16 @@ def plain_value(value: Any) -> str:
 
 
 def value_of(run: Any, key: str) -> str:
-    """Value of a key in a run, in one spelling; OFF for the clamp value of a network that does not clamp."""
+    """Value of a key in a run, in one spelling; OFF for the clamp value of a network that does not clamp.
+
+    Of a group, as `model`, what was chosen of it.
+    """
     if key == CLAMP_KEY and lookup(run.config, "normalizer.error_compensation", "clamp") != "clamp":
         return OFF
-    return swept(run.name).get(key) or plain_value(lookup(run.config, key, NOT_SET))
+    value = lookup(run.config, key, NOT_SET)
+    if isinstance(value, dict):
+        value = lookup(run.config, "choices", {}).get(key, NOT_SET)
+    return swept(run.name).get(key) or plain_value(value)
 
 
 def in_order(values: Iterable[str]) -> list[str]:

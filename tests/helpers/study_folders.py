@@ -73,7 +73,8 @@ def write_studies(root: Path, epochs: int = 6, seeds: int = 3) -> Path:
 
 def write_photographs(root: Path) -> Path:
     """root with every study of photographs that the findings tell of, as small as they can be."""
-    image = {"scale": "imagenette", "model": "resnet50", "data": {"image_size": 128}}
+    set_of = {"_target_": "onlinenorm.data.Imagenette", "image_size": 128}
+    image = {"scale": "imagenette", "model": "resnet50", "data": set_of}
 
     def clamped(folder: Path, seed: int, cost: float, recipe: dict | None = None, **options) -> None:
         top1 = 0.81 + 0.001 * seed
@@ -111,6 +112,10 @@ def write_photographs(root: Path) -> Path:
     for model in ("resnet18", "resnet101"):
         clamped(root / "imagenette_depth" / "runs" / f"model={model}", 0, 0.05, model=model)
     clamped(root / "imagenette_short" / "runs", 0, 0.1)
+    tiny = {"scale": "tiny_imagenet", "data": {"image_size": 64}}
+    clamped(root / "tiny_imagenet" / "runs", 0, 0.02, **tiny)
+    for name in ("online_layer_scaling", "batch"):
+        write_run(root / "tiny_imagenet" / "runs", name, 0, **{**image, **tiny})
     for warmup in (0, 5):
         folder = root / "imagenette_256" / "runs" / f"recipe.warmup_epochs={warmup}"
         for name in ("online_clamp", "online_layer_scaling", "batch"):

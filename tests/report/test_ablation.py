@@ -64,6 +64,13 @@ def test_a_run_without_the_key_in_its_folder_takes_it_from_its_configuration(tmp
     assert ablation_of(tmp_path, spec).values == ["0.1", "0.5"]
 
 
+def test_a_run_without_the_group_in_its_folder_stands_at_what_was_chosen(tmp_path, spec):
+    write_run(tmp_path / "model=resnet18", "batch", model="resnet18")
+    config = write_run(tmp_path, "batch", model="resnet50") / "config.yaml"
+    config.write_text(config.read_text().replace("choices:\n", "choices:\n  model: resnet50\n"))
+    assert build_ablation(load_runs(tmp_path).runs, spec).values == ["resnet18", "resnet50"]
+
+
 def test_a_second_key_makes_series(tmp_path, spec):
     for size in (8, 32, 128):
         for rate in (0.1, 0.2):

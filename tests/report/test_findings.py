@@ -1,9 +1,11 @@
 """The page that people write about recorded studies, and the figures that it asks for."""
 
 import re
+import shutil
 
+import pandas as pd
 import pytest
-from run_folders import write_run
+from run_folders import DATASETS, write_run
 from study_folders import NAN, benchmark, write_photographs, write_studies
 
 from onlinenorm.errors import ReportError
@@ -161,10 +163,12 @@ def test_findings_about_photographs_appear_with_their_runs(root, spec, photograp
     for told in (
         "## Which way of taking it away", "on photographs in small batches?", "moving statistics?", "## Does CIFAR-10",
         "JPEG minus exact", "In a quarter of the epochs", "by epochs of warm-up", "By network", "By clamp value",
+        "On Tiny ImageNet", "Minus the published values",
     ):  # fmt: skip
         assert told in after and (told not in before or told == "JPEG minus exact"), told
     for page in (before, after):
         assert page.count("What would change our mind") >= page.count("\n## ") - 1
+        assert page.count("not run") == page.count("**ImageNet** was not run"), "all of these are there"
         assert "\n\n\n" not in page and not re.search(r"[.;)][A-Z]", page), "sentences run into one another"
 
 
@@ -188,7 +192,7 @@ def test_batchnorm_is_told_on_statistics_estimated_anew_too(spec, photographs):
     assert anew.startswith("inconclusive (+1.00 points, 90 % CI") and anew.endswith("n = 3)")
     gap = told.last("imagenette", "online_clamp", "batch")
     assert gap == "equivalent (-0.08 points, 90 % CI -0.13 to -0.04, which excludes 0, n = 3)"
-    rises = re.fullmatch(r"(0\.\d\d)( to 0\.\d\d)?", told.jump("imagenette", "batch"))
+    rises = re.fullmatch(r"(0\.\d\d)( to 0\.\d\d)? nats", told.jump("imagenette", "batch"))
     assert rises and float(rises[1]) > 0
 
 
@@ -201,3 +205,59 @@ def test_values_of_a_sweep_are_compared_seed_by_seed(spec, photographs):
     with pytest.raises(ReportError, match=r"recipe\.lr of imagenette_lr is not one value but 2"):
         told.setting("imagenette_lr", "recipe.lr")
     assert told.over_drops("imagenette").endswith(" at 0.0001")
+
+
+@pytest.mark.parametrize(
+    ("lost", "gone", "told"),
+    [
+        ("imagenette/runs/batch", "", "BatchNorm not run (n = 3, 3, 0)"),
+        ("imagenette/runs/online_clamp", "", "In numbers: not run."),
+        ("imagenette/runs/online_clamp", "results.json", "activation clamping seed 0 running: epoch 5 of 5;"),
+        ("imagenette/runs", "results.json", "Within 1 point: clamping − BatchNorm not run;"),
+        ("jpeg_cost/runs/data.root=jpeg75", "", "JPEG minus exact, not run."),
+        ("imagenette_short/runs", "results.json", "(study/imagenette_short/table1.md)): not run with it, not"),
+        ("imagenette_clamp_value/runs", "results.json", "(study/imagenette_clamp_value/ablation.md)): not run."),
+        ("imagenette_256/runs/recipe.warmup_epochs=5/batch", "", "BatchNorm 86.74 % at 0 (published)."),
+        ("tiny_imagenet/runs/online_layer_scaling", "", "layer scaling not run, BatchNorm"),
+    ],
+)  # fmt: skip
+def test_a_study_that_lacks_rows_or_values_has_its_place_on_the_page(tmp_path, root, spec, lost, gone, told):
+    write_photographs(tmp_path)
+    for path in (tmp_path / lost).rglob(gone) if gone else [tmp_path / lost]:
+        path.unlink() if gone else shutil.rmtree(path)
+    recorded = load_studies(root / "results" / "study", spec)
+    there = {name: study for name, study in recorded.items() if not (tmp_path / name).exists()}
+    page = findings_page(root / "results" / "README.md.j2", there | load_studies(tmp_path, spec), None, spec).decode()
+    assert told in page and not re.search(r" [.,;]|: \.", page), "no place is empty"
+
+
+def test_the_way_that_costs_least_is_named(spec, photographs):
+    studies = ("imagenette", "imagenette_clamp_off", "imagenette_clamp_raised")
+    told = findings(photographs, spec).cheapest("online_clamp", *studies, "nowhere")
+    assert told == "clamp off in the last 2 epochs, statistics anew (9,440 images) (-0.83 points, n = 1)"
+    assert findings(photographs, spec).cheapest("batch", "cifar10") == "not run"
+
+
+def test_rows_are_held_against_what_was_published_of_them(tmp_path, spec, monkeypatch):
+    monkeypatch.setattr("onlinenorm.report.tables.departures", lambda *_: pd.DataFrame(columns=["decisive"]))
+    options = {
+        "scale": "cifar10",
+        "model": "cifar_resnet20",
+        "dataset": dict(DATASETS["cifar10"], name="cifar10 (JPEG)"),
+    }
+    for seed in range(3):
+        write_run(tmp_path / "cifar10" / "runs", "batch", seed, top1=0.920 + 0.001 * seed, **options)
+    write_run(tmp_path / "cifar10" / "runs", "group", 0, top1=0.9, **options)
+    write_run(tmp_path / "cifar10" / "runs", "batch_renorm", 0, done=2, **options)
+    found = findings(load_studies(tmp_path, spec), spec)
+    told = found.against_published("cifar10", "batch")
+    assert told.startswith("not comparable (-0.10 points, 90 % CI ") and "by the figures alone equivalent" in told
+    assert found.against_published("cifar10", "online_layer_scaling") == "not run"
+    assert found.further("cifar10") == (
+        "GroupNorm 90.00 % (published 90.3 %, n = 1), batch_renorm seed 0 running: epoch 2 of 5 (n = 0)"
+    )
+
+
+def test_figures_on_the_page_are_text_and_not_html(tmp_path, spec):
+    write_run(tmp_path / "own" / "runs", "R&D", 0, done=1)
+    assert "R&D seed 0" in fill("{{ further('own') }}", findings(load_studies(tmp_path, spec), spec))

@@ -92,6 +92,12 @@ def test_remedies_of_training_stand_beside_the_run_that_keeps_its_clamp(tmp_path
     assert order == [f"clamp off in the last {told}" for told in ("1 epoch", "3 epochs", "12 epochs")]
     off = found["online_clamp", "", "clamp off in the last 3 epochs"]
     assert off.changed is None and off.gaps["last_top1"] == pytest.approx(-0.032)
+    for epochs in (1, 2, 12):
+        folder = tmp_path / "raised" / f"recipe.clamp_raise_epochs={epochs}"
+        write_clamped(folder, 0, recipe={"clamp_raise_epochs": epochs})
+    names = [row.way for row in ways(load_runs(tmp_path / "raised").runs, spec).itertuples()]
+    doubled = [f"clamp doubled in {told}" for told in ("the last 1", "each of the last 2", "each of the last 12")]
+    assert [name.partition(" epoch")[0] for name in names[::3]] == doubled
     raised = write_clamped(tmp_path / "other", 0, recipe={"clamp_raise_epochs": 2, "clamp_off_epochs": 1})
     names = [row.way for row in ways(load_runs(raised).runs, spec).itertuples()]
     assert names[0] == "clamp doubled in each of 2 epochs, then off in the last 1 epoch"
