@@ -282,6 +282,8 @@ class ImageClassifier(pl.LightningModule):
             ) from error
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        # Lightning makes it one of float64 behind this, when a checkpoint's weights have been rounded to float32
+        self.trainer.precision_plugin.convert_module(self)
         self._schedule_state = checkpoint["schedule"]
         self.exchange = checkpoint.get("exchange")  # for a start that has nothing left to train
         if self.trainer.is_global_zero:  # reduced when saved: the other ranks start from nothing
