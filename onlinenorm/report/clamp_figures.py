@@ -1,13 +1,14 @@
 """Drawing of what clamps do over training, and of what their removal would."""
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from onlinenorm.report.figures import STYLE, png, unique
@@ -35,23 +36,30 @@ def draw_clamping(studies: Mapping[str, Runs], titles: Mapping[str, str]) -> byt
     shown = clamp_panels(studies)
     if not shown:
         return None
-    columns = min(len(shown), COLUMNS)
-    bands = -(-len(shown) // columns)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            2 * bands, columns, figsize=(max(7.0, 5.2 * columns), 8.2 * bands), squeeze=False, layout="constrained"
-        )
-        for axis in axes[-2:, len(shown) - columns * (bands - 1) :].flat:
-            axis.set_visible(False)
-        for i, (name, study) in enumerate(shown.items()):
-            band, column = divmod(i, columns)
-            fraction_panel(axes[2 * band, column], study)
-            largest_panel(axes[2 * band + 1, column], study)
-            axes[2 * band, column].set_title(titles.get(name, name), fontsize=11)
+        figure, columns = _columns(len(shown), (4.1, 4.1))
+        for (name, study), (fraction, largest) in zip(shown.items(), columns, strict=True):
+            fraction_panel(fraction, study)
+            largest_panel(largest, study)
+            fraction.set_title(titles.get(name, name), fontsize=11)
         figure.suptitle(
             "Activation clamps over training (dotted: the learning rate drops)", fontsize=13, fontweight="bold"
         )
         return png(figure)
+
+
+def _columns(studies: int, heights: Sequence[float]) -> tuple[Figure, list[Any]]:
+    """A figure with panels of these heights, in inches, one below the other for each study; COLUMNS studies a band."""
+    across, rows = min(studies, COLUMNS), len(heights)
+    bands = -(-studies // across)
+    figure, axes = plt.subplots(
+        rows * bands, across, figsize=(max(7.0, 5.2 * across), sum(heights) * bands), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    columns = [axes[rows * band : rows * (band + 1), column] for band in range(bands) for column in range(across)]
+    for axis in (axis for column in columns[studies:] for axis in column):
+        axis.set_visible(False)
+    return figure, columns[:studies]
 
 
 def _coloured(study: Runs) -> list[tuple[pd.DataFrame, str, Any]]:
@@ -117,7 +125,7 @@ def _epochs(axis: Axes, runs: pd.DataFrame) -> None:
 
 
 def draw_removal(studies: Mapping[str, Runs], titles: Mapping[str, str]) -> bytes | None:
-    """PNG of what removing the clamp would do at each epoch, a study a column; None where no run was asked.
+    """PNG of what removing the clamp would do at each epoch, a study three panels; None where no run was asked.
 
     Accuracy with and without, the share of predictions that change, and that against the learning rate.
     """
@@ -125,13 +133,12 @@ def draw_removal(studies: Mapping[str, Runs], titles: Mapping[str, str]) -> byte
     if not shown:
         return None
     with plt.rc_context(STYLE):
-        size = (max(7.0, 5.2 * len(shown)), 12.0)
-        figure, axes = plt.subplots(3, len(shown), figsize=size, squeeze=False, layout="constrained")
-        for column, (name, study) in enumerate(shown.items()):
-            removal_panel(axes[0, column], study)
-            changed_panel(axes[1, column], study, "epoch")
-            changed_panel(axes[2, column], study, "lr")
-            axes[0, column].set_title(titles.get(name, name), fontsize=11)
+        figure, columns = _columns(len(shown), (4.0, 4.0, 4.0))
+        for (name, study), (accuracy, by_epoch, by_lr) in zip(shown.items(), columns, strict=True):
+            removal_panel(accuracy, study)
+            changed_panel(by_epoch, study, "epoch")
+            changed_panel(by_lr, study, "lr")
+            accuracy.set_title(titles.get(name, name), fontsize=11)
         figure.suptitle("Removing the clamp at every epoch", fontsize=13, fontweight="bold")
         return png(figure)
 

@@ -1,6 +1,5 @@
 """What removing the clamp does, at the end and over a run, and other ways to take it away or to mend statistics."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -12,7 +11,7 @@ from onlinenorm.report.runs import OFF_KEY, RAISE_KEY, Runs, as_trained, epochs_
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.statistics import EQUIVALENT, Verdict, summarize
-from onlinenorm.report.swept import number, swept, value_of
+from onlinenorm.report.swept import natural, swept, value_of
 from onlinenorm.scales import UNKNOWN
 from onlinenorm.text import plural
 
@@ -54,7 +53,7 @@ def ways(runs: pd.DataFrame, spec: ReportSpec) -> pd.DataFrame:
     scale = next((results["scale"] for results in runs["results"].dropna()), UNKNOWN)
     order = [*spec.rows, *spec.extra_rows(runs)]
     rows = []
-    for normalizer, setting in sorted(groups, key=lambda group: (order.index(group[0]), _natural(group[1]))):
+    for normalizer, setting in sorted(groups, key=lambda group: (order.index(group[0]), natural(group[1]))):
         found = groups[normalizer, setting]
         mine = runs[(runs["normalizer"] == normalizer) & (runs["setting"] == setting)]
         count, row = tally(mine), spec.row(normalizer)
@@ -134,13 +133,7 @@ def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
 
 def _rank(way: str) -> tuple[int, list[Any]]:
     first = (KEPT, AS_TRAINED, REMOVED)
-    return first.index(way) if way in first else len(first), _natural(way)
-
-
-def _natural(words: str) -> list[Any]:
-    """A key that sorts numbers within words by size, "each of 2" after "1"."""
-    parts = re.split(r"([0-9.e-]*[0-9])", words.replace("each of ", ""))
-    return [(number(part) is None, number(part) or 0.0, part) for part in parts]
+    return first.index(way) if way in first else len(first), natural(way.replace("each of ", ""))
 
 
 def removal_epochs(study: Runs) -> pd.DataFrame:

@@ -43,8 +43,14 @@ def value_of(run: Any, key: str) -> str:
 
 
 def in_order(values: Iterable[str]) -> list[str]:
-    """Numbers by size, then words."""
-    return sorted(set(values), key=lambda value: (number(value) is None, number(value) or 0.0, value))
+    """Numbers by size, then words, by the size of numbers within them."""
+    return sorted(set(values), key=lambda value: (number(value) is None, number(value) or 0.0, natural(value)))
+
+
+def natural(words: str) -> list[tuple[bool, float, str]]:
+    """A key that sorts numbers within words by size."""
+    parts = re.split(r"([0-9.e-]*[0-9])", words)
+    return [(number(part) is None, number(part) or 0.0, part) for part in parts]
 
 
 def number(value: str) -> float | None:

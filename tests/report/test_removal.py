@@ -9,10 +9,12 @@ from study_folders import NAN
 from onlinenorm.report import clamp_words, words
 from onlinenorm.report.ablation import build_ablation, clamp_removals
 from onlinenorm.report.build import load_studies, study_files
+from onlinenorm.report.clamp_figures import draw_removal
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.removal import removal_courses, removal_epochs, ways
 from onlinenorm.report.render import render_ablation, render_markdown, render_page
 from onlinenorm.report.runs import load_runs
+from onlinenorm.report.swept import in_order
 from onlinenorm.report.tables import build_report
 
 COMMON = {"scale": "imagenette", "model": "resnet50", "data": {"image_size": 128}}
@@ -150,6 +152,18 @@ def test_pictures_and_pages_of_removal(tmp_path, spec):
     assert [row.setting for row in studies["imagenette_lr"].made.ways.itertuples() if row.way == KEPT] == [
         "lr 0.05", "lr 0.1", "lr 0.2",
     ]  # fmt: skip
+
+
+def test_many_studies_of_removal_take_several_rows_and_settings_stand_by_size(tmp_path):
+    for value in (16, 3):
+        settings = {"clamp_value": float(value), "error_compensation": "clamp", "_target_": "x"}
+        folder = tmp_path / f"normalizer.clamp_value={value}"
+        write_clamped(folder, 0, normalizer_config=settings, removals=[(1.5, 0.5, 400)] * 5)
+    study = load_runs(tmp_path)
+    few, many = (draw_removal({str(k): study for k in range(count)}, {}) for count in (4, 5))
+    sizes = [[int.from_bytes(png[at : at + 4], "big") for at in (16, 20)] for png in (few, many)]
+    assert sizes[0][0] == sizes[1][0] and 2 * sizes[0][1] == sizes[1][1]
+    assert in_order(removal_epochs(study)["setting"]) == ["clamp_value 3", "clamp_value 16"]
 
 
 def test_runs_without_curves_make_no_picture(tmp_path, spec):
