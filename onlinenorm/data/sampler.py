@@ -124,6 +124,12 @@ class ValidationSampler(Sampler[list[Request]]):
             yield [(0, index) for index in self.images[begin:end]]
 
 
+def check_division(train_images: int, val_images: int, batch_size: int, processes: int, accumulate: int) -> None:
+    """Raises ArgumentError where batches, or the images of a validation, cannot be dealt out to so many processes."""
+    GlobalBatchSampler(train_images, batch_size, 0, 0, processes, accumulate)
+    ValidationSampler(val_images, 2, 0, processes)
+
+
 def split_requests(requests: list[Request]) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and indices of a batch's requests, as two int64 arrays."""
     pairs_N2 = np.asarray(requests, dtype=np.int64)

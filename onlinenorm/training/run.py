@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from onlinenorm import data as image_sets
 from onlinenorm.arguments import flatten
 from onlinenorm.data.nvjpeg_loader import more_work_queues
+from onlinenorm.data.sampler import check_division
 from onlinenorm.data.workers import explain_worker_deaths
 from onlinenorm.errors import ConfigError, DataError
 from onlinenorm.records import CONFIG, read_record, run_path
@@ -127,6 +128,9 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
     trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
     trainer.callbacks.append(Agreement(config))
+    with full_keys(config, "data", "recipe"):  # before there are other processes, which would say it too
+        images = data.train_images, data.val_images
+        check_division(*images, recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     resumed = folder.record_start(config, trainer.world_size, position)
     keys = full_keys(config, "data", "recipe", "normalizer")
     with loggers.closing(mirrors), watching(trainer), keys, explain_worker_deaths():

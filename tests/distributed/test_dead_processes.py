@@ -43,6 +43,16 @@ def test_a_killed_process_is_told_of_and_the_run_continues(victim, tmp_path):
     assert alone.train(alone.load_config([*RUN[:-3], f"run_dir={run_dir}"]))["resumed"] == 1
 
 
+@pytest.mark.parametrize(
+    "override, says",
+    [("recipe.batch_size=16", "does not divide by 3 processes"), ("data.num_val=2", "cannot be spread")],
+)
+def test_what_cannot_be_dealt_out_is_said_once_before_processes_are_started(tmp_path, override, says):
+    words = *TINY, "recipe.batch_size=12", "trainer.strategy=ddp", "trainer.devices=3", override, f"run_dir={tmp_path}"
+    done = programs.call(ROOT / "train.py", *words)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done
+
+
 HUNG = """
 import subprocess, sys, time
 from types import SimpleNamespace
