@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from onlinenorm.errors import RunError
+from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.text import first_line
 from onlinenorm.training.children import WatchingLauncher
 from onlinenorm.training.interruption import StopSignals
@@ -58,7 +58,8 @@ class MeetingDDPStrategy(DDPStrategy):
             assert self.cluster_environment is not None
             host, port = self.cluster_environment.main_address, self.cluster_environment.main_port
             # kept: torch's rendezvous goes on with the store that rank 0 serves
-            self._store = meet(host, port, self.global_rank, self.world_size, self.num_processes, self.stop)
+            place = self.global_rank, self.world_size, self.num_processes
+            self._store = meet(host, port, *place, self.stop, self.root_device.type)
         super().setup_distributed()
 
     def _configure_launcher(self) -> None:
@@ -79,11 +80,14 @@ class MeetingDDPStrategy(DDPStrategy):
             return FixedBuckets(model, device_ids, **self._ddp_kwargs)
 
 
-def meet(host: str, port: int, rank: int, world_size: int, devices: int, stop: StopSignals) -> dist.Store:
+def meet(
+    host: str, port: int, rank: int, world_size: int, devices: int, stop: StopSignals, kind: str = "cpu"
+) -> dist.Store:
     """The store at host:port, once all processes are there; `stop` is deferred from then on.
 
     All go on or none does: the first that sees them complete, or gets a signal, decides for all by setting one key.
-    Raises Interrupted where that was a signal, RunError where the meeting fails.
+    Raises Interrupted where that was a signal, ConfigError where processes are not all on the same `kind` of device,
+    which wait for each other in vain, RunError where the meeting fails.
     """
     wait = _Wait(0.0 if world_size > devices else PATIENCE_SECONDS)
     store = _open_store(host, port, rank, world_size, wait)
@@ -91,30 +95,44 @@ def meet(host: str, port: int, rank: int, world_size: int, devices: int, stop: S
     decision = f"{prefix}/decision"
     stop.defer()
     try:
-        store.set(f"{prefix}/{rank}", "here")
+        store.set(f"{prefix}/{rank}", kind)
         while not store.check([decision]):
             if stop.signum:
                 store.compare_set(decision, "", str(int(stop.signum)))
             elif rank == 0:
                 missing = [r for r in range(world_size) if not store.check([f"{prefix}/{r}"])]
                 if not missing:
-                    store.compare_set(decision, "", "0")
+                    kinds = [store.get(f"{prefix}/{r}").decode() for r in range(world_size)]
+                    store.compare_set(decision, "", _of_two_kinds(kinds) or "0")
                 elif wait.due():
                     print(_missing(missing, host, port, world_size, devices), flush=True)
             time.sleep(POLL_SECONDS)
-        decided = int(store.get(decision))
+        decided = store.get(decision).decode()
     except RuntimeError as error:  # of the store: its server has gone
         if stop.signum:
             stop.raise_interrupted_early()
         raise RunError(
             f"{host}:{port}: the first process left before all had come ({first_line(error)}); its own output says why"
         ) from None
-    if decided:
-        stop.signum = stop.signum or decided
-        if rank == 0:
-            time.sleep(5 * POLL_SECONDS)  # for the others to read it
+    if decided == "0":
+        return store
+    if rank == 0:
+        time.sleep(5 * POLL_SECONDS)  # for the others to read it
+    if decided.isdecimal():
+        stop.signum = stop.signum or int(decided)
         stop.raise_interrupted_early()
-    return store
+    raise ConfigError(decided)
+
+
+def _of_two_kinds(kinds: list[str]) -> str:
+    """What to say of processes on other devices than the first, or ""."""
+    other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if other is None:
+        return ""
+    return (
+        f"trainer.accelerator: process 0 is on {kinds[0]}, process {other} on {kinds[other]}; see that torch finds "
+        "GPUs on every machine (nvidia-smi, CUDA_VISIBLE_DEVICES, a CUDA build), or name trainer.accelerator for all"
+    )
 
 
 class _Wait:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from onlinenorm.errors import Interrupted, RunError
+from onlinenorm.errors import ConfigError, Interrupted, RunError
 from onlinenorm.training import rendezvous
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import RANKS
@@ -25,15 +25,16 @@ def port(monkeypatch):
 class Process(threading.Thread):
     """A thread that stands for a process of a run."""
 
-    def __init__(self, port, rank, world_size, devices=1):
+    def __init__(self, port, rank, world_size, devices=1, kind="cpu"):
         super().__init__(daemon=True)
-        self.arguments, self.stop, self.outcome = ("127.0.0.1", port, rank, world_size, devices), StopSignals(), None
+        self.stop, self.outcome = StopSignals(), None
+        self.arguments = "127.0.0.1", port, rank, world_size, devices, self.stop, kind
         self.start()
 
     def run(self):
         try:
-            self.outcome = rendezvous.meet(*self.arguments, self.stop)
-        except RunError as error:
+            self.outcome = rendezvous.meet(*self.arguments)
+        except (ConfigError, RunError) as error:
             self.outcome = error
 
     def end(self):
@@ -86,6 +87,14 @@ def test_who_is_told_to_stop_takes_the_others_along(port, said, told):
     processes[told].stop.signum = signal.SIGTERM
     assert {type(process.end()) for process in processes} == {Interrupted}
     assert {process.outcome.exit_code for process in processes} == {143}
+
+
+def test_processes_on_other_devices_than_the_first_do_not_go_on(port):
+    """As where one machine's driver is broken, and trainer.accelerator is auto."""
+    processes = [Process(port, rank, 3, kind=kind) for rank, kind in enumerate(["cuda", "cuda", "cpu"])]
+    said = [str(process.end()) for process in processes]
+    assert {type(process.outcome) for process in processes} == {ConfigError} and len(set(said)) == 1
+    assert said[0].startswith("trainer.accelerator: process 0 is on cuda, process 2 on cpu; see")
 
 
 def test_a_port_that_is_taken_is_told(port):
