@@ -42,7 +42,8 @@ def _figures(recorded: dict[str, Any]) -> str:
 def removal_line(found: dict) -> str:
     """What removing the clamp did on the images of the verification, of `export.facts`, and what to do about it.
 
-    It is taken as free where it costs at most `FREE` of top-1: on the whole set, where the run recorded it.
+    It is taken as free where it costs at most `FREE` of top-1: on the whole set, where the run recorded it. So are
+    statistics estimated anew, which are then what to do.
     """
     anew = found.get("images_anew")
     how = f" and estimating statistics anew on {anew} training images" if anew else ""
@@ -52,17 +53,21 @@ def removal_line(found: dict) -> str:
     )
     if found.get("top1_with_clamp") is None:  # no label is known, or recorded before it was measured
         return line
-    cost = found["top1_with_clamp"] - found["top1"]
+    before, after = found["top1_with_clamp"], found["top1"]
     line = f"{line} Top-1 went from {found['top1_with_clamp']:.2%} to {found['top1']:.2%} there"
     if recorded := found.get("recorded"):
-        cost = recorded["with"] - recorded["without"]
+        before, after = recorded["with"], recorded["without"]
         line += (
             f", and from {recorded['with']:.2%} to {recorded['without']:.2%} on all {recorded['images']:,} of the run"
         )
-    if cost <= FREE:
+    if before - after <= FREE:
         return f"{line}: free, no remedy needed."
-    line += ". Better keep it, with --keep-clamp in a form that holds it (onnx, torchscript, exported-program)"
-    if again := found.get("reestimated_top1"):
+    again, keep = found.get("reestimated_top1"), "in a form that holds it (onnx, torchscript, exported-program)"
+    if again is not None and before - again <= FREE:
+        line += f". Better estimate statistics anew without it, with --reestimate {found['reestimated_images']}"
+        return f"{line}: the run measured {again:.2%} so, which is free; or keep it, with --keep-clamp {keep}."
+    line += f". Better keep it, with --keep-clamp {keep}"
+    if again is not None:
         line += f"; on statistics estimated anew without it (--reestimate {found['reestimated_images']}) the run "
         line += f"measured {again:.2%}"
     if off := found.get("clamp_off_epochs"):

@@ -78,7 +78,7 @@ def build_ablation(runs: pd.DataFrame, spec: ReportSpec, note: str = "") -> Abla
     setting = next((entry for entry in settings if not entry.only or rows & set(entry.only)), None)
     return Ablation(
         key=key,
-        name=setting.name if setting else key,
+        name=setting.name if setting else spec.key_names.get(key, key),
         scale_label=scale_labels(runs, spec)[1],
         values=values,
         published=plain_value(setting.value) if setting else None,

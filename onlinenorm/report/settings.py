@@ -95,7 +95,8 @@ class ReportSpec:
     """Everything that is fixed before runs are looked at; `margins` maps scale -> metric -> margin.
 
     Further rows that are there are each compared with the row `baseline`, after the pairs of `comparisons`.
-    The published values are of `published_scale`; those of other scales are in `elsewhere`.
+    The published values are of `published_scale`; those of other scales are in `elsewhere`. `key_names` tells keys
+    that studies sweep and `published_setting` has not.
     """
 
     title: str
@@ -110,6 +111,7 @@ class ReportSpec:
     published_setting: list[SettingSpec]
     studies: dict[str, StudySpec]
     elsewhere: dict[str, Elsewhere]
+    key_names: dict[str, str]
     published_scale: str = COMPARABLE
 
     def row(self, normalizer: str) -> RowSpec:
@@ -207,6 +209,7 @@ def parse_spec(content: Mapping[str, Any]) -> ReportSpec:
             published_setting=[SettingSpec(**entry) for entry in content["published_setting"]],
             studies={name: StudySpec(**study) for name, study in content.get("studies", {}).items()},
             elsewhere={name: _elsewhere(found) for name, found in content.get("elsewhere", {}).items()},
+            key_names=dict(content.get("key_names", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(f"{PUBLISHED}: {type(error).__name__}: {error}") from error

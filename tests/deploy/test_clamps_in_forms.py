@@ -58,6 +58,12 @@ def test_what_removal_costs_and_what_helps_is_said():
     line = removal_line({**found, "top1_with_clamp": 0.6, **again})
     assert "from 60.00% to 50.00% there. Better keep it, with --keep-clamp" in line
     assert "(--reestimate 128) the run measured 59.00%" in line
+    for whole in ({}, {"recorded": {"images": 500, "with": 0.5905, "without": 0.5}}):  # what counts where it is there
+        line = removal_line({**found, "top1_with_clamp": 0.6 if whole else 0.5905, **again, **whole})
+        assert "Better estimate statistics anew without it, with --reestimate 128: the run measured 59.00% so" in line
+        assert line.endswith(
+            "; or keep it, with --keep-clamp in a form that holds it (onnx, torchscript, exported-program)."
+        )
     off = removal_line({**found, "top1_with_clamp": 0.6, "clamp_off_epochs": 2})
     assert off.endswith("; or take the run's last weights, trained without it in the last 2 epochs.")
     line = removal_line({**found, "top1_with_clamp": 0.6, "images_anew": 128})

@@ -68,7 +68,8 @@ def test_a_run_without_the_group_in_its_folder_stands_at_what_was_chosen(tmp_pat
     write_run(tmp_path / "model=resnet18", "batch", model="resnet18")
     config = write_run(tmp_path, "batch", model="resnet50") / "config.yaml"
     config.write_text(config.read_text().replace("choices:\n", "choices:\n  model: resnet50\n"))
-    assert build_ablation(load_runs(tmp_path).runs, spec).values == ["resnet18", "resnet50"]
+    found = build_ablation(load_runs(tmp_path).runs, spec)
+    assert found.values == ["resnet18", "resnet50"] and found.heading.startswith("Network on Fashion-MNIST")
 
 
 def test_a_second_key_makes_series(tmp_path, spec):
