@@ -157,6 +157,14 @@ class _Wait:
 
 def _open_store(host: str, port: int, rank: int, world_size: int, wait: _Wait) -> dist.Store:
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if hosts:
+        try:
+            socket.getaddrinfo(host, port)
+        except OSError as error:
+            raise RunError(
+                f"MASTER_ADDR: {host} is not found ({error.strerror}); set it to this machine, the first, or "
+                "where there is one alone, unset it"
+            ) from None
     while not hosts:
         try:  # quietly: the store's own attempts fill the log
             socket.create_connection((host, port), timeout=1.0).close()
@@ -172,7 +180,7 @@ def _open_store(host: str, port: int, rank: int, world_size: int, wait: _Wait) -
     except RuntimeError as error:
         raise RunError(
             f"MASTER_PORT: {host}:{port} cannot be used for the processes to meet ({first_line(error)}); "
-            "set another MASTER_PORT for all of them"
+            "set another MASTER_PORT for all of them, and MASTER_ADDR to the name of this machine, the first one"
         ) from None
 
 

@@ -103,3 +103,8 @@ def test_a_port_that_is_taken_is_told(port):
         other.listen()
         with pytest.raises(RunError, match=rf"^MASTER_PORT: 127.0.0.1:{port} cannot be used .*another MASTER_PORT"):
             rendezvous.meet("127.0.0.1", port, 0, 2, 1, StopSignals())
+
+
+def test_a_first_machine_that_is_not_found_is_told(port):
+    with pytest.raises(RunError, match=r"^MASTER_ADDR: no-such-host.invalid is not found .* unset it$"):
+        rendezvous.meet("no-such-host.invalid", port, 0, 2, 1, StopSignals())
