@@ -18,6 +18,7 @@ from pytorch_lightning.strategies.launchers.subprocess_script import (
 
 from onlinenorm.errors import RANK_ZERO_SECONDS, RunError
 from onlinenorm.normalizers import exchange
+from onlinenorm.text import first_line
 
 FIRST = "ONLINENORM_FIRST_PROCESS"  # its PID, for those that it starts
 POLL_SECONDS = 0.2
@@ -35,7 +36,7 @@ class WatchingLauncher(_SubprocessScriptLauncher):
 
     said = False  # what is to be said of a dead one
     watched = False
-    judged: Exception | None = None  # not due to a dead process
+    judged: Exception | None = None  # not due to another process
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -55,21 +56,21 @@ class WatchingLauncher(_SubprocessScriptLauncher):
 
     @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:
-        """Context in which an error that is due to a dead process becomes a RunError that says so."""
+        """Context in which an error that is due to a dead or stuck process becomes a RunError that says so."""
         try:
             yield
         except Exception as error:
-            if not (self.procs or self.first) or error is self.judged or hasattr(error, "exit_code"):
-                raise  # the last says what is wrong
-            deadline = time.monotonic() + (PATIENCE_SECONDS if self.procs else POLL_SECONDS)
+            if error is self.judged or hasattr(error, "exit_code"):  # which says what is wrong
+                raise
+            deadline = time.monotonic() + (PATIENCE_SECONDS if self.procs else POLL_SECONDS if self.first else 0.0)
             while not (lost := self._lost()) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-            if not lost:
+            if not (reason := lost or stuck_process(error)):
                 self.judged = error
                 raise
             self.said = True
             self._end_others()
-            raise RunError(lost) from error
+            raise RunError(reason) from error
 
     def _watch(self) -> None:
         """Ends this process where it waits for one that is gone, in a collective or kernel no exception reaches."""
@@ -151,4 +152,14 @@ def late_process() -> str:
     return (
         f"process {rank} did not come to a layer that another had reached, for as long as they wait: it is stuck or "
         "dead, and its own output may say why. The same command continues the run from its last checkpoint"
+    )
+
+
+def stuck_process(error: Exception) -> str:
+    """What to say of an error of gloo, in which a process has waited for another in vain, or "" of any other."""
+    if "Timed out waiting" not in str(error):
+        return ""
+    return (
+        f"another process did not come to where this one has waited for it ({first_line(error)}): it is stuck or dead, "
+        "and its own output may say why. The same command continues the run from its last checkpoint"
     )

@@ -4,11 +4,19 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import process_groups
 import programs
 import pytest
+import torch
+import torch.distributed as dist
 from tests_training import ROOT, TINY, load_train_module
+
+from onlinenorm.errors import RunError
+from onlinenorm.training.children import WatchingLauncher
 
 RUN = (*TINY, "normalizer=online_clamp", "recipe.epochs=8", "recipe.milestones=[6]")
 RUN += ("trainer.strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every_n_steps=1")
@@ -120,6 +128,25 @@ def test_processes_whose_first_one_was_killed_end_too(waits, tmp_path):
         assert said.count(f"process 0 on this machine (PID {first.pid}) is gone") == 1 and "done" not in said
     else:
         assert said == "done\n"
+
+
+def wait_for_the_other(rank):
+    """What the first of two processes says of a second that comes late to a collective."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    dist.barrier()
+    if rank == 1:
+        time.sleep(6)
+        return None
+    environment = SimpleNamespace(validate_settings=lambda **_: None, creates_processes_externally=True)
+    with pytest.raises(RunError) as raised:
+        WatchingLauncher(environment, 2, 1).launch(dist.all_reduce, torch.zeros(1))
+    return str(raised.value)
+
+
+def test_a_process_that_has_waited_for_a_stuck_one_says_so():
+    said = process_groups.run(2, wait_for_the_other)[0]
+    assert said.startswith("another process did not come to where this one has waited for it (") and "2000ms" in said
+    assert "The same command continues the run" in said
 
 
 LATE = """
