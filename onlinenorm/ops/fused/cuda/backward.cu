@@ -287,10 +287,13 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 1) online_norm_back
             if (POOL) tma_load_bytes(to + mask_at(p), p.mask + index_offset(p, slab, item.sample, pooled), bits, barrier);
         });
     };
+    // What needs no memory comes before the wait.
     if (loads) prepare_stages<1 + NORMS + SKIP_GRAD>(p, s.stages);
-    wait_for_earlier_kernels();
+    if (role == 2) wait_for_earlier_kernels();
     bool more = loads && load(0);
-    const Place at(p, threadIdx.x % GROUP);
+    Place at(p, threadIdx.x % GROUP);
+    if (role < 2) wait_for_earlier_kernels();
+    at.count_launch(p);
     // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
     float u = 0.f, v = 0.f;
     if (role == 1) {

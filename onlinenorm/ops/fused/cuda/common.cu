@@ -240,8 +240,13 @@ struct Place {
         norm = thread / WIDTH % NORMS;
         column = thread % COLUMNS;
         reader = thread / COLUMNS;
-        launch = PEERS > 1 ? *static_cast<volatile u32*>(p.launches + slab) + 1 : 0;
-        flag = launch & 1;
+        launch = flag = 0;
+    }
+
+    // Once earlier kernels have ended.
+    __device__ Place& count_launch(const Params& p) {
+        if (PEERS > 1) launch = *static_cast<volatile u32*>(p.launches + slab) + 1, flag = launch & 1;
+        return *this;
     }
 };
 
@@ -309,8 +314,9 @@ struct Item {
     long long first_row;
 
     __device__ Item(const Params& p, int index) {
-        tile = p.segments > 1 ? 0 : index % p.tiles;
-        sample = p.segments > 1 ? index * p.segments : index / p.tiles;
+        const bool whole = p.tiles == 1;  // needs no division
+        tile = whole ? 0 : index % p.tiles;
+        sample = whole ? index * p.segments : index / p.tiles;
         count = min(p.segments, p.samples - sample);
         rows = min(p.tile_rows, p.pixels - tile * p.tile_rows);
         first_row = (long long)sample * p.pixels + tile * p.tile_rows;

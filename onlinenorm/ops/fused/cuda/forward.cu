@@ -367,10 +367,13 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) 
                 tma_load_boxes(p, to + t * stage_rows(p) * LANES, p.maps[t], int(item.first_row) - halo_rows(p), p.box_rows, p.boxes, barrier);
         });
     };
+    // What needs no memory comes before the wait.
     if (loads) prepare_stages<TENSORS>(p, s.stages);
-    wait_for_earlier_kernels();
+    if (role == 2) wait_for_earlier_kernels();
     bool more = loads && load(0);
-    const Place at(p, index % GROUP);
+    Place at(p, index % GROUP);
+    if (role < 2) wait_for_earlier_kernels();
+    at.count_launch(p);
     // The state is overwritten once all sums are published, so it has to be here before this CTA publishes any.
     float mean = 0.f, var = 0.f;
     if (role == 1) {
@@ -384,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP + 32 + SCALE_THREADS, 1) 
         clear_messages(p, at.thread);
         write_warps(p, at, s, memory, mean, var);
     } else if (index >= 32) {
-        if (blockIdx.x < at.slabs) scale_warps(p, Place(p, index - 32));
+        if (blockIdx.x < at.slabs) scale_warps(p, Place(p, index - 32).count_launch(p));
     } else {
         for (int i = 1; more; i++) more = load(i);
     }
