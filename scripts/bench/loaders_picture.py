@@ -24,9 +24,12 @@ def draw(results: Path) -> Path:
     for line, run in zip(panels, runs, strict=True):
         for panel, stage in zip(line, stages, strict=True):
             rows = [row for row in run["rows"] if row["stage"] == stage]
+            if not rows:
+                panel.set_axis_off()
+                continue
             _bars(panel, rows)
             where = f"{run['device']}, {run['cores']} cores" if run["device"] != "cpu" else f"{run['cores']} cores"
-            model = f" {rows[0]['model']}" if rows and "model" in rows[0] else ""
+            model = f" {rows[0]['model']}" if "model" in rows[0] else ""
             panel.set_title(f"{STAGES[stage]}{model}\n{where}", fontsize=9, loc="left")
     figure.supxlabel("images/s (times the reference of the same run)", fontsize=9)
     path = results.with_suffix(".png")
@@ -42,7 +45,7 @@ def _bars(panel, rows: list[dict]) -> None:
     panel.barh(range(len(rows)), values, color=colours)
     panel.set_yticks(range(len(rows)), names, fontsize=8)
     panel.invert_yaxis()
-    panel.set_xlim(0, max(values, default=1) * 1.35)
+    panel.set_xlim(0, max(values) * 1.35)
     for place, row in enumerate(rows):
         text = f" {row['images_per_second']:,.0f} ({row['ratio']:.2f}x)"
         panel.text(row["images_per_second"], place, text, va="center", fontsize=8)
