@@ -33,8 +33,25 @@ TAKEN = (
     ("norm kernels begin before the kernel in front of them has ended", "0.10 ms", "0.09 of 27.19, 0.04 of 5.44 at 32"),
     ("small memsets of a captured graph as kernels", "0.32 and 0.13 ms", "0.24 of 27.19, 0.07 of 5.44 at 32"),
     ("the first convolution as 4x3 on 2x4 blocks, not 4x4 on 2x2", "0.45 and 0.06 ms", "0.15 of 27.19, 0.02 of 5.44"),
+    (
+        "what a norm kernel can work out before the kernel in front has ended",
+        "0.01 ms at 32",
+        "0.06 of the 4.52 ms of norms without shortcut or pool, 0.03 of 1.52 at 32",
+    ),
 )
 DROPPED = (
+    (
+        "a 1x1 convolution and the norm behind it in one kernel, forward (causal GEMM)",
+        "0.75 and 0.17 ms",
+        "0.47 of 26.28 ms and 0.13 of 5.03, where it is faster kernels timed alone: 0.77 to 0.93 of the roofline "
+        "at 56 x 56 pixels, but 0.17 to 0.71 from 28 x 28 on, where it reads weights and rows again from L2; not built",
+    ),
+    (
+        "a norm kernel's first item without an atomic, its tiles' sums asked for at once, its weights read before the "
+        "tile, its last sample's sums asked for earlier",
+        "0.10 ms at 32",
+        "-0.03 of 4.52 ms, 0.00 of 1.55 at 32",
+    ),
     (
         "weights cast together, and their gradients, in one kernel each way",
         "0.24 ms",
