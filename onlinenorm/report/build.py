@@ -177,6 +177,7 @@ def _panels(studies: Mapping[str, Study], benchmark: Mapping[str, Any] | None, s
         name, runs = report.scale_short, main.runs
         panels[f"{name}: a point a seed"] = lambda axis: figures.accuracy_panel(axis, report, runs.runs)
         if len(removal_epochs(runs)):
+            panels[f"{name}: validation loss, a line a seed"] = lambda axis: figures.loss_panel(axis, report, runs)
             panels["the clamp removed after each epoch"] = lambda axis: clamp_figures.removal_panel(axis, runs)
         elif VALUES in studies and len(values := _of_clamping(studies[VALUES].made.ways)):
             images = studies[VALUES].made.scale_label.partition(",")[0]

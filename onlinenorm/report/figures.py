@@ -267,6 +267,19 @@ def accuracy_panel(axis: Axes, report: Report, runs: pd.DataFrame) -> None:
     axis.set_xlabel("best val accuracy (%)")
 
 
+def loss_panel(axis: Axes, report: Report, study: Runs) -> None:
+    """Validation loss against epoch: a line a finished run."""
+    found = study.of(study.runs["finished"])
+    for row in report.rows[report.rows["seeds"].map(len) > 0].itertuples():
+        mine = _curves(found.runs[found.runs["normalizer"] == row.normalizer], found.epochs, "val_loss")
+        for place, curve in enumerate(mine.values()):
+            axis.plot(curve, color=row.colour, linewidth=1.2, alpha=0.75, label=None if place else row.label)
+    _dress(
+        axis, found.epochs["val_loss"].to_numpy(), found.runs["epochs"].max(), ("val",), "loss", report.milestones, 0
+    )
+    axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+
+
 def draw_intervals(report: Report, narrow: bool = False) -> bytes:
     """PNG of what came out, b"" where no row has two seeds: means of rows, and below them differences between rows.
 

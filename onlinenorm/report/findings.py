@@ -149,21 +149,19 @@ class Findings:
             sides.append(dict(zip(point["seeds"], point["figures"][metric], strict=True)))
         return self._gap(sides[0], sides[1], metric, study)
 
-    def way(self, study: str, normalizer: str, start: str, setting: str = "") -> str:
-        """Last accuracy of the way that begins so, and its difference to the network as trained; see `removal.ways`."""
+    def way(self, study: str, normalizer: str, start: str, setting: str = "", metric: str = "last_top1") -> str:
+        """A last figure of the way that begins so, and its difference to the network as trained; see `removal.ways`."""
         row = self._way(study, normalizer, start, setting)
         if row is None:
             return NOT_RUN
-        mean = words.mean_and_spread(row.summaries["last_top1"], "last_top1")
+        mean = words.mean_and_spread(row.summaries[metric], metric)
         if row.verdicts is None:
             return mean
-        verdict = row.verdicts["last_top1"]
-        gap = (
-            words.DASH if row.gaps["last_top1"] is None else f"{words.difference(row.gaps['last_top1'], 'top1')} points"
-        )
+        verdict, gap = row.verdicts[metric], row.gaps[metric]
+        told = words.DASH if gap is None else f"{words.difference(gap, metric)} {words.unit(metric)}"
         if verdict.difference is None:
-            return f"{mean} ({gap}, n = {len(row.seeds)})"
-        return f"{mean} ({gap}, {words.interval_words(verdict.difference, 'top1')}: {verdict.outcome})"
+            return f"{mean} ({told}, n = {len(row.seeds)})"
+        return f"{mean} ({told}, {words.interval_words(verdict.difference, metric)}: {verdict.outcome})"
 
     def ways_to(self, study: str, normalizer: str, word: str, without: str | None = None) -> str:
         """`way` for each way that has a word in it, and not that other one, by name."""

@@ -192,6 +192,10 @@ def test_batchnorm_is_told_on_statistics_estimated_anew_too(spec, photographs):
     assert anew.startswith("inconclusive (+1.00 points, 90 % CI") and anew.endswith("n = 3)")
     gap = told.last("imagenette", "online_clamp", "batch")
     assert gap == "equivalent (-0.08 points, 90 % CI -0.13 to -0.04, which excludes 0, n = 3)"
+    loss = told.way("imagenette", "batch", "statistics anew", metric="last_loss")
+    assert re.fullmatch(r"0\.500 ± 0\.000 \(\+0\.\d+ nats, 90 % CI \S+ to \S+, which excludes 0: different\)", loss), (
+        loss
+    )
     rises = re.fullmatch(r"(0\.\d\d)( to 0\.\d\d)? nats", told.jump("imagenette", "batch"))
     assert rises and float(rises[1]) > 0
 
@@ -217,7 +221,7 @@ def test_values_of_a_sweep_are_compared_seed_by_seed(spec, photographs):
         ("jpeg_cost/runs/data.root=jpeg75", "", "JPEG minus exact, not run."),
         ("imagenette_short/runs", "results.json", "(study/imagenette_short/table1.md)): not run with it, not"),
         ("imagenette_clamp_value/runs", "results.json", "(study/imagenette_clamp_value/ablation.md)): not run."),
-        ("imagenette_256/runs/recipe.warmup_epochs=5/batch", "", "BatchNorm 86.74 % at 0 (published)."),
+        ("imagenette_256/runs/recipe.warmup_epochs=5/batch", "", "points, n = 1; BatchNorm not run."),
         ("tiny_imagenet/runs/online_layer_scaling", "", "layer scaling not run, BatchNorm"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from run_folders import write_run
 from study_folders import NAN
 
@@ -170,6 +171,20 @@ def test_runs_without_curves_make_no_picture(tmp_path, spec):
     write_run(tmp_path / "own" / "runs", "online_clamp", clamped=[(1e-3, 9.0)] * 5)
     files = study_files(load_studies(tmp_path, spec), None, spec)["."]
     assert not {"removal.png", "ways.png"} & files.keys() and "every epoch" not in files["clamping.md"].decode()
+
+
+def test_the_summary_of_photographs_has_removal_and_loss_over_their_epochs(tmp_path, spec, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("onlinenorm.report.figures.draw_overview", lambda panels: drawn.update(panels) or b"")
+    write_curves(tmp_path / "imagenette" / "runs")
+    write_run(tmp_path / "imagenette" / "runs", "batch", **COMMON, recipe={"milestones": [2, 3]})
+    write_run(tmp_path / "imagenette" / "runs", "batch", 1, **COMMON, recipe={"milestones": [2, 3]}, done=3)
+    study_files(load_studies(tmp_path, spec), None, spec)
+    loss, removal = "Imagenette: validation loss, a line a seed", "the clamp removed after each epoch"
+    assert {loss, removal} <= drawn.keys()
+    axis = Figure().subplots()
+    drawn[loss](axis)
+    assert [len(line.get_xdata()) for line in axis.lines if line.get_color() == "#009E73"] == [5], "of the finished run"
 
 
 @pytest.mark.parametrize("named", [True, False])
