@@ -163,7 +163,8 @@ def removal_courses(studies: Mapping[str, Runs]) -> pd.DataFrame:
     """A row a study, setting and number of drops of the learning rate: lists of what removal does at its epochs."""
     rows = []
     for name, study in studies.items():
-        for (setting, drops), mine in removal_epochs(study).groupby(["setting", "drops"]):
+        groups = list(removal_epochs(study).groupby(["setting", "drops"]))
+        for (setting, drops), mine in sorted(groups, key=lambda group: (natural(group[0][0]), group[0][1])):
             figures = {key: mine[key].dropna().tolist() for key in ("lr", "changed", "top1", "loss")}
             runs = mine["folder"].nunique()
             rows.append({"study": name, "setting": setting, "drops": int(drops), "runs": runs, **figures})

@@ -165,6 +165,8 @@ def test_many_studies_of_removal_take_several_rows_and_settings_stand_by_size(tm
     sizes = [[int.from_bytes(png[at : at + 4], "big") for at in (16, 20)] for png in (few, many)]
     assert sizes[0][0] == sizes[1][0] and 2 * sizes[0][1] == sizes[1][1]
     assert in_order(removal_epochs(study)["setting"]) == ["clamp_value 3", "clamp_value 16"]
+    told = [(row.setting, row.drops) for row in removal_courses({"x": study}).itertuples()]
+    assert told == [(f"clamp_value {value}", drops) for value in (3, 16) for drops in range(4)]
 
 
 def test_runs_without_curves_make_no_picture(tmp_path, spec):
