@@ -334,7 +334,8 @@ def draw(path: Path) -> Path:
         ax.legend(fontsize=8, loc="lower right")
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("images/s over whole epochs (over the bare step)", fontsize=9)
-    figure.suptitle(f"{results['device']}, {results['cores']} cores", fontsize=10)
+    several = f"{results['processes']} x " if "processes" in results else ""
+    figure.suptitle(f"{several}{results['device']}, {results['cores']} cores", fontsize=10)
     figure.savefig(path.with_suffix(".png"), dpi=130)
     plt.close(figure)
     return path.with_suffix(".png")
