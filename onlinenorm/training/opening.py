@@ -86,6 +86,7 @@ def notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[
 def _without_effect(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
     """A sentence for each reason why keys that are set change nothing."""
     from onlinenorm.data.datasets import InMemoryDataset
+    from onlinenorm.data.decoders import DEVICE_DECODERS
     from onlinenorm.normalizers import OnlineNorm
     from onlinenorm.training.clamping import clamped_layers
     from onlinenorm.training.final_validation import can_reestimate
@@ -113,6 +114,10 @@ def _without_effect(network: Any, config: dict[str, Any], data: Any, recipe: Any
             said.append(f"normalizer.{key}: without effect, as error_compensation={', '.join(sorted(guards))}")
     if data.on_unreadable == "skip" and isinstance(data._sets[0], InMemoryDataset):
         said.append("data.on_unreadable: without effect, as these images are all in memory from the start")
+    if data.device_fraction < 1 and data.decoder not in DEVICE_DECODERS:
+        said.append(f"data.device_fraction: without effect, as data.decoder is {data.decoder}")
+    if data.keep_decoded and not data.on_device:
+        said.append("data.keep_decoded: without effect, as data.on_device is false")
     return said
 
 

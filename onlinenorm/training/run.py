@@ -114,6 +114,11 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     module = build(config, "classifier", network=network, recipe=recipe)
     log = EpochLog(path / "metrics.csv")
     steps = position["global_step"] if position else None
+    of_trainer = config["trainer"]
+    processes = of_trainer["devices"] * of_trainer["num_nodes"]
+    with full_keys(config, "data", "recipe"):  # before there are other processes, which would say it too
+        images = data.train_images, data.val_images
+        check_division(*images, recipe.batch_size, processes, of_trainer["accumulate_grad_batches"])
     if folder.rank_zero:
         print(*details(config, data, recipe, choice.reasons), sep="\n")
         print(*(f"  {note}\n" for note in notes(network, config, data, recipe)), sep="", end="")
@@ -128,9 +133,6 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
     trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
     trainer.callbacks.append(Agreement(config))
-    with full_keys(config, "data", "recipe"):  # before there are other processes, which would say it too
-        images = data.train_images, data.val_images
-        check_division(*images, recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     resumed = folder.record_start(config, trainer.world_size, position)
     keys = full_keys(config, "data", "recipe", "normalizer")
     with loggers.closing(mirrors), watching(trainer), keys, explain_worker_deaths():

@@ -13,7 +13,7 @@ from torch import nn
 from onlinenorm import provenance
 from onlinenorm.cli.compose import load_config
 from onlinenorm.data import ImageNet, Synthetic
-from onlinenorm.errors import Diverged
+from onlinenorm.errors import ConfigError, Diverged
 from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d
 from onlinenorm.training import fast_path
 from onlinenorm.training import run as run_module
@@ -21,6 +21,7 @@ from onlinenorm.training.fast_path import open_data, with_values
 from onlinenorm.training.opening import announce, details, notes
 from onlinenorm.training.recipe import Recipe
 
+DATA = SimpleNamespace(train_images=64, on_unreadable="raise", device_fraction=1.0, keep_decoded=False)
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.1, base_batch_size=16)
 
 
@@ -107,7 +108,7 @@ def test_on_a_gpu_what_is_off_has_its_reason(gpu):
 def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
     """Three epochs of 64 images in batches of 16."""
     config = {"trainer": {"accumulate_grad_batches": accumulate}}
-    said = notes(nn.Sequential(layer, layer), config, SimpleNamespace(train_images=64, on_unreadable="raise"), RECIPE)
+    said = notes(nn.Sequential(layer, layer), config, DATA, RECIPE)
     assert len(said) == noted and all("BatchRenorm2d's warm-up of" in note and "run of 12" in note for note in said)
 
 
@@ -143,7 +144,7 @@ def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
 def test_settings_without_effect_are_told(layer, changes, said):
     config = {"trainer": {"accumulate_grad_batches": 1}}
     recipe = dataclasses.replace(RECIPE, **changes)
-    assert notes(nn.Sequential(layer), config, SimpleNamespace(train_images=64, on_unreadable="raise"), recipe) == said
+    assert notes(nn.Sequential(layer), config, DATA, recipe) == said
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_arguments_of_a_layer_without_effect_are_told(guard, changes, said):
     node = load_config([*TINY, *(f"normalizer.{key}={value}" for key, value in changes.items())])["normalizer"]
     config = {"trainer": {"accumulate_grad_batches": 1}, "normalizer": node}
     network = nn.Sequential(OnlineNorm2d(4, error_compensation=guard, **changes))
-    assert notes(network, config, SimpleNamespace(train_images=64, on_unreadable="raise"), RECIPE) == said
+    assert notes(network, config, DATA, RECIPE) == said
 
 
 def test_leaving_out_images_is_of_sets_read_file_by_file(tmp_path):
@@ -178,6 +179,23 @@ def test_leaving_out_images_is_of_sets_read_file_by_file(tmp_path):
     assert notes(nn.Sequential(), config, data, RECIPE) == said
     data = ImageNet(root=str(write_tree(tmp_path)), on_unreadable="skip")
     assert notes(nn.Sequential(), config, data, RECIPE) == []
+
+
+def test_keys_of_other_decoders_and_of_images_not_kept_are_told():
+    config = {"trainer": {"accumulate_grad_batches": 1}}
+    data = Synthetic(num_train=64, num_val=8, decoder="torchvision", device_fraction=0.5, keep_decoded=True)
+    assert notes(nn.Sequential(), config, data, RECIPE) == [
+        "data.device_fraction: without effect, as data.decoder is torchvision",
+        "data.keep_decoded: without effect, as data.on_device is false",
+    ]
+    data = Synthetic(num_train=64, num_val=8, decoder="nvjpeg", device_fraction=0.5, keep_decoded=True, on_device=True)
+    assert notes(nn.Sequential(), config, data, RECIPE) == []
+
+
+def test_a_batch_larger_than_the_set_is_refused_before_steps_are_counted(run, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"^recipe\.batch_size: 512 exceeds"):
+        run(tmp_path, "recipe.batch_size=512")
+    assert "an epoch" not in capsys.readouterr().out
 
 
 def test_on_the_cpu_nothing_lies_on_the_device(gpu):
