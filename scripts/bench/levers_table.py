@@ -43,7 +43,7 @@ DROPPED = (
     (
         "a 1x1 convolution and the norm behind it in one kernel, forward (causal GEMM)",
         "0.75 and 0.17 ms",
-        "0.47 of 26.28 ms and 0.13 of 5.03, where it is faster kernels timed alone: 0.77 to 0.93 of the roofline "
+        "0.47 of 26.28 ms and 0.13 of 5.03 in kernels timed alone, where it is faster: 0.77 to 0.93 of the roofline "
         "at 56 x 56 pixels, but 0.17 to 0.71 from 28 x 28 on, where it reads weights and rows again from L2; not built",
     ),
     (
