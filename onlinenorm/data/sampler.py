@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -124,10 +125,10 @@ class ValidationSampler(Sampler[list[Request]]):
             yield [(0, index) for index in self.images[begin:end]]
 
 
-def check_division(train_images: int, val_images: int, batch_size: int, processes: int, accumulate: int) -> None:
-    """Raises ArgumentError where batches, or the images of a validation, cannot be dealt out to so many processes."""
-    GlobalBatchSampler(train_images, batch_size, 0, 0, processes, accumulate)
-    ValidationSampler(val_images, 2, 0, processes)
+def check_division(data: Any, batch_size: int, processes: int, accumulate: int) -> None:
+    """Raises ArgumentError where batches, or the validation images, of a data module, set up, cannot be dealt out."""
+    GlobalBatchSampler(data.train_images, batch_size, 0, 0, processes, accumulate)
+    ValidationSampler(data.val_images, data.val_batch_size or 2, 0, processes)
 
 
 def split_requests(requests: list[Request]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from onlinenorm.data import ImageDataModule, TinyImageNet
 from onlinenorm.data.datasets import FolderDataset
 from onlinenorm.data.index import name_few
 from onlinenorm.data.kept_batches import KeptBatches, fits
-from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
+from onlinenorm.data.sampler import check_division
 from onlinenorm.data.unreadable import CURE, check_share
 from onlinenorm.records import lookup, run_path
 from onlinenorm.text import duration
@@ -90,10 +90,8 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     with full_keys(config, "data"):
         found = check_data(data)
     yield found
-    accumulate = config["trainer"]["accumulate_grad_batches"]
     with full_keys(config, "data", "recipe"):
-        GlobalBatchSampler(data.train_images, recipe.batch_size, 0, 0, processes, accumulate)
-        ValidationSampler(data.val_images, data.val_batch_size or 2, 0, processes)
+        check_division(data, recipe.batch_size, processes, config["trainer"]["accumulate_grad_batches"])
     run_folder.check_config(config)
     position = {"epoch": 0, "step": 0}
     if any(run_folder.checkpoints.glob("*.ckpt")):

@@ -117,8 +117,7 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     of_trainer = config["trainer"]
     processes = of_trainer["devices"] * of_trainer["num_nodes"]
     with full_keys(config, "data", "recipe"):  # before there are other processes, which would say it too
-        images = data.train_images, data.val_images
-        check_division(*images, recipe.batch_size, processes, of_trainer["accumulate_grad_batches"])
+        check_division(data, recipe.batch_size, processes, of_trainer["accumulate_grad_batches"])
     if folder.rank_zero:
         print(*details(config, data, recipe, choice.reasons), sep="\n")
         print(*(f"  {note}\n" for note in notes(network, config, data, recipe)), sep="", end="")
