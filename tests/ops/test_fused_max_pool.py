@@ -153,6 +153,43 @@ def test_random_shapes_repeat_bit_for_bit_while_the_gpu_is_busy():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("error_compensation", COMPENSATIONS)
+def test_graphs_replay_the_bits_of_uncaptured_steps(error_compensation):
+    """Outputs, gradients and state, of a batch of other images at every step."""
+    shape = (8, 64, 56, 56)
+    batches = [[draw(size, torch.bfloat16, seed) for size in (shape, (8, 64, 28, 28))] for seed in range(5)]
+    batches = [[t.cuda().contiguous(memory_format=torch.channels_last) for t in batch] for batch in batches]
+    x, grad = (t.clone() for t in batches[0])
+    x.requires_grad_()
+    norm = layer(error_compensation, 64).cuda()
+    twin = copy.deepcopy(norm)
+
+    def step(norm):
+        y = fused(norm)(x)
+        return [y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), grad)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(norm)
+    torch.cuda.current_stream().wait_stream(side)
+    step(twin)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(norm)
+    for n, batch in enumerate(batches):
+        with torch.no_grad():
+            x.copy_(batch[0])
+            grad.copy_(batch[1])
+        graph.replay()
+        expected = step(twin)
+        for name, mine, other in zip(("y", "x", "weight", "bias"), captured, expected, strict=True):
+            assert torch.equal(mine, other) and other.any(), (n, name)
+        for name in STATE:
+            assert torch.equal(getattr(norm, name), getattr(twin, name)), (n, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("error_compensation", COMPENSATIONS)
 def test_compiled_networks_take_the_kernels_and_agree_with_eager_ones(error_compensation):
     torch.manual_seed(0)
     norm = layer(error_compensation, 64, backend="fused")
