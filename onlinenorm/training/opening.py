@@ -8,7 +8,7 @@ from typing import Any
 
 from onlinenorm.records import lookup, run_path
 from onlinenorm.text import plural
-from onlinenorm.training.launch import is_rank_zero
+from onlinenorm.training.launch import is_rank_zero, process_count
 
 # argument of an OnlineNorm layer -> the error_compensation without which it has no effect
 OF_GUARD = {"clamp_value": "clamp", "layer_scaling_eps": "layer_scaling", "layer_scaling_group_size": "layer_scaling"}
@@ -45,7 +45,7 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
     from onlinenorm.provenance import device_name
 
     trainer = config["trainer"]
-    processes = trainer["devices"] * trainer["num_nodes"]
+    processes = process_count(trainer)
     on_gpu = trainer["accelerator"] == "gpu"
     where = f"{f'{processes} x ' * (processes > 1)}{device_name(on_gpu)}"
     held = "on the device" if data.on_device and on_gpu else "from memory"

@@ -42,6 +42,7 @@ from onlinenorm.training.fast_path import (
 )
 from onlinenorm.training.final_validation import can_reestimate
 from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.launch import process_count
 from onlinenorm.training.opening import how, notes
 from onlinenorm.training.probe import probe_batch, probe_network, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
@@ -79,7 +80,7 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     if recorded:
         check_compiles_here(config, folder)
     recipe, normalizer = build(config, "recipe"), build(config, "normalizer")
-    processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+    processes = process_count(config["trainer"])
     probe_normalizer(normalizer, config["normalizer"], config["trainer"])
     yield finding("config", OK, " ".join(f"{key}={name}" for key, name in config["choices"].items() if name))
     asked = config
@@ -243,7 +244,7 @@ def check_step(choice: Choice, network: torch.nn.Module, loader: Any, recipe: An
     config, data = choice.config, choice.data
     trainer = config["trainer"]
     device = _device(config)
-    parts = trainer["devices"] * trainer["num_nodes"] * trainer["accumulate_grad_batches"]
+    parts = process_count(trainer) * trainer["accumulate_grad_batches"]
     batch = max(recipe.batch_size // parts, 1)
     timer = StepTimer(tuple(part[:batch] for part in next(iter(loader))), seconds)
     repeated = copy.copy(data)  # the run's own way from a batch to the network's input
@@ -296,7 +297,7 @@ def check_speed(data: ImageDataModule, loader: Any, trainer: dict[str, Any], ste
 
     `loader` is that of the training images.
     """
-    processes = trainer["devices"] * trainer["num_nodes"]
+    processes = process_count(trainer)
     device = torch.device(step["device"])
     # a process's share of the cores is what num_workers=null gives it; a number is taken by each
     loaders = trainer["num_nodes"] if data.num_workers is None else processes

@@ -20,6 +20,7 @@ from onlinenorm.text import first_line
 from onlinenorm.training.clamping import clamped_layers
 from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.fast_path import left_to_choose, make_data, with_values
+from onlinenorm.training.launch import process_count
 from onlinenorm.training.roles import is_normalizer, parameter_roles
 from onlinenorm.training.targets import NAMED, own_errors
 
@@ -93,7 +94,7 @@ def probe_normalizer(
             "one in each"
         )
     trainer = trainer or {}
-    several = trainer.get("devices", 1) * trainer.get("num_nodes", 1) > 1
+    several = process_count(trainer) > 1
     if several and not all(getattr(inner, "averages_statistics", True) for inner in layer.modules()):
         raise ConfigError(
             f"normalizer._target_: {name} says that its statistics cannot be averaged over processes "
@@ -246,7 +247,7 @@ def probe_batch(config: dict[str, Any], factory: Callable[..., Any], in_channels
         return
     trainer = {"devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1, "sync_batchnorm": False} | config["trainer"]
     parts = trainer["accumulate_grad_batches"]
-    parts *= 1 if trainer["sync_batchnorm"] else trainer["devices"] * trainer["num_nodes"]
+    parts *= 1 if trainer["sync_batchnorm"] else process_count(trainer)
     batch = max(config["recipe"]["batch_size"] // parts, 1)
     used: set[nn.Module] = set()
     try:

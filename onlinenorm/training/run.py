@@ -37,7 +37,7 @@ from onlinenorm.training.fast_path import (
 )
 from onlinenorm.training.final_validation import build_results, final_validation, summary, write_results
 from onlinenorm.training.interruption import StopSignals
-from onlinenorm.training.launch import is_rank_zero
+from onlinenorm.training.launch import is_rank_zero, process_count
 from onlinenorm.training.opening import details, notes
 from onlinenorm.training.probe import probe_batch, probe_network, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
@@ -115,7 +115,7 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     log = EpochLog(path / "metrics.csv")
     steps = position["global_step"] if position else None
     of_trainer = config["trainer"]
-    processes = of_trainer["devices"] * of_trainer["num_nodes"]
+    processes = process_count(of_trainer)
     with full_keys(config, "data", "recipe"):  # before there are other processes, which would say it too
         check_division(data, recipe.batch_size, processes, of_trainer["accumulate_grad_batches"])
     if folder.rank_zero:

@@ -19,7 +19,7 @@ from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.exchange import ExchangeNote
 from onlinenorm.training.interruption import StopSignals
-from onlinenorm.training.launch import check_alone, cluster_environment, launched
+from onlinenorm.training.launch import check_alone, cluster_environment, launched, process_count
 from onlinenorm.training.precision import ScaledHalf
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.rendezvous import MeetingDDPStrategy
@@ -89,7 +89,7 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         )
     if settings["precision"] == "auto":
         settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-    if settings["strategy"] == "auto" and settings["devices"] * settings["num_nodes"] > 1:
+    if settings["strategy"] == "auto" and process_count(settings) > 1:
         settings["strategy"] = "ddp"
     return settings
 
