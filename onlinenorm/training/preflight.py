@@ -72,6 +72,11 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
         limit: seconds that are left for the run, or None.
     """
     check_config(config)
+    with full_keys(config, "data", "recipe", "normalizer"):
+        yield from _findings(config, seconds, limit)
+
+
+def _findings(config: dict[str, Any], seconds: float, limit: float | None) -> Iterator[Finding]:
     folder = run_path(config)
     run_folder = RunFolder(folder, rank_zero=False)
     config = {**config, "trainer": resolve_in(run_folder, config["trainer"])}
@@ -88,11 +93,8 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     config, data = choice.config, choice.data
     probe_data(data, config)
     probe_batch(config, normalizer, data.in_channels, data.image_size)
-    with full_keys(config, "data"):
-        found = check_data(data)
-    yield found
-    with full_keys(config, "data", "recipe"):
-        check_division(data, recipe.batch_size, processes, config["trainer"]["accumulate_grad_batches"])
+    yield check_data(data)
+    check_division(data, recipe.batch_size, processes, config["trainer"]["accumulate_grad_batches"])
     run_folder.check_config(config)
     position = {"epoch": 0, "step": 0}
     if any(run_folder.checkpoints.glob("*.ckpt")):
@@ -130,8 +132,7 @@ def _device(config: dict[str, Any]) -> torch.device:
 def _network(choice: Choice, normalizer: Any) -> torch.nn.Module:
     torch.manual_seed(choice.config["seed"])
     sizes = {"num_classes": choice.data.num_classes, "in_channels": choice.data.in_channels}
-    with full_keys(choice.config, "normalizer"):
-        return build(choice.config, "model", normalizer=normalizer, **sizes)
+    return build(choice.config, "model", normalizer=normalizer, **sizes)
 
 
 def check_data(data: ImageDataModule) -> Finding:

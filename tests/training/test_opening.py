@@ -12,8 +12,8 @@ from torch import nn
 
 from onlinenorm import provenance
 from onlinenorm.cli.compose import load_config
-from onlinenorm.data import ImageNet, Synthetic
-from onlinenorm.errors import ConfigError, Diverged
+from onlinenorm.data import ImageNet, Synthetic, decoded, workers
+from onlinenorm.errors import ConfigError, DataError, Diverged
 from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d
 from onlinenorm.training import fast_path
 from onlinenorm.training import run as run_module
@@ -192,10 +192,22 @@ def test_keys_of_other_decoders_and_of_images_not_kept_are_told():
     assert notes(nn.Sequential(), config, data, RECIPE) == []
 
 
-def test_a_batch_larger_than_the_set_is_refused_before_steps_are_counted(run, tmp_path, capsys):
-    with pytest.raises(ConfigError, match=r"^recipe\.batch_size: 512 exceeds"):
-        run(tmp_path, "recipe.batch_size=512")
-    assert "an epoch" not in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["recipe.batch_size=512"], r"^recipe\.batch_size: 512 exceeds"),
+        (["data.on_device=true"], r"^data\.on_device: the 91 decoded images of .* take about .* has 0\.0 GB free; use"),
+        (["data.num_workers=1"], r"^data\.num_workers: 1 loader workers hold up to .* /dev/shm has 0\.0 MB free; "),
+        (["trainer.log_every_n_steps=0"], r"^trainer\.log_every_n_steps: 0 must be at least 1"),
+    ],
+)
+def test_what_is_refused_is_not_told_of_first(run, tmp_path, capsys, monkeypatch, overrides, message):
+    monkeypatch.setattr(decoded, "free_memory", lambda device: 0)
+    monkeypatch.setattr(workers.os, "statvfs", lambda path: SimpleNamespace(f_bavail=0, f_frsize=1))
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(tmp_path / "run", *overrides)
+    assert len(capsys.readouterr().out.splitlines()) == 2, "what is announced"
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_on_the_cpu_nothing_lies_on_the_device(gpu):
