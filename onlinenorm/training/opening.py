@@ -89,13 +89,13 @@ def _without_effect(network: Any, config: dict[str, Any], data: Any, recipe: Any
     from onlinenorm.data.decoders import DEVICE_DECODERS
     from onlinenorm.normalizers import OnlineNorm
     from onlinenorm.training.clamping import clamped_layers
-    from onlinenorm.training.final_validation import can_reestimate
+    from onlinenorm.training.final_validation import NONE_TO_ESTIMATE, can_reestimate
 
     of_clamps = "clamp_raise_epochs", "clamp_off_epochs", "removal_every_epoch"
     said = []
     for keys, effective, why in (
         (of_clamps, bool(clamped_layers(network)), "no layer of the network clamps"),
-        (("reestimate_images",), can_reestimate(network), "no layer of the network is OnlineNorm or BatchNorm"),
+        (("reestimate_images",), can_reestimate(network), NONE_TO_ESTIMATE),
         (("warmup_lr",), recipe.warmup_epochs > 0, "recipe.warmup_epochs is 0"),
     ):
         idle = [f"recipe.{key}" for key in keys if getattr(recipe, key)]

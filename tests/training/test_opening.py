@@ -14,10 +14,11 @@ from onlinenorm import provenance
 from onlinenorm.cli.compose import load_config
 from onlinenorm.data import ImageNet, Synthetic, decoded, workers
 from onlinenorm.errors import ConfigError, DataError, Diverged
-from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d
+from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d, SyncBatchNorm2d
 from onlinenorm.training import fast_path
 from onlinenorm.training import run as run_module
 from onlinenorm.training.fast_path import open_data, with_values
+from onlinenorm.training.final_validation import NONE_TO_ESTIMATE
 from onlinenorm.training.opening import announce, details, notes
 from onlinenorm.training.recipe import Recipe
 
@@ -124,10 +125,12 @@ def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
                 "clamps"
             ],
         ),
+        (BatchRenorm2d(4, warmup_steps=0), {"reestimate_images": 64}, []),
+        (SyncBatchNorm2d(4), {"reestimate_images": 64}, []),
         (
             nn.GroupNorm(1, 4),
             {"reestimate_images": 64},
-            ["recipe.reestimate_images: without effect, as no layer of the network is OnlineNorm or BatchNorm"],
+            [f"recipe.reestimate_images: without effect, as {NONE_TO_ESTIMATE}"],
         ),
         (nn.GroupNorm(1, 4), {"warmup_lr": 0.1}, ["recipe.warmup_lr: without effect, as recipe.warmup_epochs is 0"]),
         (nn.GroupNorm(1, 4), {"warmup_lr": 0.1, "warmup_epochs": 1}, []),
