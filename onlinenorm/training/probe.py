@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from onlinenorm.errors import ArgumentError, ConfigError
+from onlinenorm.models.blocks import fuses
 from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.normalizers.dependence import statistics_depend_on
 from onlinenorm.normalizers.settings import LARGEST_CLAMP, STATISTICS
@@ -158,7 +159,7 @@ def _probe_own(factory: Callable[..., Any], layer: nn.Module, name: str, acceler
                 )
     with own_errors("normalizer", name, "does not take its own state_dict()"), torch.no_grad():
         _probe_state(factory, layer, name, x)
-    if getattr(layer, "fuses_residual", False):
+    if fuses(layer, "fuses_residual"):
         with own_errors("normalizer", name, "says fuses_residual and fails"), torch.no_grad():
             want, fused = (layer.eval()(x.clone()) + x).relu(), layer(x.clone(), residual=x.clone(), relu=True)
         if not torch.allclose(want, fused, rtol=1e-3, atol=1e-3, equal_nan=True):
