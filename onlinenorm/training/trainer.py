@@ -20,6 +20,7 @@ from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.exchange import ExchangeNote
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import check_alone, cluster_environment, launched, process_count
+from onlinenorm.training.optimizations import Optimization, disable
 from onlinenorm.training.precision import ScaledHalf
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.rendezvous import MeetingDDPStrategy
@@ -128,6 +129,7 @@ def build_trainer(
     sync_batchnorm: bool = False,
     deterministic: bool = False,
     cuda_graph: bool = False,
+    disabled_optimizations: tuple[Optimization, ...] = (),
     log_every_n_steps: int = 50,
     checkpoint_every_n_steps: int | None = None,
 ) -> pl.Trainer:
@@ -143,6 +145,7 @@ def build_trainer(
         sync_batchnorm: BatchNorm takes its statistics over all processes.
         deterministic: only kernels that give the same bits each time.
         cuda_graph: replay the network's training passes as CUDA graphs.
+        disabled_optimizations: what steps on a GPU go without.
         log_every_n_steps: optimizer steps between looks at the loss.
         checkpoint_every_n_steps: optimizer steps between checkpoints within an epoch, or None.
     """
@@ -153,6 +156,8 @@ def build_trainer(
     ):
         if value < 1:
             raise ArgumentError(key, f"{value!r} must be at least 1")
+    if accelerator == "gpu":
+        disable(disabled_optimizations)
     plugins: list[Any] = [VerifiedIO(), cluster_environment()]
     if scaled := precision == "16-mixed":
         plugins.append(ScaledHalf("cuda" if accelerator == "gpu" else "cpu"))

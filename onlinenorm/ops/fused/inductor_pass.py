@@ -41,8 +41,12 @@ PRIVATE = {
 class FoldGradients(CustomGraphPass):
     """Replace fused_backward(a + b, None, ...) by fused_backward(a, b, ...), and what is spread by what it spreads."""
 
+    enabled = True  # else gradients are added and spread before it
+
     def __call__(self, graph: torch.fx.Graph) -> None:
         _declare_operators()
+        if not self.enabled:
+            return
         backward = torch.ops.onlinenorm.fused_backward.default
         others = (
             torch.ops.onlinenorm.fused_max_pool_backward.default,
@@ -68,7 +72,7 @@ class FoldGradients(CustomGraphPass):
         # Part of the key of Inductor's cache on disk: none of its code expects other results of the operators.
         names = "max_pool.py", "operators.py", "shortcut.py", "single_read.py"
         results = [str(Path(__file__).with_name(name)) for name in names]
-        return get_hash_for_files((__file__, *results))
+        return get_hash_for_files((__file__, *results), extra=f"enabled={self.enabled}")
 
 
 @functools.cache
