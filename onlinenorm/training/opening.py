@@ -79,8 +79,12 @@ def _schedule(recipe: Any) -> str:
 
 
 def notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
-    """Sentences on what a run's settings ask for and its network will not do; arguments as of `details`."""
-    return [*_without_effect(network, config, data, recipe), *_warmup_notes(network, config, data, recipe)]
+    """Sentences on what a run's settings ask for and will not get; arguments as of `details`."""
+    return [
+        *_without_effect(network, config, data, recipe),
+        *_warmup_notes(network, config, data, recipe),
+        *_worker_notes(config, data),
+    ]
 
 
 def _without_effect(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
@@ -134,6 +138,21 @@ def _warmup_notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) 
         "what it is there for; give normalizer.warmup_steps a smaller number, or train for longer"
         for name, value in warmup.items()
         if value >= batches
+    ]
+
+
+def _worker_notes(config: dict[str, Any], data: Any) -> list[str]:
+    """A sentence where a machine's loader workers, as many as were asked for, are more than its cores, else none."""
+    from onlinenorm.data.workers import cores
+
+    processes = config["trainer"].get("devices", 1)
+    workers, here = (data.num_workers or 0) * processes, cores()
+    if workers <= here or data.on_device:
+        return []
+    each = f", {data.num_workers} of each of {processes} processes," if processes > 1 else ""
+    return [
+        f"data.num_workers: {workers} loader workers{each} share {plural(here, 'core')}, which seldom makes them "
+        "faster; null takes as many as there are cores"
     ]
 
 

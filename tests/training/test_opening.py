@@ -1,6 +1,7 @@
 """What a run says before it trains: at once, on which machine, how fast and why not faster."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,7 +23,9 @@ from onlinenorm.training.final_validation import NONE_TO_ESTIMATE
 from onlinenorm.training.opening import announce, details, notes
 from onlinenorm.training.recipe import Recipe
 
-DATA = SimpleNamespace(train_images=64, on_unreadable="raise", device_fraction=1.0, keep_decoded=False)
+DATA = SimpleNamespace(
+    train_images=64, on_unreadable="raise", device_fraction=1.0, keep_decoded=False, num_workers=0, on_device=False
+)
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.1, base_batch_size=16)
 
 
@@ -193,6 +196,34 @@ def test_keys_of_other_decoders_and_of_images_not_kept_are_told():
     ]
     data = Synthetic(num_train=64, num_val=8, decoder="nvjpeg", device_fraction=0.5, keep_decoded=True, on_device=True)
     assert notes(nn.Sequential(), config, data, RECIPE) == []
+
+
+@pytest.mark.parametrize(
+    "asked, devices, told",
+    [
+        (None, 8, ""),
+        (3, 1, ""),
+        (
+            4,
+            1,
+            "data.num_workers: 4 loader workers share 3 cores, which seldom makes them faster; null takes as ",
+        ),
+        (2, 2, "data.num_workers: 4 loader workers, 2 of each of 2 processes, share 3 cores, which seldom makes them "),
+    ],
+)
+def test_more_workers_than_cores_are_told(monkeypatch, asked, devices, told):
+    monkeypatch.setattr(workers, "cores", lambda: 3)
+    config = {"trainer": {"accumulate_grad_batches": 1, "devices": devices}}
+    data = Synthetic(num_train=64, num_val=8, num_workers=asked)
+    assert [note[: len(told)] for note in notes(nn.Sequential(), config, data, RECIPE)] == [told] * bool(told)
+
+
+def test_torch_does_not_tell_it_too_at_each_start(run, tmp_path, capfd, monkeypatch, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    run(tmp_path, "data.num_workers=2", "recipe.epochs=1", "recipe.milestones=[]")
+    assert not [warning for warning in recwarn if "worker" in str(warning.message)]
+    told = [line for line in capfd.readouterr().out.splitlines() if "worker" in line]
+    assert len(told) == 1 and told[0].startswith("  data.num_workers: 2 loader workers share 1 core, ")
 
 
 @pytest.mark.parametrize(
