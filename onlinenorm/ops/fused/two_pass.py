@@ -109,7 +109,8 @@ def _from_all(partial: Tensor, spec: NormSpec, merge_kernel, *sizes: int) -> Ten
         merge_kernel[samples, triton.cdiv(channels, block_c)](
             slices, partial, channels, splits, *sizes, BLOCK_C=block_c
         )
-    return gather_samples(partial.flatten(1)[None], *spec.peers)[0].unflatten(1, partial.shape[1:])
+    by_machine = bool(spec.mailbox)  # exchange="auto"
+    return gather_samples(partial.flatten(1)[None], *spec.peers, by_machine)[0].unflatten(1, partial.shape[1:])
 
 
 def _reduce(x: Tensor, geo: Geometry) -> Tensor:
