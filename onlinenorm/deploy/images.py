@@ -9,8 +9,9 @@ from torch import Tensor
 
 from onlinenorm.data import DataError
 from onlinenorm.data.workers import worker_loader
-from onlinenorm.deploy.source import Trained, elsewhere
+from onlinenorm.deploy.source import Trained
 from onlinenorm.errors import DeployError
+from onlinenorm.text import first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -25,14 +26,14 @@ def training_batches(trained: Trained, count: int) -> tuple[int, Iterator[Tensor
     """How many training images, and these as the network takes them: those that `final_validation.reestimate` takes.
 
     At least `count`, augmented and in whole batches as in training, but of one epoch at most. On the CPU. Raises
-    DataError where the dataset is missing.
+    DeployError where the dataset is missing.
     """
     recipe = trained.recipe
     data = replace(trained.data, augmentation=recipe.augmentation)
     try:
         data.setup()
     except DataError as error:
-        raise elsewhere(error) from error
+        raise DeployError(f"{first_line(error)} (--data-root names another place)") from error
     data.resume(recipe.epochs, 0)
     steps = min(-(-count // recipe.batch_size), data.train_images // recipe.batch_size)
     batches = (tuple(data.on_before_batch_transfer(batch)) for batch in data.train_dataloader())
@@ -46,7 +47,7 @@ def validation_batches(
     """(images, labels, indices) as the network takes them, on `device`.
 
     `limit` images spread evenly over the set, or all. A label of -1 marks an image that could not be read. Raises
-    DataError where the dataset is missing, or an image of it unreadable and not to be skipped.
+    DeployError where the dataset is missing.
     """
     data = trained.data
     if limit is not None and limit < 1:
@@ -58,7 +59,7 @@ def validation_batches(
         total = data.val_images
         whole = data.val_dataloader()
     except DataError as error:
-        raise elsewhere(error) from error
+        raise DeployError(f"{first_line(error)} (--data-root names another place)") from error
     count = min(limit or total, total)
     chosen = [(0, index * total // count) for index in range(count)]
     batches = [chosen[start : start + batch_size] for start in range(0, count, batch_size)]
