@@ -89,7 +89,7 @@ DROPPED = (
     ("1x1 convolutions as products (`conv_1x1_as_mm`)", "0 to 0.5 ms", "-0.05 of BatchNorm's 44.45 ms at 256"),
 )  # fmt: skip
 NEVER_BUILT = (
-    ("the recurrence of a norm in log depth over samples, once their moments are there", "0.4 and 0.10 ms"),
+    ("the recurrence of a norm's kernel in log depth over samples, as PyTorch's backend has it", "0.4 and 0.10 ms"),
     ("gradients of strided 1x1 shortcuts kept compact, without the zeros between their pixels", "0.4 and 0.05 ms"),
     ("a 1x1 convolution's input gradient and the norm behind it in one kernel", "1.9 and 0.40 ms"),
     ("both gradients of a 1x1 convolution in one kernel", "0.6 and 0.10 ms"),

@@ -187,7 +187,59 @@ def bottlenecks(stem, **constants):
     for block in model.modules():
         if isinstance(block, Bottleneck):
             block.fuse_shortcut = True
-    return with_norms(model, **constants).cuda()
+    return with_norms(model, **constants)
+
+
+def test_every_fusion_is_in_the_graphs_of_compiled_bottlenecks(monkeypatch):
+    """Traced as for a Hopper GPU, not run."""
+    fused = pytest.importorskip("onlinenorm.ops.fused")
+    if not fused.INTERPRETED:
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    from onlinenorm.ops.fused import inductor_pass, single_read
+
+    found = Counter()
+
+    def traced(module, _):
+        inductor_pass.FoldGradients()(module.graph)
+        for node in module.graph.nodes:
+            operator = str(node.args[0]) if node.op == "call_function" and node.args else ""
+            if operator.startswith("onlinenorm."):
+                skips = " of two gradients" * (node.kwargs.get("skip_grad") is not None)
+                spreads = " of one for all pixels" * (
+                    "grad" in node.kwargs and node.kwargs["grad"].meta["val"].shape[2] == 1
+                )
+                found[operator.split(".")[1] + skips + spreads] += 1
+        (out,) = (node for node in module.graph.nodes if node.op == "output")
+        values = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in out.args[0]]
+
+        def zeros(*_):
+            return [
+                torch.empty_strided(v.shape, v.stride(), dtype=v.dtype).zero_() if torch.is_tensor(v) else v
+                for v in values
+            ]
+
+        return make_boxed_func(zeros)
+
+    monkeypatch.setattr(single_read, "supports", lambda *arguments, **named: True)
+    torch._dynamo.reset()
+    network = bottlenecks("auto", backend="fused").to(memory_format=torch.channels_last)
+    network.compile(dynamic=False, backend=aot_autograd(fw_compiler=traced, bw_compiler=traced))
+    images, labels = next(classes(1, 32, 112))
+    with torch.autocast("cpu", torch.bfloat16):
+        scaled_loss(network, images.to(memory_format=torch.channels_last), labels).backward()
+    assert found == {
+        "fused_max_pool_forward": 1,
+        "fused_forward": 14,
+        "fused_shortcut_forward": 4,
+        "fused_max_pool_backward of two gradients": 1,
+        "fused_shortcut_backward of two gradients": 4,
+        "fused_backward": 12,
+        "fused_backward of two gradients": 1,
+        "fused_backward of one for all pixels": 1,
+    }
 
 
 def recorded_launches(monkeypatch):
@@ -213,8 +265,8 @@ def recorded_launches(monkeypatch):
 def all_fusions(guard, dtype, scale, batch, launches):
     """The network as train.py runs it, compiled, its step captured, after a pass that shows that every fusion ran."""
     torch._dynamo.reset()
-    network = bottlenecks("auto", backend="fused", error_compensation=guard).to(memory_format=torch.channels_last)
-    network.compile(dynamic=False)
+    network = bottlenecks("auto", backend="fused", error_compensation=guard)
+    network.cuda().to(memory_format=torch.channels_last).compile(dynamic=False)
     step = GraphedStep(network, partial(scaled_loss, scale=scale))
     fused = Program(network, step, dtype)
     fused.pass_over(batch)
@@ -250,7 +302,7 @@ def test_every_fusion_at_once_learns_as_none_in_200_steps(guard, dtype, monkeypa
     up, last = {"rounding": torch.finfo(dtype).eps / 2}, torch.channels_last
 
     def unfused(backend, dtype, layout=torch.contiguous_format, **options):
-        network = bottlenecks("conv7x7", backend=backend, error_compensation=guard).to(memory_format=layout)
+        network = bottlenecks("conv7x7", backend=backend, error_compensation=guard).cuda().to(memory_format=layout)
         return program(network, scale, dtype=dtype, layout=layout, **options)
 
     # channels first, the norms' kernels read twice
