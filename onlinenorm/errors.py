@@ -71,6 +71,7 @@ class DataError(ValueError):
     """
 
     exit_code = 1
+    on_all_processes = False  # of a run: each raises it at the same step
 
     def __init__(self, message: str, key: str | None = None):
         super().__init__(f"{key}: {message}" if key else message)
@@ -123,7 +124,7 @@ def cli_errors(prefix: str = ""):
         _end(f"{prefix}Ctrl-C", 128 + signal.SIGINT)
     except Exception as error:
         if hasattr(error, "exit_code"):
-            _end(f"{prefix}{error}", error.exit_code, isinstance(error, Interrupted))
+            _end(f"{prefix}{error}", error.exit_code, isinstance(error, Interrupted), _on_all_processes(error))
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             _end(f"{prefix}{error.filename}: {error.strerror}; choose a shorter path", ConfigError.exit_code)
         if not _out_of_memory(error):
@@ -135,10 +136,16 @@ def cli_errors(prefix: str = ""):
         _end(f"{prefix}{first_line(error)}\nThe GPU's memory is too small for this batch; {advice}", 1)
 
 
-def _end(message: str, exit_code: int, interrupted: bool = False) -> NoReturn:
+def _on_all_processes(error: BaseException | None) -> bool:
+    """Whether all processes of a run end with an error, which may have been given a key since."""
+    return error is not None and (getattr(error, "on_all_processes", False) or _on_all_processes(error.__cause__))
+
+
+def _end(message: str, exit_code: int, interrupted: bool = False, together: bool = False) -> NoReturn:
     rank_zero, child = _place()
     if not rank_zero:
-        if interrupted:  # and the first process says it; Lightning's launcher kills it when a child reports a failure
+        # and the first process says it; Lightning's launcher kills it when a child reports a failure
+        if interrupted or (together and child):
             sys.exit(0 if child else exit_code)
         # The first process says it, and its launcher ends this one; if not, the trouble is here alone.
         parent, deadline = os.getppid(), time.monotonic() + RANK_ZERO_SECONDS

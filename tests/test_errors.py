@@ -9,7 +9,16 @@ import sys
 import pytest
 
 from onlinenorm import errors
-from onlinenorm.errors import ArgumentError, ConfigError, DataError, Interrupted, RunError, cli_errors
+from onlinenorm.errors import (
+    ArgumentError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    RunError,
+    UnreadableImageError,
+    cli_errors,
+)
+from onlinenorm.training.config_check import full_keys
 
 TALKER = """
 import sys
@@ -54,10 +63,16 @@ def test_the_first_process_speaks_for_all(process, capsys, monkeypatch):
     assert end(RunError("gone")) == 1 and capsys.readouterr().err == "", "its launcher has gone with the first"
 
 
-def test_a_child_of_lightnings_launcher_leaves_the_exit_code_to_the_first(monkeypatch):
+def test_a_child_of_lightnings_launcher_leaves_the_exit_code_to_the_first(monkeypatch, capsys):
     for name, value in {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert end(Interrupted("SIGTERM: saved", 15)) == 0
+    error = UnreadableImageError("5.JPEG", key="on_unreadable")
+    assert end(error) == 1 and capsys.readouterr().err == "on_unreadable: 5.JPEG\n", "of this process alone"
+    error.on_all_processes = True
+    with pytest.raises(SystemExit) as left, cli_errors(), full_keys({"data": {"on_unreadable": "raise"}}, "data"):
+        raise error
+    assert left.value.code == 0 and capsys.readouterr().err == ""
 
 
 def test_torchrun_shows_the_sentence_in_its_table(process, tmp_path, capsys):

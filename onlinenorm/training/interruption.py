@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: once training has begun all processes agree at a step, save together and leave."""
+"""What asks a run to stop, a signal or data that fail: once training has begun all processes agree at a step."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from onlinenorm.data.workers import STOP_SIGNALS
-from onlinenorm.errors import Interrupted, drop_output
+from onlinenorm.errors import DataError, Interrupted, drop_output
 from onlinenorm.training.launch import is_rank_zero
 
 
@@ -20,7 +20,8 @@ class StopSignals:
     """Context in which the signals set `signum`; the former handlers come back at its end.
 
     Until `defer` there is nothing to save, and the first signal raises Interrupted at once. After a first Ctrl-C the
-    second ends the process at once. A reader of the output that leaves, as in `| head`, asks like SIGPIPE.
+    second ends the process at once. A reader of the output that leaves, as in `| head`, asks like SIGPIPE. `failure` is
+    what has gone wrong with the data that this one of several processes would need in a later step.
 
     Args:
         folder: of the run, for messages.
@@ -30,7 +31,8 @@ class StopSignals:
         self.signum, self.folder = 0, folder
         self._deferred = False
         self._former: dict[int, Any] = {}
-        self._group: Any = None
+        self.failure: DataError | None = None
+        self._own_group: Any = None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> "StopSignals":
@@ -73,21 +75,45 @@ class StopSignals:
         """Whether to stop at this step; the same answer on every process. To be called by all, once a step.
 
         Across processes the flags of one step are exchanged in the background, on the CPU, and looked at in the next:
-        no step waits for the exchange, and all act on the same step.
+        no step waits for the exchange, and all act on the same step. Raises the `failure` of one on all.
         """
         if trainer.world_size == 1:
             return self.signum != 0
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
         seen = 0
         if self._pending is not None:
-            work, flag = self._pending
+            work, flags = self._pending
             work.wait()
-            seen = int(flag)
-        flag = torch.tensor(self.signum)
-        self._pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag
+            seen, failed = flags.tolist()
+            self._raise_failure_of(failed)
+        self._pending = self._exchange()
         self.signum = self.signum or seen
         return seen != 0
+
+    def raise_failure(self) -> None:
+        """Raises, on every process, the `failure` of one, at once; to be called by all."""
+        work, flags = self._exchange()
+        work.wait()
+        self._raise_failure_of(int(flags[1]))
+
+    def _exchange(self) -> tuple[Any, torch.Tensor]:
+        """What is under way, and where the largest flags of all processes will be: signal, rank + 1 of a failure."""
+        flags = torch.tensor([self.signum, dist.get_rank() + 1 if self.failure else 0])
+        return dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flags
+
+    def _raise_failure_of(self, failed: int) -> None:
+        if failed:
+            told = [self.failure]
+            dist.broadcast_object_list(told, src=failed - 1, group=self._group)
+            error = told[0]
+            assert error is not None
+            error.on_all_processes = True
+            raise error
+
+    @property
+    def _group(self) -> Any:
+        if self._own_group is None:
+            self._own_group = dist.new_group(backend="gloo")
+        return self._own_group
 
     def raise_interrupted(self, epoch: int, step: int) -> None:
         """Raises Interrupted after a save."""

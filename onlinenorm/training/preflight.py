@@ -24,7 +24,7 @@ from onlinenorm.data.sampler import check_division
 from onlinenorm.data.unreadable import CURE, check_share
 from onlinenorm.records import lookup, run_path
 from onlinenorm.text import duration
-from onlinenorm.training.checkpoint import Checkpoints, resumable
+from onlinenorm.training.checkpoint import resumable
 from onlinenorm.training.clamping import clamped_layers
 from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.epoch_log import EpochLog
@@ -47,6 +47,7 @@ from onlinenorm.training.probe import probe_batch, probe_network, probe_normaliz
 from onlinenorm.training.probe_data import probe_data
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.run_folder import RunFolder
+from onlinenorm.training.saving import Checkpoints
 from onlinenorm.training.trainer import resolve_in
 
 OK, WARN, FAIL = "ok", "warning", "FAIL"

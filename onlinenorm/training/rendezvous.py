@@ -20,6 +20,7 @@ from onlinenorm.text import first_line
 from onlinenorm.training.children import WatchingLauncher
 from onlinenorm.training.interruption import StopSignals
 from onlinenorm.training.launch import launched
+from onlinenorm.training.look_ahead import LookAhead
 
 POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 30.0  # of processes of one machine; others are announced at once
@@ -61,6 +62,12 @@ class MeetingDDPStrategy(DDPStrategy):
             place = self.global_rank, self.world_size, self.num_processes
             self._store = meet(host, port, *place, self.stop, self.root_device.type)
         super().setup_distributed()
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        module: Any = self.lightning_module
+        trainer = module.trainer
+        check = trainer.datamodule.on_before_batch_transfer
+        return LookAhead(dataloader, check, trainer.accumulate_grad_batches, self.stop)
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None

@@ -15,7 +15,7 @@ from torch import nn
 from onlinenorm.errors import ArgumentError, ConfigError
 from onlinenorm.normalizers import check_synchronisable, synchronise_batch_norm
 from onlinenorm.records import lookup
-from onlinenorm.training.checkpoint import Checkpoints, VerifiedIO
+from onlinenorm.training.checkpoint import VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.exchange import ExchangeNote
 from onlinenorm.training.interruption import StopSignals
@@ -24,6 +24,7 @@ from onlinenorm.training.precision import ScaledHalf
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.rendezvous import MeetingDDPStrategy
 from onlinenorm.training.run_folder import RunFolder
+from onlinenorm.training.saving import Checkpoints
 
 TORCHS_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 Precision = Literal["auto", "32-true", "64-true", "bf16-mixed", "16-mixed"]

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from onlinenorm.errors import ConfigError, RunError
-from onlinenorm.training import checkpoint
+from onlinenorm.training import checkpoint, saving
 from onlinenorm.training.host_copy import host_copy
 from onlinenorm.training.trainer import quiet_lightning
 
@@ -267,12 +267,12 @@ def test_all_that_is_required_is_what_a_run_saves(run, tmp_path):
 def test_loop_state_has_every_counter_of_lightnings_loop():
     with quiet_lightning():
         fresh = pl.Trainer(logger=False, barebones=True).fit_loop.state_dict()
-    moved = checkpoint.loop_state(fresh, accumulate=2, steps=10, epoch=3, step=4, global_step=34)
+    moved = saving.loop_state(fresh, accumulate=2, steps=10, epoch=3, step=4, global_step=34)
     assert moved["epoch_progress"]["current"] == {"ready": 4, "completed": 3, "started": 4, "processed": 3}
     assert moved["epoch_loop.batch_progress"]["total"]["completed"] == 68
     assert moved["epoch_loop.batch_progress"]["current"]["ready"] == 8
     assert moved["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"] == 34
-    between = checkpoint.loop_state(fresh, accumulate=1, steps=10, epoch=3, step=0, global_step=30)
+    between = saving.loop_state(fresh, accumulate=1, steps=10, epoch=3, step=0, global_step=30)
     assert set(between["epoch_progress"]["total"].values()) == {3}
 
 
