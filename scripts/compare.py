@@ -24,8 +24,9 @@ import pandas as pd
 from onlinenorm.cli.arguments import parse_options
 from onlinenorm.errors import ReportError
 from onlinenorm.report.paired import check_same_images, pair, read_predictions
+from onlinenorm.report.predictions import as_trained, epochs_without_clamp
 from onlinenorm.report.render import render_pairing
-from onlinenorm.report.runs import as_trained, epochs_without_clamp, load_run
+from onlinenorm.report.runs import load_run
 from onlinenorm.report.seeds import former_attempts
 from onlinenorm.text import plural
 

@@ -27,7 +27,8 @@ from onlinenorm.data.tiny_imagenet import read_classes
 from onlinenorm.deploy.forms import load_folded
 from onlinenorm.errors import DeployError, ReportError, RunError
 from onlinenorm.records import read_record, read_rows
-from onlinenorm.report.runs import load_predictions, read_yaml
+from onlinenorm.report.predictions import load_predictions
+from onlinenorm.report.runs import read_yaml
 from onlinenorm.training.checkpoint import resumable
 from scripts import prepare_imagenet
 

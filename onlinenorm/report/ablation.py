@@ -13,8 +13,9 @@ import pandas as pd
 from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report.mixtures import check_one_point, differences
+from onlinenorm.report.predictions import epochs_without_clamp
 from onlinenorm.report.removal import ways
-from onlinenorm.report.runs import Runs, epochs_without_clamp, frame, milestones
+from onlinenorm.report.runs import Runs, frame, milestones
 from onlinenorm.report.seeds import over_seeds, tally
 from onlinenorm.report.settings import NOT_SET, ReportSpec
 from onlinenorm.report.swept import CLAMP_KEY, in_order, number, plain_value, swept, value_of

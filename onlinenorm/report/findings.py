@@ -12,8 +12,9 @@ from onlinenorm.errors import ReportError
 from onlinenorm.records import lookup
 from onlinenorm.report import benchmarks, words
 from onlinenorm.report.ablation import Ablation, clamp_removals, courses, of_clamped
+from onlinenorm.report.predictions import OFF_KEY, RAISE_KEY, epochs_without_clamp
 from onlinenorm.report.removal import ANEW, AS_TRAINED, KEPT, REMOVED, removal_courses
-from onlinenorm.report.runs import OFF_KEY, RAISE_KEY, Runs, epochs_without_clamp
+from onlinenorm.report.runs import Runs
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.statistics import NOT_COMPARABLE, NOT_RUN

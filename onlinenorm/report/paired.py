@@ -19,7 +19,8 @@ import pandas as pd
 from scipy import stats
 
 from onlinenorm.errors import ReportError
-from onlinenorm.report.runs import as_trained, frame, load_predictions
+from onlinenorm.report.predictions import as_trained, load_predictions
+from onlinenorm.report.runs import frame
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.statistics import MIN_SEEDS, Difference, one_sample_difference

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from onlinenorm.records import lookup
-from onlinenorm.report.runs import OFF_KEY, RAISE_KEY, Runs, as_trained, epochs_without_clamp, frame, milestones
+from onlinenorm.report.predictions import OFF_KEY, RAISE_KEY, as_trained, epochs_without_clamp
+from onlinenorm.report.runs import Runs, frame, milestones
 from onlinenorm.report.seeds import tally
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.statistics import EQUIVALENT, Verdict, summarize

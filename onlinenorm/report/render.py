@@ -15,8 +15,9 @@ from onlinenorm.report import benchmarks, clamp_words, page_words, words
 from onlinenorm.report.ablation import Ablation, clamp_courses, clamp_removals
 from onlinenorm.report.findings import Findings
 from onlinenorm.report.paired import Pairing
+from onlinenorm.report.predictions import epochs_without_clamp
 from onlinenorm.report.removal import removal_courses, retrained
-from onlinenorm.report.runs import Runs, epochs_without_clamp
+from onlinenorm.report.runs import Runs
 from onlinenorm.report.settings import ReportSpec
 from onlinenorm.report.tables import Report
 

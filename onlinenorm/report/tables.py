@@ -9,8 +9,9 @@ import pandas as pd
 
 from onlinenorm.records import lookup
 from onlinenorm.report.mixtures import check_one_table
+from onlinenorm.report.predictions import counted, epochs_without_clamp
 from onlinenorm.report.removal import ways
-from onlinenorm.report.runs import counted, epochs_without_clamp, frame, milestones
+from onlinenorm.report.runs import frame, milestones
 from onlinenorm.report.seeds import over_seeds
 from onlinenorm.report.settings import ReportSpec, departures, planned_scale
 from onlinenorm.report.statistics import (
