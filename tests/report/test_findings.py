@@ -155,9 +155,15 @@ def photographs(tmp_path_factory, spec):
     return load_studies(write_photographs(tmp_path_factory.mktemp("photographs")), spec)
 
 
-def test_findings_about_photographs_appear_with_their_runs(root, spec, photographs):
-    recorded, template = load_studies(root / "results" / "study", spec), root / "results" / "README.md.j2"
-    recorded = {name: study for name, study in recorded.items() if name not in photographs}
+@pytest.fixture(scope="module")
+def recorded(root, spec, photographs):
+    """Studies of the repository, without those that `photographs` stands for."""
+    studies = load_studies(root / "results" / "study", spec)
+    return {name: study for name, study in studies.items() if name not in photographs}
+
+
+def test_findings_about_photographs_appear_with_their_runs(root, spec, photographs, recorded):
+    template = root / "results" / "README.md.j2"
     both = (recorded, recorded | photographs)
     before, after = (findings_page(template, studies, benchmark(*ALL), spec).decode() for studies in both)
     for told in (
@@ -212,27 +218,36 @@ def test_values_of_a_sweep_are_compared_seed_by_seed(spec, photographs):
 
 
 @pytest.mark.parametrize(
-    ("lost", "gone", "told"),
+    "losses",
     [
-        ("imagenette/runs/batch", "", "BatchNorm not run (n = 3, 3, 0)"),
-        ("imagenette/runs/online_clamp", "", "In numbers: not run."),
-        ("imagenette/runs/online_clamp", "results.json", "activation clamping seed 0 running: epoch 5 of 5;"),
-        ("imagenette/runs", "results.json", "Within 1 point: clamping − BatchNorm not run;"),
-        ("jpeg_cost/runs/data.root=jpeg75", "", "JPEG minus exact, not run."),
-        ("imagenette_short/runs", "results.json", "(study/imagenette_short/table1.md)): not run with it, not"),
-        ("imagenette_clamp_value/runs", "results.json", "(study/imagenette_clamp_value/ablation.md)): not run."),
-        ("imagenette_256/runs/recipe.warmup_epochs=5/batch", "", "points, n = 1; BatchNorm not run."),
-        ("tiny_imagenet/runs/online_layer_scaling", "", "layer scaling not run, BatchNorm"),
+        [
+            ("imagenette/runs/batch", "", "BatchNorm not run (n = 3, 3, 0)"),
+            ("jpeg_cost/runs/data.root=jpeg75", "", "JPEG minus exact, not run."),
+            ("imagenette_short/runs", "results.json", "(study/imagenette_short/table1.md)): not run with it, not"),
+        ],
+        [
+            ("imagenette/runs/online_clamp", "", "In numbers: not run."),
+            ("imagenette_clamp_value/runs", "results.json", "(study/imagenette_clamp_value/ablation.md)): not run."),
+        ],
+        [
+            ("imagenette/runs/online_clamp", "results.json", "activation clamping seed 0 running: epoch 5 of 5;"),
+            ("imagenette_256/runs/recipe.warmup_epochs=5/batch", "", "points, n = 1; BatchNorm not run."),
+        ],
+        [
+            ("imagenette/runs", "results.json", "Within 1 point: clamping − BatchNorm not run;"),
+            ("tiny_imagenet/runs/online_layer_scaling", "", "layer scaling not run, BatchNorm"),
+        ],
     ],
-)  # fmt: skip
-def test_a_study_that_lacks_rows_or_values_has_its_place_on_the_page(tmp_path, root, spec, lost, gone, told):
+)
+def test_a_study_that_lacks_rows_or_values_has_its_place_on_the_page(tmp_path, root, spec, recorded, losses):
     write_photographs(tmp_path)
-    for path in (tmp_path / lost).rglob(gone) if gone else [tmp_path / lost]:
-        path.unlink() if gone else shutil.rmtree(path)
-    recorded = load_studies(root / "results" / "study", spec)
-    there = {name: study for name, study in recorded.items() if not (tmp_path / name).exists()}
-    page = findings_page(root / "results" / "README.md.j2", there | load_studies(tmp_path, spec), None, spec).decode()
-    assert told in page and not re.search(r" [.,;]|: \.", page), "no place is empty"
+    for lost, gone, _ in losses:
+        for path in (tmp_path / lost).rglob(gone) if gone else [tmp_path / lost]:
+            path.unlink() if gone else shutil.rmtree(path)
+    studies = recorded | load_studies(tmp_path, spec)
+    page = findings_page(root / "results" / "README.md.j2", studies, None, spec).decode()
+    assert [told for _, _, told in losses if told not in page] == []
+    assert not re.search(r" [.,;]|: \.", page), "no place is empty"
 
 
 def test_the_way_that_costs_least_is_named(spec, photographs):
