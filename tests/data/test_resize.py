@@ -26,8 +26,8 @@ ARITHMETICS = ("pillow", "torch")
 EDGES = [
     ((3, 1, 1), Plan(None, (1, 1), WHOLE, 8)),  # one pixel, black around it
     ((3, 1, 1), Plan(None, (9, 7), WHOLE, 8)),
-    ((3, 5, 90), Plan(None, (8, 8), WHOLE, 8)),  # panoramas
-    ((3, 90, 5), Plan(None, (8, 8), ((0, 0, True),), 8)),
+    ((3, 5, 50), Plan(None, (8, 8), WHOLE, 8)),  # panoramas
+    ((3, 50, 5), Plan(None, (8, 8), ((0, 0, True),), 8)),
     ((3, 20, 43), Plan(None, (8, 8), WHOLE, 8)),  # a fifth
     ((3, 5, 6), Plan(None, (31, 29), ((20, 21, True),), 8)),  # upscaling
     ((3, 20, 20), Plan((0, 0, 1, 1), (8, 8), WHOLE, 8)),  # boxes at the border
@@ -138,8 +138,11 @@ def test_ragged_images_are_those_of_the_cpu(arithmetic, channels):
     check(list(drawn_cases(150, channels, 33, 400, 1)), arithmetic, "cpu")
 
 
-@pytest.mark.parametrize("tile", [{}, {"_ROWS": 2, "_WARP": 4}], ids=["shipped", "small"])
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize(
+    ("arithmetic", "tile"),
+    [("pillow", {}), ("torch", {}), ("pillow", {"_ROWS": 3, "_WARP": 4})],  # the kernel of the tiles takes any weights
+    ids=["pillow-shipped", "torch-shipped", "pillow-small"],
+)
 def test_kernels_give_the_same_bits(interpreter, arithmetic, tile, monkeypatch):
     for name, size in tile.items():
         monkeypatch.setattr(f"onlinenorm.data.resize_triton.{name}", size)
