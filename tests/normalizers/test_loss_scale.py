@@ -1,6 +1,6 @@
 """Training in half precision with a loss scale that is too large at first."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -52,6 +52,12 @@ def train(scale=None, follow=None, left_out=0, model=None, steps=STEPS):
     return sum(losses[-5:]) / 5, discarded, model
 
 
+@cache
+def loss_without(left_out):
+    """Of a run without a scaler that leaves out so many steps."""
+    return train(left_out=left_out)[0]
+
+
 def standard_loop(kind, overflow_at=None, scale=2.0**16, device="cpu"):
     """Loss of the last ten of 60 steps that knows nothing of controls; it falls from 1.4 to about 1."""
     torch.manual_seed(0)
@@ -95,17 +101,17 @@ def test_overflow_costs_the_steps_that_are_discarded_and_no_more():
     loss, discarded, rescaled = train(2.0**24, "rescale_controls")
     same_loss, _, told = train(2.0**24, "gradient_scale")
     assert discarded > 5 and loss == same_loss
-    assert loss == pytest.approx(train(left_out=discarded)[0], rel=0.05)
+    assert loss == pytest.approx(loss_without(discarded), rel=0.05)
     scale = told[0][1].gradient_scale
     assert torch.equal(rescaled[0][1].control_v * scale, told[0][1].control_v)
 
 
-@pytest.mark.parametrize("scale", [2.0**16, 2.0**20, 2.0**24])
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**24])
 def test_training_goes_on_after_an_overflow_that_no_control_follows(scale):
     """A standard loop: its first losses are 2.3; what it lags behind wears off with the controls of the large scale."""
     loss, discarded, model = train(scale)
     assert (discarded > 1) == (scale > 2.0**16)
-    assert loss < 1.7 * train(left_out=discarded)[0] and loss < 1.5
+    assert loss < 1.7 * loss_without(discarded) and loss < 1.5
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
