@@ -37,18 +37,16 @@ for _ in range(2):
     network(torch.randn(4, 3, 8, 8)).square().mean().backward()
     optimizer.step()
 """
-# As if the packages that own these modules were not installed.
-WITHOUT = """
+# After hide(NAMES): as if the packages that own these modules were not installed, but for what is imported.
+HIDE = """
 import importlib.metadata as metadata, sys
 from importlib.machinery import PathFinder
-absent = {absent!r}
+absent, hidden = set(), set()
 class Bare(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         return None if name.partition(".")[0] in absent else PathFinder.find_spec(name, path, target)
 sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
-hidden = {{owner for top, owners in metadata.packages_distributions().items() if top in absent for owner in owners}}
-hidden = {{owner.lower().replace("_", "-") for owner in hidden}}
 class Distribution(metadata.Distribution):
     @classmethod
     def from_name(cls, name):
@@ -57,6 +55,11 @@ class Distribution(metadata.Distribution):
         return metadata.Distribution.from_name(name)
 metadata.distribution = Distribution.from_name
 metadata.version = lambda name: Distribution.from_name(name).version
+def hide(names):
+    absent.clear(), hidden.clear()
+    absent.update(names)
+    owners = {owner for top, each in metadata.packages_distributions().items() if top in names for owner in each}
+    hidden.update(owner.lower().replace("_", "-") for owner in owners)
 """
 PRINT = """
 import sys
@@ -84,10 +87,11 @@ def closure(distribution):
 
 
 def modules(code):
+    """What code prints, a set a line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 def absent(*extras):
@@ -106,27 +110,33 @@ def absent(*extras):
 def test_the_library_needs_torch_alone():
     assert names(PROJECT["dependencies"]) == {"torch"}
     assert {"numpy", "torchvision", "hydra", "matplotlib", "pytorch_lightning"} <= absent()
-    alone = modules(WITHOUT.format(absent=absent()) + STEP.format(ours=True) + PRINT)
+    (alone,) = modules(HIDE + f"hide({absent()})" + STEP.format(ours=True) + PRINT)
     assert "onlinenorm" in alone and not alone & absent()
     before = "import sys\nbefore = set(sys.modules)\n"
     after = PRINT.replace("in sys.modules", "in sys.modules.keys() - before")
-    more = modules(STEP.format(ours=False) + before + STEP.format(ours=True) + after) - {"onlinenorm"}
-    assert not more & absent(), "packages that are there are not loaded either"
+    (more,) = modules(STEP.format(ours=False) + before + STEP.format(ours=True) + after)
+    assert not (more - {"onlinenorm"}) & absent(), "packages that are there are not loaded either"
 
 
 @pytest.mark.parametrize(
-    "extra, programs",
+    "installed",
     [
-        ("train", ("train", "onlinenorm.training.run", "scripts.sweep", "scripts.prepare_imagenet")),
-        ("report", ("scripts.table1", "scripts.study", "scripts.compare")),
-        ("train,report", ("scripts.check",)),
-        ("deploy", ("scripts.export", "scripts.predict", "scripts.audit_clamping")),
+        {
+            "train": ("train", "onlinenorm.training.run", "scripts.sweep", "scripts.prepare_imagenet"),
+            "deploy": ("scripts.export", "scripts.predict", "scripts.audit_clamping"),
+        },
+        {"report": ("scripts.table1", "scripts.study", "scripts.compare"), "train,report": ("scripts.check",)},
     ],
+    ids=["train, then deploy", "report, then train"],
 )
-def test_an_extra_is_enough_for_its_programs(extra, programs):
-    """Each is imported without the packages that torch and the extra do not bring."""
-    code = WITHOUT.format(absent=absent(*extra.split(","))) + "".join(f"import {program}\n" for program in programs)
-    assert not modules(code + PRINT) & absent(*extra.split(","))
+def test_an_extra_is_enough_for_its_programs(installed):
+    """Each is imported without the packages that torch and the extras so far do not bring."""
+    lacking = [absent(*extras.split(",")) for extras in installed]
+    code = HIDE
+    for names, programs in zip(lacking, installed.values(), strict=True):
+        code += f"hide({names})\n" + "".join(f"import {program}\n" for program in programs) + PRINT
+    for loaded, names in zip(modules(code), lacking, strict=True):
+        assert not loaded & names
 
 
 def test_the_extras_are_what_the_tests_and_the_scripts_install():
