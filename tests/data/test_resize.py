@@ -13,8 +13,6 @@ from PIL import Image
 if not torch.cuda.is_available() and "triton" not in sys.modules:  # which the imports below may import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from compiling import printed_by
-
 from onlinenorm.data.randomness import uniforms
 from onlinenorm.data.resize import axis_weights, crop_table, most_taps, resize_crops
 from onlinenorm.data.transforms import DRAWS, PLANS, Plan, cut_crops, follow_plan, plan_rows, rows_of_plan
@@ -38,26 +36,6 @@ EDGES = [
     ((3, 40, 12), Plan(None, (11, 12), WHOLE, 8)),  # height shrinks more: Pillow 13 begins with it
 ]
 TENTH = (3, 80, 83), Plan(None, (8, 8), WHOLE, 8)  # half a minute in the interpreter
-
-
-COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from onlinenorm.data.resize_triton import _ROWS, _WARP, crops_kernel, weights_kernel
-
-TYPES = {"table": "*i64", "segments": "*i64", "pairs": "*i64", "columns": "*i32", "weights": "*i32",
-         "pixels": "*u8", "out": "*u8"}
-for kernel, constants in (
-    (weights_kernel, {"BLOCK": 128}),
-    (crops_kernel, {"CHANNELS": 3, "ROWS": _ROWS, "WIDTH": _WARP}),
-):
-    kinds = {k: "constexpr" if k in constants else TYPES.get(k, "i32") for k in kernel.arg_names}
-    fixed = {(kernel.arg_names.index(k),): value for k, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=fixed)
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
-    print(len(made.asm["cubin"]), made.asm["ptx"].count("fma.rn.f64"))
-"""
 
 
 def drawn_cases(count, channels, crop_size, longest, seed):
@@ -152,13 +130,6 @@ def test_kernels_give_the_same_bits(interpreter, arithmetic, tile, monkeypatch):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_kernels_give_the_same_bits_for_ragged_images(interpreter, channels):
     check(list(drawn_cases(8, channels, 19, 40, 2)), "pillow", "cpu", interpreted)
-
-
-def test_kernels_compile_without_a_gpu(tmp_path):
-    """And multiply and add apart, as C code does whose bits they have."""
-    pytest.importorskip("triton.language")
-    sizes, fused = zip(*(map(int, line.split()) for line in printed_by(COMPILE, tmp_path)), strict=True)
-    assert len(sizes) == 2 and min(sizes) > 0 and not any(fused)
 
 
 @pytest.mark.parametrize("plan", sorted(PLANS))
