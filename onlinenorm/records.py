@@ -30,7 +30,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "removal_every_epoch": False, "reestimate_images": 0,
     },
     "model": {"compile": False, "stem": "auto", "fuse_max_pool": True, "fuse_shortcut": True},
-    "trainer": {"cuda_graph": False},
+    "trainer": {"cuda_graph": False, "disabled_optimizations": []},
     "data": {"decoder": "pillow", "val_decoder": "pillow", "device_fraction": 1.0},
 }  # fmt: skip
 

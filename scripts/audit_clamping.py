@@ -6,7 +6,7 @@
 
 Validates as trained, without clamp, at each clamp value, and with the clamps up to each layer removed; prints two
 tables and the layer where the cost of removal starts; writes clamping.json, clamping.md and clamping.png. Exit code 0:
-written; 2: the run, its data or the arguments do not allow it.
+written; 1: the run's data failed; 2: the run or the arguments do not allow it.
 """
 
 import argparse

@@ -7,8 +7,8 @@
 RUN is a run folder (its last weights) or a checkpoint file in one. The clamp is removed unless --keep-clamp says
 otherwise; --reestimate N mends some of what that costs. Each file is read back and compared with the network on
 validation images before it is kept, and gets a model card. Exit code 0: all forms asked for are written; 1: refused by
-that comparison, or --to all could not make each form (the others are written, the table says why); 2: the run, the form
-or the arguments do not allow it.
+that comparison, the run's data failed, or --to all could not make each form (the others are written, the table says
+why); 2: the run, the form or the arguments do not allow it.
 """
 
 import argparse

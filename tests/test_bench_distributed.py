@@ -81,6 +81,32 @@ def test_peers_messages_what_is_sent_and_what_could_not_be_built():
         assert part in text, part
 
 
+@pytest.mark.parametrize(
+    "pretended, where", [(False, "2 x NVIDIA on 2 machines;"), (True, "2 x NVIDIA of one machine, taken for 2;")]
+)
+def test_what_several_machines_exchange_is_said(pretended, where):
+    rows = [*RESULTS["rows"], row("online_peers", 2, 45.9)]
+    text = table.render({**RESULTS, "rows": rows, "machines": 2, "machines_pretended": pretended})
+    assert where in text and "with exchange=auto, where small messages are gathered between the machines" in text
+    assert "a step with global statistics with exchange=auto is faster" in text and "peers'" not in text
+
+
+def on_two_machines(rank):
+    dist.init_process_group("gloo")
+    distributed.as_if_on(2)
+    steps = distributed.ops._steps(torch.ones(4), "", by_machine=True)
+    found = [dist.get_process_group_ranks(group) for group in steps]
+    dist.destroy_process_group()
+    return found
+
+
+def test_one_machine_can_stand_for_several():
+    pytest.importorskip("triton")
+    assert process_groups.run(4, on_two_machines) == [
+        [[r % 2, r % 2 + 2], [r // 2 * 2, r // 2 * 2 + 1]] for r in range(4)
+    ]
+
+
 def test_costs_are_told_of_each_batch():
     small = [
         {**row(name, 2, time), "batch_per_process": 16} for name, time in (("online_local", 4), ("online_peers", 5))

@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parent / "data"))
 from image_folders import write_tree
 from tests_training import load_train_module
 
+from onlinenorm.data import decoded
 from onlinenorm.training import ImageClassifier, preflight
 from onlinenorm.training.config_check import AUTO_KEYS, build
 from onlinenorm.training.fast_path import Choice, left_to_choose, with_values
@@ -139,7 +140,7 @@ def test_a_config_that_cannot_be_meant(script, capsys):
 
 def test_missing_data_fail(findings):
     code, found = findings(*TINY, "data=imagenet", "data.root=/nowhere")
-    assert code == 1 and "does not exist" in found["data"]["text"]
+    assert code == 1 and found["data"]["text"].startswith("data.root: /nowhere does not exist")
 
 
 def test_too_little_memory_is_told(findings, script, monkeypatch):
@@ -168,11 +169,13 @@ def test_what_would_end_the_run_at_once_is_told(script, capsys, tmp_path):
         (["normalizer=batch", "normalizer.momentum=7"], "normalizer.momentum: 7 must be"),
         (["normalizer=batch", "normalizer.eps=-1"], "normalizer.eps: -1 must be"),
         (["normalizer=instance", "model=resnet18", "data.image_size=32"], "normalizer: instance has a single value"),
+        (["data.on_device=true"], "data.on_device: the 80 decoded images of synthetic take about"),
         (["normalizer=batch", "--epochs", "3"], "--epochs: no such flag"),
         (["normalizer=batch", "--seconds", "0"], "--seconds: 0 must be larger than 0"),
     ],
 )
-def test_what_train_would_refuse_is_refused_in_its_words(script, capsys, overrides, message):
+def test_what_train_would_refuse_is_refused_in_its_words(script, capsys, monkeypatch, overrides, message):
+    monkeypatch.setattr(decoded, "free_memory", lambda device: 0)
     assert script.main([*SYNTHETIC, *overrides]) == 2
     assert message in capsys.readouterr().err
 

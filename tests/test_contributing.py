@@ -17,7 +17,6 @@ from tests_training import ROOT, load_train_module
 
 from onlinenorm.deploy import load_trained
 from onlinenorm.errors import ConfigError
-from onlinenorm.training import matrix
 from onlinenorm.training.roles import parameter_roles
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -42,7 +41,6 @@ def commands(section):
 def walk(tmp_path, monkeypatch):
     """Writes the files of sections into a scratch folder, and runs their commands there, in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(matrix, "queued_jobs", dict)  # a cluster that does not answer is waited for
     monkeypatch.syspath_prepend(tmp_path / "mine")  # export PYTHONPATH=mine
     modules = set(sys.modules)
 

@@ -85,6 +85,15 @@ def test_a_run_goes_on_after_a_damaged_file_was_replaced(tmp_path, caplog):
     assert all(found[key] == undisturbed[key] for key in ("parameters_sha256", "last"))
 
 
+@pytest.mark.parametrize("keep", ["false", "true"])
+def test_a_decoder_that_needs_a_gpu_is_refused_on_the_cpu_before_it_is_told_of(tmp_path, capsys, keep):
+    options = "data.decoder=nvjpeg", "data.on_device=true", f"data.keep_decoded={keep}"
+    with pytest.raises(ConfigError, match=r"^data\.decoder: nvjpeg decodes on an NVIDIA GPU, and this process has"):
+        run(tmp_path / "run", write_tree(tmp_path / "set"), *options)
+    assert len(capsys.readouterr().out.splitlines()) == 2, "what is announced"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_is_not_reprinted_for_other_images(tmp_path, capsys):
     tree, folder = write_tree(tmp_path / "set"), tmp_path / "run"
     found = run(folder, tree)

@@ -23,7 +23,7 @@ from onlinenorm.data.limits import RULE, proportional
 from onlinenorm.data.missing import checked_root
 from onlinenorm.data.network_input import NetworkInput
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
-from onlinenorm.data.nvjpeg_loader import NvjpegLoader
+from onlinenorm.data.nvjpeg_loader import NO_GPU, NvjpegLoader
 from onlinenorm.data.prefetch import Batch
 from onlinenorm.data.replaced_files import described_files, replaced_files
 from onlinenorm.data.sampler import GlobalBatchSampler, ValidationSampler
@@ -326,11 +326,7 @@ class ImageDataModule(pl.LightningDataModule):
     def _gpu(self) -> torch.device:
         device = torch.device("cuda") if self.trainer is None else self.trainer.strategy.root_device
         if device.type != "cuda" or not torch.cuda.is_available():
-            raise ArgumentError(
-                "decoder",
-                "nvjpeg decodes on an NVIDIA GPU, and this process has none to train on; "
-                "use torchvision, or pillow for reference pixels",
-            )
+            raise ArgumentError("decoder", NO_GPU)
         return device
 
     def _loader(self, dataset: AnyDataset, sampler: GlobalBatchSampler | ValidationSampler) -> Loader:

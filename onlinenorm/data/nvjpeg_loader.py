@@ -27,6 +27,11 @@ from onlinenorm.data.nvjpeg_dataset import EncodedBatch, NvjpegDataset
 from onlinenorm.data.prefetch import Batch, prefetch, to_device, transfer_rest
 from onlinenorm.data.resize import crop_table, most_taps, resize_crops
 
+NO_GPU = (
+    "nvjpeg decodes on an NVIDIA GPU, and this process has none to train on; use torchvision, or pillow for reference "
+    "pixels"
+)
+
 
 def more_work_queues() -> None:
     """Lets nvJPEG work beside captured training steps; to be called before CUDA starts.

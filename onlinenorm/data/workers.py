@@ -36,6 +36,9 @@ class WorkerLoader(DataLoader):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
+    def check_worker_number_rationality(self) -> None:
+        """Says nothing, where torch warns of more workers than cores at each start: a run says so once."""
+
 
 def _ready(batch: Any) -> Any:
     return batch  # datasets make whole batches; nothing is left to collate
@@ -75,8 +78,12 @@ def worker_loader(
 
 def share_of_cores(processes: int) -> int:
     """Workers of each of so many processes of a machine where none are asked for: its share of the cores, 1 to 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // processes))
+    return max(1, min(16, cores() // processes))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_worker(worker: int) -> None:

@@ -10,9 +10,9 @@ ALLOW = "build this class of a package of your own that the run names, which run
 
 
 def exit_code(name: str, program: Callable[[], int]) -> int:
-    """The exit code of `program`; a deliberate error becomes one line on stderr and its own code, or 2."""
+    """The exit code of `program`; a deliberate error becomes one line on stderr and its own code."""
     try:
         return program()
     except (DeployError, ConfigError, RunError, DataError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code if isinstance(error, DeployError) else 2
+        return error.exit_code

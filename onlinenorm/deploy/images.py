@@ -9,9 +9,8 @@ from torch import Tensor
 
 from onlinenorm.data import DataError
 from onlinenorm.data.workers import worker_loader
-from onlinenorm.deploy.source import Trained
+from onlinenorm.deploy.source import Trained, elsewhere
 from onlinenorm.errors import DeployError
-from onlinenorm.text import first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -26,14 +25,14 @@ def training_batches(trained: Trained, count: int) -> tuple[int, Iterator[Tensor
     """How many training images, and these as the network takes them: those that `final_validation.reestimate` takes.
 
     At least `count`, augmented and in whole batches as in training, but of one epoch at most. On the CPU. Raises
-    DeployError where the dataset is missing.
+    DataError where the dataset is missing.
     """
     recipe = trained.recipe
     data = replace(trained.data, augmentation=recipe.augmentation)
     try:
         data.setup()
     except DataError as error:
-        raise DeployError(f"{first_line(error)} (--data-root names another place)") from error
+        raise elsewhere(error) from error
     data.resume(recipe.epochs, 0)
     steps = min(-(-count // recipe.batch_size), data.train_images // recipe.batch_size)
     batches = (tuple(data.on_before_batch_transfer(batch)) for batch in data.train_dataloader())
@@ -47,7 +46,7 @@ def validation_batches(
     """(images, labels, indices) as the network takes them, on `device`.
 
     `limit` images spread evenly over the set, or all. A label of -1 marks an image that could not be read. Raises
-    DeployError where the dataset is missing.
+    DataError where the dataset is missing, or an image of it unreadable and not to be skipped.
     """
     data = trained.data
     if limit is not None and limit < 1:
@@ -59,7 +58,7 @@ def validation_batches(
         total = data.val_images
         whole = data.val_dataloader()
     except DataError as error:
-        raise DeployError(f"{first_line(error)} (--data-root names another place)") from error
+        raise elsewhere(error) from error
     count = min(limit or total, total)
     chosen = [(0, index * total // count) for index in range(count)]
     batches = [chosen[start : start + batch_size] for start in range(0, count, batch_size)]

@@ -13,9 +13,8 @@ from onlinenorm.data import DataError, ImageNet
 from onlinenorm.data.decoders import DECODERS, named_warnings, open_rgb
 from onlinenorm.data.index import EXTENSIONS, is_image
 from onlinenorm.data.transforms import Plan, cut_crops, plan_center_crop, shorter_side
-from onlinenorm.deploy.source import Trained
+from onlinenorm.deploy.source import Trained, elsewhere
 from onlinenorm.errors import DeployError
-from onlinenorm.text import first_line
 from onlinenorm.training.accuracy import full_precision, ranked
 
 
@@ -53,8 +52,7 @@ def class_names(trained: Trained) -> tuple[list[str], str]:
     try:
         names = trained.data.class_names
     except DataError as error:
-        reason = f"{first_line(error)} (--data-root names another place)"
-        return [f"class {label}" for label in range(trained.num_classes)], reason
+        return [f"class {label}" for label in range(trained.num_classes)], str(elsewhere(error))
     if len(names) != trained.num_classes:
         raise DeployError(f"the dataset has {len(names)} classes and the network {trained.num_classes}")
     return list(names), ""

@@ -12,6 +12,7 @@ from onlinenorm import data
 from onlinenorm.errors import ConfigError, DeployError, RunError
 from onlinenorm.normalizers import OnlineNorm
 from onlinenorm.records import read_record
+from onlinenorm.text import first_line
 from onlinenorm.training import targets
 from onlinenorm.training.checkpoint import LAST, PREVIOUS, read
 from onlinenorm.training.clamping import ClampSchedule
@@ -95,7 +96,7 @@ def load_trained(
         allowed: names in full of normalizers, networks and data sets of the user's own package, as the run's
             configuration has them. Building them runs code of that package.
 
-    Raises DeployError for anything missing, damaged, foreign or outside.
+    Raises DeployError for anything missing, damaged, foreign or outside, DataError for the dataset where it is asked.
     """
     folder, checkpoint = locate(Path(path))
     config = _read_config(folder, allowed)
@@ -118,6 +119,8 @@ def load_trained(
         trained = Trained(folder, checkpoint, config, _read_json(folder, "environment.json"), None, nn.Identity(),
                           recipe, images, classes, channels)  # fmt: skip
         trained.network = trained.build_network(normalizer)
+    except data.DataError:  # at their place, not in the file
+        raise
     except (ConfigError, RunError, ValueError) as error:
         raise DeployError(f"{folder / 'config.yaml'}: {error}") from error
     _load(trained.network, state, checkpoint)
@@ -145,12 +148,17 @@ def _sizes(
         try:
             return images.num_classes, images.in_channels
         except data.DataError as error:
-            raise DeployError(f"{error} (--data-root names another place)") from error
+            raise elsewhere(error) from error
     try:
         classes, channels = sizes(state)
     except (KeyError, IndexError) as error:
         raise DeployError(f"{checkpoint}: holds no network of {target} ({type(error).__name__}: {error})") from error
     return classes, channels
+
+
+def elsewhere(error: data.DataError) -> data.DataError:
+    """An error of the run's data, with what tells a script where else they are."""
+    return data.DataError(f"{first_line(error)} (--data-root names another place)")
 
 
 def locate(path: Path) -> tuple[Path, Path]:

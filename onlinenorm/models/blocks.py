@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torchvision.models import resnet as torchvision_resnet
 
@@ -39,11 +40,11 @@ def norm_act(
     """
     if shortcut is not None:
         return norm(x, residual=residual, relu=relu, shortcut=shortcut)
-    if getattr(norm, "fuses_residual", False):
+    if fuses(norm, "fuses_residual"):
         return norm(x, residual=residual, relu=relu)
     out = norm(x)
     # a hook may put its own output, or a view, in place of the norm's
-    inplace = type(norm) in OVERWRITABLE and not norm._forward_hooks and not norm._backward_hooks
+    inplace = type(norm) in OVERWRITABLE and _are_untouched(norm)
     if residual is not None:
         out = out.add_(residual) if inplace else out + residual
     return F.relu(out, inplace=inplace or residual is not None) if relu else out
@@ -52,9 +53,10 @@ def norm_act(
 def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.MaxPool2d, fuse: bool = True) -> Tensor:
     """pool(relu(norm(x))), in one kernel each way where a compiled network's normalizer has ``fuses_max_pool = True``.
 
-    Eager networks call the layers one by one, so that hooks on them see what they expect.
+    Eager networks call the layers one by one, and so do compiled ones where either has a hook.
     """
-    if fuse and torch.compiler.is_compiling() and getattr(norm, "fuses_max_pool", False) and _is_resnets(pool):
+    fuse = fuse and torch.compiler.is_compiling() and fuses(norm, "fuses_max_pool")
+    if fuse and _is_resnets(pool) and _are_untouched(norm, pool):
         return norm(x, relu=True, max_pool=True)
     return pool(norm_act(norm, x))
 
@@ -62,15 +64,37 @@ def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.MaxPool2d, fuse: bool
 def shortcut_of(block: "BasicBlock | Bottleneck", x: Tensor) -> tuple[Tensor, nn.Module | None]:
     """The residual of a block, and the norm that it has yet to pass, in the kernel of the block's last norm, or None.
 
-    Eager networks call the layers one by one, so that hooks on them see what they expect.
+    Eager networks call the layers one by one, and so do compiled ones where a norm or the shortcut has a hook.
     """
-    downsample = block.downsample
+    downsample, norm = block.downsample, block.last_norm
     if downsample is None:
         return x, None
-    norm, fuses = block.last_norm, block.fuse_shortcut and torch.compiler.is_compiling()
-    if not fuses or not getattr(norm, "fuses_shortcut", False) or not _ends_in(downsample, type(norm)):
-        return downsample(x), None
-    return downsample[0](x), downsample[1]
+    fuse = block.fuse_shortcut and torch.compiler.is_compiling() and fuses(norm, "fuses_shortcut")
+    if fuse and _ends_in(downsample, type(norm)) and _are_untouched(norm, downsample, downsample[1]):
+        return downsample[0](x), downsample[1]
+    return downsample(x), None
+
+
+def fuses(norm: nn.Module, says_so: str) -> bool:
+    """Whether a norm says so of its own ``forward``, not of one that a subclass or the instance has replaced."""
+    for holder in (norm, *type(norm).__mro__):
+        if says_so in vars(holder):
+            return bool(getattr(norm, says_so))
+        if "forward" in vars(holder):
+            return False
+    return False
+
+
+def _are_untouched(*modules: nn.Module) -> bool:
+    """Whether calls of these are their classes' ``forward`` and no more: no hook, none put in its place on one."""
+    return not _has_any_global_hook() and not any(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
+    )
 
 
 def _ends_in(downsample: nn.Module, norm: type) -> bool:
@@ -79,7 +103,9 @@ def _ends_in(downsample: nn.Module, norm: type) -> bool:
 
 
 def _is_resnets(pool: nn.Module) -> bool:
-    return type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
+    if type(pool) is not nn.MaxPool2d or pool.return_indices or pool.ceil_mode:
+        return False
+    return (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
 
 
 class ResNet:

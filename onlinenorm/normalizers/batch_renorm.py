@@ -25,7 +25,7 @@ class _BatchRenorm(LeafOfGraphs, FullPrecision, _BatchNorm):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    momentum: float
+    momentum: float | None
 
     def __init__(
         self,
@@ -67,6 +67,8 @@ class _BatchRenorm(LeafOfGraphs, FullPrecision, _BatchNorm):
     def _share(self, last: int) -> Tensor:
         """How much of the way from ``warmup_steps`` to ``last`` batches is behind, 0 to 1."""
         steps = self.num_batches_tracked.to(self.running_mean.dtype)
+        if self.momentum is None:
+            return torch.zeros_like(steps)
         if last == self.warmup_steps:
             return (steps >= last).to(steps.dtype)
         return ((steps - self.warmup_steps) / (last - self.warmup_steps)).clamp(0, 1)
@@ -94,9 +96,10 @@ class _BatchRenorm(LeafOfGraphs, FullPrecision, _BatchNorm):
         y = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean_C, self.momentum)
+            share = 1 / self.num_batches_tracked.to(mean_C.dtype) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean_C, share)
             # the paper averages deviations, of which E[r] = 1; kept as the variance that evaluation takes
-            moving_C.lerp_(deviation_C, self.momentum)
+            moving_C.lerp_(deviation_C, share)
             self.running_var.copy_((moving_C.square() - self.eps).clamp(min=0))
         return y
 
@@ -104,7 +107,7 @@ class _BatchRenorm(LeafOfGraphs, FullPrecision, _BatchNorm):
         return (
             f"{self.num_features}, r_max={self.r_max:g}, d_max={self.d_max:g}, warmup_steps={self.warmup_steps}, "
             f"r_max_steps={self.r_max_steps}, d_max_steps={self.d_max_steps}, eps={self.eps:g}, "
-            f"momentum={self.momentum:g}, affine={self.affine}"
+            f"momentum={self.momentum}, affine={self.affine}"
         )
 
 
@@ -121,6 +124,9 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} by a batch's statistics,
     ``num_batches_tracked``: 1 and 0 during the first ``warmup_steps`` batches, then in a line to ``r_max`` and
     ``d_max``. Eval: y = (x - running_mean) / sqrt(running_var + eps) * weight + bias, as BatchNorm, whose state it has;
     running_var + eps is the square of sigma. Activation checkpointing of a training pass is an error.
+
+    ``torch.optim.swa_utils.update_bn`` estimates the statistics anew: while it has set ``momentum`` to None, they are
+    means over batches, which are normalised as by BatchNorm.
 
     Args:
         num_features: channels C.

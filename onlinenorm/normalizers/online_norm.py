@@ -364,11 +364,12 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
             statistics of a process's own after that pass.
         exchange: how global statistics come to other processes: "gather" (collectives) or "auto" (in 16 bits on up to 8
             GPUs of one machine, Hopper or later, each with access to the others' memory, kernels store moments there
-            while they run, so that images are read once; elsewhere, and for uneven batches, as "gather"). Every process
-            must see all of these GPUs: where CUDA_VISIBLE_DEVICES, or SLURM's --gpus-per-task, leaves each process its
-            own alone, torch shares no memory between them. Of a layer's captured forward and backward graphs one is
-            replayed after the other in turn. A process that does not come is waited for as long as by the group's
-            collectives; what waits then fails.
+            while they run, so that images are read once; elsewhere, and for uneven batches, as "gather", but small
+            messages of 16 processes or more on several machines between these first and then within each). Every
+            process must see all GPUs of its machine: where CUDA_VISIBLE_DEVICES, or SLURM's --gpus-per-task, leaves
+            each its own alone, torch shares no memory between them. Of a layer's captured forward and backward graphs
+            one is replayed after the other in turn. A process that does not come is waited for as long as by the
+            group's collectives; what waits then fails.
         process_group: whose batches form the global stream, and by whose number gradients are taken to be averaged; a
             ``torch.distributed`` group that this process belongs to, or None for all processes.
         device, dtype: of parameters and state; float32, or float64 when asked for, never half precision.

@@ -232,7 +232,11 @@ def _describe(hint: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (list, tuple):
-        return f"a list of {_describe(arguments[0]).removeprefix('a ')}s" if arguments else "a list"
+        if not arguments:
+            return "a list"
+        each = _describe(arguments[0])
+        any_of = typing.get_origin(arguments[0]) is typing.Literal
+        return f"a list of any {each.removeprefix('one ')}" if any_of else f"a list of {each.removeprefix('a ')}s"
     return "null" if hint is type(None) else _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -145,8 +145,11 @@ class CastWeights:
         kind: of device.
     """
 
+    enabled = True  # else autocast casts them
+
     def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor], kind: str):
-        names = weights_cast_by_layers(module) if torch.is_autocast_enabled(kind) else set()
+        together = self.enabled and torch.is_autocast_enabled(kind)
+        names = weights_cast_by_layers(module) if together else set()
         cast = {name: p for name, p in parameters.items() if name in names and p.dtype is torch.float32}
         self._of = list(cast.values())
         dtype = torch.get_autocast_dtype(kind)

@@ -5,6 +5,7 @@ from typing import Any
 
 from onlinenorm.normalizers.dependence import ACCUMULATION, PROCESSES, statistics_depend_on
 from onlinenorm.training.config_check import build, full_keys
+from onlinenorm.training.launch import process_count
 
 # Keys that divide a batch. They are free where the statistics do not depend on the division.
 KEYS = ("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes", "trainer.sync_batchnorm")
@@ -13,8 +14,7 @@ KEYS = ("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes
 def divisions(config: dict[str, Any], dependent: set[str]) -> dict[str, int | None]:
     """The parts of a batch by division, of those in `dependent`; None where "auto" leaves it open."""
     trainer = config.get("trainer", {})
-    devices = trainer.get("devices", 1)
-    processes = None if devices == "auto" else devices * trainer.get("num_nodes", 1)
+    processes = None if trainer.get("devices") == "auto" else process_count(trainer)
     parts = {PROCESSES: processes, ACCUMULATION: trainer.get("accumulate_grad_batches", 1)}
     return {name: count for name, count in parts.items() if name in dependent}
 

@@ -46,6 +46,7 @@ from onlinenorm.errors import ConfigError, RunError
 from onlinenorm.records import lookup
 from onlinenorm.text import first_line
 from onlinenorm.training.config_check import AUTO, AUTO_KEYS, build
+from onlinenorm.training.launch import process_count
 from onlinenorm.training.probe_data import BUILD
 from onlinenorm.training.recipe import Recipe
 from onlinenorm.training.targets import NAMED, own_errors
@@ -272,7 +273,7 @@ def _against_capturing(config: dict[str, Any], data: ImageDataModule) -> str:
 def _against_keeping(config: dict[str, Any], data: ImageDataModule) -> str:
     if reason := _too_large(data):
         return reason
-    alone = config["trainer"]["devices"] * config["trainer"]["num_nodes"] == 1  # several must choose alike
+    alone = process_count(config["trainer"]) == 1  # several must choose alike
     needed, free = _decoded_bytes(data), (free_memory(_device()) or 0) if alone else None
     if free is not None and needed > free / 2:
         return f"{needed / 1e9:,.1f} GB decoded, and the GPU has {free / 1e9:,.1f} GB free"

@@ -19,7 +19,14 @@ from torch.optim.swa_utils import update_bn
 
 from onlinenorm.data import ImageDataModule
 from onlinenorm.files import write_atomically
-from onlinenorm.normalizers import OnlineNorm, remove_clamping, update_statistics
+from onlinenorm.normalizers import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    OnlineNorm,
+    SyncBatchNorm2d,
+    remove_clamping,
+    update_statistics,
+)
 from onlinenorm.text import plural
 from onlinenorm.training.accuracy import TOP1_RULE
 from onlinenorm.training.clamping import ClampMeter
@@ -28,6 +35,9 @@ from onlinenorm.training.module import ImageClassifier
 from onlinenorm.training.recipe import Recipe, clamp_factor
 from onlinenorm.training.trainer import TORCHS_BATCH_NORMS
 
+# Whose statistics update_bn makes the mean over batches; a class derived of one may have a rule of its own.
+MEANS_OVER_BATCHES = (*TORCHS_BATCH_NORMS, SyncBatchNorm2d, BatchRenorm1d, BatchRenorm2d)
+NONE_TO_ESTIMATE = "no layer of the network is OnlineNorm, BatchNorm or BatchRenorm"
 FILES_LISTED = 1000  # unreadable images named in results.json
 
 
@@ -77,7 +87,7 @@ def measured(validated: dict[str, Any]) -> dict[str, float | None]:
 def final_validation(
     trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, log: EpochLog
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Of results.json `clamping` (None where nothing clamps) and, if asked for, `reestimated`; then predictions.npz.
+    """Of results.json `clamping` and, if asked for, `reestimated`, each None where no layer has it; predictions.npz.
 
     The figures of the network as trained take the place of the last epoch's in `log`: the same weights on the same
     images, but kernels may round otherwise, and metrics.csv, results.json and predictions.npz tell one story. Where the
@@ -136,18 +146,19 @@ def kept_buffers(network: nn.Module) -> Iterator[None]:
 
 
 def can_reestimate(network: nn.Module) -> bool:
-    """Whether a network has statistics that `reestimate` moves: those of OnlineNorm or BatchNorm."""
-    layers = list(network.modules())
-    batch_norms = [layer for layer in layers if type(layer) in TORCHS_BATCH_NORMS]
-    return any(isinstance(layer, OnlineNorm) for layer in layers) or any(n.track_running_stats for n in batch_norms)
+    """Whether a network has statistics that `reestimate` moves: those of OnlineNorm, BatchNorm or BatchRenorm."""
+    return any(
+        isinstance(layer, OnlineNorm) or (type(layer) in MEANS_OVER_BATCHES and layer.track_running_stats)
+        for layer in network.modules()
+    )
 
 
 def reestimate(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, images: int) -> int:
-    """Moves the statistics of OnlineNorm and BatchNorm over training images; returns how many, 0 where neither is.
+    """Moves the statistics that `can_reestimate` tells of over training images; returns how many, 0 without any.
 
     The images are the first of an epoch after the last one, augmented and in batches as in training: whole batches, of
-    one epoch at most. OnlineNorm goes on from where it is with its own decay (`update_statistics`), BatchNorm takes the
-    mean over batches (`torch.optim.swa_utils.update_bn`).
+    one epoch at most. OnlineNorm goes on from where it is with its own decay (`update_statistics`), the others take
+    the mean over batches (`torch.optim.swa_utils.update_bn`).
     """
     online = any(isinstance(layer, OnlineNorm) for layer in module.network.modules())
     if not can_reestimate(module.network):
@@ -265,6 +276,8 @@ def summary(results: dict[str, Any], recipe: Recipe, folder: Path) -> str:
                 "  not finite on statistics estimated anew: these made logits NaN or infinite. The network as trained "
                 "has its own: leave scripts/export.py --reestimate out"
             )
+    elif "reestimated" in results:
+        lines.append(f"  recipe.reestimate_images: without effect, as {NONE_TO_ESTIMATE}")
     if attempts := results.get("attempts"):
         ended = "; ".join(attempt["failure"] or "stopped" for attempt in attempts)
         lines.append(f"  attempt {len(attempts) + 1}; what ended those before: {ended}")

@@ -1,7 +1,8 @@
 """How this process was started (alone, by torchrun, srun or by hand), and which of a run's processes it is."""
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onlinenorm.errors import ConfigError
 
@@ -54,6 +55,11 @@ def launched() -> Launch | None:
     return None
 
 
+def process_count(trainer: Mapping[str, Any]) -> int:
+    """The processes of a trainer node, on all its machines; its devices are a number."""
+    return trainer.get("devices", 1) * trainer.get("num_nodes", 1)
+
+
 def check_alone(devices: int, num_nodes: int) -> None:
     """Raises ConfigError where nothing was `launched` and yet variables make this one process of several.
 
@@ -61,14 +67,15 @@ def check_alone(devices: int, num_nodes: int) -> None:
     """
     environ = os.environ
     missing = [name for name in ("WORLD_SIZE", *MEETING_POINT) if name not in environ]
-    of_several = devices * num_nodes > 1
+    processes = devices * num_nodes
+    of_several = processes > 1
     if "LOCAL_RANK" in environ and (of_several or _number("LOCAL_RANK")):  # a process of Lightning's launcher, or alike
         if num_nodes > 1 and "NODE_RANK" not in environ:
             missing.append("NODE_RANK")
         if missing:
             raise _incomplete("LOCAL_RANK", missing)
         rank = _number("NODE_RANK", 0) * devices + _number("LOCAL_RANK")
-        fits = _number("WORLD_SIZE") == devices * num_nodes and _number("RANK", rank) == rank
+        fits = _number("WORLD_SIZE") == processes and _number("RANK", rank) == rank
         if not fits or _number("LOCAL_RANK") >= devices:
             raise ConfigError(
                 f"LOCAL_RANK: {environ['LOCAL_RANK']} with WORLD_SIZE={environ['WORLD_SIZE']} does not fit "

@@ -167,11 +167,20 @@ def check_folders(rows: Sequence[Row]) -> None:
             )
 
 
-def queued_jobs() -> dict[str, str]:
-    """Job number -> state of this user's SLURM jobs; {} without SLURM."""
-    if shutil.which("squeue") is None:
+def queued_jobs(rows: Iterable[Row]) -> dict[str, str]:
+    """Job number -> state of this user's SLURM jobs; {} where none of these rows waits for one, or without SLURM.
+
+    Raises RunError where SLURM does not answer: a job in its queue would be taken for one that has failed.
+    """
+    waiting = [row for row in rows if row.job.exists() and not (row.folder / "results.json").exists()]
+    if not waiting or shutil.which("squeue") is None:
         return {}
     answer = subprocess.run(["squeue", "--me", "-h", "-o", "%i|%T"], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise RunError(
+            f"squeue: exit code {answer.returncode} ({' '.join(answer.stderr.split())}); without it nobody knows "
+            f"whether the job of {waiting[0].folder} still waits or has failed; try again when SLURM answers"
+        )
     return dict(line.split("|") for line in answer.stdout.splitlines())
 
 
@@ -205,7 +214,7 @@ def seconds_left(rows: list[Row], states: list[str]) -> list[float | None]:
 
 def table(rows: list[Row]) -> tuple[list[str], list[str]]:
     """(states, lines for people)."""
-    queue = queued_jobs()
+    queue = queued_jobs(rows)
     states = [row.state(queue) for row in rows]
     left = seconds_left(rows, states)
     lines = [f"{'state':8} {'epoch':>9} {'left':>12}  folder"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from onlinenorm.records import lookup, run_path
 from onlinenorm.text import plural
-from onlinenorm.training.launch import is_rank_zero
+from onlinenorm.training.launch import is_rank_zero, process_count
 
 # argument of an OnlineNorm layer -> the error_compensation without which it has no effect
 OF_GUARD = {"clamp_value": "clamp", "layer_scaling_eps": "layer_scaling", "layer_scaling_group_size": "layer_scaling"}
@@ -45,7 +45,7 @@ def details(config: dict[str, Any], data: Any, recipe: Any, reasons: dict[str, s
     from onlinenorm.provenance import device_name
 
     trainer = config["trainer"]
-    processes = trainer["devices"] * trainer["num_nodes"]
+    processes = process_count(trainer)
     on_gpu = trainer["accelerator"] == "gpu"
     where = f"{f'{processes} x ' * (processes > 1)}{device_name(on_gpu)}"
     held = "on the device" if data.on_device and on_gpu else "from memory"
@@ -79,8 +79,12 @@ def _schedule(recipe: Any) -> str:
 
 
 def notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
-    """Sentences on what a run's settings ask for and its network will not do; arguments as of `details`."""
-    return [*_without_effect(network, config, data, recipe), *_warmup_notes(network, config, data, recipe)]
+    """Sentences on what a run's settings ask for and will not get; arguments as of `details`."""
+    return [
+        *_without_effect(network, config, data, recipe),
+        *_warmup_notes(network, config, data, recipe),
+        *_worker_notes(config, data),
+    ]
 
 
 def _without_effect(network: Any, config: dict[str, Any], data: Any, recipe: Any) -> list[str]:
@@ -89,13 +93,13 @@ def _without_effect(network: Any, config: dict[str, Any], data: Any, recipe: Any
     from onlinenorm.data.decoders import DEVICE_DECODERS
     from onlinenorm.normalizers import OnlineNorm
     from onlinenorm.training.clamping import clamped_layers
-    from onlinenorm.training.final_validation import can_reestimate
+    from onlinenorm.training.final_validation import NONE_TO_ESTIMATE, can_reestimate
 
     of_clamps = "clamp_raise_epochs", "clamp_off_epochs", "removal_every_epoch"
     said = []
     for keys, effective, why in (
         (of_clamps, bool(clamped_layers(network)), "no layer of the network clamps"),
-        (("reestimate_images",), can_reestimate(network), "no layer of the network is OnlineNorm or BatchNorm"),
+        (("reestimate_images",), can_reestimate(network), NONE_TO_ESTIMATE),
         (("warmup_lr",), recipe.warmup_epochs > 0, "recipe.warmup_epochs is 0"),
     ):
         idle = [f"recipe.{key}" for key in keys if getattr(recipe, key)]
@@ -134,6 +138,21 @@ def _warmup_notes(network: Any, config: dict[str, Any], data: Any, recipe: Any) 
         "what it is there for; give normalizer.warmup_steps a smaller number, or train for longer"
         for name, value in warmup.items()
         if value >= batches
+    ]
+
+
+def _worker_notes(config: dict[str, Any], data: Any) -> list[str]:
+    """A sentence where a machine's loader workers, as many as were asked for, are more than its cores, else none."""
+    from onlinenorm.data.workers import cores
+
+    processes = config["trainer"].get("devices", 1)
+    workers, here = (data.num_workers or 0) * processes, cores()
+    if workers <= here or data.on_device:
+        return []
+    each = f", {data.num_workers} of each of {processes} processes," if processes > 1 else ""
+    return [
+        f"data.num_workers: {workers} loader workers{each} share {plural(here, 'core')}, which seldom makes them "
+        "faster; null takes as many as there are cores"
     ]
 
 

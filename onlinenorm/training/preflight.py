@@ -42,6 +42,7 @@ from onlinenorm.training.fast_path import (
 )
 from onlinenorm.training.final_validation import can_reestimate
 from onlinenorm.training.interruption import StopSignals
+from onlinenorm.training.launch import process_count
 from onlinenorm.training.opening import how, notes
 from onlinenorm.training.probe import probe_batch, probe_network, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
@@ -72,6 +73,11 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
         limit: seconds that are left for the run, or None.
     """
     check_config(config)
+    with full_keys(config, "data", "recipe", "normalizer"):
+        yield from _findings(config, seconds, limit)
+
+
+def _findings(config: dict[str, Any], seconds: float, limit: float | None) -> Iterator[Finding]:
     folder = run_path(config)
     run_folder = RunFolder(folder, rank_zero=False)
     config = {**config, "trainer": resolve_in(run_folder, config["trainer"])}
@@ -80,7 +86,7 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     if recorded:
         check_compiles_here(config, folder)
     recipe, normalizer = build(config, "recipe"), build(config, "normalizer")
-    processes = config["trainer"]["devices"] * config["trainer"]["num_nodes"]
+    processes = process_count(config["trainer"])
     probe_normalizer(normalizer, config["normalizer"], config["trainer"])
     yield finding("config", OK, " ".join(f"{key}={name}" for key, name in config["choices"].items() if name))
     asked = config
@@ -88,11 +94,8 @@ def preflight(config: dict[str, Any], seconds: float, limit: float | None) -> It
     config, data = choice.config, choice.data
     probe_data(data, config)
     probe_batch(config, normalizer, data.in_channels, data.image_size)
-    with full_keys(config, "data"):
-        found = check_data(data)
-    yield found
-    with full_keys(config, "data", "recipe"):
-        check_division(data, recipe.batch_size, processes, config["trainer"]["accumulate_grad_batches"])
+    yield check_data(data)
+    check_division(data, recipe.batch_size, processes, config["trainer"]["accumulate_grad_batches"])
     run_folder.check_config(config)
     position = {"epoch": 0, "step": 0}
     if any(run_folder.checkpoints.glob("*.ckpt")):
@@ -130,8 +133,7 @@ def _device(config: dict[str, Any]) -> torch.device:
 def _network(choice: Choice, normalizer: Any) -> torch.nn.Module:
     torch.manual_seed(choice.config["seed"])
     sizes = {"num_classes": choice.data.num_classes, "in_channels": choice.data.in_channels}
-    with full_keys(choice.config, "normalizer"):
-        return build(choice.config, "model", normalizer=normalizer, **sizes)
+    return build(choice.config, "model", normalizer=normalizer, **sizes)
 
 
 def check_data(data: ImageDataModule) -> Finding:
@@ -244,7 +246,7 @@ def check_step(choice: Choice, network: torch.nn.Module, loader: Any, recipe: An
     config, data = choice.config, choice.data
     trainer = config["trainer"]
     device = _device(config)
-    parts = trainer["devices"] * trainer["num_nodes"] * trainer["accumulate_grad_batches"]
+    parts = process_count(trainer) * trainer["accumulate_grad_batches"]
     batch = max(recipe.batch_size // parts, 1)
     timer = StepTimer(tuple(part[:batch] for part in next(iter(loader))), seconds)
     repeated = copy.copy(data)  # the run's own way from a batch to the network's input
@@ -297,7 +299,7 @@ def check_speed(data: ImageDataModule, loader: Any, trainer: dict[str, Any], ste
 
     `loader` is that of the training images.
     """
-    processes = trainer["devices"] * trainer["num_nodes"]
+    processes = process_count(trainer)
     device = torch.device(step["device"])
     # a process's share of the cores is what num_workers=null gives it; a number is taken by each
     loaders = trainer["num_nodes"] if data.num_workers is None else processes

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from onlinenorm.errors import ArgumentError, ConfigError
+from onlinenorm.models.blocks import fuses
 from onlinenorm.normalizers import SyncBatchNorm2d
 from onlinenorm.normalizers.dependence import statistics_depend_on
 from onlinenorm.normalizers.settings import LARGEST_CLAMP, STATISTICS
@@ -20,6 +21,7 @@ from onlinenorm.text import first_line
 from onlinenorm.training.clamping import clamped_layers
 from onlinenorm.training.config_check import AUTO_KEYS, build, check_config, full_keys
 from onlinenorm.training.fast_path import left_to_choose, make_data, with_values
+from onlinenorm.training.launch import process_count
 from onlinenorm.training.roles import is_normalizer, parameter_roles
 from onlinenorm.training.targets import NAMED, own_errors
 
@@ -93,7 +95,7 @@ def probe_normalizer(
             "one in each"
         )
     trainer = trainer or {}
-    several = trainer.get("devices", 1) * trainer.get("num_nodes", 1) > 1
+    several = process_count(trainer) > 1
     if several and not all(getattr(inner, "averages_statistics", True) for inner in layer.modules()):
         raise ConfigError(
             f"normalizer._target_: {name} says that its statistics cannot be averaged over processes "
@@ -157,7 +159,7 @@ def _probe_own(factory: Callable[..., Any], layer: nn.Module, name: str, acceler
                 )
     with own_errors("normalizer", name, "does not take its own state_dict()"), torch.no_grad():
         _probe_state(factory, layer, name, x)
-    if getattr(layer, "fuses_residual", False):
+    if fuses(layer, "fuses_residual"):
         with own_errors("normalizer", name, "says fuses_residual and fails"), torch.no_grad():
             want, fused = (layer.eval()(x.clone()) + x).relu(), layer(x.clone(), residual=x.clone(), relu=True)
         if not torch.allclose(want, fused, rtol=1e-3, atol=1e-3, equal_nan=True):
@@ -246,7 +248,7 @@ def probe_batch(config: dict[str, Any], factory: Callable[..., Any], in_channels
         return
     trainer = {"devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1, "sync_batchnorm": False} | config["trainer"]
     parts = trainer["accumulate_grad_batches"]
-    parts *= 1 if trainer["sync_batchnorm"] else trainer["devices"] * trainer["num_nodes"]
+    parts *= 1 if trainer["sync_batchnorm"] else process_count(trainer)
     batch = max(config["recipe"]["batch_size"] // parts, 1)
     used: set[nn.Module] = set()
     try:

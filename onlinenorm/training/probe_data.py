@@ -8,6 +8,7 @@ import torch
 
 from onlinenorm.data.datasets import FolderDataset, InMemoryDataset
 from onlinenorm.data.nvjpeg_dataset import NvjpegDataset
+from onlinenorm.data.nvjpeg_loader import NO_GPU
 from onlinenorm.errors import ConfigError
 from onlinenorm.scales import LABEL, is_label, published_label
 from onlinenorm.training.targets import NAMED, own_errors
@@ -18,7 +19,7 @@ WHAT = "; onlinenorm.data.ImageDataModule says what a data set provides"
 
 
 def probe_data(data: Any, config: dict[str, Any]) -> None:
-    """Raises ConfigError for a data set, set up, that lacks what a run and its table need.
+    """Raises ConfigError for a data set, set up, that lacks what a run and its table need, or needs a GPU on the CPU.
 
     One of the user's own is used as well: a batch of each split, and all labels.
     """
@@ -33,7 +34,7 @@ def probe_data(data: Any, config: dict[str, Any]) -> None:
         if key == "licence" and (not isinstance(value, str) or not value.strip() or "\n" in value):
             raise ConfigError(f"data._target_: {name}.licence is {value!r}; say in a line how the images may be used")
     if name in NAMED["data"]:
-        return
+        return _check_decoder(data, config)
     if known := published_label("scales", data.scale):
         raise ConfigError(
             f"data._target_: {name}.scale is {data.scale!r}, which published figures or margins are of ({known}); name "
@@ -41,6 +42,7 @@ def probe_data(data: Any, config: dict[str, Any]) -> None:
         )
     with own_errors("data", name, "cannot be used", BUILD):
         _check_described(data, name)
+        _check_decoder(data, config)
         for split, dataset, place in zip(("training", "validation"), data._sets, ("first", "second"), strict=True):
             if not isinstance(dataset, InMemoryDataset | FolderDataset):
                 raise ConfigError(
@@ -50,6 +52,11 @@ def probe_data(data: Any, config: dict[str, Any]) -> None:
             _check_labels(dataset, data.num_classes, f"{name}: a {split} image")
             if not isinstance(dataset, NvjpegDataset):  # whose batches need a GPU
                 _check_batch(data, dataset, f"{name}: a {split} batch")
+
+
+def _check_decoder(data: Any, config: dict[str, Any]) -> None:
+    if isinstance(data._sets[0], NvjpegDataset) and config["trainer"]["accelerator"] != "gpu":
+        raise ConfigError(f"data.decoder: {NO_GPU}")
 
 
 def _check_described(data: Any, name: str) -> None:

@@ -37,7 +37,7 @@ from onlinenorm.training.fast_path import (
 )
 from onlinenorm.training.final_validation import build_results, final_validation, summary, write_results
 from onlinenorm.training.interruption import StopSignals
-from onlinenorm.training.launch import is_rank_zero
+from onlinenorm.training.launch import is_rank_zero, process_count
 from onlinenorm.training.opening import details, notes
 from onlinenorm.training.probe import probe_batch, probe_network, probe_normalizer
 from onlinenorm.training.probe_data import probe_data
@@ -115,34 +115,43 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
     log = EpochLog(path / "metrics.csv")
     steps = position["global_step"] if position else None
     of_trainer = config["trainer"]
-    processes = of_trainer["devices"] * of_trainer["num_nodes"]
+    processes = process_count(of_trainer)
     with full_keys(config, "data", "recipe"):  # before there are other processes, which would say it too
         check_division(data, recipe.batch_size, processes, of_trainer["accumulate_grad_batches"])
-    if folder.rank_zero:
-        print(*details(config, data, recipe, choice.reasons), sep="\n")
-        print(*(f"  {note}\n" for note in notes(network, config, data, recipe)), sep="", end="")
-        if position:
-            place = f"epoch {position['epoch'] + 1}, step {position['step']}"
-            if position["epoch"] >= recipe.epochs:
-                place = f"trained for {plural(recipe.epochs, 'epoch')}, and yet to be validated once more"
-            print(f"  continues from {checkpoint}: {place}")
-        sys.stdout.flush()
     shown = {"name": "/".join(path.parts[-3:]), "config": flatten(config), "resumed_step": steps}
     mirrors = build(config, "logger", folder=path, **shown)
     parts = {"folder": path, "epoch_log": log, "stop": stop, "loggers": mirrors}
-    trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
-    trainer.callbacks.append(Agreement(config))
-    resumed = folder.record_start(config, trainer.world_size, position)
     keys = full_keys(config, "data", "recipe", "normalizer")
-    with loggers.closing(mirrors), watching(trainer), keys, explain_worker_deaths():
-        with naming_fast_path(choice, trainer):
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        sections, arrays = final_validation(trainer, module, data, log)
+    with loggers.closing(mirrors), keys, explain_worker_deaths():
+        trainer = build(config, "trainer", max_epochs=recipe.epochs, **parts)
+        trainer.callbacks.append(Agreement(config))
+        data.trainer = trainer
+        for loader in (data.train_dataloader, data.val_dataloader):  # what they refuse comes before what is told
+            loader()
+        resumed = folder.record_start(config, trainer.world_size, position)
+        if folder.rank_zero:
+            print(*details(config, data, recipe, choice.reasons), sep="\n")
+            print(*(f"  {note}\n" for note in notes(network, config, data, recipe)), sep="", end="")
+            print(*_continues(checkpoint, position, recipe.epochs), sep="", flush=True)
+        with watching(trainer):
+            with naming_fast_path(choice, trainer):
+                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            sections, arrays = final_validation(trainer, module, data, log)
     results = build_results(names, seed, module, data, log, resumed, sections, former_attempts(path))
     if trainer.is_global_zero:
         write_results(path, results, arrays)
         print(summary(results, recipe, path), *loggers.upload_hint(path), sep="\n")
     return results
+
+
+def _continues(checkpoint: Path | None, position: dict[str, int] | None, epochs: int) -> list[str]:
+    """The line on where a run goes on; none for one that begins."""
+    if position is None:
+        return []
+    place = f"epoch {position['epoch'] + 1}, step {position['step']}"
+    if position["epoch"] >= epochs:
+        place = f"trained for {plural(epochs, 'epoch')}, and yet to be validated once more"
+    return [f"  continues from {checkpoint}: {place}\n"]
 
 
 def _whose(results: dict[str, Any], config: dict[str, Any], recipe: Recipe, folder: Path) -> list[str]:

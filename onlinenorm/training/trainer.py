@@ -19,7 +19,8 @@ from onlinenorm.training.checkpoint import VerifiedIO
 from onlinenorm.training.epoch_log import EpochLog
 from onlinenorm.training.exchange import ExchangeNote
 from onlinenorm.training.interruption import StopSignals
-from onlinenorm.training.launch import check_alone, cluster_environment, launched
+from onlinenorm.training.launch import check_alone, cluster_environment, launched, process_count
+from onlinenorm.training.optimizations import Optimization, disable
 from onlinenorm.training.precision import ScaledHalf
 from onlinenorm.training.progress import RunProgress
 from onlinenorm.training.rendezvous import MeetingDDPStrategy
@@ -90,7 +91,7 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         )
     if settings["precision"] == "auto":
         settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-    if settings["strategy"] == "auto" and settings["devices"] * settings["num_nodes"] > 1:
+    if settings["strategy"] == "auto" and process_count(settings) > 1:
         settings["strategy"] = "ddp"
     return settings
 
@@ -129,6 +130,7 @@ def build_trainer(
     sync_batchnorm: bool = False,
     deterministic: bool = False,
     cuda_graph: bool = False,
+    disabled_optimizations: tuple[Optimization, ...] = (),
     log_every_n_steps: int = 50,
     checkpoint_every_n_steps: int | None = None,
 ) -> pl.Trainer:
@@ -144,6 +146,7 @@ def build_trainer(
         sync_batchnorm: BatchNorm takes its statistics over all processes.
         deterministic: only kernels that give the same bits each time.
         cuda_graph: replay the network's training passes as CUDA graphs.
+        disabled_optimizations: what steps on a GPU go without.
         log_every_n_steps: optimizer steps between looks at the loss.
         checkpoint_every_n_steps: optimizer steps between checkpoints within an epoch, or None.
     """
@@ -154,6 +157,8 @@ def build_trainer(
     ):
         if value < 1:
             raise ArgumentError(key, f"{value!r} must be at least 1")
+    if accelerator == "gpu":
+        disable(disabled_optimizations)
     plugins: list[Any] = [VerifiedIO(), cluster_environment()]
     if scaled := precision == "16-mixed":
         plugins.append(ScaledHalf("cuda" if accelerator == "gpu" else "cpu"))

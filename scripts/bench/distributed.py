@@ -5,6 +5,11 @@
         --output results/bench_distributed_4.json                                             four
     torchrun --standalone --nproc-per-node 2 scripts/bench/distributed.py --model cifar_resnet8 --size 16 --batch 4 \
         --repeats 2 --dtype fp32 --output /tmp/bench.json                                     the same on CPUs
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 scripts/bench/distributed.py \
+        --batch 32 128 --normalizer online_peers online_global online_local \
+        --output results/bench_machines.json                            two machines; the same on each
+    torchrun --standalone --nproc-per-node 4 scripts/bench/distributed.py --machines 2 --batch 32 \
+        --normalizer online_peers online_global online_local --output /tmp/bench.json         as if, on one
     python scripts/bench/distributed_table.py results/bench_distributed.json                  the table alone
 
 A step is forward, backward with the gradients' all-reduce, and SGD, under autocast, on synthetic images, all of it
@@ -42,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from onlinenorm.ops import distributed as ops
 from onlinenorm.text import first_line
 from onlinenorm.training.cuda_graph import CastWeights
 from scripts.bench import common
@@ -61,6 +67,15 @@ from scripts.bench.distributed_table import render
 WAITING, COMPILING = 300, 240  # seconds: a process for the others, and these for all to be compiled first
 
 
+def as_if_on(machines: int) -> None:
+    """Moments are exchanged as on so many machines, each with a block of the processes, however few these are."""
+    from onlinenorm.ops.fused import peers
+
+    block = dist.get_rank() * machines // dist.get_world_size()
+    ops.machine = peers.machine = lambda: f"machine {block}"  # of this process from here on
+    ops.FEWEST = 1
+
+
 def around_a_ring(size: int) -> int:
     """Bytes that each process sends for a sum of so many over all, which is scattered and gathered."""
     world = dist.get_world_size()
@@ -77,7 +92,8 @@ def sent(name: str, args, device: torch.device) -> int:
             nonlocal total
             tensor = tensors[1] if "gather" in key else tensors[0]
             # a ring: everybody's part goes once round
-            total += tensor.nbytes * (world - 1) if "gather" in key else around_a_ring(tensor.nbytes)
+            others = dist.get_world_size(options.get("group")) - 1
+            total += tensor.nbytes * others if "gather" in key else around_a_ring(tensor.nbytes)
             return function(*tensors, **options)
 
         return call
@@ -115,7 +131,7 @@ def compile_all(coming: list[Stage], world: int) -> None:
         (name, stage.processes, gpu, stage.batch)
         for stage in coming
         for name, mode in stage.rows
-        for gpu in range(stage.processes)
+        for gpu in range(min(stage.processes, int(os.environ.get("LOCAL_WORLD_SIZE", stage.processes))))
         if "compile" in mode
     }
     environment = {key: value for key, value in os.environ.items() if "RANK" not in key and key != "WORLD_SIZE"}
@@ -142,7 +158,8 @@ def warm(args, name: str, processes: int, gpu: int, batch: int) -> None:
         gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
         # that of SyncBatchNorm, whose shapes not every torch's pretended group knows
         setattr(dist, gather, lambda found, own, *_, **__: found.view(processes, -1).copy_(own.flatten()))
-        peers.serve = lambda group, device: True  # and kernels that would wait for others are compiled only
+        # and kernels that would wait for others are compiled only
+        peers.serve = lambda group, device: not args.machines
         peers.mailbox = lambda *_: peers.Mailbox((256,) * processes, gpu, 0)  # at no address that is followed
         peers.patience = lambda *_: 1.0
         if "peers" in name:
@@ -256,6 +273,7 @@ def main(argv=None) -> int:
     parser.add_argument("--check-batch", type=int, default=32, help="images a process of the exactness check")
     parser.add_argument("--output", type=Path, default=Path("results/bench_distributed.json"))
     parser.add_argument("--profile", action="store_true", help="also print the kernels' times of each row")
+    parser.add_argument("--machines", type=int, help="exchange moments as if processes were on so many")
     parser.add_argument("--no-check", action="store_true", help="leave the exactness checks out")
     parser.add_argument("--warm", nargs=4, help=argparse.SUPPRESS)  # normalizer, processes, GPU, batch: compile and end
     args = parser.parse_args(argv)
@@ -277,9 +295,17 @@ def main(argv=None) -> int:
     else:
         dist.init_process_group("gloo")
     world, leader = dist.get_world_size(), dist.get_rank() == 0
+    if args.machines:
+        as_if_on(args.machines)
+    names = [""] * world
+    dist.all_gather_object(names, ops.machine())
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     start = time.perf_counter()
     results = {**common.head(device), "backend": dist.get_backend(), "processes": world}
-    results["command"] = results["command"].replace("python", f"torchrun --standalone --nproc-per-node {world}", 1)
+    where = "--standalone" if each == world else f"--nnodes {world // each}"
+    results["command"] = results["command"].replace("python", f"torchrun {where} --nproc-per-node {each}", 1)
+    if (machines := len(set(names))) > 1:
+        results |= {"machines": machines, "machines_pretended": bool(args.machines)}
     results |= {"model": args.model, "size": args.size, "exactness_float32": [], "rows": []}
     if cuda:
         results |= {"exactness_bfloat16": [], "statistics_bytes_sent": {}}
@@ -317,8 +343,9 @@ def main(argv=None) -> int:
 
     def measure(some: list[Stage]) -> None:
         if cuda and not over():
-            if leader:
+            if device.index == 0:  # of each machine
                 compile_all(some, world)
+            if leader:
                 tell({"compiled": [stage.rows for stage in some]})
             dist.barrier()
         for stage in some:

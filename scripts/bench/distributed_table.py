@@ -30,14 +30,16 @@ EXACTNESS = ("normalizer", "steps", "largest of a loss", "parameters", "statisti
 
 def render(results: dict) -> str:
     """Markdown of a results file of distributed.py with at least one row."""
-    world, rows = results["processes"], results["rows"]
+    world, rows, machines = results["processes"], results["rows"], results.get("machines", 1)
+    where = f" on {machines} machines" if machines > 1 else ""
+    where = f" of one machine, taken for {machines}" if results.get("machines_pretended") else where
     parts = [
         f"# {results['model']}, {results['size']} px, {results['backend']}: one process against {world}",
         markdown_table(RATES, [_rate(row) for row in rows]),
         f"{rows[0]['dtype']}: forward, backward with the gradients' all-reduce, and SGD; synthetic "
         f"images. Efficiency: images/s over {world} times those of one process (sync_batch: of batch on one).",
-        _exchanges({row["normalizer"] for row in rows}),
-        *_costs([row for row in rows if row["processes"] == world]),
+        _exchanges({row["normalizer"] for row in rows}, machines),
+        *_costs([row for row in rows if row["processes"] == world], machines),
         _wire(results.get("statistics_bytes_sent", {}), results.get("gradient_bytes_sent", 0)),
         f"Float32 without TF32, {world} processes against one, same global batches. Parameters and statistics: norm "
         "of the difference over the norm.",
@@ -46,17 +48,20 @@ def render(results: dict) -> str:
         "\n".join(
             f"- Not built: {row['normalizer']}, {row['mode']}: {row['error']}" for row in results.get("not_built", [])
         ),
-        f"{world} x {results['device']}; {origin(results)}",
+        f"{world} x {results['device']}{where}; {origin(results)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _exchanges(names: set[str]) -> str:
+def _exchanges(names: set[str], machines: int) -> str:
     lines = []
     if "online_peers" in names:
+        how = "where the kernels store moments into the other GPUs' memory while they run"
+        if machines > 1:
+            how = "where small messages are gathered between the machines and then within each"
         lines.append(
-            "Global statistics: of online_peers with exchange=auto, where the kernels store moments into "
-            "the other GPUs' memory while they run; of online_global as by default (exchange=gather), by collectives."
+            f"Global statistics: of online_peers with exchange=auto, {how}; "
+            "of online_global as by default (exchange=gather), by collectives."
         )
     if "sync_batch_traced" in names:
         lines.append(
@@ -89,15 +94,16 @@ def _rate(row: dict) -> list:
     return [*(row[key] for key in ("normalizer", "mode", "processes", "batch_per_process")), time, rate, efficiency]
 
 
-def _costs(rows: list[dict]) -> list[str]:
+def _costs(rows: list[dict], machines: int) -> list[str]:
     """What synchronisation adds to a step of all processes, and which step is faster, of each mode and batch."""
     times = {(row["normalizer"], row["mode"], row["batch_per_process"]): row["milliseconds"] for row in rows}
     batches = {batch for _, _, batch in times}
     kinds = dict.fromkeys((mode, batch) for _, mode, batch in times)
-    return [_cost(times, *kind, f", {kind[1]} images" if len(batches) > 1 else "") for kind in kinds]
+    by_peers = " by peers' messages" if machines == 1 else " with exchange=auto"
+    return [_cost(times, *kind, f", {kind[1]} images" if len(batches) > 1 else "", by_peers) for kind in kinds]
 
 
-def _cost(times: dict[tuple[str, str, int], float], mode: str, batch: int, images: str) -> str:
+def _cost(times: dict[tuple[str, str, int], float], mode: str, batch: int, images: str, by_peers: str) -> str:
     together = {name: time for (name, *kind), time in times.items() if kind == [mode, batch]}
     lines = []
     for name, base in SYNCHRONISED.items():
@@ -107,7 +113,7 @@ def _cost(times: dict[tuple[str, str, int], float], mode: str, batch: int, image
             lines.append(f"- {mode}{images}: {name} takes {cost:+.2f} ms a step over {base} ({share:+.1%}).")
     rivals = {(rival, by): time for rival in RIVALS for by in (mode, UNCOMPILED.get((rival, mode), mode))
               if (time := times.get((rival, by, batch)))}  # fmt: skip
-    for name, by in (("online_global", ""), ("online_peers", " by peers' messages")):
+    for name, by in (("online_global", ""), ("online_peers", by_peers)):
         if rivals and name in together:
             rival = min(rivals, key=rivals.__getitem__)
             ratio = rivals[rival] / together[name]

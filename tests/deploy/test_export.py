@@ -254,7 +254,7 @@ def test_output_that_is_a_file_and_missing_data(clamp_run, copied, tmp_path, scr
     config["data"] |= {"_target_": "onlinenorm.data.ImageNet", "in_channels": 3, "root": "/nowhere"}
     del config["data"]["embedded"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert script("export")(folder, "--to", "folded", "--output", tmp_path / "new") == 2
+    assert script("export")(folder, "--to", "folded", "--output", tmp_path / "new") == 1
     assert "/nowhere does not exist" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 

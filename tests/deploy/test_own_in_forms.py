@@ -16,8 +16,6 @@ from onlinenorm import OnlineNorm2d
 
 
 class Squashed(OnlineNorm2d):
-    fuses_residual = fuses_max_pool = False
-
     def forward(self, x):
         return torch.tanh(super().forward(x))
 

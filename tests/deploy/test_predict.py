@@ -1,6 +1,7 @@
 """Predictions of files are those that the run made of the same images."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +74,23 @@ def test_without_the_dataset_classes_are_numbers(photo_run, script, capsys, tmp_
     assert script("predict")(run, file, "--data-root", tmp_path / "nowhere") == 0
     printed = capsys.readouterr()
     assert "class 0 (0)" in printed.out and "numbers only" in printed.err
+
+
+@pytest.mark.parametrize(
+    "command", [("export", "--to", "folded"), ("export", "--to", "folded", "--reestimate", 8), ("audit_clamping",)]
+)
+def test_data_that_fail_are_told_from_arguments_that_cannot_be_meant(photo_run, command, script, capsys, tmp_path):
+    run, root = photo_run
+    shutil.copytree(root, tmp_path / "set")
+    for split in ("train", "val"):
+        for file in (tmp_path / "set" / split / "ant").iterdir():
+            file.write_bytes(b"no image")
+    for place, words in (("nowhere", "does not exist"), ("set", ".jpg cannot be decoded")):
+        name, *more = command
+        more += ["--output", tmp_path / "new", "--data-root", tmp_path / place]
+        assert script(name)(run, *more) == 1
+        told = capsys.readouterr().err
+        assert words in told and told.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
 def test_images_of_any_size_and_mode_are_read(clamp_run, tmp_path):

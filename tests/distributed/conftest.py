@@ -7,7 +7,6 @@ from distributed_runs import TINY
 from fake_training import FAKE_TRAIN
 
 from onlinenorm.data.workers import STOP_SIGNALS
-from onlinenorm.training import matrix
 from scripts import sweep
 
 
@@ -16,7 +15,6 @@ def run_sweep(tmp_path, monkeypatch):
     """run_sweep(*arguments) -> exit code, with a stand-in for train.py, in an empty folder."""
     (tmp_path / "train.py").write_text(FAKE_TRAIN)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    monkeypatch.setattr(matrix, "queued_jobs", dict)
     monkeypatch.chdir(tmp_path)
     former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield lambda *arguments: sweep.main([*TINY, *arguments])

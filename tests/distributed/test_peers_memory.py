@@ -26,7 +26,7 @@ def pretend(rank, on_each, shared=False, alone=False, no_access=(), no_memory=()
     visible = [0 if shared else index for index in range(on_each)]
     if alone:
         visible, device = [device], 0
-    peers._machine = lambda: f"machine-{machine}"
+    peers.machine = lambda: f"machine-{machine}"
     peers._uuid = lambda index: f"GPU-{machine}-{visible[index]}"
     torch.cuda.device_count = lambda: len(visible)
     torch.cuda.can_device_access_peer = lambda own, other: rank not in no_access

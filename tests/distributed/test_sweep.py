@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import programs
 import pytest
@@ -148,8 +149,8 @@ def test_stopping_the_sweep_lets_the_run_save_itself(run_sweep, tmp_path):
 
 def test_a_run_outlives_a_sweep_that_is_killed(run_sweep, tmp_path):
     (tmp_path / "train.py").write_text(ORPHANED_TRAIN)
-    start = "from pathlib import Path; from scripts import sweep; from onlinenorm.training import matrix; "
-    start += f"sweep.ROOT = Path.cwd(); matrix.queued_jobs = dict; sweep.main({[*TINY, 'normalizer=batch']})"
+    start = "from pathlib import Path; from scripts import sweep;"
+    start += f"sweep.ROOT = Path.cwd(); sweep.main({[*TINY, 'normalizer=batch']})"
     with programs.running(tmp_path, "-c", start) as (killed, pipe):
         assert any(b"alone soon" in line for line in pipe), "the sweep shows what the run prints"
         while not (tmp_path / "waiting").exists():
@@ -203,14 +204,26 @@ def test_visible_gpus_are_those_that_the_user_left(monkeypatch):
     assert matrix.visible_gpus() == []
 
 
-def test_jobs_that_left_the_queue_without_results_have_failed(run_sweep, tmp_path, monkeypatch, capsys):
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    (bin_folder / "sbatch").write_text('#!/bin/sh\necho "$@" >>submitted; echo 7\n')
-    (bin_folder / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """slurm(command, script) puts a stand-in for one of SLURM's commands in front of PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def install(command, script):
+        (folder / command).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / command).chmod(0o755)
+
+    return install
+
+
+def test_jobs_that_left_the_queue_without_results_have_failed(run_sweep, tmp_path, slurm, capsys):
+    slurm("sbatch", 'echo "$@" >>submitted; echo 7')
+    slurm("squeue", "echo asked >>asked; echo '7|PENDING'")
     script = tmp_path / "row.sbatch"
-    monkeypatch.setattr(matrix, "queued_jobs", lambda: {"7": "PENDING"} if (tmp_path / "submitted").exists() else {})
+    assert run_sweep("normalizer=batch", "--sbatch", str(script), "--dry-run") == 0
+    assert not (tmp_path / "asked").exists(), "nothing was submitted"
     assert run_sweep("normalizer=batch", "--sbatch", str(script)) == 0
     assert "1 queued" in capsys.readouterr().out
     folder = tmp_path / "runs" / "default" / "batch" / "seed0"
@@ -218,9 +231,16 @@ def test_jobs_that_left_the_queue_without_results_have_failed(run_sweep, tmp_pat
     assert f"{script} " in submitted and f"run_dir={folder}" in submitted and "normalizer=batch" in submitted
     assert run_sweep("normalizer=batch", "--sbatch", str(script)) == 0, "not twice"
     assert (tmp_path / "submitted").read_text() == submitted
-    monkeypatch.setattr(matrix, "queued_jobs", dict)
+    slurm("squeue", "echo slurm_load_jobs error: no controller >&2; exit 1")
+    with pytest.raises(RunError, match=r"squeue: exit code 1 \(slurm_load_jobs error: .*\).* still waits or"):
+        run_sweep("normalizer=batch", "--sbatch", str(script))
+    assert (tmp_path / "submitted").read_text() == submitted
+    slurm("squeue", "")
     assert run_sweep("normalizer=batch", "--status") == 1
     assert "1 failed" in capsys.readouterr().out
+    (folder / "results.json").write_text(json.dumps(RESULTS))
+    slurm("squeue", "exit 1")
+    assert matrix.queued_jobs([SimpleNamespace(folder=folder, job=folder / "job.txt")]) == {}, "done, so not asked"
 
 
 @pytest.mark.slow

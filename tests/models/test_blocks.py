@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.modules import module as hooks_of_all
+from torch.nn.utils import parametrize, prune
 
 from onlinenorm.models import cifar_resnet8, resnet18
-from onlinenorm.models.blocks import norm_act
+from onlinenorm.models.blocks import BasicBlock, norm_act, norm_act_max_pool
 
 ONE_FOR_ALL = nn.Identity()
 
@@ -76,6 +77,8 @@ class SquashingBatchNorm(nn.BatchNorm2d):
         partial(Squashing, last=partial(F.softmax, dim=1)),
         lambda num_features: _hooked(num_features, "forward"),
         lambda num_features: _hooked(num_features, "backward"),
+        lambda num_features: _hooked(num_features, "backward pre"),
+        lambda num_features: _squashing_forward(nn.BatchNorm2d(num_features)),
     ],
 )
 @pytest.mark.parametrize("build, size", [(resnet18, 64), (cifar_resnet8, 16)])
@@ -104,8 +107,16 @@ def _hooked(num_features, kind):
     norm = nn.BatchNorm2d(num_features)
     if kind == "forward":
         norm.register_forward_hook(lambda layer, inputs, output: torch.tanh(output))
-    else:
+    elif kind == "backward":
         norm.register_full_backward_hook(lambda layer, grad_in, grad_out: None)
+    else:
+        norm.register_full_backward_pre_hook(lambda layer, grad_out: None)
+    return norm
+
+
+def _squashing_forward(norm):
+    forward = norm.forward
+    norm.forward = lambda x: torch.tanh(forward(x))
     return norm
 
 
@@ -229,3 +240,121 @@ def test_a_normalizer_that_draws_leaves_the_other_weights_alone():
     assert not torch.equal(actual["bn1.bias"], expected["bn1.bias"])
     for name in ("conv1.weight", "layer2.0.downsample.0.weight", "layer3.0.conv2.weight", "fc.weight", "fc.bias"):
         assert torch.equal(actual[name], expected[name]), name
+
+
+class FusingAll(nn.BatchNorm2d):
+    """BatchNorm with every fused call, which notes those that take other layers' places."""
+
+    fuses_residual = fuses_max_pool = fuses_shortcut = True
+    fused: ClassVar[list[str]] = []
+
+    def forward(self, x, residual=None, relu=False, max_pool=False, shortcut=None):
+        if max_pool or shortcut is not None:
+            self.fused.append("max_pool" if max_pool else "shortcut")
+        residual = residual if shortcut is None else shortcut.forward(residual)
+        out = super().forward(x) if residual is None else super().forward(x) + residual
+        out = F.relu(out) if relu else out
+        return F.max_pool2d(out, 3, 2, 1) if max_pool else out
+
+
+class Squashed(FusingAll):
+    """Takes none of the calls that its base says it takes."""
+
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class StartAndBlock(nn.Module):
+    """Where fused calls take other layers' places: an ImageNet network's first norm, and a block with a shortcut."""
+
+    def __init__(self, normalizer=FusingAll):
+        super().__init__()
+        self.norm, self.pool = normalizer(4), nn.MaxPool2d(3, 2, 1)
+        shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, 2), normalizer(8))
+        self.block = BasicBlock(4, 8, 2, shortcut, norm_layer=normalizer)
+        self.block.fuse_shortcut = True
+
+    def forward(self, x):
+        return self.block(norm_act_max_pool(self.norm, x, self.pool))
+
+
+def _in_both_ways(change, normalizer=FusingAll):
+    """Output, gradients, what `change` notes and fused calls, of an eager network and of a compiled one."""
+    results = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        FusingAll.fused.clear()
+        network, notes = StartAndBlock(normalizer), []
+        change(network, lambda *_, notes=notes: notes.append([t.shape for t in _ if isinstance(t, torch.Tensor)]))
+        if compiles:
+            network.compile(backend="eager")
+        out = network(torch.randn(2, 4, 12, 12, requires_grad=True))
+        out.square().sum().backward()
+        results.append((notes, [out, *(p.grad for p in network.parameters())], list(FusingAll.fused)))
+    return results
+
+
+def _agree(change, fused, normalizer=FusingAll):
+    (eager_notes, expected, _), (notes, found, calls) = _in_both_ways(change, normalizer)
+    torch.testing.assert_close(found, expected)
+    assert notes == eager_notes and calls == fused
+    return notes
+
+
+def test_compiled_networks_fuse_layers_that_nothing_hangs_on():
+    _agree(lambda network, note: network.block.conv1.register_forward_hook(note), ["max_pool", "shortcut"])
+
+
+HOOKS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+# Dynamo itself looks for the .grad of what it hands on where it leaves a graph, as it does for a backward hook.
+breaks_the_graph = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@breaks_the_graph
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("place", ["norm", "pool", "block.downsample", "block.downsample.1", "block.bn2"])
+def test_hooks_of_compiled_networks_are_called_as_of_eager_ones(place, kind):
+    def change(network, note):
+        getattr(network.get_submodule(place), f"register_{kind}")(note)
+
+    assert _agree(change, ["max_pool"] if "block" in place else ["shortcut"])
+
+
+@breaks_the_graph
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_all_modules_are_called_as_in_eager_networks(kind):
+    handles = []
+
+    def change(network, note):
+        for handle in handles:
+            handle.remove()
+        handles[:] = [getattr(hooks_of_all, f"register_module_{kind}")(note)]
+
+    try:
+        assert _agree(change, [])
+    finally:
+        handles[0].remove()
+
+
+@pytest.mark.parametrize(
+    "change, fused",
+    [
+        (lambda network, _: _squashing_forward(network.block.downsample[1]), ["max_pool"]),
+        (lambda network, _: setattr(network.pool, "forward", torch.tanh), ["shortcut"]),
+        (lambda network, _: setattr(network.pool, "ceil_mode", True), ["shortcut"]),
+        (lambda network, _: setattr(network, "pool", nn.Identity()), ["shortcut"]),
+        (lambda network, _: network.block.downsample.append(nn.Tanh()), ["max_pool"]),
+        (lambda network, _: prune.random_unstructured(network.block.downsample[1], "weight", 3), ["max_pool"]),
+        (
+            lambda network, _: parametrize.register_parametrization(network.block.downsample[1], "weight", Doubled()),
+            ["max_pool"],
+        ),
+    ],
+)
+def test_layers_that_were_changed_are_not_fused_away(change, fused):
+    _agree(change, fused)
+
+
+def test_what_a_base_says_of_its_own_forward_is_not_asked_of_another():
+    _agree(lambda *_: None, [], Squashed)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from onlinenorm.normalizers import BatchRenorm1d, BatchRenorm2d
 
@@ -250,3 +251,21 @@ def test_checkpointing_is_told_and_a_layer_without_affine_has_no_parameters():
     y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     with pytest.raises(RuntimeError, match="activation checkpointing repeats"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 2])  # limits open at once, and in the middle
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torchs_update_bn_estimates_its_statistics_anew(warmup_steps, dtype):
+    network = nn.Sequential(
+        *(BatchRenorm2d(3, **{**SCHEDULE, "warmup_steps": warmup_steps}, eps=EPS, dtype=dtype) for _ in "ab")
+    )
+    for x in batches(4, dtype=dtype, seed=1):
+        network(x)
+    seen = list(batches(5, dtype=dtype))
+    update_bn(seen, network)
+    for layer in network:
+        sigma = [(x.var((0, 2, 3), correction=0) + EPS).sqrt() for x in seen]
+        torch.testing.assert_close(layer.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+        torch.testing.assert_close(layer.running_var, torch.stack(sigma).mean(0).square() - EPS)
+        seen = [nn.functional.batch_norm(x, None, None, training=True, eps=EPS) for x in seen]
+        assert layer.momentum == 0.01

@@ -1,6 +1,7 @@
 """The compile pass over gradients: those of two branches are not added first, nor is one value spread over pixels."""
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def free_place():
     inductor_pass._warn_of_another.cache_clear()
     with config.patch(post_grad_custom_pre_pass=None):
         yield
+    inductor_pass._inductor_has_a_place.cache_clear()
 
 
 def trained(module):
@@ -142,6 +144,39 @@ def test_a_pass_of_the_programs_own_stays(free_place, caplog):
         assert config.post_grad_custom_pre_pass is own
         assert caplog.text.count("is Own already") == warnings
     assert inductor_pass.install()
+
+
+@pytest.mark.parametrize(
+    "module, name", [(module, name) for module, names in inductor_pass.PRIVATE.items() for name in names]
+)
+def test_what_torch_no_longer_has_is_named_once_and_layers_go_without_the_pass(
+    module, name, free_place, monkeypatch, caplog
+):
+    plain = TwoBlocks(torch.mean)
+    x = torch.randn(2, 4, 5, 5)
+    monkeypatch.delattr(importlib.import_module(module), name)
+    inductor_pass._inductor_has_a_place.cache_clear()
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = torch.compile(copy.deepcopy(plain), backend="eager", fullgraph=True)  # Inductor too uses these names
+        torch.testing.assert_close(model(x), copy.deepcopy(plain)(x))
+        trained(model)
+    assert caplog.text.count(f"has no {module}.{name}, so OnlineNorm's layers are compiled without") == 1
+    assert not inductor_pass.install()
+    FoldGradients()(torch.fx.Graph())  # as part of a pass of the program's own
+
+
+def test_layers_are_imported_and_compiled_where_inductor_has_no_such_passes(root):
+    program = (
+        "import torch; from torch._inductor import compile_fx, custom_graph_pass as own;"
+        "del own.CustomGraphPass, own.get_hash_for_files;"
+        "from onlinenorm import OnlineNorm2d; layer = OnlineNorm2d(4, backend='fused');"
+        "x = torch.randn(2, 4, 3, 3, requires_grad=True);"
+        "torch.compile(layer, backend='aot_eager')(x).sum().backward(); assert x.grad is not None"
+    )
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("has no torch._inductor.custom_graph_pass.C") == 1, done.stderr
 
 
 def test_an_import_leaves_inductor_alone(root):

@@ -61,5 +61,5 @@ def test_triton_kernels_compile_without_a_gpu(tmp_path):
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [line.split() for line in done.stdout.splitlines()]
-    assert len(kernels) == 16 + 2 and all(int(size) for _, size, _ in kernels)
+    assert len(kernels) == 20 + 2 and all(int(size) for _, size, _ in kernels)
     assert [fused for name, _, fused in kernels if name == "resize"] == ["0", "0"]

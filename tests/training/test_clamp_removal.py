@@ -89,7 +89,7 @@ def expected_statistics(module, data, batches):
         return [module.network.conv1(x).mean((0, 2, 3)) for x in inputs], inputs
 
 
-@pytest.mark.parametrize("normalizer", ["batch", "online_clamp"])
+@pytest.mark.parametrize("normalizer", ["batch", "batch_renorm", "online_clamp"])
 def test_statistics_are_estimated_anew_and_put_back(run, tmp_path, monkeypatch, normalizer):
     seen, validate = [], final_validation.validate
 
@@ -105,7 +105,7 @@ def test_statistics_are_estimated_anew_and_put_back(run, tmp_path, monkeypatch, 
     assert results["reestimated"]["images"] == 32  # whole batches of 16
     module, data, mean = seen[-1]
     means, inputs = expected_statistics(module, data, batches=2)
-    if normalizer == "batch":
+    if normalizer != "online_clamp":
         torch.testing.assert_close(mean, torch.stack(means).mean(0))
     else:
         assert all(layer.error_compensation == "none" for layer in module.clamps.layers)
@@ -123,9 +123,12 @@ def test_images_on_the_device_are_those_of_training(run, tmp_path, monkeypatch):
     assert results["reestimated"] == run(tmp_path / "workers", *options, "data.on_device=false")["reestimated"]
 
 
-@pytest.mark.parametrize("normalizer", ["layer", "batch_renorm"])  # of the latter they are not a mean over batches
-def test_a_network_without_such_statistics_has_none_to_estimate(run, tmp_path, normalizer):
-    assert run(tmp_path, f"normalizer={normalizer}", "recipe.reestimate_images=20")["reestimated"] is None
+def test_a_network_without_such_statistics_has_none_to_estimate(run, tmp_path, capsys):
+    assert run(tmp_path, "normalizer=layer", "recipe.reestimate_images=20")["reestimated"] is None
+    told = (
+        "  recipe.reestimate_images: without effect, as no layer of the network is OnlineNorm, BatchNorm or BatchRenorm"
+    )
+    assert capsys.readouterr().out.splitlines().count(told) == 2, "before and after"
 
 
 # a clamp that holds every activation back, in front of statistics that do not: 1e20 a layer without it

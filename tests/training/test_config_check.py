@@ -48,6 +48,10 @@ def test_a_sound_configuration_passes():
         ({"model": {"num_classes": 7}}, "model.num_classes: is set by train.py itself"),
         ({"trainer": {"precision": "bf16-mixd"}}, "trainer.precision: .* is not one of auto, 32-true.*bf16-mixed?"),
         ({"trainer": {"devices": "two"}}, "trainer.devices: 'two' is not a whole number or one of auto"),
+        (
+            {"trainer": {"disabled_optimizations": ["fold_gradients", "casts"]}},
+            r"trainer.disabled_optimizations: .*'casts'\] is not a list of any of cast_weights, memset_kernels, prog",
+        ),
         ({"normaliser": {"_target_": "x"}}, r"normaliser: no such key; did you mean normalizer\?"),
         ({"seed": -1}, "seed: -1 is not a whole number from 0 to 4294967295"),
         ({"data": None}, "data: is missing; name one, as in data=NAME"),

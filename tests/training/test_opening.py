@@ -1,6 +1,7 @@
 """What a run says before it trains: at once, on which machine, how fast and why not faster."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,16 +13,19 @@ from torch import nn
 
 from onlinenorm import provenance
 from onlinenorm.cli.compose import load_config
-from onlinenorm.data import ImageNet, Synthetic
-from onlinenorm.errors import ConfigError, Diverged
-from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d
+from onlinenorm.data import ImageNet, Synthetic, decoded, workers
+from onlinenorm.errors import ConfigError, DataError, Diverged
+from onlinenorm.normalizers import BatchRenorm2d, OnlineNorm2d, SyncBatchNorm2d
 from onlinenorm.training import fast_path
 from onlinenorm.training import run as run_module
 from onlinenorm.training.fast_path import open_data, with_values
+from onlinenorm.training.final_validation import NONE_TO_ESTIMATE
 from onlinenorm.training.opening import announce, details, notes
 from onlinenorm.training.recipe import Recipe
 
-DATA = SimpleNamespace(train_images=64, on_unreadable="raise", device_fraction=1.0, keep_decoded=False)
+DATA = SimpleNamespace(
+    train_images=64, on_unreadable="raise", device_fraction=1.0, keep_decoded=False, num_workers=0, on_device=False
+)
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.1, base_batch_size=16)
 
 
@@ -124,10 +128,12 @@ def test_a_warm_up_that_outlasts_the_run_is_told(layer, accumulate, noted):
                 "clamps"
             ],
         ),
+        (BatchRenorm2d(4, warmup_steps=0), {"reestimate_images": 64}, []),
+        (SyncBatchNorm2d(4), {"reestimate_images": 64}, []),
         (
             nn.GroupNorm(1, 4),
             {"reestimate_images": 64},
-            ["recipe.reestimate_images: without effect, as no layer of the network is OnlineNorm or BatchNorm"],
+            [f"recipe.reestimate_images: without effect, as {NONE_TO_ESTIMATE}"],
         ),
         (nn.GroupNorm(1, 4), {"warmup_lr": 0.1}, ["recipe.warmup_lr: without effect, as recipe.warmup_epochs is 0"]),
         (nn.GroupNorm(1, 4), {"warmup_lr": 0.1, "warmup_epochs": 1}, []),
@@ -192,10 +198,50 @@ def test_keys_of_other_decoders_and_of_images_not_kept_are_told():
     assert notes(nn.Sequential(), config, data, RECIPE) == []
 
 
-def test_a_batch_larger_than_the_set_is_refused_before_steps_are_counted(run, tmp_path, capsys):
-    with pytest.raises(ConfigError, match=r"^recipe\.batch_size: 512 exceeds"):
-        run(tmp_path, "recipe.batch_size=512")
-    assert "an epoch" not in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "asked, devices, told",
+    [
+        (None, 8, ""),
+        (3, 1, ""),
+        (
+            4,
+            1,
+            "data.num_workers: 4 loader workers share 3 cores, which seldom makes them faster; null takes as ",
+        ),
+        (2, 2, "data.num_workers: 4 loader workers, 2 of each of 2 processes, share 3 cores, which seldom makes them "),
+    ],
+)
+def test_more_workers_than_cores_are_told(monkeypatch, asked, devices, told):
+    monkeypatch.setattr(workers, "cores", lambda: 3)
+    config = {"trainer": {"accumulate_grad_batches": 1, "devices": devices}}
+    data = Synthetic(num_train=64, num_val=8, num_workers=asked)
+    assert [note[: len(told)] for note in notes(nn.Sequential(), config, data, RECIPE)] == [told] * bool(told)
+
+
+def test_torch_does_not_tell_it_too_at_each_start(run, tmp_path, capfd, monkeypatch, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    run(tmp_path, "data.num_workers=2", "recipe.epochs=1", "recipe.milestones=[]")
+    assert not [warning for warning in recwarn if "worker" in str(warning.message)]
+    told = [line for line in capfd.readouterr().out.splitlines() if "worker" in line]
+    assert len(told) == 1 and told[0].startswith("  data.num_workers: 2 loader workers share 1 core, ")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["recipe.batch_size=512"], r"^recipe\.batch_size: 512 exceeds"),
+        (["data.on_device=true"], r"^data\.on_device: the 91 decoded images of .* take about .* has 0\.0 GB free; use"),
+        (["data.num_workers=1"], r"^data\.num_workers: 1 loader workers hold up to .* /dev/shm has 0\.0 MB free; "),
+        (["trainer.log_every_n_steps=0"], r"^trainer\.log_every_n_steps: 0 must be at least 1"),
+    ],
+)
+def test_what_is_refused_is_not_told_of_first(run, tmp_path, capsys, monkeypatch, overrides, message):
+    monkeypatch.setattr(decoded, "free_memory", lambda device: 0)
+    monkeypatch.setattr(workers.os, "statvfs", lambda path: SimpleNamespace(f_bavail=0, f_frsize=1))
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(tmp_path / "run", *overrides)
+    assert len(capsys.readouterr().out.splitlines()) == 2, "what is announced"
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_on_the_cpu_nothing_lies_on_the_device(gpu):

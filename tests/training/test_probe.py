@@ -220,6 +220,8 @@ class Fused(Stateful):
 
 
 class Halved(Fused):
+    fuses_residual = True
+
     def forward(self, x, residual=None, relu=False):
         return super().forward(x, None if residual is None else residual / 2, relu)
 

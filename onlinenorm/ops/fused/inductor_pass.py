@@ -8,28 +8,45 @@ Inductor has one place for such a pass in a process (``config.post_grad_custom_p
 this one changes nothing but what a norm's backward reads. torch.compile puts it there when it traces the first training
 pass of a layer on these kernels, whoever called it, and the log says so; neither an import nor a layer that is not
 compiled does. A program that has a pass of its own keeps it; as a subclass of ``FoldGradients`` that calls
-``super().__call__(graph)`` it does both.
+``super().__call__(graph)`` it does both. A torch whose Inductor has no such place, or keeps what the pass needs under
+other names, compiles layers without it, and the log names what is missing.
 """
 
 import functools
+import importlib
 import itertools
 import logging
 from pathlib import Path
 
 import torch
-from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+try:
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+except ImportError:  # which `install` tells
+    CustomGraphPass = object  # type: ignore[assignment, misc]
 
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
+# What the pass uses of torch that torch does not promise to keep.
+PRIVATE = {
+    "torch._inductor.config": ("post_grad_custom_pre_pass",),
+    "torch._inductor.custom_graph_pass": ("CustomGraphPass", "get_hash_for_files"),
+    "torch._inductor.lowering": ("lowerings", "make_fallback", "tag_to_layout_constraint"),
+    "torch._library.utils": ("get_layout_constraint_tag",),
+}
+
 
 class FoldGradients(CustomGraphPass):
     """Replace fused_backward(a + b, None, ...) by fused_backward(a, b, ...), and what is spread by what it spreads."""
 
+    enabled = True  # else gradients are added and spread before it
+
     def __call__(self, graph: torch.fx.Graph) -> None:
         _declare_operators()
+        if not self.enabled:
+            return
         backward = torch.ops.onlinenorm.fused_backward.default
         others = (
             torch.ops.onlinenorm.fused_max_pool_backward.default,
@@ -55,7 +72,25 @@ class FoldGradients(CustomGraphPass):
         # Part of the key of Inductor's cache on disk: none of its code expects other results of the operators.
         names = "max_pool.py", "operators.py", "shortcut.py", "single_read.py"
         results = [str(Path(__file__).with_name(name)) for name in names]
-        return get_hash_for_files((__file__, *results))
+        return get_hash_for_files((__file__, *results), extra=f"enabled={self.enabled}")
+
+
+@functools.cache
+def _inductor_has_a_place() -> bool:
+    """Whether this torch has all of `PRIVATE`; a warning names the first that it lacks."""
+    for module, names in PRIVATE.items():
+        for name in names:
+            try:
+                getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError):
+                logger.warning(
+                    "torch.compile: torch %s has no %s.%s, so OnlineNorm's layers are compiled without the pass that "
+                    "saves their backward reading and writing gradients, which is slower; a newer onlinenorm, or an "
+                    "older torch, has it",
+                    *(torch.__version__, module, name),
+                )
+                return False
+    return True
 
 
 def _declare_operators() -> None:
@@ -64,6 +99,8 @@ def _declare_operators() -> None:
     It would find out at the first call of each, but torch 2.11 writes down the call's arguments then, with all that
     they are computed from: for the last gradient of a deep network that takes for ever.
     """
+    if not _inductor_has_a_place():
+        return
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
     from torch._library.utils import get_layout_constraint_tag
 
@@ -104,10 +141,14 @@ def _is_plain_add(node) -> bool:
 
 @torch.compiler.assume_constant_result
 def install() -> bool:
-    """Make it Inductor's custom pass, unless the process has one of its own; returns whether it is.
+    """Make it Inductor's custom pass, unless there is no place or another pass has it; returns whether it is.
 
     While torch.compile traces, this runs at once and leaves nothing in the graph.
     """
+    if not _inductor_has_a_place():
+        return False
+    from torch._inductor import config
+
     present = config.post_grad_custom_pre_pass
     if present is None:
         config.post_grad_custom_pre_pass = FoldGradients()

@@ -12,13 +12,11 @@ between them; where one graph holds two launches in one direction, a barrier is 
 A mailbox is for one size of batch. Where that changes, a layer's is emptied for the next size; graphs keep theirs.
 
 Between machines there are no such stores, and the moments are gathered: a sample needs those of all samples before it,
-so where they come by a collective, images are read twice however it is divided. Messages within each machine and one
-gather between machines would save a part of each gather's latency, which NCCL divides in that way by itself.
+so where they come by a collective, images are read twice however it is divided. `ops.distributed` says how it is.
 """
 
 import logging
 import os
-import socket
 import threading
 import weakref
 from collections import Counter
@@ -26,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,7 +31,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from onlinenorm.errors import RunError
-from onlinenorm.ops.distributed import constant_when_compiled, exchanging, process_group, refusals
+from onlinenorm.ops.distributed import (
+    constant_when_compiled,
+    exchanging,
+    machine,
+    process_group,
+    refusals,
+    timeout_of,
+)
 from onlinenorm.ops.spec import NormSpec
 from onlinenorm.text import first_line
 
@@ -142,8 +146,8 @@ def _out_of_reach(state: _Group, device: int) -> str:
     processes = state.members.size()
     if processes > MOST:
         return f"{processes} processes, and messages between kernels are for {MOST} at most"
-    places = [word.split(" ", 1) for word in state.meet(f"{_machine()} {_uuid(device)}")]
-    if (machines := len({machine for machine, _ in places})) > 1:
+    places = [word.split(" ", 1) for word in state.meet(f"{machine()} {_uuid(device)}")]
+    if (machines := len({name for name, _ in places})) > 1:
         return f"{machines} machines"
     visible = {_uuid(index): index for index in range(torch.cuda.device_count())}
     problem = ""
@@ -173,18 +177,13 @@ def _unreachable(device: int, rank: int, gpu: int | None) -> str:
     return ""
 
 
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else socket.gethostname()
-
-
 def _uuid(device: int) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _patience(members: dist.ProcessGroup) -> float:
     """Seconds, fewer than those after which NCCL ends a process of the group, whatever it is about to say."""
-    timeout = getattr(getattr(members._get_backend(torch.device("cuda")), "options", None), "_timeout", None)
+    timeout = timeout_of(members, torch.device("cuda"))
     return 0.9 * timeout.total_seconds() if timeout else DEFAULT_PATIENCE
 
 

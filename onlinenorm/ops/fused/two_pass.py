@@ -1,7 +1,7 @@
 """Launchers of the two-pass kernels: which block shapes, how many slices, in which order.
 
-Across processes the tables of partial moments are gathered between the reduction and the scan, and every process scans
-the samples of all; `geo` below describes this process's tensor, `everyone` the samples of all processes.
+Across processes the tables of moments are gathered between the reduction and the scan, one slice a sample, and every
+process scans the samples of all; `geo` below describes this process's tensor, `everyone` the samples of all processes.
 """
 
 from dataclasses import dataclass, replace
@@ -86,16 +86,31 @@ class Geometry:
 def _geometries(x: Tensor, spec: NormSpec) -> tuple[Geometry, Geometry]:
     """This process's tensor, and the samples of all processes."""
     geo = Geometry.of(x, max(spec.counts, default=len(x)))
-    return geo, replace(geo, samples=total_samples(len(x), *spec.peers))
+    if spec.processes == 1:
+        return geo, geo
+    return geo, replace(geo, samples=total_samples(len(x), *spec.peers), splits=1, rows=geo.pixels)
 
 
 def _table(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-def _from_all(partial: Tensor, spec: NormSpec) -> Tensor:
-    """Partial moments (N, splits, C, 2) of this process's samples -> those of all processes, as dealt."""
-    return gather_samples(partial.flatten(1)[None], *spec.peers)[0].unflatten(1, partial.shape[1:])
+def _from_all(partial: Tensor, spec: NormSpec, merge_kernel, *sizes: int) -> Tensor:
+    """Partial moments (N, splits, C, 2) of this process's samples -> (M, 1, C, 2) of all processes', as dealt.
+
+    ``merge_kernel``, which is called with ``sizes``, makes one slice of several: the bits that the scan would.
+    """
+    if spec.processes == 1:
+        return partial
+    samples, splits, channels, _ = partial.shape
+    if splits > 1:
+        slices, partial = partial, _table(partial, samples, 1, channels, 2)
+        block_c = min(triton.next_power_of_2(channels), 128)
+        merge_kernel[samples, triton.cdiv(channels, block_c)](
+            slices, partial, channels, splits, *sizes, BLOCK_C=block_c
+        )
+    by_machine = bool(spec.mailbox)  # exchange="auto"
+    return gather_samples(partial.flatten(1)[None], *spec.peers, by_machine)[0].unflatten(1, partial.shape[1:])
 
 
 def _reduce(x: Tensor, geo: Geometry) -> Tensor:
@@ -147,12 +162,12 @@ def forward(
     M samples of all processes.
     """
     geo, everyone = _geometries(x, spec)
-    partial = _from_all(_reduce(x, geo), spec)
+    partial = _from_all(_reduce(x, geo), spec, forward_kernels.merge_moments_kernel, geo.rows, geo.pixels)
     tables = _table(x, 2, everyone.samples, geo.channels, 2)
     scan = everyone.scan_blocks
     forward_kernels.forward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
-        partial, tables[0], tables[1], running_mean, running_var, everyone.samples, geo.channels, geo.splits, geo.rows,
-        geo.pixels, spec.alpha_fwd, 1 - spec.alpha_fwd, **scan,
+        partial, tables[0], tables[1], running_mean, running_var, everyone.samples, geo.channels, everyone.splits,
+        everyone.rows, geo.pixels, spec.alpha_fwd, 1 - spec.alpha_fwd, **scan,
     )  # fmt: skip
     rzeta = _layer_scale(tables[0], tables[1], weight, bias, everyone, spec, geo.channels)
     state, own_rzeta = (_own(table, spec) for table in (tables[1], rzeta))
@@ -211,13 +226,13 @@ def backward(
         grad, skip_grad, x, out, partial, own_moments, own_state, weight, bias, *sizes, geo.splits, geo.rows,
         *geo.strides, spec.eps, spec.clamp_value, **flags, STAGES=3,
     )  # fmt: skip
-    partial = _from_all(partial, spec)
+    partial = _from_all(partial, spec, backward_kernels.merge_gradients_kernel)
     groups = geo.groups(spec)
     kappa = None
     if rzeta is not None:
         kappa = torch.empty_like(rzeta)
         backward_kernels.project_kernel[(rzeta.numel(),)](
-            partial, moments, state, weight, bias, rzeta, kappa, geo.channels, *groups, geo.splits, geo.pixels,
+            partial, moments, state, weight, bias, rzeta, kappa, geo.channels, *groups, everyone.splits, geo.pixels,
             spec.eps, BLOCK_C=min(triton.next_power_of_2(groups[1]), 1024),
         )  # fmt: skip
     control = _table(x, everyone.samples, geo.channels, 2)
@@ -226,7 +241,7 @@ def backward(
     scan = everyone.scan_blocks
     backward_kernels.backward_scan_kernel[(triton.cdiv(geo.channels, scan["BLOCK_C"]),)](
         partial, moments, state, rzeta, kappa, weight, bias, control_u, control_v, control, grad_weight, grad_bias,
-        own_mask(control, *spec.peers), everyone.samples, rank, spec.processes, geo.channels, *groups, geo.splits,
+        own_mask(control, *spec.peers), everyone.samples, rank, spec.processes, geo.channels, *groups, everyone.splits,
         geo.pixels, spec.eps, spec.alpha_bkw, 1 - spec.alpha_bkw, spec.gradient_scale, MOST_GROWTH,
         **scan,
     )  # fmt: skip

@@ -64,14 +64,33 @@ def gradient_moments_kernel(
 
 
 @triton.jit
-def _merge_gradients(partial_ptr, n, c, live, channels, splits, pixels):
-    """Mean g and mean of its product, g y or g (y - Y), of sample n's channels."""
+def _merge_gradients(partial_ptr, n, c, live, channels, splits):
+    """Sums of g and of its product, g y or g (y - Y), of sample n's channels."""
     total = tl.zeros_like(live.to(tl.float32))
     product = tl.zeros_like(total)
     for split in range(splits):
         g, part = pair(partial_ptr, (n * splits + split) * channels + c, live)
         total += g
         product += part
+    return total, product
+
+
+@triton.jit
+def merge_gradients_kernel(partial_ptr, merged_ptr, channels, splits, BLOCK_C: tl.constexpr):
+    """One slice a sample in place of several."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < channels
+    total, product = _merge_gradients(partial_ptr, n, c, in_c, channels, splits)
+    index = 2 * (n * channels + c)
+    tl.store(merged_ptr + index, total, mask=in_c)
+    tl.store(merged_ptr + index + 1, product, mask=in_c)
+
+
+@triton.jit
+def _mean_gradients(partial_ptr, n, c, live, channels, splits, pixels):
+    """Mean g and mean of its product of sample n's channels."""
+    total, product = _merge_gradients(partial_ptr, n, c, live, channels, splits)
     size = pixels * 1.0
     return total / size, product / size
 
@@ -98,7 +117,7 @@ def project_kernel(
         lane = start + tl.arange(0, BLOCK_C)
         live = lane < group_size
         c = group * group_size + lane
-        g, apart = _merge_gradients(partial_ptr, n, c, live, channels, splits, pixels)
+        g, apart = _mean_gradients(partial_ptr, n, c, live, channels, splits, pixels)
         _, y, _ = _normalised_moments(moments_ptr, state_ptr, n * channels + c, live, eps)
         weight, bias = parameters(weight_ptr, bias_ptr, c, live)
         total += tl.where(live, weight * apart + (weight * y + bias) * g, 0.0)
@@ -112,7 +131,7 @@ def _gradient_row(
     channels, groups, group_size, splits, pixels, eps,
 ):  # fmt: skip
     """(1 / s, Y, Q, G, GY) of samples n, with G and GY behind the error compensation."""
-    g, gy = _merge_gradients(partial_ptr, n, c, live, channels, splits, pixels)
+    g, gy = _mean_gradients(partial_ptr, n, c, live, channels, splits, pixels)
     rstd, y, var = _normalised_moments(moments_ptr, state_ptr, n * channels + c, live, eps)
     if rzeta_ptr is not None:
         group = n * groups + c // group_size

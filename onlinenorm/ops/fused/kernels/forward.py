@@ -46,7 +46,7 @@ def moments_kernel(
 
 @triton.jit
 def _merge_moments(partial_ptr, n, c, live, channels, splits, rows, pixels):
-    """Mean and variance of sample n's channels from those of its slices."""
+    """Mean and centred sum of squares of sample n's channels from those of its slices."""
     centre = finite(tl.load(partial_ptr + 2 * (n * splits * channels + c), mask=live, other=0.0))
     total = tl.zeros_like(centre)
     scatter = tl.zeros_like(centre)
@@ -55,10 +55,20 @@ def _merge_moments(partial_ptr, n, c, live, channels, splits, rows, pixels):
         mean, square = pair(partial_ptr, (n * splits + split) * channels + c, live)
         total += count * (mean - centre)
         scatter += square + count * (mean - centre) * (mean - centre)
-    size = pixels * 1.0
-    return centre + total / size, tl.maximum(
-        scatter - total * (total / size), 0.0, propagate_nan=tl.PropagateNan.ALL
-    ) / size
+    offset = total / (pixels * 1.0)
+    return centre + offset, tl.maximum(scatter - total * offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def merge_moments_kernel(partial_ptr, merged_ptr, channels, splits, rows, pixels, BLOCK_C: tl.constexpr):
+    """One slice a sample in place of several."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < channels
+    mean, scatter = _merge_moments(partial_ptr, n, c, in_c, channels, splits, rows, pixels)
+    index = 2 * (n * channels + c)
+    tl.store(merged_ptr + index, mean, mask=in_c)
+    tl.store(merged_ptr + index + 1, scatter, mask=in_c)
 
 
 @triton.jit
@@ -81,7 +91,8 @@ def forward_scan_kernel(
         n = (start + lane).to(tl.int64)
         live = (n < samples) & in_c[None, :]
         index = n * channels + c_row
-        mu, q = _merge_moments(partial_ptr, n, c_row, live, channels, splits, rows, pixels)
+        mu, scatter = _merge_moments(partial_ptr, n, c_row, live, channels, splits, rows, pixels)
+        q = scatter / (pixels * 1.0)
         tl.store(moments_ptr + 2 * index, mu, mask=live)
         tl.store(moments_ptr + 2 * index + 1, q, mask=live)
         # m before each sample: scan over the sample before it, nothing for the first row.
