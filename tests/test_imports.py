@@ -15,7 +15,7 @@ ALLOWED = {
     "report": {"report"},
     "deploy": {"deploy", "training", "models", "normalizers", "data"},
 }
-GROUND = {"arguments", "errors", "files", "provenance", "records", "scales", "text"}  # modules below all parts
+GROUND = {"arguments", "errors", "files", "hooks", "provenance", "records", "scales", "text"}  # modules below all parts
 # Packages outside the project that a part may load when it is imported.
 HEAVY = {"torch", "torchvision", "pytorch_lightning", "hydra", "omegaconf", "triton", "wandb", "PIL", "torchmetrics"}
 ALLOWED_HEAVY = {

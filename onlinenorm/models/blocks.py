@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torchvision.models import resnet as torchvision_resnet
 
 from onlinenorm.errors import ArgumentError
+from onlinenorm.hooks import are_untouched
 
 Normalizer = Callable[[int], nn.Module]
 # Norms whose backward needs their input alone, so that their output may be overwritten, which saves its memory. Not
@@ -44,7 +44,7 @@ def norm_act(
         return norm(x, residual=residual, relu=relu)
     out = norm(x)
     # a hook may put its own output, or a view, in place of the norm's
-    inplace = type(norm) in OVERWRITABLE and _are_untouched(norm)
+    inplace = type(norm) in OVERWRITABLE and are_untouched(norm)
     if residual is not None:
         out = out.add_(residual) if inplace else out + residual
     return F.relu(out, inplace=inplace or residual is not None) if relu else out
@@ -56,7 +56,7 @@ def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.MaxPool2d, fuse: bool
     Eager networks call the layers one by one, and so do compiled ones where either has a hook.
     """
     fuse = fuse and torch.compiler.is_compiling() and fuses(norm, "fuses_max_pool")
-    if fuse and _is_resnets(pool) and _are_untouched(norm, pool):
+    if fuse and _is_resnets(pool) and are_untouched(norm, pool):
         return norm(x, relu=True, max_pool=True)
     return pool(norm_act(norm, x))
 
@@ -70,7 +70,7 @@ def shortcut_of(block: "BasicBlock | Bottleneck", x: Tensor) -> tuple[Tensor, nn
     if downsample is None:
         return x, None
     fuse = block.fuse_shortcut and torch.compiler.is_compiling() and fuses(norm, "fuses_shortcut")
-    if fuse and _ends_in(downsample, type(norm)) and _are_untouched(norm, downsample, downsample[1]):
+    if fuse and _ends_in(downsample, type(norm)) and are_untouched(norm, downsample, downsample[1]):
         return downsample[0](x), downsample[1]
     return downsample(x), None
 
@@ -83,18 +83,6 @@ def fuses(norm: nn.Module, says_so: str) -> bool:
         if "forward" in vars(holder):
             return False
     return False
-
-
-def _are_untouched(*modules: nn.Module) -> bool:
-    """Whether calls of these are their classes' ``forward`` and no more: no hook, none put in its place on one."""
-    return not _has_any_global_hook() and not any(
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in modules
-    )
 
 
 def _ends_in(downsample: nn.Module, norm: type) -> bool:

@@ -7,11 +7,13 @@ from torch import nn
 
 from onlinenorm.normalizers import data_parallel
 from onlinenorm.normalizers.online_norm import OnlineNorm
-from onlinenorm.ops.distributed import exchanging, late, process_group, refusals
+from onlinenorm.ops.distributed import exchanging, gathers_by_machine, late, process_group, refusals
 
 __all__ = ["Exchange", "exchange_of", "late"]
 
 _KERNELS = "kernels exchange what they read once: 16 bits, channels_last, channels in whole 64s, on Hopper or later"
+
+_TWO_STEPS = "small messages between machines, then within each"
 
 
 class Exchange(NamedTuple):
@@ -49,4 +51,5 @@ def _why_gathered(layer: OnlineNorm) -> str:
         return f"backend={backend}, which has no kernels for it"
     group = process_group(layer._group[0]) or dist.group.WORLD
     assert group is not None, "its size was asked for"
-    return refusals.get(group.group_name) or _KERNELS
+    reason = refusals.get(group.group_name) or _KERNELS
+    return f"{reason}; {_TWO_STEPS}" if gathers_by_machine(layer._group[0]) else reason

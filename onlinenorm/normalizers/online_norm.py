@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onlinenorm.errors import ArgumentError
+from onlinenorm.hooks import are_untouched
 from onlinenorm.normalizers import data_parallel
 from onlinenorm.normalizers.batch_sizes import Sizes, check_even_batches, exchanged_sizes
 from onlinenorm.normalizers.dependence import PROCESSES
@@ -213,10 +214,12 @@ class OnlineNorm(LeafOfGraphs, CheckedSettings, FullPrecision):
         return out.reshape(x.shape) if out.dim() != x.dim() else out
 
     def _takes(self, shortcut: "OnlineNorm", x: Tensor) -> bool:
-        """Whether one operator may serve this layer and that of a residual: in training, of the same constants."""
+        """Whether one operator may serve this layer and that of a residual: in training, alike, without hooks."""
         backend = self.resolve_backend(x.device)
         return (
             type(shortcut) is type(self)
+            and type(shortcut).forward is OnlineNorm.forward
+            and are_untouched(shortcut)
             and self.training
             and shortcut.training
             and backend == shortcut.resolve_backend(x.device)
@@ -322,8 +325,8 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} with statistics of the s
     with m and var exponential averages over the stream of samples (per channel, decay ``alpha_fwd``), so that no output
     depends on later samples and batches of one work like any other; residual and ReLU where asked for, and behind them
     a 3x3 max-pool of stride 2 and padding 1 (``max_pool``, of images); ``shortcut`` is a layer that the residual passes
-    first. The backward pass is a control process (decay
-    ``alpha_bkw``) that keeps gradients nearly orthogonal to y and to 1; it is not the derivative of the forward pass.
+    first. The backward pass is a control process (decay ``alpha_bkw``) that keeps gradients nearly orthogonal to y and
+    to 1, not the derivative of the forward pass.
 
     Training: statistics move in place in the forward pass, controls in the backward pass, samples in batch order;
     under ``torch.no_grad()`` nothing moves. Activation checkpointing, nested or not, reentrant or not, counts a batch

@@ -68,17 +68,22 @@ def _steps(table: Tensor, group: str, by_machine: bool) -> tuple[dist.ProcessGro
         return (members,)
     if world not in _two_steps:
         _two_steps[world] = _between_and_within_machines(world, table.device)
-    return _two_steps[world]
+    return _two_steps[world] or (members,)
+
+
+def gathers_by_machine(group: str) -> bool:
+    """Whether small tables of a group's processes have been gathered in two steps."""
+    return bool(_two_steps.get(process_group(group) or dist.group.WORLD))  # type: ignore[call-overload]  # one of both
 
 
 def _between_and_within_machines(world: dist.ProcessGroup, device: torch.device) -> tuple[dist.ProcessGroup, ...]:
-    """This process's counterparts on other machines, and its own machine; all where ranks are not in equal blocks."""
+    """This process's counterparts on other machines, and its own machine; () where ranks are not in equal blocks."""
     machines = [""] * world.size()
     dist.all_gather_object(machines, machine())
     each, ranks = machines.count(machines[0]), range(world.size())
     names = machines[::each]
     if 1 in (each, len(names)) or len(set(names)) < len(names) or machines != [n for n in names for _ in range(each)]:
-        return (world,)
+        return ()
     blocks = [list(ranks[first : first + each]) for first in ranks[::each]]
     counterparts = [list(ranks[place::each]) for place in range(each)]
     timeout = timeout_of(world, device)

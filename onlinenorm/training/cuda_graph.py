@@ -15,6 +15,8 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from onlinenorm.errors import RunError
+from onlinenorm.hooks import are_untouched
+from onlinenorm.models.blocks import BasicBlock, Bottleneck, BottleneckStride1x1
 
 SAYS_SO = "layers_alone_read_weights"
 _WARM_UPS = 3  # compilation, choice of algorithms and workspaces belong before the capture
@@ -123,17 +125,25 @@ def averaged(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[
 def weights_cast_by_layers(module: nn.Module) -> set[str]:
     """Names of the parameters that autocast casts once a pass each: weights and biases of the convolutions and linear
     layers of networks that say so (`layers_alone_read_weights`, of their own class: a subclass may read them); not
-    those that several layers share, or that a hook makes."""
+    those that several layers share, that lie in a normalizer or another's block, or where a hook may read them."""
     owners = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
     return {
         f"{layer_name}.{name}".lstrip(".")
         for network_name, network in module.named_modules()
-        if vars(network).get(SAYS_SO, vars(type(network)).get(SAYS_SO, False))
-        for layer_name, layer in network.named_modules(prefix=network_name)
-        if type(layer) in (nn.Conv2d, nn.Linear) and not layer._forward_pre_hooks
+        if vars(network).get(SAYS_SO, vars(type(network)).get(SAYS_SO, False)) and are_untouched(*network.modules())
+        for layer_name, layer in _own_layers(network, network_name)
         for name, parameter in layer.named_parameters(recurse=False)
         if name in ("weight", "bias") and owners[id(parameter)] == 1
     }
+
+
+def _own_layers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Convolutions and linear layers, by name, of a network and of those of its blocks that leave them alone."""
+    for name, child in module.named_children():
+        if type(child) in (nn.Conv2d, nn.Linear):
+            yield f"{path}.{name}", child
+        elif type(child) in (nn.Sequential, BasicBlock, Bottleneck, BottleneckStride1x1):
+            yield from _own_layers(child, f"{path}.{name}")
 
 
 class CastWeights:

@@ -132,7 +132,7 @@ def _run(choice: Choice, recipe: Recipe, normalizer: Any, folder: RunFolder, sto
         if folder.rank_zero:
             print(*details(config, data, recipe, choice.reasons), sep="\n")
             print(*(f"  {note}\n" for note in notes(network, config, data, recipe)), sep="", end="")
-            print(*_continues(checkpoint, position, recipe.epochs), sep="", flush=True)
+            print(*_continues(checkpoint, position, recipe.epochs), sep="", end="", flush=True)
         with watching(trainer):
             with naming_fast_path(choice, trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -1,7 +1,9 @@
 """Moments over several machines, which processes of this one stand for: gathered between them once, then within."""
 
+import gc
 import os
 import time
+import weakref
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from torch import nn
 from onlinenorm import OnlineNorm2d
 from onlinenorm.errors import RunError
 from onlinenorm.normalizers import average_statistics, gather_statistics, synchronise_batch_norm
+from onlinenorm.normalizers.exchange import exchange_of
 from onlinenorm.ops import distributed
 from onlinenorm.ops.distributed import gather_samples
 from onlinenorm.training.children import WatchingLauncher
@@ -94,6 +97,26 @@ def test_what_is_large_or_of_few_processes_or_of_a_group_is_gathered_over_all():
         assert [len(ranks) for ranks in groups[-2:]] == [2, 2]
 
 
+def groups_left(rank, machines):
+    """Process groups that are still there after each of two is made, used for a gather and destroyed."""
+    distributed.machine, distributed.FEWEST = lambda: machines[rank], 2
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 4, rank == 0)
+    made = []
+    for start in "ab":
+        dist.init_process_group("gloo", store=dist.PrefixStore(start, store), rank=rank, world_size=4)
+        made.append(weakref.ref(dist.group.WORLD))
+        gather_samples(torch.ones(1, 2, CHANNELS), 4, by_machine=True)
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
+    return [group() is not None for group in made]
+
+
+@pytest.mark.parametrize("machines", [EQUAL, "aaaa"])
+def test_groups_that_a_program_has_destroyed_are_not_kept(machines):
+    assert process_groups.run(4, groups_left, machines) == [[False, False]] * 4
+
+
 def network(exchange):
     torch.manual_seed(3)
     norms = [
@@ -118,14 +141,15 @@ def trained(rank, exchange, groups):
             model.load_state_dict(state)
     last = [ranks for ranks in groups if len(ranks) < 4], [ranks for ranks in groups if len(ranks) == 4]
     assert not gather_statistics(model) and average_statistics(model) == 0
-    return [*found, *state.values()], last
+    return [*found, *state.values()], last, exchange_of(model).reason
 
 
 def trained_both_ways(rank):
     groups = pretend(rank, EQUAL)
-    one, (parts, whole) = trained(rank, "gather", groups)
-    assert not parts
-    two, (parts, rest) = trained(rank, "auto", groups)
+    one, (parts, whole), reason = trained(rank, "gather", groups)
+    assert not parts and reason == "exchange=gather"
+    two, (parts, rest), reason = trained(rank, "auto", groups)
+    assert reason.endswith("; small messages between machines, then within each")
     assert len(parts) == 2 * (len(whole) - len(rest)) == 2 * 4  # two layers, forward and backward
     groups.clear()
     batch = nn.BatchNorm2d(4)

@@ -291,6 +291,45 @@ def test_layers_that_are_not_alike_follow_one_another(monkeypatch):
         tail.last(x, relu=True, shortcut=tail.side)
 
 
+class Doubling(OnlineNorm2d):
+    """Does not say that it fuses."""
+
+    def forward(self, x, **options):
+        return 2 * super().forward(x, **options)
+
+
+def doubled(norm):
+    norm.__class__ = Doubling
+
+
+def replaced(norm):
+    forward = norm.forward
+    norm.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda norm: norm.register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],)),
+        lambda norm: norm.register_forward_hook(lambda layer, inputs, output: 2 * output),
+        lambda norm: norm.register_full_backward_hook(lambda layer, grad_in, grad_out: (2 * grad_in[0],)),
+        replaced,
+        doubled,
+    ],
+)
+def test_a_layer_that_a_residual_passes_is_called_where_its_call_is_more_than_the_kernel(change):
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets without a GPU
+    tail = Tail(8, "clamp", backend="fused").to(device)
+    twin = as_two_calls(tail)
+    for layers in (tail, twin):
+        change(layers.side)
+        if type(layers.side) is Doubling:
+            doubled(layers.last)  # of one class
+    ours, theirs = (steps(layers, (3, 8, 4, 5), torch.float32, device) for layers in (tail, twin))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
 def launched(monkeypatch):
     """Where the kernels serve but are not there: notes what they would be given, and has all tensors as they are."""
     calls = []

@@ -69,11 +69,63 @@ def test_others_are_left_to_autocast():
         assert not any(name.startswith("layer3.0.conv1") for name in weights_cast_by_layers(network))
         network.layer3[0].conv1 = nn.Conv2d(3, 3, 1)
     assert not weights_cast_by_layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4)))  # which says nothing
+    network.layer1[0] = OwnBlock(64, 64, norm_layer=OnlineNorm2d)
+    assert not any(name.startswith("layer1.0.") for name in weights_cast_by_layers(network))
     inherits = type("Own", (type(network),), {})
     network.__class__ = inherits  # whose forward may be another
     assert not weights_cast_by_layers(network)
     part = nn.Sequential(models.cifar_resnet8(OnlineNorm2d), nn.Linear(10, 4))
     assert {name.partition(".")[0] for name in weights_cast_by_layers(part)} == {"0"}
+
+
+class OwnBlock(models.blocks.BasicBlock):
+    """Its forward could read the weights of its layers."""
+
+
+class Mixing(nn.Module):
+    """A normalizer that computes with the weight of its layer in full precision, as autocast allows."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.weight, self.mix = nn.Parameter(torch.ones(num_features)), nn.Linear(num_features, num_features)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return x * self.mix(x.float().mean((2, 3)))[:, :, None, None]
+
+
+def test_layers_within_a_normalizer_are_left_to_it():
+    network = models.cifar_resnet8(Mixing)
+    names = weights_cast_by_layers(network)
+    assert "conv1.weight" in names and not any("mix" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda network: network.register_forward_hook(lambda model, inputs, output: output * model.fc.weight.norm()),
+        lambda network: network.layer1.register_forward_pre_hook(lambda layer, inputs: None),
+        lambda network: network.layer2[0].conv1.register_forward_hook(lambda layer, inputs, output: None),
+        lambda network: network.fc.register_full_backward_hook(lambda layer, grad_in, grad_out: None),
+        lambda network: setattr(network, "forward", network.forward),
+        lambda network: setattr(network.layer1[0], "forward", network.layer1[0].forward),
+    ],
+)
+def test_weights_that_hooks_may_read_are_left_to_autocast(change):
+    network = models.cifar_resnet8(OnlineNorm2d)
+    assert weights_cast_by_layers(network)
+    change(network)
+    assert not weights_cast_by_layers(network)
+
+
+def test_weights_that_a_hook_of_all_modules_may_read_are_left_to_autocast():
+    network = models.cifar_resnet8(OnlineNorm2d)
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda layer, inputs: None)
+    try:
+        assert not weights_cast_by_layers(network)
+    finally:
+        handle.remove()
+    assert weights_cast_by_layers(network)
 
 
 def test_copies_follow_the_weights_where_autocast_is_on():
