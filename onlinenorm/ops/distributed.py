@@ -73,7 +73,8 @@ def _steps(table: Tensor, group: str, by_machine: bool) -> tuple[dist.ProcessGro
 
 def gathers_by_machine(group: str) -> bool:
     """Whether small tables of a group's processes have been gathered in two steps."""
-    return bool(_two_steps.get(process_group(group) or dist.group.WORLD))  # type: ignore[call-overload]  # one of both
+    members = process_group(group) or dist.group.WORLD
+    return members is not None and bool(_two_steps.get(members))
 
 
 def _between_and_within_machines(world: dist.ProcessGroup, device: torch.device) -> tuple[dist.ProcessGroup, ...]:

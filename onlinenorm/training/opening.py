@@ -12,6 +12,8 @@ from onlinenorm.training.launch import is_rank_zero, process_count
 
 # argument of an OnlineNorm layer -> the error_compensation without which it has no effect
 OF_GUARD = {"clamp_value": "clamp", "layer_scaling_eps": "layer_scaling", "layer_scaling_group_size": "layer_scaling"}
+# key -> the names in trainer.disabled_optimizations that have no effect without it
+OF_FAST_PATH = {"trainer.cuda_graph": {"cast_weights", "memset_kernels"}, "model.compile": {"fold_gradients"}}
 
 
 def announce(config: dict[str, Any]) -> None:
@@ -122,6 +124,12 @@ def _without_effect(network: Any, config: dict[str, Any], data: Any, recipe: Any
         said.append(f"data.device_fraction: without effect, as data.decoder is {data.decoder}")
     if data.keep_decoded and not data.on_device:
         said.append("data.keep_decoded: without effect, as data.on_device is false")
+    disabled = config["trainer"].get("disabled_optimizations", ())
+    if disabled and config["trainer"]["accelerator"] != "gpu":
+        return [*said, "trainer.disabled_optimizations: without effect, as this run is on the CPU"]
+    for key, of_it in OF_FAST_PATH.items():
+        if (idle := sorted(of_it & set(disabled))) and not lookup(config, key):
+            said.append(f"trainer.disabled_optimizations: {', '.join(idle)} without effect, as {key} is false")
     return said
 
 

@@ -44,7 +44,8 @@ _HARMLESS = (
 
 
 def resolve(settings: dict[str, Any]) -> dict[str, Any]:
-    """The trainer node with "auto" replaced by what this machine has; of cuda_graph `fast_path` says what it is.
+    """The trainer node with "auto" replaced by what this machine has, and names of a set in alphabetical order; of
+    cuda_graph `fast_path` says what it is.
 
     Under torchrun and srun the numbers of processes and machines are those that have been started. Raises ConfigError
     where GPUs or CUDA graphs are asked for that cannot be had, or other processes than were started.
@@ -93,6 +94,8 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
     if settings["strategy"] == "auto" and process_count(settings) > 1:
         settings["strategy"] = "ddp"
+    if "disabled_optimizations" in settings:  # a set of names
+        settings["disabled_optimizations"] = sorted(set(settings["disabled_optimizations"]))
     return settings
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from image_folders import write_tree
@@ -21,6 +22,7 @@ from onlinenorm.training import run as run_module
 from onlinenorm.training.fast_path import open_data, with_values
 from onlinenorm.training.final_validation import NONE_TO_ESTIMATE
 from onlinenorm.training.opening import announce, details, notes
+from onlinenorm.training.optimizations import Optimization
 from onlinenorm.training.recipe import Recipe
 
 DATA = SimpleNamespace(
@@ -74,10 +76,12 @@ def test_a_run_says_where_it_continues(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "  learning rate 0.00163546, times 0.1 after epoch 2, momentum 0.986916; 4 steps an epoch\n" in out
     assert "70 training and 21 validation images of 10 classes at 8 px, from memory\n" in out and "continues" not in out
+    assert all(map(str.strip, out.splitlines())), "no empty line"
     (tmp_path / "results.json").unlink()
     run(tmp_path)
     place = "trained for 3 epochs, and yet to be validated once more"
-    assert f"  continues from {tmp_path}/checkpoints/last.ckpt: {place}\n" in capsys.readouterr().out
+    assert f"  continues from {tmp_path}/checkpoints/last.ckpt: {place}\n" in (out := capsys.readouterr().out)
+    assert all(map(str.strip, out.splitlines())), "no empty line"
 
 
 @pytest.fixture
@@ -176,6 +180,31 @@ def test_arguments_of_a_layer_without_effect_are_told(guard, changes, said):
     config = {"trainer": {"accumulate_grad_batches": 1}, "normalizer": node}
     network = nn.Sequential(OnlineNorm2d(4, error_compensation=guard, **changes))
     assert notes(network, config, DATA, RECIPE) == said
+
+
+@pytest.mark.parametrize(
+    "accelerator, fast, said",
+    [
+        ("cpu", False, ["trainer.disabled_optimizations: without effect, as this run is on the CPU"]),
+        (
+            "gpu",
+            False,
+            [
+                "trainer.disabled_optimizations: cast_weights, memset_kernels without effect, as trainer.cuda_graph is "
+                "false",
+                "trainer.disabled_optimizations: fold_gradients without effect, as model.compile is false",
+            ],
+        ),
+        ("gpu", True, []),
+    ],
+)
+def test_disabled_optimizations_of_what_is_off_anyway_are_told(accelerator, fast, said):
+    names = list(get_args(Optimization))
+    trainer = {"accelerator": accelerator, "cuda_graph": fast, "disabled_optimizations": names}
+    config = {"trainer": {"accumulate_grad_batches": 1, **trainer}, "model": {"compile": fast}}
+    assert notes(nn.Sequential(), config, DATA, RECIPE) == said
+    config["trainer"]["disabled_optimizations"] = []
+    assert notes(nn.Sequential(), config, DATA, RECIPE) == []
 
 
 def test_leaving_out_images_is_of_sets_read_file_by_file(tmp_path):

@@ -41,6 +41,9 @@ def test_auto_follows_the_machine(gpus):
     )
     gpus(1, bf16=False)
     assert resolve({"accelerator": "gpu", "precision": "auto"})["precision"] == "32-true"
+    names = ["fold_gradients", "cast_weights", "fold_gradients"]
+    found = resolve({"disabled_optimizations": names})["disabled_optimizations"]
+    assert found == ["cast_weights", "fold_gradients"], "a set, whose order makes no other run"
 
 
 def test_what_is_not_there_is_said(gpus, monkeypatch):
