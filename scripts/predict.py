@@ -5,8 +5,8 @@
     scripts/predict.py runs/table1/batch/seed0 photos/ --json > predictions.json
 
 Images are seen as the run's validation images were. The clamp, where there is one, is kept. Exit code 0: all
-predicted; 1: some files could not be read (named on stderr; the others are predicted); 2: the run or the arguments do
-not allow it.
+predicted; 1: some files could not be read (named on stderr; the others are predicted), or a network of one's own lacks
+its data set; 2: the run or the arguments do not allow it.
 """
 
 import argparse

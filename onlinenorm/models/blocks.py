@@ -75,11 +75,11 @@ def shortcut_of(block: "BasicBlock | Bottleneck", x: Tensor) -> tuple[Tensor, nn
     return downsample(x), None
 
 
-def fuses(norm: nn.Module, says_so: str) -> bool:
-    """Whether a norm says so of its own ``forward``, not of one that a subclass or the instance has replaced."""
+def fuses(norm: nn.Module, attribute: str) -> bool:
+    """Whether this attribute of a norm is true, and said of the ``forward`` it has: a subclass may have another."""
     for holder in (norm, *type(norm).__mro__):
-        if says_so in vars(holder):
-            return bool(getattr(norm, says_so))
+        if attribute in vars(holder):
+            return bool(getattr(norm, attribute))
         if "forward" in vars(holder):
             return False
     return False

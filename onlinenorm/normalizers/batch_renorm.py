@@ -126,7 +126,8 @@ _DOCUMENTATION = r"""Normalise each channel of {layout} by a batch's statistics,
     running_var + eps is the square of sigma. Activation checkpointing of a training pass is an error.
 
     ``torch.optim.swa_utils.update_bn`` estimates the statistics anew: while it has set ``momentum`` to None, they are
-    means over batches, which are normalised as by BatchNorm.
+    means over batches, which are normalised as by BatchNorm. Batches are then counted from the first of these, so that
+    training which goes on may begin with the warm-up.
 
     Args:
         num_features: channels C.
