@@ -187,15 +187,12 @@ def failing_data(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [DataError("unreadable"), RuntimeError("DataLoader worker (pid 7) is killed")], ids=str
-)
-@pytest.mark.parametrize(
-    "parts, call, where",
+    "error, parts, call, where",
     [
-        (1, STEPS + VALIDATIONS + 3, "step 2 of epoch 2"),
-        (1, STEPS + 1, "step 4 of epoch 1"),  # in its validation
-        (2, 2 * STEPS + VALIDATIONS + 6, "step 2 of epoch 2"),  # the second part of a step
-        (2, 2 * STEPS + VALIDATIONS + 5, "step 2 of epoch 2"),  # the first
+        (RuntimeError("DataLoader worker (pid 7) is killed"), 1, STEPS + VALIDATIONS + 3, "step 2 of epoch 2"),
+        (DataError("unreadable"), 1, STEPS + 1, "step 4 of epoch 1"),  # in its validation
+        (DataError("unreadable"), 2, 2 * STEPS + VALIDATIONS + 6, "step 2 of epoch 2"),  # the second part of a step
+        (DataError("unreadable"), 2, 2 * STEPS + VALIDATIONS + 5, "step 2 of epoch 2"),  # the first
     ],
 )
 def test_data_that_fail_cost_no_step(undisturbed, run, failing_data, tmp_path, capsys, error, parts, call, where):
