@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 # One server imports these once; the processes are forked from it, free of the tests' threads and state.
-PRELOADED = ["torch", "pytorch_lightning", "hydra", "wandb", "onlinenorm.training.run"]
+PRELOADED = ["torch", "pytorch_lightning", "wandb", "onlinenorm.training.run", "tests.helpers.composed"]
 
 
 def free_port() -> int:
