@@ -26,7 +26,7 @@ def test_generated_files_have_the_sizes_of_imagenet(tmp_path):
 
 def test_loaders_are_measured_beside_the_reference(tmp_path, capsys):
     output = tmp_path / "bench.json"
-    arguments = ["--images", tmp_path / "images", "--unique", 4, "--train", 64, "--rounds", 1, "--seconds", "0.3"]
+    arguments = ["--images", tmp_path / "images", "--unique", 4, "--train", 64, "--rounds", 1, "--seconds", "0.05"]
     arguments += ["--batch", 2, "--workers", 1, "--stages", "decode,loader", "--output", output]
     for _ in range(2):  # the same machine: in place of the first
         assert loaders.main([str(argument) for argument in arguments]) == 0

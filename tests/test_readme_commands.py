@@ -24,13 +24,16 @@ PAGES = (
     "scripts/README.md", "README.md", "configs/README.md", "onlinenorm/data/README.md", "onlinenorm/deploy/README.md",
     "scripts/slurm/README.md",
 )  # fmt: skip
-SMALL = ("recipe.epochs=1", "recipe.milestones=[]", "data.limit_train=32", "data.limit_val=16", "recipe.batch_size=16")
+SMALL = (
+    "recipe.epochs=1", "recipe.milestones=[]", "data.limit_train=32", "data.limit_val=16", "recipe.batch_size=16",
+    "model=cifar_resnet8",
+)  # fmt: skip
 ON_CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.cuda_graph=false", "model.compile=false")
 # What a command of an experiment gets besides, so that it takes seconds without a GPU, a download or ImageNet.
 SHRUNK = {
     "quickstart": SMALL,
     "embedded": SMALL,
-    "fashion_mnist": (*SMALL, *ON_CPU, "data=embedded", "data.on_device=false", "model=cifar_resnet8"),
+    "fashion_mnist": (*SMALL, *ON_CPU, "data=embedded", "data.on_device=false"),
     "table1": (
         *SMALL[:2], *ON_CPU, "recipe.warmup_epochs=0", "recipe.batch_size=4", "data.image_size=32",
         "data.num_workers=0", "model=cifar_resnet8",
