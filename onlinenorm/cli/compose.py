@@ -65,7 +65,7 @@ def load_config(overrides: list[str], config_dir: str | None = None) -> dict[str
             search = [f"hydra.searchpath=[{quoted(str(Path(config_dir).absolute()))}]"] if config_dir else []
             written = _compose([*groups, *search]) if search else _written(tuple(groups))
             check_keys(keys, _to_plain(written), _elsewhere(config_dir))
-            config = _compose([*overrides, *search])
+            config = written if overrides == groups else _compose([*overrides, *search])
             values = _to_plain(config)
             _check_code(written, config, values)
             check_label(values, files["normalizer"])

@@ -203,3 +203,14 @@ def test_paths_hold_no_interpolations(path):
 
 def test_an_experiment_can_be_left_out():
     assert load_config(["~experiment"]) == load_config([])
+
+
+def test_choices_of_files_are_composed_once(monkeypatch):
+    composed, compose = [], hydra.compose
+    monkeypatch.setattr(
+        hydra, "compose", lambda name, words, **given: composed.append(words) or compose(name, words, **given)
+    )
+    choices = ["recipe=goyal2017", "normalizer=group", "data=cifar100", "model=resnet101"]
+    first, second = load_config(choices), load_config(choices)
+    assert composed.count(choices) == 1 and first == second and first is not second
+    assert load_config([*choices, "seed=3"]) == {**first, "seed": 3} and composed[-1] == [*choices, "seed=3"]
