@@ -32,6 +32,7 @@ from scripts.bench import common
 NOT_RUN = "not run"
 FORMER = ROOT / "results" / "gpu_tests.json"
 LINES_KEPT = 4  # of what a test prints; more is the log of a training run
+UNTIMED = 60.0  # seconds that a test may take which no former run has timed
 
 
 class Recorder:
@@ -133,7 +134,7 @@ def run_side_by_side(results: dict, output: Path, jobs: int, tests: list[str]) -
     gpus = list(range(torch.cuda.device_count()))
     with tempfile.TemporaryDirectory() as folder:
         processes, paths = [], []
-        for n, part in enumerate(split({test: seconds.get(test, 1.0) + 0.05 for test in tests}, jobs)):
+        for n, part in enumerate(split({test: seconds.get(test, UNTIMED) + 0.05 for test in tests}, jobs)):
             paths.append(Path(folder, f"{n}.json"))
             first = n % len(gpus)
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus[first:] + gpus[:first]))}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 STATE = ("running_mean", "running_var", "control_u", "control_v")
-SLACK, FACTOR = 3.0, 3.0
+SLACK, FACTOR = 5.0, 5.0
 WINDOW = 10  # steps
 Batch = tuple[Tensor, Tensor]
 
