@@ -1,5 +1,6 @@
 """How batches are divided is a part of a run's identity where the normalizer's statistics depend on it."""
 
+import functools
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from onlinenorm.training.run_folder import RunFolder, changed_keys
 PARTS, TWO = "trainer.accumulate_grad_batches=2", "trainer.devices=2"
 
 
+@functools.cache
 def configuration(*overrides):
     return load_train_module().load_config([*TINY, *overrides])
 
