@@ -57,8 +57,7 @@ def image_of(split, rank, batch, accumulate):
         ("train", 1, 2, 1, 2),
         ("train", 0, 5, 1, 5),
         ("train", 1, 7, 2, 3),  # the second part of the fourth step
-        ("val", 1, 0, 1, 6),
-        ("val", 1, 3, 1, 6),
+        ("val", 1, 0, 1, 6),  # the first batch of validation and the last
         ("val", 0, 5, 1, 6),
     ],
 )
