@@ -32,6 +32,8 @@ ROTATE = 150e6  # bytes of inputs to rotate over, so that the L2 cache of one ca
 class _Site(OnlineNorm2d):
     """A normalizer that notes how the network calls it."""
 
+    fuses_residual = True  # which is said of this forward
+
     found: ClassVar[Counter] = Counter()
 
     def forward(self, x, residual=None, relu=False):
