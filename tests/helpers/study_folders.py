@@ -94,11 +94,8 @@ def write_photographs(root: Path) -> Path:
             again = {"images": 9440, "val_loss": 0.5, "val_top1": 0.8 + 0.001 * seed, "changed_predictions": 100}
             write_run(root / "imagenette" / "runs", name, seed, reestimated=again, **image)
         for name in ("online_clamp", "online_layer_scaling", "batch"):
-            write_run(root / "cifar10" / "runs", name, seed, scale="cifar10", model="cifar_resnet20")
-        for pixels in ("png", "jpeg75"):
-            top1 = 0.60 + 0.001 * seed if pixels == "png" else 0.595 + 0.0013 * seed
-            folder = root / "jpeg_cost" / "runs" / f"data.root={pixels}"
-            write_run(folder, "batch", seed, top1=top1, scale="imagenette", data={"image_size": 32, "root": pixels})
+            for scale in ("cifar10", "cifar100"):
+                write_run(root / scale / "runs", name, seed, scale=scale, model="cifar_resnet20")
     sweeps: tuple = (("clamp_off", "clamp_off_epochs", (1, 2)), ("clamp_raised", "clamp_raise_epochs", (1, 2)))
     for study, key, values in (*sweeps, ("lr", "lr", (0.05,))):
         clamped(root / f"imagenette_{study}" / "runs", 0, 0.05)
@@ -118,6 +115,10 @@ def write_photographs(root: Path) -> Path:
         write_run(root / "tiny_imagenet" / "runs", name, 0, **{**image, **tiny})
     for warmup in (0, 5):
         folder = root / "imagenette_256" / "runs" / f"recipe.warmup_epochs={warmup}"
-        for name in ("online_clamp", "online_layer_scaling", "batch"):
-            write_run(folder, name, 0, recipe={"batch_size": 256, "warmup_epochs": warmup}, **image)
+        recipe = {"batch_size": 256, "warmup_epochs": warmup}
+        for name in ("online_clamp", "online_layer_scaling"):
+            write_run(folder, name, 0, recipe=recipe, **image)
+        for seed in range(3):
+            top1 = 0.595 + 0.0013 * seed if warmup else 0.60 + 0.001 * seed
+            write_run(folder, "batch", seed, top1=top1, recipe=recipe, **image)
     return root
